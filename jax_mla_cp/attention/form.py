@@ -1,0 +1,29 @@
+"""Which form of attention a request's rows take: by arithmetic, and by what the kernels reach.
+
+Per query-key pair and head the expanded form does `h + r + v` multiply-adds, the absorbed one `2 R + r`; the expanded one
+must up-project every key (`R (h + v)` each, whichever rank's queries see it), the absorbed one only this rank's queries.
+"""
+
+from __future__ import annotations
+
+from jax_mla_cp.config import Form, ModelConfig
+
+# Fractions of the matmul peak that FlashAttention-3 reaches on an H200 at 128K keys (docs/architecture.md, "Forms").
+_EXPANDED_RATE = 0.87
+_ABSORBED_RATE = 0.79
+
+
+def use_expanded(form: Form, config: ModelConfig, cp: int, new: int, prefix: int) -> bool:
+    """Whether a request's `new` tokens after a cached `prefix` take the expanded form, on each of cp ranks.
+
+    A single token (decode) is always absorbed: up-projecting a whole context for it is never right.
+    """
+    if form == "absorbed" or new == 1:
+        return False
+    if form == "expanded":
+        return True
+    r, h, v, rank = config.qk_rope_head_dim, config.qk_nope_head_dim, config.v_head_dim, config.kv_lora_rank
+    pairs = (new * prefix + new * (new + 1) / 2) / cp
+    expanded = pairs * (h + r + v) / _EXPANDED_RATE + rank * (h + v) * (prefix + new)
+    absorbed = pairs * (2 * rank + r) / _ABSORBED_RATE + rank * (h + v) * new / cp
+    return expanded < absorbed

@@ -1,0 +1,324 @@
+"""A step's requests -> all its arrays, on the host (NumPy).
+
+`build` lays the requests out: their form of attention, the zigzag over the cp ranks, which page slot each token's latent
+goes to. Everything that a device could read or write out of range is checked here, because JAX would clamp it silently.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import PartitionSpec
+from numpy.typing import NDArray
+
+from jax_mla_cp.attention.form import use_expanded
+from jax_mla_cp.attention.rows import Rows
+from jax_mla_cp.cache import CacheShape
+from jax_mla_cp.config import Form, ModelConfig
+from jax_mla_cp.mesh import DP, TOKENS
+from jax_mla_cp.zigzag import Plan, plan
+
+KEY_ALIGN = 128
+"""Packed keys of different requests never share a tile of so many keys (FA3's largest KV tile here)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. `temperature` 0 is greedy; `top_p` 1 and `top_k` 0 are off."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """One request's part of one step."""
+
+    tokens: Sequence[int] | NDArray[np.integer[Any]]
+    """The new tokens, at positions `cached` and following."""
+    cached: int
+    """Tokens whose latents are in the pages already."""
+    pages: Sequence[int]
+    """The request's pages, in order; at least those that the new tokens reach. Ids are local to the dp group."""
+    sampling: Sampling | None = None
+    """None: nothing is sampled after these tokens (they end inside a prompt)."""
+    embeds: NDArray[np.floating[Any]] | None = None
+    """[len(tokens), D]: input embeddings in place of the tokens', for all requests of a step or for none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchShape:
+    """What is fixed in the shapes of all of a program's steps, per dp group."""
+
+    dp: int
+    cp: int
+    requests: int
+    """Most requests in a step; a multiple of cp."""
+    table_width: int
+    """Pages of the longest request."""
+    expanded_keys: int
+    """Keys that the expanded form has room for, a multiple of the page size; 0: every row is absorbed."""
+    cache: CacheShape
+    form: Form = "auto"
+
+    def __post_init__(self) -> None:
+        if self.requests < 1 or self.requests % self.cp:
+            raise ValueError(f"requests must be a positive multiple of cp={self.cp}, got {self.requests}.")
+        if self.expanded_keys % self.cache.page_size:
+            raise ValueError(f"expanded_keys must be a multiple of page_size={self.cache.page_size}, got {self.expanded_keys}.")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """The arrays of a step. The comments give each one's shape on a device and how it is sharded.
+
+    `T` tokens of a rank's buffer, `I` requests, `W` pages of the longest one, `B = 2 I` rows, `K` expanded keys.
+    """
+
+    tokens: Any  # int32 [T]            P(("dp", "cp"))
+    embeds: Any  # float [T, D] or None P(("dp", "cp"))
+    positions: Any  # int32 [T]         P(("dp", "cp"))
+    num_tokens: Any  # int32 [1]        P(("dp", "cp"))  tokens that exist; the rest of the buffer is padding
+    slots: Any  # int32 [cp T]          P("dp")          where each rank's tokens go in the cache
+    fresh: Any  # int32 [I]             P("dp")          pages to zero first
+    page_table: Any  # int32 [I, W]     P("dp")
+    key_pages: Any  # int32 [K / page]  P("dp")          pages of the packed keys
+    num_keys: Any  # int32 [1]          P("dp")          keys that the packed ones reach to
+    expanded: Rows  # int32 [B]         P(("dp", "cp"))
+    absorbed: Rows  # int32 [B]         P(("dp", "cp"))
+    last_index: Any  # int32 [I]        P(("dp", "cp"))  where a request's last token is on this rank, or T
+    sampling: SamplingArrays
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SamplingArrays:
+    """Per request, `I / cp` of them on a device: P(("dp", "cp"))."""
+
+    temperature: Any  # float32 [I]; 0 for requests that are not sampled
+    top_p: Any  # float32 [I]
+    top_k: Any  # int32 [I]
+    seed: Any  # uint32 [I, 2]
+    position: Any  # int32 [I]: the position of the token that is sampled
+
+
+def batch_specs(batch: Batch) -> Batch:
+    """A Batch of PartitionSpecs, with None where the batch has None."""
+    group = {"slots", "fresh", "page_table", "key_pages", "num_keys"}
+    tokens = PartitionSpec(TOKENS)
+    fields = {
+        f.name: jax.tree.map(lambda _, s=PartitionSpec(DP) if f.name in group else tokens: s, getattr(batch, f.name))
+        for f in dataclasses.fields(Batch)
+    }
+    return Batch(**fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """One dp group's step: its works in the order of the plan, expanded ones first."""
+
+    works: Sequence[Work]
+    order: NDArray[np.int64]  # [I] indices into works
+    num_expanded: int
+    plan: Plan
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the fullest rank: what the buffer must hold."""
+        return int(self.plan.rank_tokens.max())
+
+
+def lay_out(works: Sequence[Work], shape: BatchShape, config: ModelConfig) -> Layout:
+    """Checks a dp group's works, chooses each one's form, and plans the zigzag.
+
+    Raises:
+      ValueError: a work that doesn't fit the shape, the pages or the vocabulary.
+    """
+    if len(works) > shape.requests:
+        raise ValueError(f"a step takes at most {shape.requests} requests of a dp group, got {len(works)}.")
+    for i, work in enumerate(works):
+        _check(i, work, shape, config)
+    _check_pages(works, shape)
+    room, expanded = shape.expanded_keys, []
+    for i, work in enumerate(works):
+        keys = _packed(work.cached + len(work.tokens), shape.cache.page_size)
+        if keys <= room and use_expanded(shape.form, config, shape.cp, len(work.tokens), work.cached):
+            expanded.append(i)
+            room -= keys
+    order = np.array(expanded + [i for i in range(len(works)) if i not in set(expanded)], np.int64)
+    new = [len(works[i].tokens) for i in order]
+    return Layout(works, order, len(expanded), plan(new, [works[i].cached for i in order], cp=shape.cp))
+
+
+def build(layouts: Sequence[Layout], shape: BatchShape, tokens: int) -> Batch:
+    """The arrays of a step whose ranks' buffers hold `tokens` tokens each; one layout per dp group.
+
+    Raises:
+      ValueError: a rank has more tokens than that, or only some requests have `embeds`.
+    """
+    most = max(layout.tokens if layout.works else 0 for layout in layouts)
+    if most > tokens:
+        raise ValueError(f"a rank has {most} tokens, its buffer {tokens}. Use a larger bucket.")
+    have = {work.embeds is not None for layout in layouts for work in layout.works}
+    if len(have) > 1:
+        raise ValueError("embeds: give them for all requests of a step or for none.")
+    groups = [_group(layout, shape, tokens, embeds=True in have) for layout in layouts]
+    if True in have:  # a dp group without requests has no embeds to tell their width by
+        like = next(g.embeds for g in groups if g.embeds is not None)
+        groups = [g if g.embeds is not None else dataclasses.replace(g, embeds=np.zeros_like(like)) for g in groups]
+    return groups[0] if len(groups) == 1 else jax.tree.map(lambda *arrays: np.concatenate(arrays), *groups)
+
+
+def _check(i: int, work: Work, shape: BatchShape, config: ModelConfig) -> None:
+    new, page_size = len(work.tokens), shape.cache.page_size
+    if new < 1 or work.cached < 0:
+        raise ValueError(f"work {i}: needs at least 1 token and cached >= 0, got {new} and {work.cached}.")
+    if work.cached + new > config.max_position:
+        raise ValueError(f"work {i}: {work.cached} + {new} tokens exceed the model's {config.max_position} positions.")
+    needed = -(-(work.cached + new) // page_size)
+    if not needed <= len(work.pages):
+        raise ValueError(f"work {i}: {work.cached + new} tokens need {needed} pages of {page_size}, got {len(work.pages)}.")
+    if needed > shape.table_width:
+        raise ValueError(f"work {i}: needs {needed} pages, the page table holds {shape.table_width}.")
+    ids = np.asarray(work.tokens)
+    if not np.issubdtype(ids.dtype, np.integer) or ids.ndim != 1:
+        raise ValueError(f"work {i}: tokens must be a list of token ids, got {ids.dtype} of shape {ids.shape}.")
+    if work.embeds is not None:
+        if np.shape(work.embeds) != (new, config.hidden_size):
+            raise ValueError(f"work {i}: embeds must be [{new}, {config.hidden_size}], got {np.shape(work.embeds)}.")
+    elif ids.min() < 0 or ids.max() >= config.vocab_size:
+        bad = int(ids[(ids < 0) | (ids >= config.vocab_size)][0])
+        raise ValueError(f"work {i}: token id {bad} is not in the vocabulary (0 to {config.vocab_size - 1}).")
+
+
+def _check_pages(works: Sequence[Work], shape: BatchShape) -> None:
+    """Page ids are in range, and no page is written by two requests (reading one together is fine)."""
+    writer: dict[int, int] = {}
+    page_size, pages = shape.cache.page_size, shape.cache.pages_per_layer
+    for i, work in enumerate(works):
+        used = np.asarray(work.pages[: -(-(work.cached + len(work.tokens)) // page_size)])
+        if used.min() < 0 or used.max() >= pages:
+            raise ValueError(f"work {i}: page ids must be 0 to {pages - 1}, got {used.min()} to {used.max()}.")
+        for page in used[work.cached // page_size :].tolist():
+            if writer.setdefault(page, i) != i:
+                raise ValueError(f"work {i}: page {page} is also written by work {writer[page]}.")
+        if len(set(used.tolist())) != len(used):
+            raise ValueError(f"work {i}: a page is listed twice.")
+
+
+def _packed(keys: int, page_size: int) -> int:
+    """Room for a request's keys: whole pages, and never less than up to the end of its last KV tile."""
+    tiled = -(-keys // KEY_ALIGN) * KEY_ALIGN
+    return -(-tiled // page_size) * page_size
+
+
+def _group(layout: Layout, shape: BatchShape, tokens: int, *, embeds: bool) -> Batch:
+    """One dp group's arrays, rank after rank. Places of requests are those of `works`, whatever the plan's order."""
+    p, cp, page_size, works, order = layout.plan, shape.cp, shape.cache.page_size, layout.works, layout.order
+    page_table = shape.cache.no_page(shape.requests * shape.table_width).reshape(shape.requests, -1)
+    fresh = shape.cache.no_page(shape.requests)
+    for i, work in enumerate(works):
+        end = work.cached + len(work.tokens)
+        used = -(-end // page_size)
+        page_table[i, :used] = work.pages[:used]
+        if end % page_size and (used - 1) * page_size >= work.cached:
+            fresh[i] = work.pages[used - 1]
+
+    # Each token's place in the buffers: its rank's, at its place within the rank.
+    rank = np.repeat(np.arange(cp), p.rank_tokens)
+    place = rank * tokens + np.arange(len(rank)) - p.rank_start[rank]
+    request = order[p.request]
+    position = np.array([w.cached for w in works], np.int32)[request] + p.offset if works else p.offset
+    slots = page_table[request, position // page_size] * page_size + position % page_size
+
+    def spread(per_work: list[NDArray[Any]], empty: NDArray[Any]) -> NDArray[Any]:
+        """Values of the works' tokens, in the order of the works, to the tokens' places."""
+        if works:
+            start = np.cumsum([0, *(len(w.tokens) for w in works)])
+            empty[place] = np.concatenate(per_work)[start[request] + p.offset]
+        return empty
+
+    def at_place(values: NDArray[Any], empty: NDArray[Any]) -> NDArray[Any]:
+        empty[place] = values
+        return empty
+
+    key_pages, key_start, num_keys = _pack_keys(layout, page_table, shape)
+    last_index = np.full((cp, shape.requests), tokens, np.int32)
+    last_index[p.last_rank, order] = p.last_index
+    expanded = np.arange(len(works)) < layout.num_expanded
+    return Batch(
+        tokens=spread([np.asarray(w.tokens, np.int32) for w in works], np.zeros(cp * tokens, np.int32)),
+        embeds=_embeds(works, spread, cp * tokens) if embeds and works else None,
+        positions=at_place(position, np.zeros(cp * tokens, np.int32)),
+        num_tokens=p.rank_tokens.astype(np.int32),
+        slots=at_place(slots, shape.cache.no_slot(cp * tokens)),
+        fresh=fresh,
+        page_table=page_table,
+        key_pages=key_pages,
+        num_keys=num_keys,
+        expanded=_rows(layout, shape, expanded, key_start),
+        absorbed=_rows(layout, shape, ~expanded, key_start),
+        last_index=last_index.reshape(-1),
+        sampling=_sampling(works, shape.requests),
+    )
+
+
+def _embeds(works: Sequence[Work], spread: Callable[..., NDArray[Any]], size: int) -> NDArray[Any]:
+    values = [np.asarray(w.embeds) for w in works]
+    return spread(values, np.zeros((size, values[0].shape[1]), values[0].dtype))
+
+
+def _pack_keys(
+    layout: Layout, page_table: NDArray[np.int32], shape: BatchShape
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
+    """(pages of the packed keys, where each request's keys begin, how far the keys reach). Gaps read as zeros."""
+    page_size = shape.cache.page_size
+    key_pages = shape.cache.no_page(shape.expanded_keys // page_size)
+    start = np.zeros(shape.requests, np.int32)
+    at = 0
+    for i in layout.order[: layout.num_expanded]:
+        keys = layout.works[i].cached + len(layout.works[i].tokens)
+        used = -(-keys // page_size)
+        start[i] = at
+        key_pages[at // page_size : at // page_size + used] = page_table[i, :used]
+        at += _packed(keys, page_size)
+    return key_pages, start, np.array([at], np.int32)
+
+
+def _rows(layout: Layout, shape: BatchShape, chosen: NDArray[np.bool_], key_start: NDArray[np.int32]) -> Rows:
+    """The rows of the plan's chosen requests, rank after rank, each rank's filled up with empty ones."""
+    p, most = layout.plan, 2 * shape.requests
+    cu_q = np.zeros((shape.cp, most + 1), np.int32)
+    others = np.zeros((3, shape.cp, most), np.int32)
+    for k in range(shape.cp):
+        on_rank = np.flatnonzero(p.row_rank == k)
+        mine = on_rank[chosen[p.row_request[on_rank]]]
+        # The plan has the expanded requests' rows first: what is chosen is one run of the rank's tokens.
+        before = on_rank[on_rank < mine[0]] if len(mine) else on_rank
+        lengths = np.zeros(most, np.int32)
+        lengths[: len(mine)] = p.row_len[mine]
+        cu_q[k] = p.row_len[before].sum() + np.concatenate([[0], np.cumsum(lengths)])
+        request = layout.order[p.row_request[mine]]
+        others[:, k, : len(mine)] = p.row_kv_len[mine], key_start[request], request
+    kv_len, kv_start, request = others.reshape(3, -1)
+    return Rows(cu_q=cu_q.reshape(-1), kv_len=kv_len, kv_start=kv_start, request=request)
+
+
+def _sampling(works: Sequence[Work], size: int) -> SamplingArrays:
+    temperature, top_p = np.zeros(size, np.float32), np.ones(size, np.float32)
+    top_k, position, seed = np.zeros(size, np.int32), np.zeros(size, np.int32), np.zeros((size, 2), np.uint32)
+    for i, work in enumerate(works):
+        if work.sampling is None:
+            continue
+        s = work.sampling
+        temperature[i], top_p[i], top_k[i] = s.temperature, s.top_p, s.top_k
+        position[i] = work.cached + len(work.tokens)
+        seed[i] = (s.seed & 0xFFFFFFFF, (s.seed >> 32) & 0xFFFFFFFF)
+    return SamplingArrays(temperature, top_p, top_k, seed, position)

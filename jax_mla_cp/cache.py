@@ -1,0 +1,126 @@
+"""The paged latent cache: the only file that knows where a page lives.
+
+One array `pages [dp * layers * pages_per_layer, page_size, R + r]`, sharded over dp and equal on every cp and tp rank.
+It is flat over layers and carried through the layers' scan with an offset, because XLA updates this form in place; a
+stacked `[layers, ...]` array, scanned over, is copied whole (asserted in tests/test_cache.py).
+
+A page holds `page_size` consecutive latents of one request, the same page id in every layer. A latent is a token's
+normed compressed KV (`R`), then its roped shared key (`r`).
+
+Ids outside the array are dropped on writing and read as zeros. Unused places of an id array hold ids past the end
+of the *whole* array, so that they stay outside after any layer's offset.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int32
+
+from jax_mla_cp.config import ConfigError, ModelConfig
+from jax_mla_cp.mesh import DP, mesh_shape
+
+PAGES_SPEC = PartitionSpec(DP)
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheShape:
+    """Where things are in one dp group's part of the array."""
+
+    layers: int
+    pages_per_layer: int
+    page_size: int
+
+    def __post_init__(self) -> None:
+        for name, least in (("layers", 1), ("pages_per_layer", 1), ("page_size", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"cache: {name} must be at least {least}, got {getattr(self, name)}.")
+        # A slot out of range plus the last layer's offset must still be an int32.
+        if 3 * self.total_slots >= 2**31:
+            raise ConfigError(
+                f"cache: {self.pages_per_layer} pages of {self.page_size} tokens x {self.layers} layers are "
+                f"{self.total_slots} slots; int32 indices allow {2**31 // 3}. Use fewer pages (--kv-pages)."
+            )
+
+    @property
+    def total_pages(self) -> int:
+        return self.layers * self.pages_per_layer
+
+    @property
+    def total_slots(self) -> int:
+        return self.total_pages * self.page_size
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that one dp group's pages hold."""
+        return self.pages_per_layer * self.page_size
+
+    def no_page(self, count: int) -> np.ndarray:
+        """`count` different page ids that are in no layer."""
+        return self.total_pages + np.arange(count, dtype=np.int32)
+
+    def no_slot(self, count: int) -> np.ndarray:
+        """`count` different slots that are in no layer."""
+        return self.total_slots + np.arange(count, dtype=np.int32)
+
+
+def create(config: ModelConfig, shape: CacheShape, dtype: jax.typing.DTypeLike, mesh: Mesh | None = None) -> jax.Array:
+    """An empty cache `[dp * layers * pages_per_layer, page_size, R + r]`, sharded P("dp").
+
+    Raises:
+      ConfigError: the shape has another number of layers than the model.
+    """
+    if shape.layers != config.num_layers:
+        raise ConfigError(f"cache: the model has {config.num_layers} layers, the cache shape {shape.layers}.")
+    full = (mesh_shape(mesh).dp * shape.total_pages, shape.page_size, config.latent_dim)
+    sharding = None if mesh is None else NamedSharding(mesh, PAGES_SPEC)
+    return jax.jit(lambda: jnp.zeros(full, dtype), out_shardings=sharding)()
+
+
+def page_bytes(config: ModelConfig, page_size: int, dtype: jax.typing.DTypeLike) -> int:
+    """Bytes that one page takes on a device, over all layers."""
+    return config.num_layers * page_size * config.latent_dim * jnp.dtype(dtype).itemsize
+
+
+def write(
+    pages: Float[Array, "pages page_size C"],
+    latents: Float[Array, "M C"],
+    slots: Int32[Array, " M"],
+    fresh: Int32[Array, " I"],
+    layer: Int32[Array, ""],
+    *,
+    pages_per_layer: int,
+) -> Float[Array, "pages page_size C"]:
+    """Writes latents in place: token m to slot `slots[m]` (page * page_size + offset) of the layer.
+
+    `fresh` are pages of which this step writes the first tokens, but not all: they are zeroed first. A kernel multiplies
+    what lies past a request's end by 0, and 0 * NaN is NaN, so memory that an earlier request left must not stay there.
+    Order is free: the slots carry the permutation. Slots and pages out of range are dropped.
+    """
+    page_size, latent_dim = pages.shape[1:]
+    pages = pages.at[fresh + layer * pages_per_layer].set(0, mode="drop", unique_indices=True)
+    flat = pages.reshape(-1, latent_dim)
+    flat = flat.at[slots + layer * (pages_per_layer * page_size)].set(
+        latents.astype(pages.dtype), mode="drop", unique_indices=True
+    )
+    return flat.reshape(pages.shape)
+
+
+def table(
+    page_table: Int32[Array, "B W"], layer: Int32[Array, ""], *, pages_per_layer: int
+) -> Int32[Array, "B W"]:
+    """The page ids of one layer, for an attention call that reads the pages itself."""
+    return page_table + layer * pages_per_layer
+
+
+def read(
+    pages: Float[Array, "pages page_size C"], page_ids: Int32[Array, " K"]
+) -> Float[Array, "K*page_size C"]:
+    """The latents of pages, one after the other. Pages out of range are zeros."""
+    latents = pages.at[page_ids].get(mode="fill", fill_value=0)
+    return lax.collapse(latents, 0, 2)

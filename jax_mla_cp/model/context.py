@@ -1,0 +1,104 @@
+"""What every module of the model is built with, and what every layer's call is given."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int32
+
+from jax_mla_cp.attention import Rows
+from jax_mla_cp.config import ConfigError, Implementation, ModelConfig
+from jax_mla_cp.mesh import CP, DP, TP, Axes, MeshShape
+
+EP_CHOICES: dict[str, tuple[str, ...]] = {"tp": (TP,), "tp,cp": (CP, TP), "tp,cp,dp": (DP, CP, TP)}
+"""--ep-axes -> the mesh axes that divide the experts, slowest first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Build:
+    """Everything static about a model on a mesh. `shape` None is no mesh at all."""
+
+    config: ModelConfig
+    shape: MeshShape | None = None
+    ep_axes: tuple[str, ...] = (TP,)
+    dtype: jnp.dtype = dataclasses.field(default_factory=lambda: jnp.dtype(jnp.float32))
+    attention: Implementation = "auto"
+
+    def __post_init__(self) -> None:
+        _check_divides(self.config, self.shape or MeshShape())
+
+    @property
+    def axes(self) -> Axes:
+        return Axes(self.shape)
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding: the vocabulary, rounded up to a multiple of tp. Their logits are -inf."""
+        return _round_up(self.config.vocab_size, self.axes.size(TP))
+
+    @property
+    def padded_experts(self) -> int:
+        """Experts in memory: rounded up to a multiple of the devices that divide them. The router knows only the real ones."""
+        return _round_up(self.config.n_routed_experts, self.axes.size(self.ep_axes))
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _check_divides(config: ModelConfig, shape: MeshShape) -> None:
+    """What tp must divide."""
+    rules = {"num_attention_heads": config.num_heads}
+    if config.num_dense_layers:
+        rules["intermediate_size"] = config.intermediate_size
+    if config.num_moe_layers and config.n_shared_experts:
+        rules["n_shared_experts * moe_intermediate_size"] = config.n_shared_experts * config.moe_intermediate_size
+    for name, size in rules.items():
+        if size % shape.tp:
+            fits = [d for d in range(1, shape.tp) if all(s % d == 0 for s in rules.values())]
+            raise ConfigError(
+                f"--mesh tp={shape.tp}: tp must divide the model's {name}={size}. "
+                f"Use tp={max(fits)}, and cp for the other devices."
+            )
+
+
+class Declare:
+    """Declares parameters: their shape and dtype, and beside them, as `spec`, how a mesh divides them.
+
+    The values are `jax.ShapeDtypeStruct`s until a checkpoint is loaded. With `layers`, every parameter gets a leading
+    dimension of that many layers, for `lax.scan`.
+    """
+
+    def __init__(self, dtype: jnp.dtype, layers: int | None = None):
+        self.dtype = dtype
+        self.layers = layers
+
+    def __call__(
+        self, *shape: int, spec: tuple[str | tuple[str, ...] | None, ...] = (), dtype: jnp.dtype | None = None
+    ) -> nnx.Param:
+        if self.layers is not None:
+            shape, spec = (self.layers, *shape), (None, *spec)
+        return nnx.Param(jax.ShapeDtypeStruct(shape, dtype or self.dtype), spec=PartitionSpec(*spec))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerInputs:
+    """What all layers of a step share, on one device."""
+
+    valid: Bool[Array, " T"]
+    """Which tokens exist."""
+    cos: Float[Array, "T r/2"]
+    sin: Float[Array, "T r/2"]
+    slots: Int32[Array, " cp*T"]
+    fresh: Int32[Array, " I"]
+    key_pages: Int32[Array, " K/page"]
+    num_keys: Int32[Array, " 1"]
+    expanded: Rows
+    absorbed: Rows
+    row_pages: Int32[Array, "B W"]
+    """The page table, row by row of `absorbed`."""

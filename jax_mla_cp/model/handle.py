@@ -1,0 +1,38 @@
+"""`Model`: a model's weights on a mesh, with everything static that a program compiled for them needs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from jax_mla_cp.config import ModelConfig
+from jax_mla_cp.model.context import Build
+from jax_mla_cp.model.decoder import Decoder
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A pytree: pass it to your own `jax.jit`. Its leaves are the weights."""
+
+    params: Any
+    """nnx.State of `Decoder`: sharded arrays, whose names and shapes `Decoder` declares."""
+    build: Build = dataclasses.field(metadata={"static": True})
+    mesh: Mesh | None = dataclasses.field(metadata={"static": True})
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.build.config
+
+    def decoder(self, params: Any) -> Decoder:
+        """The NNX module with these parameters; inside `shard_map`, with this device's part of them."""
+        return nnx.merge(nnx.graphdef(Decoder(self.build)), params)
+
+
+def param_specs(params: nnx.State) -> Any:
+    """The PartitionSpec of each parameter, in a tree that stands for `params` in `shard_map`'s in_specs."""
+    return jax.tree.map(lambda p: p.get_metadata("spec"), params, is_leaf=lambda p: isinstance(p, nnx.Variable))

@@ -1,0 +1,112 @@
+"""Mixture of experts: DeepSeek-V3's router (arXiv:2412.19437, section 2.1.2) and experts divided over the mesh.
+
+No token is ever dropped, and the cost follows the rows that exist. Tokens are replicated over tp already, so experts over
+tp alone exchange nothing: every rank computes its own experts' part of each token and the layer's psum adds them up.
+Where cp or dp divide the experts too, tokens are gathered over those axes and the results scattered back.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int32
+
+from jax_mla_cp.config import ModelConfig
+from jax_mla_cp.mesh import TP
+from jax_mla_cp.model.context import Build, Declare
+from jax_mla_cp.model.grouped_matmul import grouped_matmul
+from jax_mla_cp.model.layers import Mlp
+
+_SLICE_ROWS = 1 << 16  # rows (tokens x experts per token) at a time: bounds the buffers, whatever the routing
+
+
+class Moe(nnx.Module):
+    """Routed and shared experts. Returns this rank's part of the sum over tp."""
+
+    def __init__(self, declare: Declare, build: Build):
+        c = build.config
+        self.build = build
+        wide = jnp.dtype(jnp.float32)
+        self.router = declare(c.hidden_size, c.n_routed_experts, dtype=wide)
+        self.bias = declare(c.n_routed_experts, dtype=wide)
+        experts = build.padded_experts
+        self.gate_up = declare(experts, c.hidden_size, 2 * c.moe_intermediate_size, spec=(build.ep_axes, None, None))
+        self.down = declare(experts, c.moe_intermediate_size, c.hidden_size, spec=(build.ep_axes, None, None))
+        if c.n_shared_experts:
+            self.shared = Mlp(declare, c.hidden_size, c.n_shared_experts * c.moe_intermediate_size)
+
+    def __call__(self, x: Float[Array, "T D"], valid: Bool[Array, " T"]) -> Float[Array, "T D"]:
+        with jax.named_scope("router"):
+            expert, weight = route(x, self.router[...], self.bias[...], self.build.config)
+            expert = jnp.where(valid[:, None], expert, self.build.padded_experts)  # padding goes to no expert
+        with jax.named_scope("experts"):
+            out = self._routed(x, expert, weight)
+        if self.build.config.n_shared_experts:
+            with jax.named_scope("shared"):
+                out = out + self.shared(x)
+        return out
+
+    def _routed(self, x: jax.Array, expert: jax.Array, weight: jax.Array) -> jax.Array:
+        """The routed experts' output for this rank's tokens, a slice of tokens at a time."""
+        gather_over = tuple(axis for axis in self.build.ep_axes if axis != TP)
+        axes = self.build.axes
+        tokens, top = expert.shape
+        slices = -(-tokens * top * axes.size(gather_over) // _SLICE_ROWS)
+
+        def one(part: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+            if not gather_over:
+                return self._experts(*part)
+            return axes.psum_scatter(self._experts(*(axes.all_gather(p, gather_over) for p in part)), gather_over)
+
+        if slices == 1:
+            return one((x, expert, weight))
+        size = -(-tokens // slices)
+        pad = slices * size - tokens
+        nobody = self.build.padded_experts
+
+        def split(a: jax.Array, fill: int) -> jax.Array:
+            return jnp.pad(a, ((0, pad), (0, 0)), constant_values=fill).reshape(slices, size, a.shape[1])
+
+        out = lax.map(one, (split(x, 0), split(expert, nobody), split(weight, 0)))
+        return out.reshape(slices * size, -1)[:tokens]
+
+    def _experts(
+        self, x: Float[Array, "M D"], expert: Int32[Array, "M k"], weight: Float[Array, "M k"]
+    ) -> Float[Array, "M D"]:
+        """What this device's experts add to each token."""
+        local = self.down.shape[0]
+        mine = expert - self.build.axes.index(self.build.ep_axes) * local
+        mine = jnp.where((mine >= 0) & (mine < local), mine, local)  # others sort to the end, and belong to no group
+        order = jnp.argsort(mine.reshape(-1), stable=True)
+        sizes = jnp.bincount(mine.reshape(-1), length=local + 1)[:local].astype(jnp.int32)
+        rows = x[order // expert.shape[1]]
+        gate, up = jnp.split(grouped_matmul(rows, self.gate_up[...], sizes), 2, axis=-1)
+        rows = grouped_matmul(jax.nn.silu(gate) * up, self.down[...], sizes)
+        # Back to token order; a token's experts are added in one fixed order, so that no batch changes the sum.
+        back = jnp.zeros_like(order).at[order].set(jnp.arange(order.size), unique_indices=True)
+        return jnp.einsum("mkd,mk->md", rows[back].reshape(*expert.shape, -1), weight.astype(x.dtype))
+
+
+def route(
+    x: Float[Array, "T D"], router: Float[Array, "D E"], bias: Float[Array, " E"], config: ModelConfig
+) -> tuple[Int32[Array, "T k"], Float[Array, "T k"]]:
+    """Each token's experts and their weights, in float32 at full precision: a rounded score is another expert.
+
+    Scores are sigmoids. The bias only chooses: of the groups, the `topk_group` with the largest sum of two best biased
+    scores; among their experts the k best. Weights are the unbiased scores (modeling_deepseek.py of DeepSeek-V3, MoEGate).
+    """
+    c = config
+    scores = jax.nn.sigmoid(jnp.dot(x.astype(jnp.float32), router, precision=lax.Precision.HIGHEST))
+    choice = scores + bias
+    if c.n_group > 1:
+        grouped = choice.reshape(*choice.shape[:-1], c.n_group, -1)
+        group_score = lax.top_k(grouped, 2)[0].sum(-1)
+        kept = jax.nn.one_hot(lax.top_k(group_score, c.topk_group)[1], c.n_group, dtype=jnp.bool_).any(-2)
+        choice = jnp.where(kept[..., None], grouped, -jnp.inf).reshape(choice.shape)
+    expert = lax.top_k(choice, c.experts_per_token)[1]
+    weight = jnp.take_along_axis(scores, expert, axis=-1)
+    if c.norm_topk_prob:
+        weight = weight / (weight.sum(-1, keepdims=True) + 1e-20)
+    return expert, weight * c.routed_scaling_factor

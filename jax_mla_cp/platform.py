@@ -1,0 +1,109 @@
+"""The devices: chosen and set up before JAX starts, and how much memory each has."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Literal
+
+from jax_mla_cp.config import ConfigError
+
+Platform = Literal["auto", "cpu", "cuda"]
+
+# XLA:CPU kills the process when a device waits this long in a collective: 40 s by default, less than a long step may take.
+_COLLECTIVE_TIMEOUT = "--xla_cpu_collective_call_terminate_timeout_seconds"
+_COLLECTIVE_TIMEOUT_SECONDS = 3600
+
+
+def setup(platform: Platform, devices: int) -> Literal["cpu", "cuda"]:
+    """Chooses the platform and, on CPU, makes `devices` virtual devices. Call it before JAX's first use.
+
+    Environment variables that the user has set win: XLA_FLAGS that name the collective timeout, JAX_PLATFORMS.
+
+    Raises:
+      ConfigError: JAX has started already, or "cuda" on a machine without a GPU that JAX can use.
+    """
+    import jax
+    from jax._src import xla_bridge
+
+    if xla_bridge.backends_are_initialized():
+        raise ConfigError("platform: JAX has started already; set up the platform before its first use.")
+    flags = os.environ.get("XLA_FLAGS", "")
+    if _COLLECTIVE_TIMEOUT not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {_COLLECTIVE_TIMEOUT}={_COLLECTIVE_TIMEOUT_SECONDS}".strip()
+    if platform == "auto":
+        asked = jax.config.jax_platforms or ""
+        platform = "cpu" if asked.startswith("cpu") or not _has_gpu() else "cuda"
+    if platform == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", devices)
+        return "cpu"
+    jax.config.update("jax_platforms", "cuda,cpu")
+    try:
+        jax.devices("cuda")
+    except RuntimeError as error:
+        raise ConfigError(
+            f"--platform cuda: JAX finds no GPU ({str(error).splitlines()[0]}). "
+            "Install jax-mla-cp[cuda13] or [cuda12], or use --platform cpu."
+        ) from error
+    return "cuda"
+
+
+def _has_gpu() -> bool:
+    """An NVIDIA GPU and a JAX that could drive it, told without starting JAX."""
+    import importlib.util
+
+    driver = shutil.which("nvidia-smi") is not None or Path("/proc/driver/nvidia/version").exists()
+    return driver and any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13))
+
+
+def device_memory() -> int:
+    """Bytes that one device of this process may use: a GPU's own, or its share of the memory that is free now.
+
+    Virtual CPU devices share the machine's RAM, and hold a copy each of what is replicated.
+    """
+    import jax
+
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    return _available_ram() // jax.local_device_count()
+
+
+def _available_ram() -> int:
+    import psutil
+
+    available = psutil.virtual_memory().available
+    limit = Path("/sys/fs/cgroup/memory.max")  # a container may have less than its machine
+    used = Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()).isdigit():
+        available = min(available, max(int(text) - int(used.read_text()), 0))
+    return int(available)
+
+
+def enable_compile_cache(directory: str | Path) -> None:
+    """Keeps compiled programs on disk, so that the next start need not compile them.
+
+    Raises:
+      ConfigError: the directory can't be written.
+    """
+    import jax
+
+    path = Path(directory).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".write-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"--compile-cache {path}: can't be written ({error.strerror}). Name another directory, or off.") from error
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def default_compile_cache() -> Path:
+    """Under the user's cache folder (XDG_CACHE_HOME)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jax_mla_cp" / "compiled"

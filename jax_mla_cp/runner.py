@@ -1,0 +1,201 @@
+"""`Runner`: one server's model, cache and compiled programs. What the engine calls, step after step."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from jax_mla_cp import cache
+from jax_mla_cp.batch import Work, batch_specs
+from jax_mla_cp.cache import PAGES_SPEC, CacheShape
+from jax_mla_cp.config import ConfigError, Form, ModelConfig
+from jax_mla_cp.mesh import mesh_shape
+from jax_mla_cp.model.handle import Model
+from jax_mla_cp.planner import Planner
+from jax_mla_cp.platform import device_memory
+from jax_mla_cp.step import put, step
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """A sampled token, its log-probability, and the 20 most likely tokens with theirs."""
+
+    token: int
+    logprob: float
+    top_tokens: np.ndarray
+    top_logprobs: np.ndarray
+
+
+class Runner:
+    """Model weights, the paged cache, and one compiled step per bucket.
+
+    Not thread-safe: one thread steps it.
+    """
+
+    def __init__(self, planner: Planner, *, prefill_chunk: int, max_running: int, max_model_len: int):
+        self.planner = planner
+        self.prefill_chunk = prefill_chunk
+        self.max_running = max_running
+        self.max_model_len = max_model_len
+        self._programs: dict[int, jax.stages.Compiled] = {}
+        self._pages = planner.new_cache()
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.planner.model.config
+
+    @property
+    def dp(self) -> int:
+        return self.planner.shape.dp
+
+    @property
+    def page_size(self) -> int:
+        return self.planner.shape.cache.page_size
+
+    @property
+    def pages_per_group(self) -> int:
+        return self.planner.shape.cache.pages_per_layer
+
+    def step(self, work: Sequence[Sequence[Work]]) -> list[list[Sampled | None]]:
+        """Runs one step and waits for it. None stands for works that sample nothing.
+
+        Args:
+          work: per dp group, at most `max_running` works; their new tokens, single ones aside, at most `prefill_chunk`.
+
+        Raises:
+          ValueError: a work that doesn't fit; nothing has run then.
+        """
+        host = self.planner.host_batch(work)
+        program = self._program(host.tokens.shape[0] // (self.dp * self.planner.shape.cp))
+        sampled, self._pages = program(self.planner.model, self._pages, put(self.planner.model, host))
+        token, logprob, top_tokens, top_logprobs = (
+            np.asarray(x) for x in (sampled.token, sampled.logprob, sampled.top_tokens, sampled.top_logprobs)
+        )
+        return [
+            [
+                Sampled(int(token[row]), float(logprob[row]), top_tokens[row], top_logprobs[row]) if w.sampling else None
+                for row, w in enumerate(works, start=group * self.planner.shape.requests)
+            ]
+            for group, works in enumerate(work)
+        ]
+
+    @property
+    def grid(self) -> str:
+        """The programs, for people: tokens per step of a dp group."""
+        cp = self.planner.shape.cp
+        sizes = " ".join(str(bucket * cp) for bucket in self.planner.buckets)
+        return f"{len(self.planner.buckets)} programs, tokens per step: {sizes}"
+
+    def warmup(self, progress: Callable[[Sequence[int]], Any] = iter) -> None:
+        """Compiles all programs. `progress` wraps the sequence of buckets, as rich.progress.track does."""
+        for bucket in progress(self.planner.buckets):
+            self._program(bucket)
+
+    def _program(self, bucket: int) -> jax.stages.Compiled:
+        if bucket not in self._programs:
+            started = time.perf_counter()
+            self._programs[bucket] = compile_step(self.planner, bucket)
+            log.debug("compiled the step for %d tokens per rank in %.1f s", bucket, time.perf_counter() - started)
+        return self._programs[bucket]
+
+
+def compile_step(planner: Planner, bucket: int) -> jax.stages.Compiled:
+    """The step for one bucket, its cache donated: called with (model, pages, batch)."""
+    model = planner.model
+    host = planner.sample_batch(bucket)
+    batch = jax.tree.map(lambda x, spec: _struct(model, x, spec), host, batch_specs(host))
+    pages = jax.eval_shape(
+        lambda: cache.create(model.config, planner.shape.cache, model.build.dtype)
+    )
+    full = (planner.shape.dp * pages.shape[0], *pages.shape[1:])
+    pages = _struct(model, jax.ShapeDtypeStruct(full, pages.dtype), PAGES_SPEC)
+    return jax.jit(step, donate_argnums=1).lower(model, pages, batch).compile()
+
+
+def _struct(model: Model, x: Any, spec: Any) -> jax.ShapeDtypeStruct:
+    sharding = None if model.mesh is None else NamedSharding(model.mesh, spec)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def create_runner(
+    model: Model,
+    *,
+    page_size: int,
+    kv_pages: int | None,
+    memory_fraction: float,
+    prefill_chunk: int,
+    max_model_len: int | None,
+    max_running: int,
+    form: Form = "auto",
+) -> Runner:
+    """Sizes the cache and makes the runner.
+
+    Args:
+      kv_pages: pages per dp group; None: what `memory_fraction` of a device leaves after the weights and the largest
+        step's temporaries, but no more than `max_running` requests of the model's full length could fill.
+      max_model_len: None: the smaller of the model's length and what the pages hold.
+      max_running: requests at a time, per dp group.
+
+    Raises:
+      ConfigError: the pages asked for don't fit, or not even one does, or `max_model_len` is more than the pages hold.
+    """
+    longest = model.config.max_position if max_model_len is None else max_model_len
+    if longest > model.config.max_position:
+        raise ConfigError(
+            f"--max-model-len {longest}: the model has {model.config.max_position} positions. Use at most that."
+        )
+    useful = max_running * -(-longest // page_size)
+    room = _pages_that_fit(model, longest, page_size, memory_fraction, prefill_chunk, max_running, form)
+    if kv_pages is None:
+        kv_pages = min(useful, room)
+        if kv_pages < 1:
+            raise ConfigError(
+                f"--memory-fraction {memory_fraction}: no room for a single page of the cache on a device with "
+                f"{device_memory() / 2**30:.1f} GiB. Use a larger mesh, a smaller --prefill-chunk or --max-model-len."
+            )
+    elif kv_pages > room:
+        raise ConfigError(
+            f"--kv-pages {kv_pages}: {page_size} tokens each, {max(room, 0)} fit into {memory_fraction:.0%} of a device's "
+            f"{device_memory() / 2**30:.1f} GiB beside weights and temporaries. Use at most that many."
+        )
+    held = kv_pages * page_size
+    if max_model_len is not None and max_model_len > held:
+        raise ConfigError(
+            f"--max-model-len {max_model_len}: {kv_pages} pages of {page_size} hold {held} tokens. "
+            "Use a smaller length or more --kv-pages."
+        )
+    longest = min(longest, held)
+    planner = Planner.create(
+        model, cache_tokens=held, page_size=page_size, max_requests=max_running, max_len=longest,
+        prefill_chunk=prefill_chunk, form=form,
+    )  # fmt: skip
+    return Runner(planner, prefill_chunk=min(prefill_chunk, planner.buckets[-1] * planner.shape.cp),
+                  max_running=max_running, max_model_len=longest)  # fmt: skip
+
+
+def _pages_that_fit(
+    model: Model, longest: int, page_size: int, fraction: float, chunk: int, running: int, form: Form
+) -> int:
+    """Pages that fit a device, told by compiling its largest step for a cache of the smallest useful size."""
+    probe = Planner.create(
+        model, cache_tokens=longest, page_size=page_size, max_requests=running, max_len=longest, prefill_chunk=chunk, form=form
+    )
+    stats = compile_step(probe, probe.buckets[-1]).memory_analysis()
+    weights = sum(_local_bytes(x) for x in jax.tree.leaves(model.params))
+    free = device_memory() * fraction - stats.temp_size_in_bytes - stats.output_size_in_bytes + stats.alias_size_in_bytes
+    if jax.local_devices()[0].platform != "cpu":  # what is free on a CPU no longer holds the weights
+        free -= weights
+    return int(free // cache.page_bytes(model.config, page_size, model.build.dtype))
+
+
+def _local_bytes(x: jax.Array) -> int:
+    return int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
