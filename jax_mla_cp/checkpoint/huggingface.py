@@ -1,0 +1,158 @@
+"""Which Hugging Face tensor goes where in which parameter: one table.
+
+The checkpoint stores matrices as [outputs, inputs], ours are [inputs, ...outputs]; per-head outputs get dimensions of
+their own, and layers (and experts) are stacked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jax_mla_cp.config import ModelConfig
+
+View = Callable[[NDArray[Any]], NDArray[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A checkpoint tensor and its place in a parameter.
+
+    `at` and `view`'s result speak of one layer (and one expert) of the parameter: the dimensions that are left when the
+    stacked ones are taken away.
+    """
+
+    name: str
+    """May contain {layer} and {expert}."""
+    stored: tuple[int, ...]
+    """Shape in the checkpoint."""
+    view: View
+    """From the stored layout to the parameter's; a NumPy view where that can be."""
+    at: tuple[slice, ...] = ()
+    """The part of the parameter that it fills; () is all of it."""
+
+    @property
+    def routed(self) -> bool:
+        return "{expert}" in self.name
+
+
+def pieces(config: ModelConfig) -> dict[str, tuple[Piece, ...]]:
+    """Parameter path (`Decoder`'s attributes, joined with dots) -> what it is made of."""
+    c = config
+    table: dict[str, tuple[Piece, ...]] = {
+        "embed": (Piece("model.embed_tokens.weight", (c.vocab_size, c.hidden_size), _same),),
+        "final_norm": (Piece("model.norm.weight", (c.hidden_size,), _same),),
+    }
+    if not c.tie_word_embeddings:
+        table["head"] = (Piece("lm_head.weight", (c.vocab_size, c.hidden_size), np.transpose),)
+    stacks = {"dense": (c.num_dense_layers, _dense_mlp), "moe": (c.num_moe_layers, _moe_mlp)}
+    for stack, (layers, mlp) in stacks.items():
+        if layers:
+            table |= {f"{stack}.{path}": made_of for path, made_of in (_attention(c) | mlp(c)).items()}
+    return table
+
+
+def _attention(c: ModelConfig) -> dict[str, tuple[Piece, ...]]:
+    layer = "model.layers.{layer}."
+    attn = layer + "self_attn."
+    D, N, R, r, h, v = (
+        c.hidden_size, c.num_heads, c.kv_lora_rank, c.qk_rope_head_dim, c.qk_nope_head_dim, c.v_head_dim,
+    )  # fmt: skip
+
+    def halves(w: NDArray[Any]) -> NDArray[Any]:
+        """Reorders the rope rows [.., r, inputs] from pairs (0, 1), (2, 3) .. to pairs (i, i + r/2)."""
+        if not c.rope.interleaved:
+            return w
+        rows = np.arange(w.shape[-2])
+        rows[-r:] = np.concatenate([rows[-r::2], rows[-r + 1 :: 2]])
+        return w[..., rows, :]
+
+    def query(name: str, inputs: int) -> tuple[Piece, ...]:
+        stored = (N * (h + r), inputs)
+        return (Piece(attn + name, stored, lambda w: halves(w.reshape(N, h + r, inputs)).transpose(2, 0, 1)),)
+
+    def up(take: slice) -> tuple[Piece, ...]:
+        stored = (N * (h + v), R)
+        return (Piece(attn + "kv_b_proj.weight", stored, lambda w: w.reshape(N, h + v, R)[:, take].transpose(2, 0, 1)),)
+
+    table = {
+        "attn_norm": (Piece(layer + "input_layernorm.weight", (D,), _same),),
+        "mlp_norm": (Piece(layer + "post_attention_layernorm.weight", (D,), _same),),
+        "mla.kv_a": (Piece(attn + "kv_a_proj_with_mqa.weight", (R + r, D), lambda w: halves(w).T),),
+        "mla.kv_norm": (Piece(attn + "kv_a_layernorm.weight", (R,), _same),),
+        "mla.w_uk": up(slice(0, h)),
+        "mla.w_uv": up(slice(h, h + v)),
+        "mla.o": (Piece(attn + "o_proj.weight", (D, N * v), lambda w: w.reshape(D, N, v).transpose(1, 2, 0)),),
+    }
+    if c.q_lora_rank is None:
+        return table | {"mla.q": query("q_proj.weight", D)}
+    Q = c.q_lora_rank
+    return table | {
+        "mla.q_a": (Piece(attn + "q_a_proj.weight", (Q, D), np.transpose),),
+        "mla.q_norm": (Piece(attn + "q_a_layernorm.weight", (Q,), _same),),
+        "mla.q_b": query("q_b_proj.weight", Q),
+    }
+
+
+def _mlp(name: str, D: int, F: int) -> dict[str, tuple[Piece, ...]]:
+    return {
+        "gate_up": (  # [D, 2, F]
+            Piece(name + "gate_proj.weight", (F, D), lambda w: w.T[:, None], np.s_[:, 0:1, :]),
+            Piece(name + "up_proj.weight", (F, D), lambda w: w.T[:, None], np.s_[:, 1:2, :]),
+        ),
+        "down": (Piece(name + "down_proj.weight", (D, F), np.transpose),),
+    }
+
+
+def _dense_mlp(c: ModelConfig) -> dict[str, tuple[Piece, ...]]:
+    made_of = _mlp("model.layers.{layer}.mlp.", c.hidden_size, c.intermediate_size)
+    return {f"mlp.{path}": made for path, made in made_of.items()}
+
+
+def _moe_mlp(c: ModelConfig) -> dict[str, tuple[Piece, ...]]:
+    mlp = "model.layers.{layer}.mlp."
+    expert = mlp + "experts.{expert}."
+    D, E, F = c.hidden_size, c.n_routed_experts, c.moe_intermediate_size
+    table = {
+        "mlp.router": (Piece(mlp + "gate.weight", (E, D), np.transpose),),
+        "mlp.bias": (Piece(mlp + "gate.e_score_correction_bias", (E,), _same),),
+        "mlp.gate_up": (  # [D, 2 F] of one expert
+            Piece(expert + "gate_proj.weight", (F, D), np.transpose, np.s_[:, :F]),
+            Piece(expert + "up_proj.weight", (F, D), np.transpose, np.s_[:, F:]),
+        ),
+        "mlp.down": (Piece(expert + "down_proj.weight", (D, F), np.transpose),),
+    }
+    if c.n_shared_experts:
+        shared = _mlp(mlp + "shared_experts.", D, c.n_shared_experts * F)
+        table |= {f"mlp.shared.{path}": made for path, made in shared.items()}
+    return table
+
+
+def _same(w: NDArray[Any]) -> NDArray[Any]:
+    return w
+
+
+def layers_of(path: str, config: ModelConfig) -> range | None:
+    """The model's layers that the parameter `path` stacks; None if it belongs to no layer."""
+    match path.split(".")[0]:
+        case "dense":
+            return range(config.num_dense_layers)
+        case "moe":
+            return range(config.num_dense_layers, config.num_layers)
+        case _:
+            return None
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a checkpoint of this model must have, with its shape there."""
+    return {
+        piece.name.format(layer=layer, expert=expert): piece.stored
+        for path, made_of in pieces(config).items()
+        for layer in layers_of(path, config) or (None,)
+        for piece in made_of
+        for expert in range(config.n_routed_experts if piece.routed else 1)
+    }

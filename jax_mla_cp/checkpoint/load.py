@@ -1,0 +1,123 @@
+"""Puts a checkpoint's tensors into sharded arrays, one at a time.
+
+A parameter that one tensor fills is made from it directly. The others (stacked layers, experts, fused projections) are
+allocated once, as zeros, and each tensor is written into its place by a compiled update that donates the parameter.
+So the host never holds more than one tensor besides the arrays themselves, and a process reads only what its own
+devices keep. Experts are divided between devices: one update writes the j-th expert of every device.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from numpy.typing import NDArray
+
+from jax_mla_cp.checkpoint.check import check_tensors
+from jax_mla_cp.checkpoint.progress import loading_bar
+from jax_mla_cp.checkpoint.source import TensorSource
+from jax_mla_cp.checkpoint.target import Place, Target
+from jax_mla_cp.config import ModelConfig
+
+_log = logging.getLogger(__name__)
+
+
+def load_params(
+    source: TensorSource,
+    declared: nnx.State[Any, Any],
+    config: ModelConfig,
+    mesh: Mesh | None,
+    *,
+    progress: bool | None = None,
+) -> nnx.State[Any, Any]:
+    """The parameters of a `Decoder` from a checkpoint.
+
+    Args:
+      source: the checkpoint's tensors.
+      declared: `nnx.state(Decoder(build))`: parameters whose values are `jax.ShapeDtypeStruct`s with global shapes, and
+        whose metadata `spec` says how the mesh divides them. Tensors are cast to the dtypes declared there.
+      config: the model's.
+      mesh: the mesh that `build.shape` describes; None puts everything on the default device.
+      progress: show a progress bar on stderr; None shows it if stderr is a terminal.
+
+    Returns:
+      `declared` with `jax.Array`s in place of the declared values.
+
+    Raises:
+      CheckpointError: the checkpoint's tensors are not those of `config`; nothing has been allocated.
+    """
+    check_tensors(source, config)
+    begin = time.perf_counter()
+    flat = dict(nnx.to_flat_state(declared))
+    targets = {path: Target.of(path, param, config, mesh) for path, param in flat.items()}
+    arrays = _zeros([target for target in targets.values() if not target.whole])
+    places = sum(1 for _ in _by_layer(targets.values(), config))
+    with loading_bar(sum(t.nbytes for t in targets.values()), places, show=progress) as advance:
+        for target, place in _by_layer(targets.values(), config):
+            array = _read(source, target, place)
+            nbytes = array.nbytes
+            if not target.whole:
+                array = _updater(target.sharding)(arrays[target.path], array, np.asarray(place.start, np.int32))
+            arrays[target.path] = jax.block_until_ready(array)  # else transfers queue up, and host memory with them
+            advance(nbytes)
+    total = sum(array.nbytes for array in arrays.values())
+    _log.info(
+        "loaded %d tensors, %.2f GB, in %.1f s", len(list(source.names())), total / 1e9, time.perf_counter() - begin
+    )
+    return nnx.from_flat_state({path: param.replace(arrays[targets[path].path]) for path, param in flat.items()})
+
+
+def _by_layer(targets: Iterable[Target], config: ModelConfig) -> Iterator[tuple[Target, Place]]:
+    """In the order of the files: layer by layer, what belongs to no layer first."""
+    targets = list(targets)
+    for layer in (None, *range(config.num_layers)):
+        for target in targets:
+            for place in target.places(layer):
+                yield target, place
+
+
+def _zeros(targets: list[Target]) -> dict[str, jax.Array]:
+    def make() -> dict[str, jax.Array]:
+        return {target.path: jnp.zeros(target.shape, target.dtype) for target in targets}
+
+    zeros: dict[str, jax.Array] = jax.jit(make, out_shardings={target.path: target.sharding for target in targets})()
+    return zeros
+
+
+def _read(source: TensorSource, target: Target, place: Place) -> jax.Array:
+    """What goes to `place`, as a global array [1?, ranks?, *inner] divided like the parameter."""
+    parts: dict[tuple[tuple[int, int], ...], NDArray[Any]] = {}  # replicas share one copy
+
+    def part(index: tuple[slice, ...] | None) -> NDArray[Any]:
+        index = index or (slice(None),) * len(place.shape)
+        bounds = tuple(i.indices(size)[:2] for i, size in zip(index, place.shape, strict=True))
+        if bounds not in parts:
+            parts[bounds] = target.part(source, place, bounds)
+        return parts[bounds]
+
+    if target.sharding is None:
+        alone: jax.Array = jax.device_put(part(None))
+        return alone
+    return jax.make_array_from_callback(place.shape, target.sharding, part)
+
+
+@functools.cache
+def _updater(sharding: NamedSharding | None) -> Any:
+    """Jitted `(parameter, part, start) -> parameter`, in place; `start` counts within each device's own part."""
+
+    def update(parameter: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
+        return lax.dynamic_update_slice(parameter, part, list(start))
+
+    if sharding is not None:
+        specs = (sharding.spec, sharding.spec, PartitionSpec())
+        update = jax.shard_map(update, mesh=sharding.mesh, in_specs=specs, out_specs=sharding.spec)
+    return jax.jit(update, donate_argnums=0)

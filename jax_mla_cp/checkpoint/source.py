@@ -1,0 +1,178 @@
+"""Where tensors come from: a directory of safetensors files, or arrays in memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from jax_mla_cp.config import ConfigError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "I16": np.dtype(np.int16),
+    "U16": np.dtype(np.uint16),
+    "I32": np.dtype(np.int32),
+    "U32": np.dtype(np.uint32),
+    "I64": np.dtype(np.int64),
+    "U64": np.dtype(np.uint64),
+    "BOOL": np.dtype(np.bool_),
+}
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint that can't be loaded: a broken file, or tensors that are not what config.json describes."""
+
+
+class TensorSource(Protocol):
+    """Named tensors in the layout and under the names of a Hugging Face checkpoint."""
+
+    def names(self) -> Iterable[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> np.dtype[Any]: ...
+
+    def read(self, name: str) -> NDArray[Any]:
+        """The tensor, as a view of the source's memory where it can be."""
+        ...
+
+
+class ArraySource:
+    """Arrays in memory."""
+
+    def __init__(self, arrays: Mapping[str, NDArray[Any]]):
+        self._arrays = arrays
+
+    def names(self) -> Iterable[str]:
+        return self._arrays.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._arrays[name].shape
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        return self._arrays[name].dtype
+
+    def read(self, name: str) -> NDArray[Any]:
+        return self._arrays[name]
+
+
+class _Entry(NamedTuple):
+    file: mmap.mmap
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    offset: int  # bytes from the file's start
+
+
+class SafetensorsSource:
+    """A directory with `model.safetensors`, or with shards and their `model.safetensors.index.json`.
+
+    The files are mapped, not read: `read` returns a read-only view of the page cache, which costs no anonymous memory.
+    (safetensors' own NumPy reader copies each tensor whole, also for a device that keeps only a slice of it.)
+
+    Raises:
+      CheckpointError: no such files, a shard that is missing or truncated, a header that doesn't fit its file.
+    """
+
+    def __init__(self, directory: str | Path):
+        directory = Path(directory)
+        self._entries: dict[str, _Entry] = {}
+        if (directory / INDEX).is_file():
+            self._add_shards(directory)
+        elif (directory / SINGLE).is_file():
+            self._entries = _map_file(directory / SINGLE)
+        else:
+            raise CheckpointError(
+                f"--model {directory}: has neither {INDEX} nor {SINGLE}. Give a Hugging Face model directory with "
+                "safetensors weights (transformers' save_pretrained writes them)."
+            )
+
+    def names(self) -> Iterable[str]:
+        return self._entries.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entries[name].shape
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        return self._entries[name].dtype
+
+    def read(self, name: str) -> NDArray[Any]:
+        entry = self._entries[name]
+        flat = np.frombuffer(entry.file, entry.dtype, count=math.prod(entry.shape), offset=entry.offset)
+        return flat.reshape(entry.shape)
+
+    def _add_shards(self, directory: Path) -> None:
+        """The index says which tensor is in which file; the files' own headers say what it is."""
+        try:
+            weight_map = json.loads((directory / INDEX).read_text())["weight_map"]
+            shards = sorted(set(weight_map.values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{directory / INDEX}: expected a JSON object with a 'weight_map': {error!r}"
+            ) from error
+        absent = [shard for shard in shards if Path(shard).name != shard or not (directory / shard).is_file()]
+        if absent:
+            raise CheckpointError(
+                f"--model {directory}: {len(absent)} of {len(shards)} files that {INDEX} names are missing: "
+                f"{', '.join(absent[:20])}. Download them again."
+            )
+        files = {shard: _map_file(directory / shard) for shard in shards}
+        for name, shard in weight_map.items():
+            if name not in files[shard]:
+                raise CheckpointError(f"{directory / shard}: has no tensor {name!r}, which {INDEX} says it has.")
+            self._entries[name] = files[shard][name]
+
+
+def _map_file(path: Path) -> dict[str, _Entry]:
+    """Maps one safetensors file (header's length as a little-endian u64, JSON header, data) and checks its sizes."""
+    size = path.stat().st_size
+    if size < 8:
+        raise CheckpointError(f"{path}: truncated: {size} bytes are no safetensors file. Download it again.")
+    with path.open("rb") as stream:
+        file = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    data = 8 + int.from_bytes(file[:8], "little")
+    if data > size:
+        raise CheckpointError(
+            f"{path}: truncated: its header ends at byte {data}, the file at {size}. Download it again."
+        )
+    try:
+        header: dict[str, Any] = json.loads(file[8:data])
+        header.pop("__metadata__", None)
+        entries = {name: _entry(file, data, name, spec) for name, spec in header.items()}
+        end = max((data + spec["data_offsets"][1] for spec in header.values()), default=data)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{path}: not a safetensors header: {error!r}") from error
+    if end > size:
+        raise CheckpointError(
+            f"{path}: truncated: its tensors end at byte {end}, the file at {size}. Download it again."
+        )
+    return entries
+
+
+def _entry(file: mmap.mmap, data: int, name: str, spec: Mapping[str, Any]) -> _Entry:
+    if spec["dtype"] not in _DTYPES:
+        raise CheckpointError(f"{name}: dtype {spec['dtype']} is not supported; supported are {', '.join(_DTYPES)}.")
+    dtype, shape = _DTYPES[spec["dtype"]], tuple(spec["shape"])
+    begin, end = spec["data_offsets"]
+    if begin < 0 or end - begin != math.prod(shape) * dtype.itemsize:
+        raise CheckpointError(f"{name}: {end - begin} bytes do not hold shape {shape} of {spec['dtype']}.")
+    return _Entry(file, dtype, shape, data + begin)

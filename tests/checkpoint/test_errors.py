@@ -1,0 +1,121 @@
+"""Checkpoints that can't be loaded: one error that says everything that is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flax import nnx
+from numpy.typing import NDArray
+
+from jax_mla_cp.checkpoint import ArraySource, CheckpointError, SafetensorsSource, expected_shapes, load_params
+from jax_mla_cp.config import ModelConfig
+from jax_mla_cp.model.context import Build
+from jax_mla_cp.model.decoder import Decoder
+from tests.checkpoint import hf
+
+CONFIG = ModelConfig.from_hf({"model_type": "deepseek_v3", **hf.TINY})
+
+
+def arrays(config: ModelConfig = CONFIG) -> dict[str, NDArray[Any]]:
+    return {name: np.ones(shape, np.float32) for name, shape in expected_shapes(config).items()}
+
+
+def load(tensors: dict[str, NDArray[Any]], config: ModelConfig = CONFIG) -> nnx.State:
+    return load_params(ArraySource(tensors), nnx.state(Decoder(Build(config))), config, None)
+
+
+def test_all_mistakes_in_one_error() -> None:
+    tensors = arrays()
+    del tensors["model.norm.weight"]
+    del tensors["model.layers.2.mlp.experts.7.up_proj.weight"]
+    tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(3)
+    tensors["model.embed_tokens.weight"] = np.zeros((98, 31), np.float32)
+    tensors["lm_head.weight"] = np.zeros((98, 32), np.int8)
+    with pytest.raises(CheckpointError) as caught:
+        load(tensors)
+    message = str(caught.value)
+    assert "2 missing:\n  model.layers.2.mlp.experts.7.up_proj.weight\n  model.norm.weight" in message
+    assert "1 surplus:\n  model.layers.0.self_attn.q_proj.bias" in message
+    assert "1 of the wrong shape:\n  model.embed_tokens.weight: expected [98, 32], got [98, 31]" in message
+    assert "lm_head.weight: int8" in message
+
+
+def test_long_lists_are_capped() -> None:
+    with pytest.raises(CheckpointError, match=r"and \d+ more") as caught:
+        load({"something.else": np.zeros(1)})
+    assert len(str(caught.value).splitlines()) < 30
+
+
+def test_surplus_layers_are_an_error_and_mtp_layers_are_not(caplog: pytest.LogCaptureFixture) -> None:
+    tensors = arrays()
+    tensors["model.layers.3.input_layernorm.weight"] = np.ones(32, np.float32)
+    with pytest.raises(CheckpointError, match="1 surplus"):
+        load(tensors)
+    tensors["model.layers.3.eh_proj.weight"] = np.ones((32, 64), np.float32)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+    with caplog.at_level("INFO"):
+        load(tensors)
+    assert sum("ignored 3 tensors" in record.message for record in caplog.records) == 1
+
+
+def test_tied_head_may_be_there() -> None:
+    config = ModelConfig.from_hf({"model_type": "deepseek_v3", **hf.TINY, "tie_word_embeddings": True})
+    tensors = arrays(config)
+    assert "lm_head.weight" not in tensors
+    load(tensors, config)
+    load(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}, config)
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    return hf.write(tmp_path)
+
+
+def test_truncated_file(sharded: Path) -> None:
+    shard = sorted(sharded.glob("*.safetensors"))[1]
+    data = shard.read_bytes()
+    for size in (len(data) - 1, len(data) // 2, 100, 5, 0):
+        shard.write_bytes(data[:size])
+        with pytest.raises(CheckpointError, match=rf"{shard.name}: truncated"):
+            SafetensorsSource(sharded)
+
+
+def test_damaged_header(sharded: Path) -> None:
+    shard = sorted(sharded.glob("*.safetensors"))[0]
+    data = bytearray(shard.read_bytes())
+    data[8:12] = b"\xff\xff\xff\xff"
+    shard.write_bytes(data)
+    with pytest.raises(CheckpointError, match="not a safetensors header"):
+        SafetensorsSource(sharded)
+
+
+def test_missing_shard(sharded: Path) -> None:
+    shard = sorted(sharded.glob("*.safetensors"))[2]
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=rf"1 of \d+ files .* missing: {shard.name}"):
+        SafetensorsSource(sharded)
+
+
+def test_index_that_lies(sharded: Path) -> None:
+    index = sharded / "model.safetensors.index.json"
+    raw = json.loads(index.read_text())
+    raw["weight_map"]["lm_head.bias"] = next(iter(raw["weight_map"].values()))
+    index.write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match=r"has no tensor 'lm_head.bias'"):
+        SafetensorsSource(sharded)
+    raw["weight_map"] = {"a": "../outside.safetensors"}
+    index.write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match="missing"):
+        SafetensorsSource(sharded)
+    index.write_text("[]")
+    with pytest.raises(CheckpointError, match="weight_map"):
+        SafetensorsSource(sharded)
+
+
+def test_directory_without_weights(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="safetensors"):
+        SafetensorsSource(tmp_path)

@@ -1,0 +1,70 @@
+"""The paged cache: writes land where they should and nowhere else, and the compiled step never copies it."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_mla_cp import cache
+from jax_mla_cp.cache import CacheShape
+from jax_mla_cp.config import ConfigError
+
+SHAPE = CacheShape(layers=3, pages_per_layer=5, page_size=4)
+
+
+def test_write_lands_in_its_slots_of_its_layer_only() -> None:
+    before = np.random.default_rng(0).normal(size=(15, 4, 2)).astype(np.float32)
+    latents = np.arange(10, dtype=np.float32).reshape(5, 2) + 100
+    slots = np.concatenate([[7, 4, 19], SHAPE.no_slot(2)]).astype(np.int32)  # the last two tokens are padding
+    fresh = np.concatenate([[4], SHAPE.no_page(1)]).astype(np.int32)
+    for layer in range(3):
+        arrays = (jnp.asarray(x) for x in (before, latents, slots, fresh, layer))
+        after = np.asarray(cache.write(*arrays, pages_per_layer=5))
+        expect = before.copy().reshape(3, 5, 4, 2)
+        expect[layer, 4] = 0
+        for slot, latent in zip(slots[:3], latents, strict=False):
+            expect[layer, slot // 4, slot % 4] = latent
+        np.testing.assert_array_equal(after, expect.reshape(before.shape))
+
+
+def test_out_of_range_reads_are_zeros_in_every_layer() -> None:
+    pages = jnp.ones((15, 4, 2))
+    ids = cache.table(SHAPE.no_page(3), jnp.int32(2), pages_per_layer=5)
+    assert not np.asarray(cache.read(pages, ids)).any()
+    assert np.asarray(cache.read(pages, cache.table(jnp.array([4]), jnp.int32(2), pages_per_layer=5))).all()
+
+
+def test_ids_stay_int32() -> None:
+    with pytest.raises(ConfigError, match="--kv-pages"):
+        CacheShape(layers=61, pages_per_layer=200_000, page_size=64)
+
+
+@pytest.mark.parametrize("bad", [{"layers": 0}, {"pages_per_layer": 0}, {"page_size": 0}])
+def test_refuses_empty_shapes(bad: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(bad))):
+        CacheShape(**{"layers": 1, "pages_per_layer": 1, "page_size": 1, **bad})
+
+
+def copies_of(text: str, shape: tuple[int, ...]) -> list[str]:
+    """Copy instructions of an array of that shape, flat over pages or not, in a compiled program's text."""
+    pages, page_size, latent = shape
+    forms = (f"{pages},{page_size},{latent}", f"{pages * page_size},{latent}")
+    pattern = rf"= \w+\[(?:{'|'.join(forms)})\]\S* copy(?:-start)?\("
+    return [line.strip()[:160] for line in text.splitlines() if re.search(pattern, line)]
+
+
+def test_a_step_without_donation_is_seen_to_copy() -> None:
+    """Negative control of the aliasing test in tests/model/test_step.py: the same search finds the copy there."""
+
+    def write(pages: jax.Array) -> jax.Array:
+        return pages.at[jnp.array([3])].set(1.0)
+
+    pages = jax.ShapeDtypeStruct((64, 8, 32), jnp.float32)
+    kept = jax.jit(write).lower(pages).compile()
+    donated = jax.jit(write, donate_argnums=0).lower(pages).compile()
+    assert copies_of(kept.as_text(), (64, 8, 32))
+    assert not copies_of(donated.as_text(), (64, 8, 32))
