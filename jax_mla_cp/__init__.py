@@ -1,0 +1,30 @@
+"""Prefill context parallelism for DeepSeek-style MLA models in JAX.
+
+The public names, for notebooks; the server is `python -m jax_mla_cp.serve`. See README.md for a complete example.
+"""
+
+from jax_mla_cp.batch import Sampling, Work
+from jax_mla_cp.config import ConfigError, ModelConfig
+from jax_mla_cp.load import load
+from jax_mla_cp.mesh import MeshShape, make_mesh
+from jax_mla_cp.model.handle import Model
+from jax_mla_cp.planner import Planner
+from jax_mla_cp.step import forward, step
+from jax_mla_cp.tokenizer import Tokenizer
+from jax_mla_cp.zigzag import plan
+
+__all__ = [
+    "ConfigError",
+    "MeshShape",
+    "Model",
+    "ModelConfig",
+    "Planner",
+    "Sampling",
+    "Tokenizer",
+    "Work",
+    "forward",
+    "load",
+    "make_mesh",
+    "plan",
+    "step",
+]

@@ -1,0 +1,99 @@
+"""From a model directory (or the built-in model) to `Model`: the weights on the mesh, and the tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from jax_mla_cp.attention import resolve_implementation
+from jax_mla_cp.checkpoint import SafetensorsSource, TensorSource, load_params
+from jax_mla_cp.config import ConfigError, Implementation, ModelConfig
+from jax_mla_cp.default_model import default_model
+from jax_mla_cp.mesh import MeshShape, mesh_shape, spec_axes
+from jax_mla_cp.model.context import EP_CHOICES, Build
+from jax_mla_cp.model.decoder import Decoder
+from jax_mla_cp.model.handle import Model
+from jax_mla_cp.platform import device_memory
+from jax_mla_cp.tokenizer import Tokenizer
+
+EpAxes = Literal["auto", "tp", "tp,cp", "tp,cp,dp"]
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+_WEIGHTS_FRACTION = 0.7
+"""Of a device's memory: where `ep_axes="auto"` stops trying to hold the experts on fewer axes."""
+
+
+def load(
+    model: str | Path | None = None,
+    *,
+    mesh: Mesh | None = None,
+    dtype: Dtype = "auto",
+    ep_axes: EpAxes = "auto",
+    attention: Implementation = "auto",
+    progress: bool | None = None,
+) -> tuple[Model, Tokenizer | None]:
+    """Loads a model onto a mesh made by `make_mesh`, or onto one device.
+
+    Args:
+      model: a Hugging Face model directory; None is the built-in model (random weights, byte-level tokenizer).
+      dtype: of weights, activations and cache; "auto" is float32 on CPU and bfloat16 on GPUs.
+      ep_axes: the mesh axes that divide the experts; "auto" takes the fewest whose weights fit the memory.
+      attention: "auto" is the fastest that runs here.
+      progress: a bar on stderr; None: if that is a terminal.
+
+    Returns: the model, and its tokenizer, or None if the directory has no tokenizer.json.
+
+    Raises:
+      ConfigError: whatever does not fit: the directory, the config, the mesh, the checkpoint's tensors.
+    """
+    source: TensorSource
+    if model is None:
+        config, source, tokenizer = default_model()
+    else:
+        config = ModelConfig.from_dir(model)
+        tokenizer = Tokenizer.from_dir(model, config.vocab_size)
+        source = SafetensorsSource(Path(model))
+    build = plan_build(config, mesh, dtype=dtype, ep_axes=ep_axes, attention=attention)
+    return Model(load_params(source, nnx.state(Decoder(build)), config, mesh, progress=progress), build, mesh), tokenizer
+
+
+def plan_build(
+    config: ModelConfig, mesh: Mesh | None, *, dtype: Dtype, ep_axes: EpAxes, attention: Implementation
+) -> Build:
+    """Everything static about a model on a mesh, checked before any weight is read.
+
+    Raises:
+      ConfigError: as `load`.
+    """
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise ConfigError(f"--dtype must be auto, float32 or bfloat16, got {dtype!r}.")
+    if ep_axes != "auto" and ep_axes not in EP_CHOICES:
+        raise ConfigError(f"--ep-axes must be auto, {' or '.join(EP_CHOICES)}, got {ep_axes!r}.")
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    shape = None if mesh is None else mesh_shape(mesh)
+    implementation = resolve_implementation(attention)
+    builds = [
+        Build(config, shape, EP_CHOICES[name], jnp.dtype(dtype), implementation)
+        for name in ([ep_axes] if ep_axes != "auto" else EP_CHOICES)
+    ]
+    room = device_memory() * _WEIGHTS_FRACTION
+    fitting = [build for build in builds if weight_bytes(build) <= room]
+    return fitting[0] if fitting else builds[-1]
+
+
+def weight_bytes(build: Build) -> int:
+    """Bytes of the weights that one device holds."""
+    shape = build.shape or MeshShape()
+    total = 0
+    for param in jax.tree.leaves(nnx.state(Decoder(build)), is_leaf=lambda p: isinstance(p, nnx.Variable)):
+        value = param.get_value()
+        ways = int(np.prod([getattr(shape, axis) for axis in spec_axes(param.get_metadata("spec"))]))
+        total += int(np.prod(value.shape)) * value.dtype.itemsize // ways
+    return total
