@@ -151,8 +151,6 @@ class Planner:
 
 def _buckets(chunk: int, requests: int, cp: int) -> tuple[int, ...]:
     """Per rank. The zigzag gives no rank more than 2 tokens over its share of a request, nor more than one request whole."""
-    most = chunk + requests
     uneven = 0 if cp == 1 else 2 * min(requests, chunk // (2 * cp)) + 2 * cp
-    largest = -(-most // cp) + uneven
-    fine = {-(-size // cp) for size in token_buckets(most)}
-    return tuple(sorted({*fine, largest}))
+    largest = -(-(chunk + requests) // cp) + uneven
+    return tuple(sorted({-(-size // cp) for size in token_buckets(largest * cp)}))

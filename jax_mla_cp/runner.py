@@ -16,7 +16,6 @@ from jax_mla_cp import cache
 from jax_mla_cp.batch import Work, batch_specs
 from jax_mla_cp.cache import PAGES_SPEC, CacheShape
 from jax_mla_cp.config import ConfigError, Form, ModelConfig
-from jax_mla_cp.mesh import mesh_shape
 from jax_mla_cp.model.handle import Model
 from jax_mla_cp.planner import Planner
 from jax_mla_cp.platform import device_memory
@@ -64,6 +63,10 @@ class Runner:
     @property
     def pages_per_group(self) -> int:
         return self.planner.shape.cache.pages_per_layer
+
+    def reset(self) -> None:
+        """A new, empty cache: after a step failed, the donated one may be gone."""
+        self._pages = self.planner.new_cache()
 
     def step(self, work: Sequence[Sequence[Work]]) -> list[list[Sampled | None]]:
         """Runs one step and waits for it. None stands for works that sample nothing.

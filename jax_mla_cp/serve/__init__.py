@@ -1,0 +1,1 @@
+"""The OpenAI-compatible server: `python -m jax_mla_cp.serve --help`."""

@@ -1,0 +1,95 @@
+"""Errors in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+log = logging.getLogger(__name__)
+
+
+class ApiError(Exception):
+    """An answer other than 200."""
+
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.status = status
+        self.body = error_body(status, message, param=param, code=code)
+
+
+def error_body(status: int, message: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    kind = "server_error" if status >= 500 else "not_found_error" if status == 404 else "invalid_request_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def install(app: FastAPI) -> None:
+    """Makes every error of the app one of these."""
+
+    @app.exception_handler(ApiError)
+    async def _api(_: Request, error: ApiError) -> JSONResponse:
+        return JSONResponse(error.body, error.status)
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = [str(part) for part in first["loc"] if part != "body"]
+        field = where[0] if where else None
+        if first["type"] == "json_invalid":
+            return JSONResponse(error_body(400, f"The body is not JSON: {first.get('ctx', {}).get('error', '')}."), 400)
+        got = ascii(first.get("input"))
+        got = got if len(got) <= 100 else got[:100] + "..."
+        message = f"{'.'.join(where) or 'body'}: {first['msg']}" + ("." if first["type"] == "missing" else f", got {got}.")
+        return JSONResponse(error_body(400, message, param=ascii(field)[1:-1] if field else None), 400)
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> JSONResponse:
+        message = str(error.detail)
+        if error.status_code in (404, 405):
+            message = f"{request.method} {ascii(request.url.path)[1:-1]}: {message}. See GET /openapi.json for what there is."
+        return JSONResponse(error_body(error.status_code, message), error.status_code, headers=error.headers)
+
+    @app.exception_handler(Exception)
+    async def _bug(_: Request, error: Exception) -> JSONResponse:
+        log.error("a request failed", exc_info=error)
+        return JSONResponse(error_body(500, "Internal error; the server's log has it."), 500)
+
+
+class LimitBody:
+    """ASGI middleware: a body over the limit gets 413, before it is parsed or even read."""
+
+    def __init__(self, app: ASGIApp, limit: int):
+        self._app = app
+        self._limit = limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > self._limit:
+            await self._refuse(scope, receive, send)
+            return
+        read = 0
+
+        async def limited() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self._limit:
+                raise ApiError(413, f"The body is larger than {self._limit} bytes.")
+            return message
+
+        try:
+            await self._app(scope, limited, send)
+        except ApiError as error:
+            await JSONResponse(error.body, error.status)(scope, receive, send)
+
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = error_body(413, f"The body is larger than {self._limit} bytes.")
+        await JSONResponse(body, 413, headers={"connection": "close"})(scope, receive, send)
