@@ -71,7 +71,9 @@ class BatchShape:
         if self.requests < 1 or self.requests % self.cp:
             raise ValueError(f"requests must be a positive multiple of cp={self.cp}, got {self.requests}.")
         if self.expanded_keys % self.cache.page_size:
-            raise ValueError(f"expanded_keys must be a multiple of page_size={self.cache.page_size}, got {self.expanded_keys}.")
+            raise ValueError(
+                f"expanded_keys must be a multiple of page_size={self.cache.page_size}, got {self.expanded_keys}."
+            )
 
 
 @jax.tree_util.register_dataclass
@@ -111,13 +113,13 @@ class SamplingArrays:
 
 def batch_specs(batch: Batch) -> Batch:
     """A Batch of PartitionSpecs, with None where the batch has None."""
-    group = {"slots", "fresh", "page_table", "key_pages", "num_keys"}
-    tokens = PartitionSpec(TOKENS)
-    fields = {
-        f.name: jax.tree.map(lambda _, s=PartitionSpec(DP) if f.name in group else tokens: s, getattr(batch, f.name))
-        for f in dataclasses.fields(Batch)
-    }
-    return Batch(**fields)
+    groups = {"slots", "fresh", "page_table", "key_pages", "num_keys"}
+
+    def spec(name: str) -> Any:
+        axes = PartitionSpec(DP) if name in groups else PartitionSpec(TOKENS)
+        return jax.tree.map(lambda _: axes, getattr(batch, name))
+
+    return Batch(**{field.name: spec(field.name) for field in dataclasses.fields(Batch)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +186,9 @@ def _check(i: int, work: Work, shape: BatchShape, config: ModelConfig) -> None:
         raise ValueError(f"work {i}: {work.cached} + {new} tokens exceed the model's {config.max_position} positions.")
     needed = -(-(work.cached + new) // page_size)
     if not needed <= len(work.pages):
-        raise ValueError(f"work {i}: {work.cached + new} tokens need {needed} pages of {page_size}, got {len(work.pages)}.")
+        raise ValueError(
+            f"work {i}: {work.cached + new} tokens need {needed} pages of {page_size}, got {len(work.pages)}."
+        )
     if needed > shape.table_width:
         raise ValueError(f"work {i}: needs {needed} pages, the page table holds {shape.table_width}.")
     ids = np.asarray(work.tokens)

@@ -111,16 +111,12 @@ def write(
     return flat.reshape(pages.shape)
 
 
-def table(
-    page_table: Int32[Array, "B W"], layer: Int32[Array, ""], *, pages_per_layer: int
-) -> Int32[Array, "B W"]:
+def table(page_table: Int32[Array, "B W"], layer: Int32[Array, ""], *, pages_per_layer: int) -> Int32[Array, "B W"]:
     """The page ids of one layer, for an attention call that reads the pages itself."""
     return page_table + layer * pages_per_layer
 
 
-def read(
-    pages: Float[Array, "pages page_size C"], page_ids: Int32[Array, " K"]
-) -> Float[Array, "K*page_size C"]:
+def read(pages: Float[Array, "pages page_size C"], page_ids: Int32[Array, " K"]) -> Float[Array, "K*page_size C"]:
     """The latents of pages, one after the other. Pages out of range are zeros."""
     latents = pages.at[page_ids].get(mode="fill", fill_value=0)
     return lax.collapse(latents, 0, 2)

@@ -91,7 +91,9 @@ class ModelConfig:
                     f"config.json: n_routed_experts={self.n_routed_experts} must be a multiple of n_group={self.n_group}."
                 )
             if not 1 <= self.topk_group <= self.n_group:
-                raise ConfigError(f"config.json: topk_group must be 1 to n_group={self.n_group}, got {self.topk_group}.")
+                raise ConfigError(
+                    f"config.json: topk_group must be 1 to n_group={self.n_group}, got {self.topk_group}."
+                )
             choosable = self.topk_group * (self.n_routed_experts // self.n_group)
             if not 1 <= self.experts_per_token <= choosable:
                 raise ConfigError(
@@ -99,7 +101,9 @@ class ModelConfig:
                     f"{self.n_group} groups), got {self.experts_per_token}."
                 )
             if self.n_group > 1 and self.n_routed_experts // self.n_group < 2:
-                raise ConfigError("config.json: a group's score is its two best experts' sum, so a group needs two experts.")
+                raise ConfigError(
+                    "config.json: a group's score is its two best experts' sum, so a group needs two experts."
+                )
 
     @property
     def num_dense_layers(self) -> int:

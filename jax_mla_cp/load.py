@@ -53,6 +53,7 @@ def load(
       ConfigError: whatever does not fit: the directory, the config, the mesh, the checkpoint's tensors.
     """
     source: TensorSource
+    tokenizer: Tokenizer | None
     if model is None:
         config, source, tokenizer = default_model()
     else:
@@ -60,7 +61,9 @@ def load(
         tokenizer = Tokenizer.from_dir(model, config.vocab_size)
         source = SafetensorsSource(Path(model))
     build = plan_build(config, mesh, dtype=dtype, ep_axes=ep_axes, attention=attention)
-    return Model(load_params(source, nnx.state(Decoder(build)), config, mesh, progress=progress), build, mesh), tokenizer
+    return Model(
+        load_params(source, nnx.state(Decoder(build)), config, mesh, progress=progress), build, mesh
+    ), tokenizer
 
 
 def plan_build(

@@ -54,7 +54,9 @@ class MeshShape:
         for part in text.split(","):
             axis, equals, size = part.strip().partition("=")
             if axis not in AXES or not equals:
-                raise ConfigError(f"--mesh {text!r}: {part.strip()!r} is not AXIS=SIZE with AXIS one of tp, cp, dp. Example: tp=8,cp=4")
+                raise ConfigError(
+                    f"--mesh {text!r}: {part.strip()!r} is not AXIS=SIZE with AXIS one of tp, cp, dp. Example: tp=8,cp=4"
+                )
             if axis in sizes:
                 raise ConfigError(f"--mesh {text!r}: {axis} is given twice.")
             if not (size.isascii() and size.isdigit() and 1 <= int(size) <= 65536):
@@ -77,7 +79,9 @@ def make_mesh(shape: str | MeshShape, devices: Sequence[jax.Device] | None = Non
             f"Use a smaller mesh{_cpu_hint(devices, shape)}."
         )
     if len(devices) > shape.devices and jax.process_count() > 1:
-        raise ConfigError(f"mesh: {shape} uses {shape.devices} of {len(devices)} devices; several processes must use all of theirs.")
+        raise ConfigError(
+            f"mesh: {shape} uses {shape.devices} of {len(devices)} devices; several processes must use all of theirs."
+        )
     return jax.make_mesh(
         (shape.dp, shape.cp, shape.tp), AXES, devices=devices[: shape.devices], axis_types=(AxisType.Auto,) * len(AXES)
     )

@@ -137,7 +137,9 @@ class Planner:
         for bucket in self.buckets:
             if tokens <= bucket:
                 return bucket
-        raise ValueError(f"a rank has {tokens} tokens; the largest bucket is {self.buckets[-1]}. Use a larger prefill_chunk.")
+        raise ValueError(
+            f"a rank has {tokens} tokens; the largest bucket is {self.buckets[-1]}. Use a larger prefill_chunk."
+        )
 
     def sample_batch(self, bucket: int) -> Batch:
         """A batch of the bucket's shapes, with nothing in it, on the host: to compile for."""

@@ -33,7 +33,7 @@ def setup(platform: Platform, devices: int) -> Literal["cpu", "cuda"]:
     if _COLLECTIVE_TIMEOUT not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {_COLLECTIVE_TIMEOUT}={_COLLECTIVE_TIMEOUT_SECONDS}".strip()
     if platform == "auto":
-        asked = jax.config.jax_platforms or ""
+        asked = jax.config.read("jax_platforms") or ""
         platform = "cpu" if asked.startswith("cpu") or not _has_gpu() else "cuda"
     if platform == "cpu":
         jax.config.update("jax_platforms", "cpu")
@@ -98,7 +98,9 @@ def enable_compile_cache(directory: str | Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise ConfigError(f"--compile-cache {path}: can't be written ({error.strerror}). Name another directory, or off.") from error
+        raise ConfigError(
+            f"--compile-cache {path}: can't be written ({error.strerror}). Name another directory, or off."
+        ) from error
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

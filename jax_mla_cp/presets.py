@@ -1,4 +1,8 @@
-"""The model configurations that ship with the package: `configs/*.json`, in Hugging Face's format."""
+"""The model configurations that ship with the package: `configs/*.json`, in Hugging Face's format.
+
+They give the published models' architecture. Their `quantization_config` is left out: the checkpoints are FP8, which
+`ModelConfig.from_hf` refuses for now.
+"""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 
 from jax_mla_cp import cache
 from jax_mla_cp.batch import Work, batch_specs
-from jax_mla_cp.cache import PAGES_SPEC, CacheShape
+from jax_mla_cp.cache import PAGES_SPEC
 from jax_mla_cp.config import ConfigError, Form, ModelConfig
 from jax_mla_cp.model.handle import Model
 from jax_mla_cp.planner import Planner
@@ -85,7 +85,9 @@ class Runner:
         )
         return [
             [
-                Sampled(int(token[row]), float(logprob[row]), top_tokens[row], top_logprobs[row]) if w.sampling else None
+                Sampled(int(token[row]), float(logprob[row]), top_tokens[row], top_logprobs[row])
+                if w.sampling
+                else None
                 for row, w in enumerate(works, start=group * self.planner.shape.requests)
             ]
             for group, works in enumerate(work)
@@ -116,9 +118,7 @@ def compile_step(planner: Planner, bucket: int) -> jax.stages.Compiled:
     model = planner.model
     host = planner.sample_batch(bucket)
     batch = jax.tree.map(lambda x, spec: _struct(model, x, spec), host, batch_specs(host))
-    pages = jax.eval_shape(
-        lambda: cache.create(model.config, planner.shape.cache, model.build.dtype)
-    )
+    pages = jax.eval_shape(lambda: cache.create(model.config, planner.shape.cache, model.build.dtype))
     full = (planner.shape.dp * pages.shape[0], *pages.shape[1:])
     pages = _struct(model, jax.ShapeDtypeStruct(full, pages.dtype), PAGES_SPEC)
     return jax.jit(step, donate_argnums=1).lower(model, pages, batch).compile()
@@ -190,11 +190,19 @@ def _pages_that_fit(
 ) -> int:
     """Pages that fit a device, told by compiling its largest step for a cache of the smallest useful size."""
     probe = Planner.create(
-        model, cache_tokens=longest, page_size=page_size, max_requests=running, max_len=longest, prefill_chunk=chunk, form=form
+        model,
+        cache_tokens=longest,
+        page_size=page_size,
+        max_requests=running,
+        max_len=longest,
+        prefill_chunk=chunk,
+        form=form,
     )
-    stats = compile_step(probe, probe.buckets[-1]).memory_analysis()
+    stats: Any = compile_step(probe, probe.buckets[-1]).memory_analysis()
     weights = sum(_local_bytes(x) for x in jax.tree.leaves(model.params))
-    free = device_memory() * fraction - stats.temp_size_in_bytes - stats.output_size_in_bytes + stats.alias_size_in_bytes
+    free = (
+        device_memory() * fraction - stats.temp_size_in_bytes - stats.output_size_in_bytes + stats.alias_size_in_bytes
+    )
     if jax.local_devices()[0].platform != "cpu":  # what is free on a CPU no longer holds the weights
         free -= weights
     return int(free // cache.page_bytes(model.config, page_size, model.build.dtype))

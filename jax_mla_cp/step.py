@@ -21,7 +21,9 @@ from jax_mla_cp.model.handle import Model, param_specs
 from jax_mla_cp.sampling import SampledArrays, sample
 
 
-def forward(model: Model, pages: Float[Array, "pages page_size C"], batch: Batch) -> tuple[Float[Array, "I Vp"], jax.Array]:
+def forward(
+    model: Model, pages: Float[Array, "pages page_size C"], batch: Batch
+) -> tuple[Float[Array, "I Vp"], jax.Array]:
     """Runs a batch: logits after each request's last token, and the cache with the step's latents.
 
     Jit it with the cache donated, `jax.jit(forward, donate_argnums=1)`, or every call copies the cache.
@@ -65,9 +67,10 @@ def _run(per_device: Callable[..., Any], out_specs: Any, model: Model, pages: ja
 
 def put(model: Model, batch: Batch) -> Batch:
     """A host batch onto the model's devices. Every process must pass the same one."""
-    if model.mesh is None:
+    mesh = model.mesh
+    if mesh is None:
         return jax.device_put(batch)
-    shardings = jax.tree.map(lambda spec: NamedSharding(model.mesh, spec), batch_specs(batch))
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), batch_specs(batch))
     if jax.process_count() == 1:
         return jax.device_put(batch, shardings)
 

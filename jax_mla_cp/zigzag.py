@@ -142,7 +142,9 @@ def _rows(length: np.ndarray, cached: np.ndarray, cp: int) -> tuple[np.ndarray, 
         n, work, k = heap[0]
         chosen[i] = k
         kv = int(cached[i] + length[i])
-        heapq.heapreplace(heap, (n + int(length[i]), work + int(length[i]) * kv - int(length[i] * (length[i] - 1)) // 2, k))
+        heapq.heapreplace(
+            heap, (n + int(length[i]), work + int(length[i]) * kv - int(length[i] * (length[i] - 1)) // 2, k)
+        )
 
     return (
         np.concatenate([ranks.ravel(), chosen[whole]]),

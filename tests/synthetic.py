@@ -32,7 +32,7 @@ CONFIG = ModelConfig(
 def random_model(mesh: str | None = None, ep: str = "tp", config: ModelConfig = CONFIG, **build: object) -> Model:
     """A model whose weights depend on the config alone: what only pads a shape for the mesh is zero."""
     on = None if mesh is None else make_mesh(mesh)
-    real = {leaf: shape for leaf, shape in _shapes(Build(config))}
+    real = dict(_shapes(Build(config)))
     built = Build(config, None if on is None else mesh_shape(on), EP_CHOICES[ep], **build)  # type: ignore[arg-type]
 
     def fill(path: tuple[object, ...], param: nnx.Param) -> nnx.Param:
@@ -45,7 +45,9 @@ def random_model(mesh: str | None = None, ep: str = "tp", config: ModelConfig = 
         place = None if on is None else NamedSharding(on, param.get_metadata("spec"))
         return param.replace(jax.device_put(value, place))
 
-    params = jax.tree_util.tree_map_with_path(fill, nnx.state(Decoder(built)), is_leaf=lambda p: isinstance(p, nnx.Param))
+    params = jax.tree_util.tree_map_with_path(
+        fill, nnx.state(Decoder(built)), is_leaf=lambda p: isinstance(p, nnx.Param)
+    )
     return Model(params, built, on)
 
 
@@ -67,12 +69,12 @@ class Driver:
     """Runs requests step by step and returns each one's logits; every request keeps its own pages."""
 
     def __init__(self, model: Model, *, page_size: int = 16, max_requests: int = 4, max_len: int = 256, form: str = "auto",
-                 spare: int = 3, seed: int = 0):  # fmt: skip
+                 spare: int = 3, chunk: int | None = None, seed: int = 0):  # fmt: skip
         width = -(-max_len // page_size)
         self.model = model
         self.planner = Planner.create(
             model, cache_tokens=(width * max_requests + spare) * page_size, page_size=page_size,
-            max_requests=max_requests, max_len=max_len, form=form,  # type: ignore[arg-type]
+            max_requests=max_requests, max_len=max_len, prefill_chunk=chunk, form=form,  # type: ignore[arg-type]
         )  # fmt: skip
         self.pages = self.planner.new_cache()
         pages = self.planner.shape.cache.pages_per_layer

@@ -20,7 +20,9 @@ def resolve_implementation(implementation: Implementation) -> Implementation:
     if implementation not in ("auto", "fa3", "xla"):
         raise ConfigError(f"--attention must be auto, fa3 or xla, got {implementation!r}.")
     if implementation == "fa3":
-        raise ConfigError("--attention fa3: this version has no FlashAttention-3 kernels yet. Use --attention xla (or auto).")
+        raise ConfigError(
+            "--attention fa3: this version has no FlashAttention-3 kernels yet. Use --attention xla (or auto)."
+        )
     return "xla"
 
 

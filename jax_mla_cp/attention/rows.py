@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import numpy as np
 from jaxtyping import Array, Int32
 
 
@@ -16,9 +17,9 @@ class Rows:
     Its last query sees the first `kv_len[b]` keys of its request, each query before it one key less.
     """
 
-    cu_q: Int32[Array, " B+1"]
-    kv_len: Int32[Array, " B"]
-    kv_start: Int32[Array, " B"]
+    cu_q: Int32[Array | np.ndarray, " B+1"]
+    kv_len: Int32[Array | np.ndarray, " B"]
+    kv_start: Int32[Array | np.ndarray, " B"]
     """Expanded form: where the request's keys begin in the packed ones. Rows of one request share their keys."""
-    request: Int32[Array, " B"]
+    request: Int32[Array | np.ndarray, " B"]
     """The request's row in the page table."""

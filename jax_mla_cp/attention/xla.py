@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int32
 from jax_mla_cp.attention.rows import Rows
 from jax_mla_cp.cache import read
 from jax_mla_cp.mesh import vary_like
+from jax_mla_cp.numerics import einsum_float32
 
 _QUERY_BLOCK = 128
 _SHORT_QUERY_BLOCK = 4  # for rows of a few tokens (decode), where a block of 128 would be mostly masked
@@ -111,14 +112,14 @@ def _each_query_block(
             best, total, acc = carry
             k, v, index = load(row, j * key_block)
             fits = (index >= j * key_block) & (index < rows.kv_len[row])
-            s = jnp.einsum(score, q_block, k, preferred_element_type=jnp.float32) * scale
+            s = einsum_float32(score, q_block, k) * scale
             s = jnp.where(fits & (index < visible[:, None]), s, _MASKED)
             new_best = jnp.maximum(best, s.max(-1))
             p = jnp.where(s > _MASKED, jnp.exp(s - new_best[..., None]), 0.0)
             # What lies past the row's end may be anything, NaN too, which a probability of 0 would not remove.
             v = jnp.where(fits.reshape(-1, *[1] * (v.ndim - 1)), v, 0)
             shrink = jnp.exp(best - new_best)
-            acc = acc * shrink.T[..., None] + jnp.einsum(mix, p.astype(v.dtype), v, preferred_element_type=jnp.float32)
+            acc = acc * shrink.T[..., None] + einsum_float32(mix, p.astype(v.dtype), v)
             return new_best, total * shrink + p.sum(-1), acc
 
         carry = (

@@ -9,12 +9,12 @@ import zlib
 
 import numpy as np
 import tokenizers
-from jax_mla_cp.presets import model_config
 from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers
 
 from jax_mla_cp.checkpoint import ArraySource, expected_shapes
 from jax_mla_cp.config import ModelConfig
+from jax_mla_cp.presets import model_config
 from jax_mla_cp.tokenizer import Tokenizer
 
 BOS, EOS = 256, 257

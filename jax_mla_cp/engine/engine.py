@@ -20,11 +20,17 @@ _FAILURES_IN_A_ROW = 3
 class Steps(Protocol):
     """What the engine needs of `jax_mla_cp.runner.Runner`."""
 
-    dp: int
-    pages_per_group: int
-    page_size: int
-    max_running: int
     prefill_chunk: int
+    max_running: int
+
+    @property
+    def dp(self) -> int: ...
+
+    @property
+    def page_size(self) -> int: ...
+
+    @property
+    def pages_per_group(self) -> int: ...
 
     def step(self, work: Sequence[Sequence[Work]]) -> list[list[Sampled | None]]: ...
 

@@ -25,7 +25,9 @@ class Scheduled:
     def work(self) -> Work:
         r = self.request
         samples = r.computed + self.count == len(r.tokens)
-        return Work(r.tokens[r.computed : r.computed + self.count], r.computed, r.pages, r.sampling if samples else None)
+        return Work(
+            r.tokens[r.computed : r.computed + self.count], r.computed, r.pages, r.sampling if samples else None
+        )
 
 
 class Scheduler:
@@ -65,7 +67,9 @@ class Scheduler:
             request.pages, request.group = [], -1
 
     def _admit(self, request: Request) -> bool:
-        group = max(range(len(self.pages)), key=lambda g: (len(self.running[g]) < self._max_running, self.pages[g].free))
+        group = max(
+            range(len(self.pages)), key=lambda g: (len(self.running[g]) < self._max_running, self.pages[g].free)
+        )
         needed = self.pages[group].needed(request.reserved)
         if len(self.running[group]) >= self._max_running or not self.pages[group].can_allocate(needed):
             return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +80,7 @@ class Declare:
 
     def __call__(
         self, *shape: int, spec: tuple[str | tuple[str, ...] | None, ...] = (), dtype: jnp.dtype | None = None
-    ) -> nnx.Param:
+    ) -> nnx.Param[Any]:
         if self.layers is not None:
             shape, spec = (self.layers, *shape), (None, *spec)
         return nnx.Param(jax.ShapeDtypeStruct(shape, dtype or self.dtype), spec=PartitionSpec(*spec))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,6 +16,7 @@ from jax_mla_cp.model.context import Build, Declare, LayerInputs
 from jax_mla_cp.model.layers import Mlp, rms_norm, rope_angles
 from jax_mla_cp.model.mla import Mla
 from jax_mla_cp.model.moe import Moe
+from jax_mla_cp.numerics import einsum_float32
 
 
 class Layer(nnx.Module):
@@ -87,7 +90,7 @@ class Decoder(nnx.Module):
     def logits(self, x: Float[Array, "I D"]) -> Float[Array, "I Vp"]:
         """Logits in float32, gathered over tp; -inf for what only pads the vocabulary."""
         head = self.embed[...].T if self.build.config.tie_word_embeddings else self.head[...]
-        local = jnp.dot(x, head, preferred_element_type=jnp.float32)
+        local = einsum_float32("id,dv->iv", x, head)
         token = self.build.axes.index(TP) * local.shape[1] + jnp.arange(local.shape[1])
         local = jnp.where(token < self.build.config.vocab_size, local, -jnp.inf)
         return self.build.axes.all_gather(local, TP, dim=1)
@@ -105,7 +108,9 @@ class Decoder(nnx.Module):
         pages_per_layer = pages.shape[0] // self.build.config.num_layers
         graphdef, state = nnx.split(stack)
 
-        def step(carry: tuple[jax.Array, jax.Array], xs: tuple[nnx.State, jax.Array]) -> tuple[tuple[jax.Array, jax.Array], None]:
+        def step(
+            carry: tuple[jax.Array, jax.Array], xs: tuple[Any, jax.Array]
+        ) -> tuple[tuple[jax.Array, jax.Array], None]:
             params, number = xs
             return nnx.merge(graphdef, params)(*carry, number, inputs, pages_per_layer), None
 

@@ -33,6 +33,6 @@ class Model:
         return nnx.merge(nnx.graphdef(Decoder(self.build)), params)
 
 
-def param_specs(params: nnx.State) -> Any:
+def param_specs(params: Any) -> Any:
     """The PartitionSpec of each parameter, in a tree that stands for `params` in `shard_map`'s in_specs."""
     return jax.tree.map(lambda p: p.get_metadata("spec"), params, is_leaf=lambda p: isinstance(p, nnx.Variable))

@@ -53,9 +53,7 @@ def rope_angles(
     return jnp.cos(angle) * rope.amplitude, jnp.sin(angle) * rope.amplitude
 
 
-def rotate(
-    x: Float[Array, "T *n r"], cos: Float[Array, "T r/2"], sin: Float[Array, "T r/2"]
-) -> Float[Array, "T *n r"]:
+def rotate(x: Float[Array, "T *n r"], cos: Float[Array, "T r/2"], sin: Float[Array, "T r/2"]) -> Float[Array, "T *n r"]:
     """Rotates pairs (i, i + r/2): the loader has reordered the weights of checkpoints that pair neighbours."""
     if x.ndim == 3:
         cos, sin = cos[:, None], sin[:, None]

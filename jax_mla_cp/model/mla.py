@@ -21,7 +21,9 @@ from jax_mla_cp.mesh import CP, TP, vary_like
 from jax_mla_cp.model.context import Build, Declare, LayerInputs
 from jax_mla_cp.model.layers import rms_norm, rotate
 
-_LORA_NORM_EPS = 1e-6  # whatever rms_norm_eps says: transformers' DeepseekV3Attention builds these norms with the default
+_LORA_NORM_EPS = (
+    1e-6  # whatever rms_norm_eps says: transformers' DeepseekV3Attention builds these norms with the default
+)
 _KEY_TILE = 1024  # latents that are read and up-projected at a time
 _EXPANDED_BYTES = 2 << 30  # bound of the up-projected keys and values; more heads than fit are done in groups
 
@@ -145,10 +147,16 @@ class Mla(nnx.Module):
             roped = jnp.broadcast_to(latents[:, None, rank:], (*nope.shape[:2], latents.shape[1] - rank))
             k = jnp.concatenate([nope, roped], axis=-1)
             v = jnp.einsum("kR,Rnv->knv", latents[:, :rank], w_uv)
-            return tuple(
-                lax.dynamic_update_slice_in_dim(out, x, first * page_size, 0) for out, x in zip(kv, (k, v), strict=True)
+            at = first * page_size
+            old_k, old_v = kv
+            return (
+                lax.dynamic_update_slice_in_dim(old_k, k, at, 0),
+                lax.dynamic_update_slice_in_dim(old_v, v, at, 0),
             )
 
-        width = (w_uk.shape[2] + pages.shape[2] - rank, w_uv.shape[2])
-        empty = tuple(vary_like(jnp.zeros((keys, heads, w), pages.dtype), pages, w_uk, key_pages) for w in width)
-        return lax.fori_loop(0, -(-num_keys // (tile * page_size)), step, empty)
+        def empty(width: int) -> jax.Array:
+            return vary_like(jnp.zeros((keys, heads, width), pages.dtype), pages, w_uk, key_pages)
+
+        rope = pages.shape[2] - rank
+        kv = empty(w_uk.shape[2] + rope), empty(w_uv.shape[2])
+        return lax.fori_loop(0, -(-num_keys // (tile * page_size)), step, kv)

@@ -90,7 +90,11 @@ def _serve(config: ServeConfig, listener: socket.socket) -> None:
 
     log.info("mesh %s on %d %s devices", config.mesh, config.mesh.devices, used)
     model, tokenizer = load(
-        config.model, mesh=make_mesh(config.mesh), dtype=config.dtype, ep_axes=config.ep_axes, attention=config.attention
+        config.model,
+        mesh=make_mesh(config.mesh),
+        dtype=config.dtype,
+        ep_axes=config.ep_axes,
+        attention=config.attention,
     )
     log.info(
         "loaded %s: %s, experts over %s (%.1f s)",

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from importlib.metadata import version
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -27,7 +28,7 @@ class Health(BaseModel):
 
 def create_app(served: Served) -> FastAPI:
     """The ASGI application for a running engine."""
-    refusals = {status: {"model": Error} for status in (400, 404, 413, 500, 503)}
+    refusals: dict[int | str, dict[str, Any]] = {status: {"model": Error} for status in (400, 404, 413, 500, 503)}
     app = FastAPI(title="jax_mla_cp", version=version("jax-mla-cp"), responses=refusals)
     errors.install(app)
     app.add_middleware(LimitBody, limit=_BODY_LIMIT)
@@ -41,7 +42,9 @@ def create_app(served: Served) -> FastAPI:
         job = Job(served, body, prompts)
         job.submit()
         if body.stream:
-            return StreamingResponse(_aborting(job), media_type="text/event-stream", headers={"cache-control": "no-cache"})
+            return StreamingResponse(
+                _aborting(job), media_type="text/event-stream", headers={"cache-control": "no-cache"}
+            )
         return JSONResponse((await _unless_disconnected(job, request)).model_dump())
 
     @app.get("/v1/models")

@@ -105,18 +105,15 @@ class Job:
     def _logprobs(self, index: int, event: Token) -> Logprobs:
         count = self.body.logprobs or 0
         top = {
-            self._name(int(token)): float(logprob)
+            token_name(self._served.tokenizer, int(token)): float(logprob)
             for token, logprob in zip(event.top_tokens[:count], event.top_logprobs[:count], strict=True)
         }
-        name = self._name(event.token)
+        name = token_name(self._served.tokenizer, event.token)
         if count:
             top.setdefault(name, event.logprob)  # the sampled token is always among them
-        return Logprobs(tokens=[name], token_logprobs=[event.logprob], top_logprobs=[top], text_offset=[self._offset[index]])
-
-    def _name(self, token: int) -> str:
-        """A token's text; where that is not unique text, its number, as vLLM writes it."""
-        text = self._served.tokenizer.decode([token]) if self._served.tokenizer else ""
-        return text if text and "\ufffd" not in text else f"token_id:{token}"
+        return Logprobs(
+            tokens=[name], token_logprobs=[event.logprob], top_logprobs=[top], text_offset=[self._offset[index]]
+        )
 
     def completion(self, choices: list[Choice], *, usage: bool) -> Completion:
         prompt = sum(len(request.prompt) for request in self._requests)
@@ -153,13 +150,24 @@ class Job:
         yield "data: [DONE]\n\n"
 
 
+def token_name(tokenizer: Tokenizer | None, token: int) -> str:
+    """A token's text; where that says too little (half a code point, a special token), its number, as vLLM writes it."""
+    text = tokenizer.decode([token]) if tokenizer else ""
+    return text if text and "\ufffd" not in text else f"token_id:{token}"
+
+
 def _join(chunks: list[Choice]) -> Choice:
     entries = [c.logprobs for c in chunks if c.logprobs is not None]
     logprobs = None
     if entries:
-        logprobs = Logprobs(**{field: [x for e in entries for x in getattr(e, field)] for field in Logprobs.model_fields})
+        logprobs = Logprobs(
+            **{field: [x for e in entries for x in getattr(e, field)] for field in Logprobs.model_fields}
+        )
     return Choice(
-        index=chunks[0].index, text="".join(c.text for c in chunks), logprobs=logprobs, finish_reason=chunks[-1].finish_reason
+        index=chunks[0].index,
+        text="".join(c.text for c in chunks),
+        logprobs=logprobs,
+        finish_reason=chunks[-1].finish_reason,
     )
 
 
@@ -176,7 +184,9 @@ def tokenize(served: Served, body: CompletionRequest) -> list[list[int]]:
     if not 1 <= len(prompts) <= MAX_PROMPTS:
         raise ApiError(400, f"prompt: 1 to {MAX_PROMPTS} prompts are allowed, got {len(prompts)}.", param="prompt")
     if body.stops() and served.tokenizer is None:
-        raise ApiError(400, "stop: this model has no tokenizer.json, so its output has no text to stop at.", param="stop")
+        raise ApiError(
+            400, "stop: this model has no tokenizer.json, so its output has no text to stop at.", param="stop"
+        )
     return [_tokenize(served, body, prompt) for prompt in prompts]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import Any
 
@@ -9,6 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = logging.getLogger(__name__)
@@ -37,21 +39,26 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        where = [str(part) for part in first["loc"] if part != "body"]
-        field = where[0] if where else None
+        # Of a field that may be several things, the complaint that is not just "another type" tells the most.
+        first = min(error.errors(), key=lambda e: e["type"].endswith("_type"))
+        field, *inner = [part for part in first["loc"] if part != "body"] or [None]
+        where = [str(part) for part in (field, *(i for i in inner if isinstance(i, int))) if part is not None]
         if first["type"] == "json_invalid":
             return JSONResponse(error_body(400, f"The body is not JSON: {first.get('ctx', {}).get('error', '')}."), 400)
         got = ascii(first.get("input"))
         got = got if len(got) <= 100 else got[:100] + "..."
-        message = f"{'.'.join(where) or 'body'}: {first['msg']}" + ("." if first["type"] == "missing" else f", got {got}.")
-        return JSONResponse(error_body(400, message, param=ascii(field)[1:-1] if field else None), 400)
+        message = f"{ascii('.'.join(where))[1:-1] or 'body'}: {first['msg']}" + (
+            "." if first["type"] == "missing" else f", got {got}."
+        )
+        return JSONResponse(error_body(400, message, param=ascii(field)[1:-1] if isinstance(field, str) else None), 400)
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
         message = str(error.detail)
         if error.status_code in (404, 405):
-            message = f"{request.method} {ascii(request.url.path)[1:-1]}: {message}. See GET /openapi.json for what there is."
+            message = (
+                f"{request.method} {ascii(request.url.path)[1:-1]}: {message}. See GET /openapi.json for what there is."
+            )
         return JSONResponse(error_body(error.status_code, message), error.status_code, headers=error.headers)
 
     @app.exception_handler(Exception)
@@ -81,14 +88,16 @@ class LimitBody:
             nonlocal read
             message = await receive()
             read += len(message.get("body", b""))
-            if read > self._limit:
-                raise ApiError(413, f"The body is larger than {self._limit} bytes.")
-            return message
+            return message if read <= self._limit else {"type": "http.disconnect"}
 
-        try:
-            await self._app(scope, limited, send)
-        except ApiError as error:
-            await JSONResponse(error.body, error.status)(scope, receive, send)
+        async def unless_over(message: Message) -> None:
+            if read <= self._limit:  # else the app has only seen a part of the body: what it says is not the answer
+                await send(message)
+
+        with contextlib.suppress(ClientDisconnect):
+            await self._app(scope, limited, unless_over)
+        if read > self._limit:
+            await self._refuse(scope, receive, send)
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = error_body(413, f"The body is larger than {self._limit} bytes.")

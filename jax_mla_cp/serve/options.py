@@ -60,13 +60,17 @@ class ServeConfig:
         if not (math.isfinite(self.memory_fraction) and 0 < self.memory_fraction <= 1):
             raise ConfigError(f"--memory-fraction: must be above 0 and at most 1, got {self.memory_fraction}. Try 0.9.")
         if not self.host.strip():
-            raise ConfigError("--host: must be an address or a host name, got ''. Use 127.0.0.1, or 0.0.0.0 for all interfaces.")
+            raise ConfigError(
+                "--host: must be an address or a host name, got ''. Use 127.0.0.1, or 0.0.0.0 for all interfaces."
+            )
         if not self.compile_cache:
             raise ConfigError("--compile-cache: must be a directory, auto or off, got ''.")
         name = self.served_model_name or self._default_name()
         object.__setattr__(self, "served_model_name", name)
         if len(name) > 256 or not name.isprintable() or " " in name:
-            raise ConfigError(f"--served-model-name: must be at most 256 printable characters without spaces, got {name!r}.")
+            raise ConfigError(
+                f"--served-model-name: must be at most 256 printable characters without spaces, got {name!r}."
+            )
         if self.model is not None:
             if not self.model.is_dir():
                 raise ConfigError(f"--model: {self.model} is not a directory. Give a Hugging Face model directory.")
@@ -185,7 +189,9 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--model", metavar="DIR", type=lambda t: Path(t).expanduser(),
                        help="Hugging Face model directory (config.json, *.safetensors, tokenizer.json); default: a built-in "
                             "small model with a byte-level tokenizer and random weights")  # fmt: skip
-    model.add_argument("--served-model-name", metavar="NAME", help="what clients send as `model`; default: the directory's name")
+    model.add_argument(
+        "--served-model-name", metavar="NAME", help="what clients send as `model`; default: the directory's name"
+    )
     model.add_argument("--dtype", metavar="{auto,float32,bfloat16}",
                        help="of weights, activations and cache; auto: float32 on CPU, bfloat16 on GPUs")  # fmt: skip
     devices = p.add_argument_group("devices")
@@ -201,7 +207,9 @@ def _parser() -> argparse.ArgumentParser:
                          help="of MLA attention: over per-head keys or over latents; auto: by each request's shape")  # fmt: skip
     memory = p.add_argument_group("memory and schedule, each per dp group")
     memory.add_argument("--page-size", metavar="N", type=_int, help="tokens of a cache page (default: 64)")
-    memory.add_argument("--kv-pages", metavar="N", type=_int_or_auto, help="pages of the cache; auto: what --memory-fraction allows")
+    memory.add_argument(
+        "--kv-pages", metavar="N", type=_int_or_auto, help="pages of the cache; auto: what --memory-fraction allows"
+    )
     memory.add_argument("--memory-fraction", metavar="F", type=_float,
                         help="share of a device's memory for weights, temporaries and cache (default: 0.9)")  # fmt: skip
     memory.add_argument("--prefill-chunk", metavar="N", type=_int,
@@ -220,5 +228,7 @@ def _parser() -> argparse.ArgumentParser:
     http = p.add_argument_group("HTTP")
     http.add_argument("--host", metavar="ADDRESS", help="where to listen (default: 127.0.0.1, this machine only)")
     http.add_argument("--port", metavar="N", type=_int, help="0: any free one (default: 8000)")
-    http.add_argument("--log-level", metavar="{debug,info,warning,error}", help="default: info; prompts and answers are never logged")
+    http.add_argument(
+        "--log-level", metavar="{debug,info,warning,error}", help="default: info; prompts and answers are never logged"
+    )
     return p

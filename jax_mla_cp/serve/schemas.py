@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 MAX_PROMPTS = 128
 MAX_LOGPROBS = 20
 
+
+def _encodable(text: str) -> str:
+    """JSON can carry half a surrogate pair; UTF-8 can't."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must be valid Unicode, without lone surrogates") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
-Stop = Annotated[str, Field(min_length=1, max_length=1024)]
+Stop = Annotated[Text, Field(min_length=1, max_length=1024)]
 
 
 class StreamOptions(BaseModel):
@@ -24,21 +35,25 @@ class CompletionRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    model: str
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]] = Field(description="text or token ids, one or many")
+    model: Text
+    prompt: Text | list[Text] | list[TokenId] | list[list[TokenId]] = Field(
+        description="text or token ids, one or many"
+    )
     max_tokens: int | None = Field(default=16, ge=1)
     temperature: float | None = Field(default=1.0, ge=0, le=2, allow_inf_nan=False, description="0 is greedy")
     top_p: float | None = Field(default=1.0, gt=0, le=1, allow_inf_nan=False)
     top_k: int | None = Field(default=0, ge=-1, lt=2**31, description="0 or -1: off")
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = Field(default=None, description="at most 4 strings")
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = Field(
+        default=None, description="at most 4 strings"
+    )
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     ignore_eos: bool = False
     n: Literal[1] | None = 1
     echo: Literal[False] | None = False
-    user: str | None = None
+    user: Text | None = None
 
     @model_validator(mode="after")
     def _together(self) -> CompletionRequest:

@@ -85,7 +85,9 @@ def test_stale_memory_reaches_no_output(form: str) -> None:
     cache = dirty.planner.shape.cache
     pages = np.asarray(dirty.pages).reshape(cache.layers, cache.pages_per_layer, cache.page_size, -1)
     for page in range(cache.pages_per_layer):
-        assert np.isnan(pages[:, page]).all() != (page in used), "padding is written nowhere, pages of the request are clean"
+        assert np.isnan(pages[:, page]).all() != (page in used), (
+            "padding is written nowhere, pages of the request are clean"
+        )
     rest = pages[:, request.pages[3], 60 % 16 :]
     assert (rest == 0).all(), "the step that first writes a page zeroes the rest of it"
 

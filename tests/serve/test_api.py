@@ -1,0 +1,264 @@
+"""The HTTP surface over the stand-in model, driven by the real `openai` client and by raw requests."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import openai
+import pytest
+import uvicorn
+
+from jax_mla_cp.default_model import byte_tokenizer
+from jax_mla_cp.engine import Engine
+from jax_mla_cp.serve.app import create_app
+from jax_mla_cp.serve.completions import Served
+from tests.engine.standin import VOCAB, PageModel, continuation
+
+MAX_LEN = 600
+TOKENIZER = byte_tokenizer()
+
+
+class Server:
+    def __init__(self) -> None:
+        self.model = PageModel(pages=400, max_running=8)
+        self.engine = Engine(self.model)
+        # 259 ids, so that BOS (256) is one; the stand-in's answers are below 251. Token 3 is its end of sequence.
+        served = Served("tiny", self.engine, TOKENIZER, 259, MAX_LEN, (3,), None)
+        self._server = uvicorn.Server(uvicorn.Config(create_app(served), log_level="error"))
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]}, daemon=True)
+
+    def start(self) -> None:
+        self.engine.start()
+        self._thread.start()
+        while not self._server.started:
+            time.sleep(0.01)
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        self._thread.join(10)
+        self.engine.stop(10)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    server = Server()
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+def text_of(tokens: list[int]) -> str:
+    return TOKENIZER.decode([t for t in tokens if t != 3])
+
+
+def until_idle(server: Server) -> None:
+    deadline = time.monotonic() + 5
+    while not server.engine.idle:
+        assert time.monotonic() < deadline, "pages were not returned"
+        time.sleep(0.01)
+
+
+def test_completion(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model="tiny", prompt="Hello", max_tokens=20, temperature=0)
+    want = continuation([256, *b"Hello"], 20, frozenset({3}))
+    assert answer.choices[0].text == text_of(want)
+    assert answer.choices[0].finish_reason == ("stop" if want[-1] == 3 else "length")
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (6, len(want))
+
+
+def test_eos_ends_unless_ignored(client: openai.OpenAI) -> None:
+    prompt = next([n] for n in range(250) if 3 in continuation([n], 60))
+    stopped = client.completions.create(model="tiny", prompt=prompt, max_tokens=60)
+    assert stopped.choices[0].finish_reason == "stop"
+    ignored = client.completions.create(model="tiny", prompt=prompt, max_tokens=60, extra_body={"ignore_eos": True})
+    assert ignored.usage is not None and ignored.usage.completion_tokens == 60
+
+
+def test_eight_at_once_streaming_and_not(client: openai.OpenAI, server: Server) -> None:
+    def both(length: int) -> tuple[str, str, str]:
+        prompt = [(length + t) % VOCAB for t in range(length)]
+        arguments = {"model": "tiny", "prompt": prompt, "max_tokens": 30}
+        chunks = list(client.completions.create(**arguments, stream=True))
+        whole = client.completions.create(**arguments).choices[0].text
+        return "".join(c.choices[0].text for c in chunks), whole, text_of(continuation(prompt, 30, frozenset({3})))
+
+    with ThreadPoolExecutor(8) as pool:
+        for streamed, whole, want in pool.map(both, [1, 2, 17, 64, 100, 300, 400, 500]):
+            assert streamed == whole == want
+    until_idle(server)
+
+
+def test_many_prompts_usage_and_logprobs(client: openai.OpenAI) -> None:
+    chunks = list(
+        client.completions.create(
+            model="tiny",
+            prompt=[[1, 2], [5]],
+            max_tokens=4,
+            stream=True,
+            stream_options={"include_usage": True},
+            logprobs=2,
+        )
+    )
+    assert chunks[-1].choices == [] and chunks[-1].usage is not None and chunks[-1].usage.prompt_tokens == 3
+    assert {c.choices[0].index for c in chunks[:-1]} == {0, 1}
+    answer = client.completions.create(model="tiny", prompt=[[1, 2], [5]], max_tokens=4, logprobs=2)
+    assert [c.index for c in answer.choices] == [0, 1]
+    for choice in answer.choices:
+        logprobs = choice.logprobs
+        assert logprobs is not None and logprobs.tokens and logprobs.token_logprobs and logprobs.top_logprobs
+        assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.top_logprobs)
+        assert logprobs.text_offset is not None and logprobs.text_offset[0] == 0
+        for token, logprob, top in zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
+            assert top[token] == logprob
+
+
+def test_stop_strings(client: openai.OpenAI) -> None:
+    whole = text_of(continuation([9, 9], 40, frozenset({3})))
+    stop = whole[5:8]
+    answer = client.completions.create(model="tiny", prompt=[9, 9], max_tokens=40, stop=[stop, "never in it"])
+    assert answer.choices[0].text == whole[: whole.index(stop)]
+    assert answer.choices[0].finish_reason == "stop"
+
+
+BAD = [
+    ({"prompt": ""}, "prompt", "must not be empty"),
+    ({"prompt": []}, "prompt", "1 to 128 prompts"),
+    ({"prompt": [[]]}, "prompt", "must not be empty"),
+    ({"prompt": [["a"]]}, "prompt", "prompt"),
+    ({"prompt": [True]}, "prompt", "prompt"),
+    ({"prompt": [259]}, "prompt", "token id 259 is not in the vocabulary (0 to 258)"),
+    ({"prompt": [-1]}, "prompt", "greater than or equal to 0"),
+    ({"prompt": [2**70]}, "prompt", "prompt"),
+    ({"prompt": [1] * MAX_LEN}, "prompt", "together they may be at most 600"),
+    ({"max_tokens": MAX_LEN}, "prompt", "together they may be at most 600"),
+    ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+    ({"max_tokens": "5"}, "max_tokens", "valid integer"),
+    ({"temperature": 2.5}, "temperature", "less than or equal to 2"),
+    ({"temperature": -0.1}, "temperature", "greater than or equal to 0"),
+    ({"top_p": 0}, "top_p", "greater than 0"),
+    ({"top_k": -2}, "top_k", "greater than or equal to -1"),
+    ({"seed": 2**64}, "seed", "less than"),
+    ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
+    ({"stop": [""]}, "stop", "at least 1 item"),
+    ({"stop": ["a"] * 5}, "stop", "at most 4 items"),
+    ({"n": 2}, "n", "1"),
+    ({"echo": True}, "echo", "False"),
+    ({"best_of": 3}, "best_of", "not permitted"),
+    ({"stream_options": {"include_usage": True}}, None, "only for stream"),
+    ({"model": 5}, "model", "valid string"),
+]
+
+
+@pytest.mark.parametrize(("change", "param", "message"), BAD, ids=[json.dumps(change)[:40] for change, _, _ in BAD])
+def test_bad_requests(server: Server, change: dict[str, object], param: str | None, message: str) -> None:
+    answer = httpx.post(f"{server.url}/v1/completions", json={"model": "tiny", "prompt": "a", **change})
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error" and error["param"] == param
+    assert message in error["message"]
+    until_idle(server)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"null", b"[]", b'"x"', b'{"model": "tiny", "prompt": "a", "temperature": NaN}',
+     b'{"model": "tiny", "prompt": "\\ud800"}', b'{"model": "\\ud800", "prompt": "a"}', b"[" * 100_000,
+     b'{"model": "tiny", "prompt": "a", "seed": ' + b"9" * 5000 + b"}", b"\xff\xfe"],
+)  # fmt: skip
+def test_bodies_that_are_no_request(server: Server, body: bytes) -> None:
+    headers = {"content-type": "application/json"}
+    answer = httpx.post(f"{server.url}/v1/completions", content=body, headers=headers)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["message"]
+
+
+def test_other_errors(server: Server, client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as unknown:
+        client.completions.create(model="gpt-4", prompt="a")
+    assert unknown.value.code == "model_not_found"
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other")
+    for method, path, status in (("GET", "/nothing", 404), ("GET", "/v1/completions", 405)):
+        answer = httpx.request(method, server.url + path)
+        assert answer.status_code == status and answer.json()["error"]["message"]
+    large = httpx.post(f"{server.url}/v1/completions", content=b"x" * (17 << 20))
+    assert large.status_code == 413 and "bytes" in large.json()["error"]["message"]
+    chunked = httpx.post(f"{server.url}/v1/completions", content=(b"x" * (1 << 20) for _ in range(18)))
+    assert chunked.status_code == 413
+
+
+def test_a_bad_request_disturbs_no_other(client: openai.OpenAI) -> None:
+    def good(n: int) -> bool:
+        answer = client.completions.create(model="tiny", prompt=[n, 4, 4], max_tokens=40).choices[0].text
+        return answer == text_of(continuation([n, 4, 4], 40, frozenset({3})))
+
+    def bad(n: int) -> bool:
+        with pytest.raises(openai.BadRequestError):
+            client.completions.create(model="tiny", prompt=[n, 999], max_tokens=40)
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(lambda n: good(n) if n % 2 else bad(n), range(40)))
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_frees_its_pages(server: Server, stream: bool) -> None:
+    server.model.gate = threading.Semaphore(0)
+    try:
+        body = {"model": "tiny", "prompt": [1, 2, 3], "max_tokens": 500, "ignore_eos": True, "stream": stream}
+        before = server.model.steps
+        server.model.gate.release(3)
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{server.url}/v1/completions", json=body, timeout=0.5)
+        time.sleep(0.3)  # the server notices
+        server.model.gate.release(2)
+        until_idle(server)
+        assert server.model.steps - before <= 5
+    finally:
+        server.model.gate.release(10_000)
+        server.model.gate = None
+
+
+def test_a_failed_step_is_a_500_and_the_server_goes_on(server: Server, client: openai.OpenAI) -> None:
+    server.model.fail_next = 1
+    with pytest.raises(openai.InternalServerError) as failed:
+        client.completions.create(model="tiny", prompt=[1], max_tokens=5)
+    assert "step" in failed.value.message
+    assert client.completions.create(model="tiny", prompt=[1], max_tokens=5).choices[0].text
+    assert httpx.get(f"{server.url}/health").status_code == 200
+    until_idle(server)
+
+
+def test_health_tells_that_the_engine_is_dead() -> None:
+    server = Server()
+    server.start()
+    try:
+        assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+        server.engine.stop(5)
+        assert httpx.get(f"{server.url}/health").status_code == 503
+        body = {"model": "tiny", "prompt": "a"}
+        assert httpx.post(f"{server.url}/v1/completions", json=body).status_code == 503
+    finally:
+        server.stop()
+
+
+def test_openapi_and_version(server: Server) -> None:
+    paths = httpx.get(f"{server.url}/openapi.json").json()["paths"]
+    assert {"/v1/completions", "/v1/models", "/health", "/version"} <= set(paths)
+    assert httpx.get(f"{server.url}/version").json()["version"]

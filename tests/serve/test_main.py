@@ -1,0 +1,160 @@
+"""The server as a user starts it: a process, on a 32-device mesh, and with settings that can't work."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from jax_mla_cp.serve.completions import token_name
+from jax_mla_cp.tokenizer import Tokenizer
+from tests.checkpoints import hf_generate
+
+Checkpoints = Callable[[str], tuple[dict[str, Any], Path]]
+
+
+def start(*flags: str) -> subprocess.Popen[str]:
+    environment = {k: v for k, v in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}
+    command = [sys.executable, "-m", "jax_mla_cp.serve", "--port", "0", *flags]
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def url_of(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None and process.stderr is not None
+    line = process.stdout.readline()
+    match = re.search(r"ready in \d+ s: (http://\S+)/v1", line)
+    assert match, f"{line}{process.stderr.read()}"
+    return match[1]
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Iterator[str]:
+    process = start("--mesh", "tp=8,cp=4")
+    yield url_of(process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, "Ctrl-C ends it cleanly"
+    assert "Traceback" not in errors
+
+
+def test_the_built_in_model_answers_eight_at_once(tiny: str) -> None:
+    client = openai.OpenAI(base_url=f"{tiny}/v1", api_key="none", max_retries=0, timeout=300)
+    model = client.models.list().data[0].id
+
+    def both(length: int) -> tuple[str, str]:
+        arguments: dict[str, Any] = {
+            "model": model, "prompt": [t * t % 256 for t in range(length)], "max_tokens": 12, "temperature": 0.8, "seed": 5,
+        }  # fmt: skip
+        streamed = "".join(c.choices[0].text for c in client.completions.create(**arguments, stream=True))
+        return streamed, client.completions.create(**arguments).choices[0].text
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(both, [1, 7, 30, 100, 500, 1000, 2000, 3000]))
+    for streamed, whole in answers:
+        assert streamed == whole, "the same seed gives the same text in any batch"
+    text = client.completions.create(model=model, prompt="Context parallelism is", max_tokens=8, temperature=0)
+    assert text.usage is not None and text.usage.prompt_tokens == 23
+    assert httpx.get(f"{tiny}/health").status_code == 200
+
+
+def test_a_checkpoint_that_transformers_wrote(
+    checkpoint: Checkpoints, transformers_model: Callable[[str], Any]
+) -> None:
+    """Greedy answers of the server at cp=4, with prompts longer than a chunk, are transformers' own."""
+    config, path = checkpoint("v3")
+    process = start("--model", str(path), "--mesh", "cp=4,tp=2", "--prefill-chunk", "50", "--page-size", "7")
+    try:
+        client = openai.OpenAI(base_url=f"{url_of(process)}/v1", api_key="none", max_retries=0, timeout=300)
+        prompts = [[(7 * i + t) % config["vocab_size"] for t in range(n)] for i, n in enumerate((1, 8, 60, 230))]
+        want = hf_generate(transformers_model("v3"), prompts, 16)
+
+        def tokens(prompt: list[int]) -> list[str]:
+            answer = client.completions.create(
+                model=path.name,
+                prompt=prompt,
+                max_tokens=16,
+                temperature=0,
+                logprobs=1,
+                extra_body={"ignore_eos": True},
+            ).choices[0]
+            assert answer.logprobs is not None and answer.logprobs.tokens is not None
+            return answer.logprobs.tokens
+
+        with ThreadPoolExecutor(4) as pool:
+            got = list(pool.map(tokens, prompts))
+        tokenizer = Tokenizer.from_dir(path, config["vocab_size"])
+        assert got == [[token_name(tokenizer, int(i)) for i in ids] for ids in want]
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+    assert process.returncode == 0, "SIGTERM ends it cleanly"
+
+
+BAD = [
+    (["--mesh", "tp=3"], "num_attention_heads=8"),
+    (["--mesh", "tp=8,cp"], "'cp' is not AXIS=SIZE"),
+    (["--mesh", "pp=2"], "one of tp, cp, dp"),
+    (["--mesh", "tp=0"], "whole number from 1"),
+    (["--mesh", "cp=2,cp=2"], "given twice"),
+    (["--model", "/nonexistent"], "not a directory"),
+    (["--model", "{empty}"], "no config.json"),
+    (["--port", "99999"], "65535"),
+    (["--page-size", "0"], "--page-size"),
+    (["--prefill-chunk", "0"], "--prefill-chunk"),
+    (["--memory-fraction", "1.5"], "at most 1"),
+    (["--kv-pages", "99999999"], "Use at most that many"),
+    (["--max-model-len", "9000"], "8192 positions"),
+    (["--max-model-len", "500", "--kv-pages", "2"], "2 pages of 64 hold 128 tokens"),
+    (["--attention", "fa3"], "no FlashAttention-3 kernels"),
+    (["--platform", "cuda"], "finds no GPU"),
+    (["--ep-axes", "cp"], "--ep-axes"),
+    (["--dtype", "float16"], "--dtype"),
+    (["--compile-cache", "/proc/nothing"], "can't be written"),
+    (["--mseh", "tp=1"], "Did you mean --mesh"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD, ids=[" ".join(flags) for flags, _ in BAD])
+def test_settings_that_cant_work(flags: list[str], message: str, tmp_path: Path) -> None:
+    process = start(*(flag.replace("{empty}", str(tmp_path)) for flag in flags))
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 2, errors
+    assert not out, "it never said that it is ready"
+    assert message in " ".join(errors.split()) and "Traceback" not in errors
+    assert any(line.startswith("error: ") for line in errors.splitlines())
+
+
+def test_an_occupied_port_is_known_at_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        started = time.monotonic()
+        process = start("--port", str(taken.getsockname()[1]))
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2 and "can't listen there" in errors
+    assert time.monotonic() - started < 30
+
+
+def test_help_teaches() -> None:
+    out, _ = start("--help").communicate(timeout=60)
+    assert "examples:" in out and "--prefill-chunk" in out
+
+
+def test_ctrl_c_while_it_starts() -> None:
+    process = start("--mesh", "tp=8,cp=4", "--compile-cache", "off")
+    assert process.stderr is not None
+    process.stderr.readline()  # the first log line: it is loading
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Traceback" not in errors
