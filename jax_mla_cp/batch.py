@@ -25,6 +25,9 @@ from jax_mla_cp.zigzag import Plan, plan
 KEY_ALIGN = 128
 """Packed keys of different requests never share a tile of so many keys (FA3's largest KV tile here)."""
 
+_GREEDY_BELOW = 1e-5
+"""Temperatures below this are greedy: dividing by them would leave float32's range."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -322,7 +325,8 @@ def _sampling(works: Sequence[Work], size: int) -> SamplingArrays:
         if work.sampling is None:
             continue
         s = work.sampling
-        temperature[i], top_p[i], top_k[i] = s.temperature, s.top_p, s.top_k
+        temperature[i] = s.temperature if s.temperature >= _GREEDY_BELOW else 0
+        top_p[i], top_k[i] = s.top_p, s.top_k
         position[i] = work.cached + len(work.tokens)
         seed[i] = (s.seed & 0xFFFFFFFF, (s.seed >> 32) & 0xFFFFFFFF)
     return SamplingArrays(temperature, top_p, top_k, seed, position)

@@ -33,7 +33,7 @@ def setup(platform: Platform, devices: int) -> Literal["cpu", "cuda"]:
     if _COLLECTIVE_TIMEOUT not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {_COLLECTIVE_TIMEOUT}={_COLLECTIVE_TIMEOUT_SECONDS}".strip()
     if platform == "auto":
-        asked = jax.config.read("jax_platforms") or ""
+        asked = os.environ.get("JAX_PLATFORMS", "")
         platform = "cpu" if asked.startswith("cpu") or not _has_gpu() else "cuda"
     if platform == "cpu":
         jax.config.update("jax_platforms", "cpu")

@@ -109,11 +109,16 @@ class Engine:
             self._thread.join(timeout)
 
     def _loop(self) -> None:
-        while self._receive():
-            step = self._scheduler.schedule()
-            if any(step):
-                self._step(step)
-        self._fail_all(self._dead or "The server is stopping.")
+        try:
+            while self._receive():
+                step = self._scheduler.schedule()
+                if any(step):
+                    self._step(step)
+        except Exception as error:
+            log.exception("the engine's own loop failed")
+            self._dead = f"the engine's loop failed ({type(error).__name__})"
+        finally:
+            self._fail_all(self._dead or "The server is stopping.")
 
     def _receive(self) -> bool:
         """Takes in what has been submitted and aborted, and waits for work; False at the end."""
@@ -139,7 +144,15 @@ class Engine:
             for scheduled, result in zip(group, sampled, strict=True):
                 self._scheduler.advance(scheduled)
                 if result is not None:
-                    self._append(scheduled.request, result)
+                    self._append_or_fail(scheduled.request, result)
+
+    def _append_or_fail(self, request: Request, sampled: Sampled) -> None:
+        """What goes wrong with one request's text is no other request's concern."""
+        try:
+            self._append(request, sampled)
+        except Exception:
+            log.exception("a request's output could not be made")
+            self._fail(request, "The request's output could not be made.")
 
     def _append(self, request: Request, sampled: Sampled) -> None:
         ends = sampled.token in request.stop_tokens
@@ -156,8 +169,7 @@ class Engine:
     def _recover(self) -> None:
         """After a step that failed the donated cache may be gone: every admitted request fails, the waiting ones go on."""
         for request in [r for group in self._scheduler.running for r in group]:
-            self._scheduler.remove(request)
-            request.emit(Failed("The step that this request was part of failed."))
+            self._fail(request, "The step that this request was part of failed.")
         self._failures += 1
         try:
             self._runner.reset()
@@ -174,5 +186,11 @@ class Engine:
             requests = [*self._arrived, *self._scheduler.waiting, *(r for g in self._scheduler.running for r in g)]
             self._arrived = []
         for request in requests:
-            self._scheduler.remove(request)
+            self._fail(request, message)
+
+    def _fail(self, request: Request, message: str) -> None:
+        self._scheduler.remove(request)
+        try:
             request.emit(Failed(message))
+        except Exception:  # an owner that can't be told must not keep the others from being told
+            log.exception("a request's owner could not be told of its failure")

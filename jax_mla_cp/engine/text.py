@@ -22,7 +22,9 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """The text that is certain now."""
-        return self._release(self._detokenizer.add(token)) if self._detokenizer else ""
+        if self._detokenizer is None or self.stopped:
+            return ""
+        return self._release(self._detokenizer.add(token))
 
     def finish(self) -> str:
         """What is still held back, at the end; nothing behind a stop string."""
@@ -36,10 +38,12 @@ class TextStream:
 
     def _release(self, piece: str) -> str:
         text = self._held + piece
-        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        # The match that ends first: so the text does not depend on how it was cut into tokens.
+        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            end = min(found)[0]
+            return text[: min(at for stop_end, at in found if stop_end == end)]
         keep = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

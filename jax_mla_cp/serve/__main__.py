@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 import sys
@@ -26,7 +27,8 @@ log = logging.getLogger("jax_mla_cp.serve")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the server until it is told to stop. Exit code 0; 2 for a setting that can't work."""
-    signal.signal(signal.SIGTERM, _interrupt)  # while loading; uvicorn takes both signals over when it serves
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _leave)
     try:
         config = parse(argv)
         _log_to_stderr(config.log_level)
@@ -35,13 +37,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("stopped.", file=sys.stderr)
     return 0
 
 
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+def _leave(number: int, frame: FrameType | None) -> None:
+    """While loading nothing is worth saving, and an exception could be lost in JAX's callbacks: leave at once."""
+    Console(stderr=True).show_cursor(True)
+    print("\nstopped.", file=sys.stderr, flush=True)
+    os._exit(0)
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """uvicorn handles the signals itself while it serves, and raises them again when it is done."""
 
 
 def _log_to_stderr(level: str) -> None:
@@ -127,6 +134,8 @@ def _serve(config: ServeConfig, listener: socket.socket) -> None:
         uvicorn.Config(create_app(served), log_level="warning", timeout_graceful_shutdown=5, server_header=False)
     )
     engine.start()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _ignore)
     try:
         _announce(config, listener, time.perf_counter() - started)
         listener.listen(1024)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
+import math
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -66,7 +68,7 @@ class Job:
 
     def _deliver(self, index: int, event: Event) -> None:
         """On the engine's thread. The event loop may be gone, when the server is stopping."""
-        if not self._loop.is_closed():
+        with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
     def submit(self) -> None:
@@ -105,15 +107,14 @@ class Job:
     def _logprobs(self, index: int, event: Token) -> Logprobs:
         count = self.body.logprobs or 0
         top = {
-            token_name(self._served.tokenizer, int(token)): float(logprob)
-            for token, logprob in zip(event.top_tokens[:count], event.top_logprobs[:count], strict=True)
+            token_name(self._served.tokenizer, int(token)): _finite(value)
+            for token, value in zip(event.top_tokens[:count], event.top_logprobs[:count], strict=True)
         }
         name = token_name(self._served.tokenizer, event.token)
+        logprob = _finite(event.logprob)
         if count:
-            top.setdefault(name, event.logprob)  # the sampled token is always among them
-        return Logprobs(
-            tokens=[name], token_logprobs=[event.logprob], top_logprobs=[top], text_offset=[self._offset[index]]
-        )
+            top.setdefault(name, logprob)  # the sampled token is always among them
+        return Logprobs(tokens=[name], token_logprobs=[logprob], top_logprobs=[top], text_offset=[self._offset[index]])
 
     def completion(self, choices: list[Choice], *, usage: bool) -> Completion:
         prompt = sum(len(request.prompt) for request in self._requests)
@@ -148,6 +149,11 @@ class Job:
             if self.body.stream_options and self.body.stream_options.include_usage:
                 yield f"data: {self.completion([], usage=True).model_dump_json()}\n\n"
         yield "data: [DONE]\n\n"
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinity; -9999 stands for what can't be, as in vLLM."""
+    return float(logprob) if math.isfinite(logprob) else -9999.0
 
 
 def token_name(tokenizer: Tokenizer | None, token: int) -> str:

@@ -224,7 +224,7 @@ def _parser() -> argparse.ArgumentParser:
     start.add_argument("--compile-cache", metavar="{auto,off,DIR}",
                        help=f"where compiled programs are kept (default: {default_compile_cache()})")  # fmt: skip
     start.add_argument("--seed", metavar="N", type=_int,
-                       help="makes the random seeds repeatable that requests without a `seed` get")  # fmt: skip
+                       help="the seed of requests that carry none (default: a fresh one each)")  # fmt: skip
     http = p.add_argument_group("HTTP")
     http.add_argument("--host", metavar="ADDRESS", help="where to listen (default: 127.0.0.1, this machine only)")
     http.add_argument("--port", metavar="N", type=_int, help="0: any free one (default: 8000)")

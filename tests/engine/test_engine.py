@@ -208,3 +208,26 @@ def test_pages_refuse_what_is_not_theirs() -> None:
     pages.release(taken)
     with pytest.raises(ValueError, match="not in use"):
         pages.release(taken[:1])
+
+
+def test_the_last_sampled_token_needs_no_place() -> None:
+    """60 + 5 tokens on exactly 64 slots: the last token is answered, not cached."""
+    engine = Engine(PageModel(pages=16, page_size=4))
+    engine.start()
+    asked = Asked([1] * 60, 5)
+    engine.submit(asked.request)
+    assert asked.result()[0] == continuation([1] * 60, 5)
+    engine.stop(5)
+
+
+def test_an_owner_that_raises_harms_no_other(engine: Engine) -> None:
+    broken, good = Asked([1], 30), Asked([2], 30)
+
+    def raises(event: Event) -> None:
+        raise RuntimeError("Event loop is closed")
+
+    broken.request.emit = raises
+    engine.submit(broken.request)
+    engine.submit(good.request)
+    assert good.result() == (continuation([2], 30), Finished("length", ""))
+    until(lambda: engine.free_pages == engine.total_pages)

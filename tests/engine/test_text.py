@@ -31,3 +31,9 @@ def test_text_ends_before_the_first_stop_string(text: str, stops: list[str]) -> 
 def test_without_a_tokenizer_there_is_no_text() -> None:
     stream = TextStream(None)
     assert stream.push(5) == "" and stream.finish() == ""
+
+
+def test_stops_do_not_depend_on_how_the_text_is_cut() -> None:
+    for cut in (["abcd"], ["ab", "c", "d"], ["a", "bcd"]):
+        stream = TextStream(byte_tokenizer(), ["abcd", "bc"])
+        assert "".join(stream._release(piece) if not stream.stopped else "" for piece in cut) == "a"
