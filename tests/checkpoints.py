@@ -84,7 +84,7 @@ def make_checkpoint(
     _write_tokenizer(path, config.vocab_size)
     raw: dict[str, Any] = json.loads((path / "config.json").read_text())
     if old_config:
-        raw = _old_style(raw)
+        raw = old_style(raw)
         (path / "config.json").write_text(json.dumps(raw, indent=2))
     return raw, path
 
@@ -198,7 +198,7 @@ def _write_tokenizer(path: Path, vocab_size: int) -> None:
     (path / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
 
 
-def _old_style(raw: dict[str, Any]) -> dict[str, Any]:
+def old_style(raw: dict[str, Any]) -> dict[str, Any]:
     raw = dict(raw)
     rope = dict(raw.pop("rope_parameters"))
     kind = rope.pop("rope_type")

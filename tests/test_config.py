@@ -1,0 +1,140 @@
+"""config.json in both styles, and what is refused before any device work."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+
+import jax_mla_cp as mla
+from jax_mla_cp import presets
+from jax_mla_cp.config import ConfigError, ModelConfig
+from jax_mla_cp.load import plan_build, weight_bytes
+from jax_mla_cp.mesh import MeshShape
+from jax_mla_cp.model.context import EP_CHOICES, Build
+from jax_mla_cp.runner import create_runner
+from tests.checkpoints import BASE, old_style
+from tests.synthetic import CONFIG, random_model
+
+
+def raw(**change: Any) -> dict[str, Any]:
+    return {"model_type": "deepseek_v3", **BASE, **change}
+
+
+def test_both_styles_read_the_same() -> None:
+    assert ModelConfig.from_hf(old_style(raw(dtype="float32"))) == ModelConfig.from_hf(raw())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llama"}, "model_type='llama' is not supported"),
+        ({"model_type": None}, "'model_type' is missing"),
+        ({"hidden_size": None}, "'hidden_size' is missing"),
+        ({"scoring_func": "softmax"}, "scoring_func"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"n_group": 3}, "multiple of n_group=3"),
+        ({"topk_group": 5}, "topk_group must be 1 to n_group=4"),
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok must be 1 to 4"),
+        ({"qk_rope_head_dim": 7}, "qk_rope_head_dim must be even"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "rope type 'llama3'"),
+        ({"eos_token_id": "x"}, "eos_token_id must be a token id"),
+    ],
+)
+def test_configs_that_cant_run(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig.from_hf(raw(**change))
+
+
+def test_stop_tokens_are_the_union(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(raw(eos_token_id=[1, 5])))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 9]}))
+    assert ModelConfig.from_dir(tmp_path).eos_token_ids == (1, 5, 9)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="not readable as JSON"):
+        ModelConfig.from_dir(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["tp=8,cp=4,dp=2", "dp=2,tp=8,cp=4", " cp=4, dp=2 ,tp=8"])
+def test_meshes_in_any_order(text: str) -> None:
+    assert MeshShape.parse(text) == MeshShape(dp=2, cp=4, tp=8)
+    assert str(MeshShape.parse("tp=8,cp=4")) == "tp=8,cp=4"
+
+
+def test_a_mesh_that_does_not_multiply_out() -> None:
+    with pytest.raises(ConfigError, match=r"tp=8,cp=8 needs 64 devices, found 32 \(cpu\)"):
+        mla.make_mesh("tp=8,cp=8")
+
+
+def test_tp_must_divide() -> None:
+    with pytest.raises(ConfigError, match=r"num_attention_heads=8\. Use tp=2, and cp"):
+        Build(CONFIG, MeshShape(tp=3))
+    with pytest.raises(ConfigError, match="intermediate_size=100"):
+        Build(dataclasses.replace(CONFIG, intermediate_size=100), MeshShape(tp=8))
+
+
+def test_what_tp_need_not_divide_is_padded() -> None:
+    build = Build(dataclasses.replace(CONFIG, n_routed_experts=4, n_group=1, topk_group=1), MeshShape(tp=8, cp=2))
+    assert build.padded_vocab == 256
+    assert build.padded_experts == 8
+    wide = dataclasses.replace(build, ep_axes=EP_CHOICES["tp,cp"])
+    assert wide.padded_experts == 16
+
+
+def test_fewer_experts_than_devices_run_on_a_part_of_the_mesh() -> None:
+    from tests.model.test_step import play
+    from tests.synthetic import Driver
+
+    config = dataclasses.replace(CONFIG, n_routed_experts=4, n_group=1, topk_group=1)
+    want = play(Driver(random_model(config=config)))[0]
+    got = play(Driver(random_model("tp=4,cp=2", "tp,cp", config=config)))[0]
+    assert abs(got - want).max() < 1e-5 * abs(want).max()
+
+
+def test_auto_ep_takes_the_fewest_axes_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = presets.model_config("deepseek_v3")
+    mesh = mla.make_mesh("dp=2,tp=8,cp=2")
+    load_module = importlib.import_module("jax_mla_cp.load")  # the package's own `load` is the function
+    sizes = {
+        name: weight_bytes(Build(config, MeshShape(2, 2, 8), axes, jnp.dtype(jnp.bfloat16)))
+        for name, axes in EP_CHOICES.items()
+    }
+    assert sizes["tp"] > sizes["tp,cp"] > sizes["tp,cp,dp"]
+    for wanted, room in (
+        ("tp", sizes["tp"]),
+        ("tp,cp", sizes["tp,cp"]),
+        ("tp,cp,dp", sizes["tp,cp,dp"]),
+        ("tp,cp,dp", 1),
+    ):
+        monkeypatch.setattr(load_module, "device_memory", lambda room=room: room / 0.69)
+        build = plan_build(config, mesh, dtype="bfloat16", ep_axes="auto", attention="auto")
+        assert build.ep_axes == EP_CHOICES[wanted]
+
+
+RUNNER: dict[str, Any] = {
+    "page_size": 16, "kv_pages": None, "memory_fraction": 0.9, "prefill_chunk": 64, "max_model_len": None, "max_running": 2,
+}  # fmt: skip
+
+
+def test_the_cache_is_sized_by_memory_and_by_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model("tp=2,cp=2")
+    runner = create_runner(model, **RUNNER)
+    assert (runner.pages_per_group, runner.max_model_len) == (2 * 512 // 16, 512), "no more than could be used"
+    page = 3 * 16 * 40 * 4
+    monkeypatch.setattr("jax_mla_cp.runner.device_memory", lambda: 3_000_000)
+    small = create_runner(model, **RUNNER)
+    assert small.pages_per_group * page < 0.9 * 3_000_000
+    with pytest.raises(ConfigError, match="--kv-pages 5000: 16 tokens each"):
+        create_runner(model, **RUNNER | {"kv_pages": 5000})
+    with pytest.raises(ConfigError, match="3 pages of 16 hold 48 tokens"):
+        create_runner(model, **RUNNER | {"kv_pages": 3, "max_model_len": 49})
+    assert create_runner(model, **RUNNER | {"kv_pages": 3}).max_model_len == 48
+    monkeypatch.setattr("jax_mla_cp.runner.device_memory", lambda: 1000)
+    with pytest.raises(ConfigError, match="no room for a single page"):
+        create_runner(model, **RUNNER)

@@ -1,0 +1,38 @@
+"""README's example and the notebook run as they stand."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("mesh", ['mla.make_mesh("tp=2,cp=4")', "None"])
+def test_the_readme_example(mesh: str, tmp_path: Path) -> None:
+    """With the mesh and without, the same tokens."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (example,) = [block for block in blocks if "mla.Planner" in block]
+    code = example.replace('mla.make_mesh("tp=2,cp=4")', mesh) + "\nprint(tokens[-8:])\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    tokens = done.stdout.strip().splitlines()[-1]
+    assert len(eval(tokens)) == 8
+    seen.add(tokens)
+    assert len(seen) == 1
+
+
+seen: set[str] = set()
+
+
+def test_the_notebook() -> None:
+    notebook = nbformat.read(ROOT / "notebooks" / "prefill.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    outputs = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
+    assert any("image/png" in o.get("data", {}) for o in outputs), "it draws the zigzag"
