@@ -181,8 +181,7 @@ def create_runner(
         model, cache_tokens=held, page_size=page_size, max_requests=max_running, max_len=longest,
         prefill_chunk=prefill_chunk, form=form,
     )  # fmt: skip
-    return Runner(planner, prefill_chunk=min(prefill_chunk, planner.buckets[-1] * planner.shape.cp),
-                  max_running=max_running, max_model_len=longest)  # fmt: skip
+    return Runner(planner, prefill_chunk=prefill_chunk, max_running=max_running, max_model_len=longest)
 
 
 def _pages_that_fit(
