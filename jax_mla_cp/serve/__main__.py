@@ -131,7 +131,9 @@ def _serve(config: ServeConfig, listener: socket.socket) -> None:
         model.config.eos_token_ids, config.seed,
     )  # fmt: skip
     server = uvicorn.Server(
-        uvicorn.Config(create_app(served), log_level="warning", timeout_graceful_shutdown=5, server_header=False)
+        uvicorn.Config(
+            create_app(served), log_level="warning", lifespan="off", timeout_graceful_shutdown=5, server_header=False
+        )
     )
     engine.start()
     for number in (signal.SIGINT, signal.SIGTERM):
