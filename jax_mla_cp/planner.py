@@ -27,12 +27,12 @@ def token_buckets(most: int) -> tuple[int, ...]:
 
     >>> token_buckets(6000)
     (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 4608, 5184, 5832, 6000)
-    >>> token_buckets(3)
-    (3,)
+    >>> token_buckets(2100)
+    (16, 32, 64, 128, 256, 512, 1024, 2100)
     """
     sizes: list[int] = []
     size = _SMALLEST
-    while size < most:
+    while size < most and not (size < _FINE_FROM and most <= size + size // 8):  # the last one does for it too
         sizes.append(size)
         size = 2 * size if size < _FINE_FROM else size + size // 8
     return (*sizes, most)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import doctest
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jax_mla_cp import mesh, planner
 from jax_mla_cp.attention.form import use_expanded
 from jax_mla_cp.batch import Batch, BatchShape, Sampling, Work, build, lay_out
 from jax_mla_cp.cache import CacheShape
@@ -122,6 +124,11 @@ def test_the_largest_bucket_holds_any_step(cp: int, chunk: int, lengths: list[in
             taken.append(count)
     new = taken + [1] * (running - len(taken))
     assert plan(new, [0] * len(new), cp=cp).rank_tokens.max() <= _buckets(chunk, running, cp)[-1]
+
+
+def test_doctest() -> None:
+    assert doctest.testmod(planner).failed == 0
+    assert doctest.testmod(mesh).failed == 0
 
 
 def test_default_grids_are_small() -> None:
