@@ -140,24 +140,29 @@ class Layout:
         return int(self.plan.rank_tokens.max())
 
 
-def lay_out(works: Sequence[Work], shape: BatchShape, config: ModelConfig) -> Layout:
-    """Checks a dp group's works, chooses each one's form, and plans the zigzag.
+def check_works(works: Sequence[Work], shape: BatchShape, config: ModelConfig) -> None:
+    """What JAX would clamp or drop silently, refused before a device sees it.
 
     Raises:
-      ValueError: a work that doesn't fit the shape, the pages or the vocabulary.
+      ValueError: a work of a dp group that doesn't fit the shape, the pages or the vocabulary.
     """
     if len(works) > shape.requests:
         raise ValueError(f"a step takes at most {shape.requests} requests of a dp group, got {len(works)}.")
     for i, work in enumerate(works):
         _check(i, work, shape, config)
     _check_pages(works, shape)
+
+
+def lay_out(works: Sequence[Work], shape: BatchShape, config: ModelConfig) -> Layout:
+    """Chooses each work's form and plans the zigzag, for a dp group's works that `check_works` has passed."""
     room, expanded = shape.expanded_keys, []
     for i, work in enumerate(works):
         keys = _packed(work.cached + len(work.tokens), shape.cache.page_size)
         if keys <= room and use_expanded(shape.form, config, shape.cp, len(work.tokens), work.cached):
             expanded.append(i)
             room -= keys
-    order = np.array(expanded + [i for i in range(len(works)) if i not in set(expanded)], np.int64)
+    absorbed = np.setdiff1d(np.arange(len(works)), expanded)
+    order = np.concatenate([np.array(expanded, np.int64), absorbed])
     new = [len(works[i].tokens) for i in order]
     return Layout(works, order, len(expanded), plan(new, [works[i].cached for i in order], cp=shape.cp))
 

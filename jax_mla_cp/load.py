@@ -7,7 +7,6 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -15,10 +14,10 @@ from jax_mla_cp.attention import resolve_implementation
 from jax_mla_cp.checkpoint import SafetensorsSource, TensorSource, load_params
 from jax_mla_cp.config import ConfigError, Implementation, ModelConfig
 from jax_mla_cp.default_model import default_model
-from jax_mla_cp.mesh import MeshShape, mesh_shape, spec_axes
+from jax_mla_cp.mesh import mesh_shape
 from jax_mla_cp.model.context import EP_CHOICES, Build
 from jax_mla_cp.model.decoder import Decoder
-from jax_mla_cp.model.handle import Model
+from jax_mla_cp.model.handle import Model, weight_bytes
 from jax_mla_cp.platform import device_memory
 from jax_mla_cp.tokenizer import Tokenizer
 
@@ -89,14 +88,3 @@ def plan_build(
     room = device_memory() * _WEIGHTS_FRACTION
     fitting = [build for build in builds if weight_bytes(build) <= room]
     return fitting[0] if fitting else builds[-1]
-
-
-def weight_bytes(build: Build) -> int:
-    """Bytes of the weights that one device holds."""
-    shape = build.shape or MeshShape()
-    total = 0
-    for param in jax.tree.leaves(nnx.state(Decoder(build)), is_leaf=lambda p: isinstance(p, nnx.Variable)):
-        value = param.get_value()
-        ways = int(np.prod([getattr(shape, axis) for axis in spec_axes(param.get_metadata("spec"))]))
-        total += int(np.prod(value.shape)) * value.dtype.itemsize // ways
-    return total

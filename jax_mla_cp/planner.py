@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import jax
 
 from jax_mla_cp import cache
-from jax_mla_cp.batch import KEY_ALIGN, Batch, BatchShape, Work, build, lay_out
+from jax_mla_cp.batch import KEY_ALIGN, Batch, BatchShape, Work, build, check_works, lay_out
 from jax_mla_cp.cache import CacheShape
 from jax_mla_cp.config import ConfigError, Form
 from jax_mla_cp.mesh import mesh_shape
@@ -124,6 +124,8 @@ class Planner:
         """`batch` before it goes to the devices: NumPy arrays, all devices' one after the other."""
         if len(groups) != self.shape.dp:
             raise ValueError(f"works: one list per dp group is needed, {self.shape.dp} of them, got {len(groups)}.")
+        for works in groups:
+            check_works(works, self.shape, self.model.config)
         shape = self._bucket_shape(0)
         layouts = [lay_out(works, shape, self.model.config) for works in groups]
         bucket = self.bucket(max(layout.tokens for layout in layouts))

@@ -16,7 +16,7 @@ from jax_mla_cp import cache
 from jax_mla_cp.batch import Work, batch_specs
 from jax_mla_cp.cache import PAGES_SPEC
 from jax_mla_cp.config import ConfigError, Form, ModelConfig
-from jax_mla_cp.model.handle import Model
+from jax_mla_cp.model.handle import Model, weight_bytes
 from jax_mla_cp.planner import Planner
 from jax_mla_cp.platform import device_memory
 from jax_mla_cp.step import put, step
@@ -118,9 +118,7 @@ def compile_step(planner: Planner, bucket: int) -> jax.stages.Compiled:
     model = planner.model
     host = planner.sample_batch(bucket)
     batch = jax.tree.map(lambda x, spec: _struct(model, x, spec), host, batch_specs(host))
-    pages = jax.eval_shape(lambda: cache.create(model.config, planner.shape.cache, model.build.dtype))
-    full = (planner.shape.dp * pages.shape[0], *pages.shape[1:])
-    pages = _struct(model, jax.ShapeDtypeStruct(full, pages.dtype), PAGES_SPEC)
+    pages = _struct(model, jax.eval_shape(planner.new_cache), PAGES_SPEC)
     return jax.jit(step, donate_argnums=1).lower(model, pages, batch).compile()
 
 
@@ -198,14 +196,9 @@ def _pages_that_fit(
         form=form,
     )
     stats: Any = compile_step(probe, probe.buckets[-1]).memory_analysis()
-    weights = sum(_local_bytes(x) for x in jax.tree.leaves(model.params))
     free = (
         device_memory() * fraction - stats.temp_size_in_bytes - stats.output_size_in_bytes + stats.alias_size_in_bytes
     )
     if jax.local_devices()[0].platform != "cpu":  # what is free on a CPU no longer holds the weights
-        free -= weights
+        free -= weight_bytes(model.build)
     return int(free // cache.page_bytes(model.config, page_size, model.build.dtype))
-
-
-def _local_bytes(x: jax.Array) -> int:
-    return int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from jax_mla_cp import mesh, planner
 from jax_mla_cp.attention.form import use_expanded
-from jax_mla_cp.batch import Batch, BatchShape, Sampling, Work, build, lay_out
+from jax_mla_cp.batch import Batch, BatchShape, Sampling, Work, build, check_works, lay_out
 from jax_mla_cp.cache import CacheShape
 from jax_mla_cp.planner import _buckets
 from jax_mla_cp.presets import model_config
@@ -164,7 +164,7 @@ GOOD = Work([1, 2, 3], 6, [4, 5])
 )
 def test_refuses(works: list[Work], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        lay_out(works, shape(2, 8), CONFIG)
+        check_works(works, shape(2, 8), CONFIG)
 
 
 def test_form_follows_the_arithmetic() -> None:

@@ -14,9 +14,10 @@ import pytest
 import jax_mla_cp as mla
 from jax_mla_cp import presets
 from jax_mla_cp.config import ConfigError, ModelConfig
-from jax_mla_cp.load import plan_build, weight_bytes
+from jax_mla_cp.load import plan_build
 from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.model.context import EP_CHOICES, Build
+from jax_mla_cp.model.handle import weight_bytes
 from jax_mla_cp.runner import create_runner
 from tests.checkpoints import BASE, old_style
 from tests.synthetic import CONFIG, random_model

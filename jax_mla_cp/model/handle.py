@@ -6,10 +6,12 @@ import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from jax_mla_cp.config import ModelConfig
+from jax_mla_cp.mesh import MeshShape, spec_axes
 from jax_mla_cp.model.context import Build
 from jax_mla_cp.model.decoder import Decoder
 
@@ -36,3 +38,14 @@ class Model:
 def param_specs(params: Any) -> Any:
     """The PartitionSpec of each parameter, in a tree that stands for `params` in `shard_map`'s in_specs."""
     return jax.tree.map(lambda p: p.get_metadata("spec"), params, is_leaf=lambda p: isinstance(p, nnx.Variable))
+
+
+def weight_bytes(build: Build) -> int:
+    """Bytes of the weights that one device holds."""
+    shape = build.shape or MeshShape()
+    total = 0
+    for param in jax.tree.leaves(nnx.state(Decoder(build)), is_leaf=lambda p: isinstance(p, nnx.Variable)):
+        value = param.get_value()
+        ways = int(np.prod([getattr(shape, axis) for axis in spec_axes(param.get_metadata("spec"))]))
+        total += int(np.prod(value.shape)) * value.dtype.itemsize // ways
+    return total
