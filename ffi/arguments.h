@@ -1,0 +1,235 @@
+// The arguments of the three targets, and every check that can be made of them without reading device memory.
+// The CPU and the CUDA handlers bind the same buffers and call the same `Check`.
+//
+// Letters: T tokens of the rank's buffer, n heads, B rows, K packed keys, W pages of the longest request, S splits.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+#include <utility>
+
+#include "shapes.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace mla {
+
+namespace ffi = xla::ffi;
+using Result = ffi::Result<ffi::AnyBuffer>;
+
+// Collects the first thing that is wrong with a call's arguments.
+class Checker {
+ public:
+  explicit Checker(const char* target) : target_(target) {}
+
+  // `dims`: the expected sizes; kAny takes what is there.
+  static constexpr int64_t kAny = -1;
+  void Buffer(const char* name, const ffi::AnyBuffer& buffer, ffi::DataType dtype, std::initializer_list<int64_t> dims) {
+    if (!message_.empty()) return;
+    bool fits = buffer.element_type() == dtype && buffer.dimensions().size() == dims.size();
+    if (fits) {
+      size_t i = 0;
+      for (int64_t dim : dims) {
+        fits = fits && (dim == kAny || buffer.dimensions()[i] == dim);
+        ++i;
+      }
+    }
+    if (!fits) {
+      Fail(name, "expected " + Shape(dtype, dims) + ", got " + Shape(buffer.element_type(), buffer.dimensions()));
+    } else if (reinterpret_cast<uintptr_t>(buffer.untyped_data()) % kAlignment != 0) {
+      Fail(name, "expected a " + std::to_string(kAlignment) + "-byte aligned address, got one that is not");
+    }
+  }
+  void Rank(const char* name, const ffi::AnyBuffer& buffer, size_t rank) {
+    if (message_.empty() && buffer.dimensions().size() != rank) {
+      Fail(name, "expected " + std::to_string(rank) + " dimensions, got " +
+                     Shape(buffer.element_type(), buffer.dimensions()));
+    }
+  }
+  void That(bool holds, const char* name, const std::string& problem) {
+    if (message_.empty() && !holds) Fail(name, problem);
+  }
+  bool ok() const { return message_.empty(); }
+  ffi::Error error() const {
+    return ok() ? ffi::Error::Success() : ffi::Error::InvalidArgument(std::string(target_) + ": " + message_);
+  }
+
+ private:
+  void Fail(const char* name, const std::string& problem) { message_ = std::string(name) + ": " + problem; }
+  template <typename Dims>
+  static std::string Shape(ffi::DataType dtype, const Dims& dims) {
+    std::string text = dtype == ffi::BF16 ? "bfloat16[" : dtype == ffi::F32 ? "float32[" : dtype == ffi::S32 ? "int32["
+                       : "dtype " + std::to_string(static_cast<int>(dtype)) + " [";
+    const char* comma = "";
+    for (int64_t dim : dims) {
+      text += comma + (dim == kAny ? std::string("any") : std::to_string(dim));
+      comma = ", ";
+    }
+    return text + "]";
+  }
+
+  const char* target_;
+  std::string message_;
+};
+
+// Rows of queries: row b's are tokens cu_q[b] to cu_q[b + 1], its last one sees kv_len[b] keys, each before it one less.
+struct Rows {
+  int64_t count;
+  int32_t* cu_q;    // [B + 1]
+  int32_t* kv_len;  // [B]
+
+  static Rows Check(Checker& check, const ffi::AnyBuffer& cu_q, const ffi::AnyBuffer& kv_len) {
+    check.Rank("kv_len", kv_len, 1);
+    if (!check.ok()) return {};
+    int64_t count = kv_len.dimensions()[0];
+    check.That(count >= 1, "kv_len", "expected at least one row, got none");
+    check.Buffer("kv_len", kv_len, ffi::S32, {count});
+    check.Buffer("cu_q", cu_q, ffi::S32, {count + 1});
+    return {count, static_cast<int32_t*>(cu_q.untyped_data()), static_cast<int32_t*>(kv_len.untyped_data())};
+  }
+};
+
+// What every target returns beside its output.
+struct Common {
+  int64_t tokens, heads;
+  float* lse;          // [n, T]: log of the sum of exponentials of a query's scores; -inf for tokens of no row
+  int32_t* scheduler;  // [SchedulerSize(B)], scratch
+
+  static Common Check(Checker& check, int64_t tokens, int64_t heads, int64_t rows, Result lse, Result scheduler) {
+    check.Buffer("lse", *lse, ffi::F32, {heads, tokens});
+    check.Buffer("scheduler", *scheduler, ffi::S32, {SchedulerSize(rows)});
+    return {tokens, heads, static_cast<float*>(lse->untyped_data()), static_cast<int32_t*>(scheduler->untyped_data())};
+  }
+};
+
+// Causal attention over per-head keys and values, both inside one array.
+struct Expanded {
+  Common common;
+  Rows rows;
+  int64_t keys;
+  uint16_t* q;         // bfloat16 [T, n, h + r]
+  uint16_t* kv;        // bfloat16 [K, n, h + r + v]: a head's key, then its value
+  int32_t* kv_start;   // [B]: where a row's keys begin; rows may share them
+  uint16_t* out;       // bfloat16 [T, n, v]
+  float scale;
+
+  static Expanded Check(Checker& check, ffi::AnyBuffer q, ffi::AnyBuffer kv, ffi::AnyBuffer cu_q,
+                        ffi::AnyBuffer kv_start, ffi::AnyBuffer kv_len, Result out, Result lse, Result scheduler,
+                        float scale) {
+    check.Rank("q", q, 3);
+    check.Rank("kv", kv, 3);
+    if (!check.ok()) return {};
+    int64_t tokens = q.dimensions()[0], heads = q.dimensions()[1], keys = kv.dimensions()[0];
+    check.That(tokens >= 1 && heads >= 1, "q", "expected at least one token and one head, got none");
+    check.That(keys >= 1, "kv", "expected at least one key, got none");
+    check.Buffer("q", q, ffi::BF16, {tokens, heads, kQuery});
+    check.Buffer("kv", kv, ffi::BF16, {keys, heads, kQuery + kValue});
+    Rows rows = Rows::Check(check, cu_q, kv_len);
+    check.Buffer("kv_start", kv_start, ffi::S32, {rows.count});
+    check.Buffer("out", *out, ffi::BF16, {tokens, heads, kValue});
+    Common common = Common::Check(check, tokens, heads, rows.count, lse, scheduler);
+    return {common, rows, keys, static_cast<uint16_t*>(q.untyped_data()), static_cast<uint16_t*>(kv.untyped_data()),
+            static_cast<int32_t*>(kv_start.untyped_data()), static_cast<uint16_t*>(out->untyped_data()), scale};
+  }
+};
+
+// Causal attention over the cached latents, which are the keys and, their first R numbers, the values of all heads.
+struct Absorbed {
+  Common common;
+  Rows rows;
+  int64_t num_pages, page_size, table_width;
+  uint16_t* q_latent;   // bfloat16 [n, T, R]: head by head, as the batched product with W_UK leaves it
+  uint16_t* q_rope;     // bfloat16 [T, n, r]
+  uint16_t* pages;      // bfloat16 [pages, page_size, R + r]
+  int32_t* page_table;  // [B, W]: each row's pages in order; what lies past its kv_len is not used
+  uint16_t* out;        // bfloat16 [n, T, R], as the batched product with W_UV takes it
+  float scale;
+
+  static Absorbed Check(Checker& check, ffi::AnyBuffer q_latent, ffi::AnyBuffer q_rope, ffi::AnyBuffer pages,
+                        ffi::AnyBuffer page_table, ffi::AnyBuffer cu_q, ffi::AnyBuffer kv_len, Result out, Result lse,
+                        Result scheduler, float scale) {
+    check.Rank("q_latent", q_latent, 3);
+    check.Rank("pages", pages, 3);
+    check.Rank("page_table", page_table, 2);
+    if (!check.ok()) return {};
+    int64_t heads = q_latent.dimensions()[0], tokens = q_latent.dimensions()[1];
+    int64_t num_pages = pages.dimensions()[0], page_size = pages.dimensions()[1], width = page_table.dimensions()[1];
+    check.That(tokens >= 1 && heads >= 1, "q_latent", "expected at least one token and one head, got none");
+    check.That(num_pages >= 1 && page_size >= 1 && page_size % kPageTile == 0, "pages",
+               "expected a page size that is a multiple of " + std::to_string(kPageTile) + ", got " +
+                   std::to_string(page_size));
+    check.That(width >= 1, "page_table", "expected room for at least one page, got none");
+    check.Buffer("q_latent", q_latent, ffi::BF16, {heads, tokens, kLatent});
+    check.Buffer("q_rope", q_rope, ffi::BF16, {tokens, heads, kRope});
+    check.Buffer("pages", pages, ffi::BF16, {num_pages, page_size, kLatent + kRope});
+    Rows rows = Rows::Check(check, cu_q, kv_len);
+    check.Buffer("page_table", page_table, ffi::S32, {rows.count, width});
+    check.Buffer("out", *out, ffi::BF16, {heads, tokens, kLatent});
+    Common common = Common::Check(check, tokens, heads, rows.count, lse, scheduler);
+    return {common, rows, num_pages, page_size, width, static_cast<uint16_t*>(q_latent.untyped_data()),
+            static_cast<uint16_t*>(q_rope.untyped_data()), static_cast<uint16_t*>(pages.untyped_data()),
+            static_cast<int32_t*>(page_table.untyped_data()), static_cast<uint16_t*>(out->untyped_data()), scale};
+  }
+};
+
+// Decode's scratch: each split's output and log-sum-exp, before they are combined.
+struct Splits {
+  int64_t count;
+  float* out;  // [S, n, T, R]
+  float* lse;  // [S, n, T]
+
+  static Splits Check(Checker& check, const Common& common, Result out, Result lse) {
+    check.Rank("out_partial", *out, 4);
+    if (!check.ok()) return {};
+    int64_t count = out->dimensions()[0];
+    check.That(count >= 1 && count <= kMostSplits, "out_partial",
+               "expected 1 to " + std::to_string(kMostSplits) + " splits, got " + std::to_string(count));
+    check.Buffer("out_partial", *out, ffi::F32, {count, common.heads, common.tokens, kLatent});
+    check.Buffer("lse_partial", *lse, ffi::F32, {count, common.heads, common.tokens});
+    return {count, static_cast<float*>(out->untyped_data()), static_cast<float*>(lse->untyped_data())};
+  }
+};
+
+// How the handlers' arguments are bound, after what the platform adds.
+template <typename Binding>
+auto BindExpanded(Binding&& binding) {
+  return std::forward<Binding>(binding)
+      .template Arg<ffi::AnyBuffer>()  // q
+      .template Arg<ffi::AnyBuffer>()  // kv
+      .template Arg<ffi::AnyBuffer>()  // cu_q
+      .template Arg<ffi::AnyBuffer>()  // kv_start
+      .template Arg<ffi::AnyBuffer>()  // kv_len
+      .template Ret<ffi::AnyBuffer>()  // out
+      .template Ret<ffi::AnyBuffer>()  // lse
+      .template Ret<ffi::AnyBuffer>()  // scheduler
+      .template Attr<float>("scale");
+}
+
+template <typename Binding>
+auto BindAbsorbedOperands(Binding&& binding) {
+  return std::forward<Binding>(binding)
+      .template Arg<ffi::AnyBuffer>()   // q_latent
+      .template Arg<ffi::AnyBuffer>()   // q_rope
+      .template Arg<ffi::AnyBuffer>()   // pages
+      .template Arg<ffi::AnyBuffer>()   // page_table
+      .template Arg<ffi::AnyBuffer>()   // cu_q
+      .template Arg<ffi::AnyBuffer>()   // kv_len
+      .template Ret<ffi::AnyBuffer>()   // out
+      .template Ret<ffi::AnyBuffer>()   // lse
+      .template Ret<ffi::AnyBuffer>();  // scheduler
+}
+
+template <typename Binding>
+auto BindAbsorbed(Binding&& binding) {
+  return BindAbsorbedOperands(std::forward<Binding>(binding)).template Attr<float>("scale");
+}
+
+template <typename Binding>
+auto BindDecode(Binding&& binding) {
+  return BindAbsorbedOperands(std::forward<Binding>(binding))
+      .template Ret<ffi::AnyBuffer>()  // out_partial
+      .template Ret<ffi::AnyBuffer>()  // lse_partial
+      .template Attr<float>("scale");
+}
+
+}  // namespace mla

@@ -1,0 +1,64 @@
+// jax_mla_cp._ffi: the handlers as capsules, for jax.ffi.register_ffi_target, and what CUDA they were built for.
+
+#include <nanobind/nanobind.h>
+
+#include "xla/ffi/api/ffi.h"
+#ifdef JAX_MLA_CP_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
+XLA_FFI_DECLARE_HANDLER_SYMBOL(MlaPrefillExpandedCpu);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(MlaPrefillAbsorbedCpu);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(MlaDecodeCpu);
+#ifdef JAX_MLA_CP_CUDA
+XLA_FFI_DECLARE_HANDLER_SYMBOL(MlaPrefillExpandedCuda);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(MlaPrefillAbsorbedCuda);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(MlaDecodeCuda);
+#endif
+
+namespace nb = nanobind;
+
+namespace {
+
+nb::dict Targets(XLA_FFI_Handler* expanded, XLA_FFI_Handler* absorbed, XLA_FFI_Handler* decode) {
+  nb::dict targets;
+  targets["mla_prefill_expanded"] = nb::capsule(reinterpret_cast<void*>(expanded));
+  targets["mla_prefill_absorbed"] = nb::capsule(reinterpret_cast<void*>(absorbed));
+  targets["mla_decode"] = nb::capsule(reinterpret_cast<void*>(decode));
+  return targets;
+}
+
+nb::dict Registrations() {
+  nb::dict platforms;
+  platforms["cpu"] = Targets(MlaPrefillExpandedCpu, MlaPrefillAbsorbedCpu, MlaDecodeCpu);
+#ifdef JAX_MLA_CP_CUDA
+  platforms["CUDA"] = Targets(MlaPrefillExpandedCuda, MlaPrefillAbsorbedCuda, MlaDecodeCuda);
+#endif
+  return platforms;
+}
+
+int BuiltForCuda() {
+#ifdef JAX_MLA_CP_CUDA
+  return CUDART_VERSION;
+#else
+  return 0;
+#endif
+}
+
+int DriverCuda() {
+#ifdef JAX_MLA_CP_CUDA
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+#else
+  return 0;
+#endif
+}
+
+}  // namespace
+
+NB_MODULE(_ffi, m) {
+  m.doc() = "FlashAttention-3 for MLA as XLA FFI handlers. Called by jax_mla_cp.attention.fa3 only.";
+  m.def("registrations", &Registrations, "Platform -> target name -> handler capsule.");
+  m.def("built_for_cuda", &BuiltForCuda, "CUDA's version, as 1000 major + 10 minor; 0: only CPU handlers.");
+  m.def("driver_cuda", &DriverCuda, "The newest CUDA version that this machine's driver runs; 0: no driver.");
+}
