@@ -7,6 +7,7 @@ goes to. Everything that a device could read or write out of range is checked he
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -57,7 +58,7 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class BatchShape:
-    """What is fixed in the shapes of all of a program's steps, per dp group."""
+    """What is the same in the shapes of all steps, per dp group."""
 
     dp: int
     cp: int
@@ -66,17 +67,30 @@ class BatchShape:
     table_width: int
     """Pages of the longest request."""
     expanded_keys: int
-    """Keys that the expanded form has room for, a multiple of the page size; 0: every row is absorbed."""
+    """Keys that the expanded form has room for, a multiple of the page size and of KEY_ALIGN; 0: every row is absorbed."""
     cache: CacheShape
     form: Form = "auto"
 
     def __post_init__(self) -> None:
         if self.requests < 1 or self.requests % self.cp:
             raise ValueError(f"requests must be a positive multiple of cp={self.cp}, got {self.requests}.")
-        if self.expanded_keys % self.cache.page_size:
+        if self.expanded_keys % math.lcm(self.cache.page_size, KEY_ALIGN):
             raise ValueError(
-                f"expanded_keys must be a multiple of page_size={self.cache.page_size}, got {self.expanded_keys}."
+                f"expanded_keys must be a multiple of page_size={self.cache.page_size} and of {KEY_ALIGN}, "
+                f"got {self.expanded_keys}."
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class StepShape:
+    """What differs between the programs: the shape of one step."""
+
+    tokens: int
+    """Of each rank's buffer."""
+    absorbed_tokens: int
+    """The first so many tokens of a buffer may be of absorbed rows; only they take that form's products."""
+    expanded_keys: int
+    """`BatchShape.expanded_keys`, or 0: the step has no expanded row."""
 
 
 @jax.tree_util.register_dataclass
@@ -92,14 +106,15 @@ class Batch:
     positions: Any  # int32 [T]         P(("dp", "cp"))
     num_tokens: Any  # int32 [1]        P(("dp", "cp"))  tokens that exist; the rest of the buffer is padding
     slots: Any  # int32 [cp T]          P("dp")          where each rank's tokens go in the cache
-    fresh: Any  # int32 [I]             P("dp")          pages to zero first
+    fresh: Any  # int32 [max(2, I)]     P("dp")          pages to zero first
     page_table: Any  # int32 [I, W]     P("dp")
-    key_pages: Any  # int32 [K / page]  P("dp")          pages of the packed keys
+    key_pages: Any  # int32 [K / page]  P("dp")          pages of the packed keys, none without expanded rows
     num_keys: Any  # int32 [1]          P("dp")          keys that the packed ones reach to
     expanded: Rows  # int32 [B]         P(("dp", "cp"))
     absorbed: Rows  # int32 [B]         P(("dp", "cp"))
     last_index: Any  # int32 [I]        P(("dp", "cp"))  where a request's last token is on this rank, or T
     sampling: SamplingArrays
+    absorbed_tokens: int = dataclasses.field(metadata={"static": True})  # `StepShape.absorbed_tokens`
 
 
 @jax.tree_util.register_dataclass
@@ -122,22 +137,34 @@ def batch_specs(batch: Batch) -> Batch:
         axes = PartitionSpec(DP) if name in groups else PartitionSpec(TOKENS)
         return jax.tree.map(lambda _: axes, getattr(batch, name))
 
-    return Batch(**{field.name: spec(field.name) for field in dataclasses.fields(Batch)})
+    arrays = {f.name: spec(f.name) for f in dataclasses.fields(Batch) if f.name != "absorbed_tokens"}
+    return Batch(**arrays, absorbed_tokens=batch.absorbed_tokens)
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """One dp group's step: its works in the order of the plan, expanded ones first."""
+    """One dp group's step: its works in the order of the plan, absorbed ones first."""
 
     works: Sequence[Work]
     order: NDArray[np.int64]  # [I] indices into works
-    num_expanded: int
+    num_absorbed: int
     plan: Plan
 
     @property
     def tokens(self) -> int:
         """Tokens of the fullest rank: what the buffer must hold."""
         return int(self.plan.rank_tokens.max())
+
+    @property
+    def absorbed_tokens(self) -> int:
+        """Tokens of absorbed rows on the rank with the most of them."""
+        p = self.plan
+        mine = p.row_request < self.num_absorbed
+        return int(np.bincount(p.row_rank[mine], weights=p.row_len[mine], minlength=p.cp).max())
+
+    @property
+    def expands(self) -> bool:
+        return self.num_absorbed < len(self.works)
 
 
 def check_works(works: Sequence[Work], shape: BatchShape, config: ModelConfig) -> None:
@@ -153,33 +180,40 @@ def check_works(works: Sequence[Work], shape: BatchShape, config: ModelConfig) -
     _check_pages(works, shape)
 
 
-def lay_out(works: Sequence[Work], shape: BatchShape, config: ModelConfig) -> Layout:
-    """Chooses each work's form and plans the zigzag, for a dp group's works that `check_works` has passed."""
-    room, expanded = shape.expanded_keys, []
+def lay_out(works: Sequence[Work], shape: BatchShape, config: ModelConfig, *, expand: bool = True) -> Layout:
+    """Chooses each work's form and plans the zigzag, for a dp group's works that `check_works` has passed.
+
+    Without `expand`, all are absorbed.
+    """
+    room, expanded = shape.expanded_keys if expand else 0, []
     for i, work in enumerate(works):
         keys = _packed(work.cached + len(work.tokens), shape.cache.page_size)
         if keys <= room and use_expanded(shape.form, config, shape.cp, len(work.tokens), work.cached):
             expanded.append(i)
             room -= keys
     absorbed = np.setdiff1d(np.arange(len(works)), expanded)
-    order = np.concatenate([np.array(expanded, np.int64), absorbed])
+    order = np.concatenate([absorbed, np.array(expanded, np.int64)])
     new = [len(works[i].tokens) for i in order]
-    return Layout(works, order, len(expanded), plan(new, [works[i].cached for i in order], cp=shape.cp))
+    return Layout(works, order, len(absorbed), plan(new, [works[i].cached for i in order], cp=shape.cp))
 
 
-def build(layouts: Sequence[Layout], shape: BatchShape, tokens: int) -> Batch:
-    """The arrays of a step whose ranks' buffers hold `tokens` tokens each; one layout per dp group.
+def build(layouts: Sequence[Layout], shape: BatchShape, step: StepShape) -> Batch:
+    """The arrays of a step, one layout per dp group.
 
     Raises:
-      ValueError: a rank has more tokens than that, or only some requests have `embeds`.
+      ValueError: a layout doesn't fit the step's shape, or only some requests have `embeds`.
     """
-    most = max(layout.tokens if layout.works else 0 for layout in layouts)
-    if most > tokens:
-        raise ValueError(f"a rank has {most} tokens, its buffer {tokens}. Use a larger bucket.")
+    for name, needed, room in (
+        ("tokens", max(layout.tokens for layout in layouts), step.tokens),
+        ("tokens of absorbed rows", max(layout.absorbed_tokens for layout in layouts), step.absorbed_tokens),
+        ("expanded keys", max(_keys(layout, shape) for layout in layouts), step.expanded_keys),
+    ):
+        if needed > room:
+            raise ValueError(f"a rank has {needed} {name}, the step has room for {room}. Use a larger step.")
     have = {work.embeds is not None for layout in layouts for work in layout.works}
     if len(have) > 1:
         raise ValueError("embeds: give them for all requests of a step or for none.")
-    groups = [_group(layout, shape, tokens, embeds=True in have) for layout in layouts]
+    groups = [_group(layout, shape, step, embeds=True in have) for layout in layouts]
     if True in have:  # a dp group without requests has no embeds to tell their width by
         like = next(g.embeds for g in groups if g.embeds is not None)
         groups = [g if g.embeds is not None else dataclasses.replace(g, embeds=np.zeros_like(like)) for g in groups]
@@ -231,11 +265,18 @@ def _packed(keys: int, page_size: int) -> int:
     return -(-tiled // page_size) * page_size
 
 
-def _group(layout: Layout, shape: BatchShape, tokens: int, *, embeds: bool) -> Batch:
+def _keys(layout: Layout, shape: BatchShape) -> int:
+    """Packed keys of a layout's expanded works."""
+    expanded = [layout.works[i] for i in layout.order[layout.num_absorbed :]]
+    return sum(_packed(work.cached + len(work.tokens), shape.cache.page_size) for work in expanded)
+
+
+def _group(layout: Layout, shape: BatchShape, step: StepShape, *, embeds: bool) -> Batch:
     """One dp group's arrays, rank after rank. Places of requests are those of `works`, whatever the plan's order."""
     p, cp, page_size, works, order = layout.plan, shape.cp, shape.cache.page_size, layout.works, layout.order
+    tokens = step.tokens
     page_table = shape.cache.no_page(shape.requests * shape.table_width).reshape(shape.requests, -1)
-    fresh = shape.cache.no_page(shape.requests)
+    fresh = shape.cache.no_page(max(2, shape.requests))  # of a single one, XLA's scatter may copy the cache
     for i, work in enumerate(works):
         end = work.cached + len(work.tokens)
         used = -(-end // page_size)
@@ -261,10 +302,10 @@ def _group(layout: Layout, shape: BatchShape, tokens: int, *, embeds: bool) -> B
         empty[place] = values
         return empty
 
-    key_pages, key_start, num_keys = _pack_keys(layout, page_table, shape)
+    key_pages, key_start, num_keys = _pack_keys(layout, page_table, shape, step.expanded_keys)
     last_index = np.full((cp, shape.requests), tokens, np.int32)
     last_index[p.last_rank, order] = p.last_index
-    expanded = np.arange(len(works)) < layout.num_expanded
+    absorbed = np.arange(len(works)) < layout.num_absorbed
     return Batch(
         tokens=spread([np.asarray(w.tokens, np.int32) for w in works], np.zeros(cp * tokens, np.int32)),
         embeds=_embeds(works, spread, cp * tokens) if embeds and works else None,
@@ -275,10 +316,11 @@ def _group(layout: Layout, shape: BatchShape, tokens: int, *, embeds: bool) -> B
         page_table=page_table,
         key_pages=key_pages,
         num_keys=num_keys,
-        expanded=_rows(layout, shape, expanded, key_start),
-        absorbed=_rows(layout, shape, ~expanded, key_start),
+        expanded=_rows(layout, shape, ~absorbed, key_start),
+        absorbed=_rows(layout, shape, absorbed, key_start),
         last_index=last_index.reshape(-1),
         sampling=_sampling(works, shape.requests),
+        absorbed_tokens=step.absorbed_tokens,
     )
 
 
@@ -288,14 +330,14 @@ def _embeds(works: Sequence[Work], spread: Callable[..., NDArray[Any]], size: in
 
 
 def _pack_keys(
-    layout: Layout, page_table: NDArray[np.int32], shape: BatchShape
+    layout: Layout, page_table: NDArray[np.int32], shape: BatchShape, room: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
     """(pages of the packed keys, where each request's keys begin, how far the keys reach). Gaps read as zeros."""
     page_size = shape.cache.page_size
-    key_pages = shape.cache.no_page(shape.expanded_keys // page_size)
+    key_pages = shape.cache.no_page(room // page_size)
     start = np.zeros(shape.requests, np.int32)
     at = 0
-    for i in layout.order[: layout.num_expanded]:
+    for i in layout.order[layout.num_absorbed :]:
         keys = layout.works[i].cached + len(layout.works[i].tokens)
         used = -(-keys // page_size)
         start[i] = at
@@ -312,8 +354,8 @@ def _rows(layout: Layout, shape: BatchShape, chosen: NDArray[np.bool_], key_star
     for k in range(shape.cp):
         on_rank = np.flatnonzero(p.row_rank == k)
         mine = on_rank[chosen[p.row_request[on_rank]]]
-        # The plan has the expanded requests' rows first: what is chosen is one run of the rank's tokens.
-        before = on_rank[on_rank < mine[0]] if len(mine) else on_rank
+        # The plan has the absorbed requests' rows first: what is chosen is one run of the rank's tokens.
+        before = on_rank[on_rank < mine[0]] if len(mine) else on_rank[:0]
         lengths = np.zeros(most, np.int32)
         lengths[: len(mine)] = p.row_len[mine]
         cu_q[k] = p.row_len[before].sum() + np.concatenate([[0], np.cumsum(lengths)])

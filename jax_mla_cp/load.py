@@ -80,7 +80,7 @@ def plan_build(
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     shape = None if mesh is None else mesh_shape(mesh)
-    implementation = resolve_implementation(attention)
+    implementation = resolve_implementation(attention, config, dtype)
     builds = [
         Build(config, shape, EP_CHOICES[name], jnp.dtype(dtype), implementation)
         for name in ([ep_axes] if ep_axes != "auto" else EP_CHOICES)

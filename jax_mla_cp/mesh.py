@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax import lax
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from jax_mla_cp.config import ConfigError
+
+T = TypeVar("T")
 
 DP, CP, TP = "dp", "cp", "tp"
 AXES = (DP, CP, TP)
@@ -140,14 +142,20 @@ class Axes:
         return lax.psum_scatter(x, axes, scatter_dimension=0, tiled=True) if self.shape else x
 
 
-def vary_like(x: jax.Array, *like: Any) -> jax.Array:
-    """`x`, typed as differing between devices wherever one of the pytrees `like` does: a loop's first carry."""
-    have = jax.typeof(x).manual_axis_type.varying
+def vary_like(x: T, *like: Any) -> T:
+    """`x`, an array or a pytree of them, typed as differing between devices wherever one of the pytrees `like` does.
+
+    For a loop's first carry, and for results of calls whose operands JAX does not look at.
+    """
     want: set[str] = set()
     for leaf in jax.tree.leaves(like):
         want |= jax.typeof(leaf).manual_axis_type.varying
-    missing = tuple(sorted(want - have))
-    return lax.pcast(x, missing, to="varying") if missing else x
+
+    def cast(leaf: jax.Array) -> jax.Array:
+        missing = tuple(sorted(want - jax.typeof(leaf).manual_axis_type.varying))
+        return lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(cast, x)
 
 
 def spec_axes(spec: PartitionSpec) -> set[str]:

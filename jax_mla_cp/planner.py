@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
 
 from jax_mla_cp import cache
-from jax_mla_cp.batch import KEY_ALIGN, Batch, BatchShape, Work, build, check_works, lay_out
+from jax_mla_cp.attention import fa3
+from jax_mla_cp.batch import KEY_ALIGN, Batch, BatchShape, StepShape, Work, build, check_works, lay_out
 from jax_mla_cp.cache import CacheShape
 from jax_mla_cp.config import ConfigError, Form
 from jax_mla_cp.mesh import mesh_shape
@@ -19,7 +21,8 @@ _SMALLEST = 16
 _FINE_FROM = 4096
 _ABSORBED_ONLY = 128
 """Tokens per rank up to which no row gains by the expanded form (attention/form.py: the crossover against a long prefix
-is at 171), so that these programs do without it."""
+is at 171), so that these programs do without it. And what a program with expanded rows leaves for absorbed ones, decoding
+requests above all, without doing the absorbed form's products for the whole buffer."""
 
 
 def token_buckets(most: int) -> tuple[int, ...]:
@@ -42,7 +45,8 @@ def token_buckets(most: int) -> tuple[int, ...]:
 class Planner:
     """Makes device-ready batches for one model and one cache.
 
-    One program is compiled per bucket, a number of tokens in a rank's buffer; all other shapes are fixed.
+    One program is compiled per `StepShape`: for small buckets one, for the others one with expanded rows beside few
+    absorbed tokens (the common one), one beside many, and one without expanded rows.
     """
 
     model: Model
@@ -80,6 +84,11 @@ class Planner:
         for name, value in {**sizes, "prefill_chunk": prefill_chunk}.items():
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}.")
+        if model.build.attention == "fa3" and page_size % fa3.PAGE_MULTIPLE:
+            raise ConfigError(
+                f"page_size={page_size}: FlashAttention-3 needs a multiple of {fa3.PAGE_MULTIPLE} (a tile of keys lies in "
+                f"one page). Use --page-size {-(-page_size // fa3.PAGE_MULTIPLE) * fa3.PAGE_MULTIPLE}, or --attention xla."
+            )
         if form not in ("auto", "expanded", "absorbed"):
             raise ConfigError(f"form must be auto, expanded or absorbed, got {form!r}.")
         mesh = mesh_shape(model.mesh)
@@ -92,13 +101,14 @@ class Planner:
                 f"the cache holds {layout.tokens} tokens."
             )
         chunk = min(prefill_chunk or max_len, max_requests * max_len)
-        keys = max_len + chunk + KEY_ALIGN
+        # One request's keys, all of them; of several, those that fit beside the longest (the others are absorbed).
+        keys, aligned = max_len if max_requests == 1 else max_len + chunk, math.lcm(page_size, KEY_ALIGN)
         shape = BatchShape(
             dp=mesh.dp,
             cp=mesh.cp,
             requests=-(-max_requests // mesh.cp) * mesh.cp,
             table_width=-(-max_len // page_size),
-            expanded_keys=0 if form == "absorbed" else -(-keys // page_size) * page_size,
+            expanded_keys=0 if form == "absorbed" else -(-keys // aligned) * aligned,
             cache=layout,
             form=form,
         )
@@ -126,13 +136,12 @@ class Planner:
             raise ValueError(f"works: one list per dp group is needed, {self.shape.dp} of them, got {len(groups)}.")
         for works in groups:
             check_works(works, self.shape, self.model.config)
-        shape = self._bucket_shape(0)
-        layouts = [lay_out(works, shape, self.model.config) for works in groups]
+        layouts = [lay_out(works, self.shape, self.model.config, expand=False) for works in groups]
         bucket = self.bucket(max(layout.tokens for layout in layouts))
-        if self._bucket_shape(bucket) != shape:
-            shape = self._bucket_shape(bucket)
-            layouts = [lay_out(works, shape, self.model.config) for works in groups]
-        return build(layouts, shape, bucket)
+        if self._may_expand(bucket):
+            layouts = [lay_out(works, self.shape, self.model.config) for works in groups]
+        absorbed = max(layout.absorbed_tokens for layout in layouts)
+        return build(layouts, self.shape, self._step(bucket, absorbed, any(layout.expands for layout in layouts)))
 
     def bucket(self, tokens: int) -> int:
         """The smallest bucket that holds so many tokens on a rank."""
@@ -143,14 +152,35 @@ class Planner:
             f"a rank has {tokens} tokens; the largest bucket is {self.buckets[-1]}. Use a larger prefill_chunk."
         )
 
-    def sample_batch(self, bucket: int) -> Batch:
-        """A batch of the bucket's shapes, with nothing in it, on the host: to compile for."""
-        shape = self._bucket_shape(bucket)
-        return build([lay_out([], shape, self.model.config)] * self.shape.dp, shape, bucket)
+    @property
+    def steps(self) -> tuple[StepShape, ...]:
+        """The shapes of all programs, rising in tokens; the last one is the largest."""
+        steps = [
+            self._step(bucket, absorbed, expands)
+            for bucket in self.buckets
+            for absorbed, expands in ((0, False), (0, True), (bucket, True))
+        ]
+        return tuple(dict.fromkeys(steps))
 
-    def _bucket_shape(self, bucket: int) -> BatchShape:
-        absorbed_only = self.shape.form == "auto" and bucket <= _ABSORBED_ONLY
-        return dataclasses.replace(self.shape, expanded_keys=0) if absorbed_only else self.shape
+    def step_of(self, batch: Batch) -> StepShape:
+        """The shape of a batch."""
+        tokens = batch.tokens.shape[0] // (self.shape.dp * self.shape.cp)
+        keys = batch.key_pages.shape[0] // self.shape.dp * self.shape.cache.page_size
+        return StepShape(tokens, batch.absorbed_tokens, keys)
+
+    def sample_batch(self, step: StepShape) -> Batch:
+        """A batch of the shape, with nothing in it, on the host: to compile for."""
+        return build([lay_out([], self.shape, self.model.config)] * self.shape.dp, self.shape, step)
+
+    def _may_expand(self, bucket: int) -> bool:
+        return self.shape.expanded_keys > 0 and (self.shape.form == "expanded" or bucket > _ABSORBED_ONLY)
+
+    def _step(self, bucket: int, absorbed: int, expands: bool) -> StepShape:
+        """The program for a step with so many absorbed tokens on a rank."""
+        if not expands or not self._may_expand(bucket):
+            return StepShape(bucket, bucket, 0)
+        few = min(_ABSORBED_ONLY, bucket)
+        return StepShape(bucket, few if absorbed <= few else bucket, self.shape.expanded_keys)
 
 
 def _buckets(chunk: int, requests: int, cp: int) -> tuple[int, ...]:

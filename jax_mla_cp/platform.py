@@ -11,15 +11,26 @@ from jax_mla_cp.config import ConfigError
 
 Platform = Literal["auto", "cpu", "cuda"]
 
-# XLA:CPU kills the process when a device waits this long in a collective: 40 s by default, less than a long step may take.
-_COLLECTIVE_TIMEOUT = "--xla_cpu_collective_call_terminate_timeout_seconds"
-_COLLECTIVE_TIMEOUT_SECONDS = 3600
+_FLAGS: dict[str, dict[str, str]] = {
+    # XLA:CPU kills the process when a device waits this long in a collective: 40 s by default, less than a long step takes.
+    "cpu": {"--xla_cpu_collective_call_terminate_timeout_seconds": "3600"},
+    # Starts the gather of the latents first and waits for it where it is needed, behind the query projections.
+    "cuda": {"--xla_gpu_enable_latency_hiding_scheduler": "true"},
+}
+"""What is added to XLA_FLAGS, unless the user's names the flag."""
+
+_GPU_ENVIRONMENT = {
+    # Of a GPU's memory, what JAX takes at its start; its own default leaves a quarter unused.
+    "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
+}
+"""Environment variables that are set, unless the user has set them."""
 
 
 def setup(platform: Platform, devices: int) -> Literal["cpu", "cuda"]:
     """Chooses the platform and, on CPU, makes `devices` virtual devices. Call it before JAX's first use.
 
-    Environment variables that the user has set win: XLA_FLAGS that name the collective timeout, JAX_PLATFORMS.
+    Environment variables that the user has set win: flags that XLA_FLAGS names, JAX_PLATFORMS,
+    XLA_PYTHON_CLIENT_MEM_FRACTION. README.md lists what is set.
 
     Raises:
       ConfigError: JAX has started already, or "cuda" on a machine without a GPU that JAX can use.
@@ -29,16 +40,16 @@ def setup(platform: Platform, devices: int) -> Literal["cpu", "cuda"]:
 
     if xla_bridge.backends_are_initialized():
         raise ConfigError("platform: JAX has started already; set up the platform before its first use.")
-    flags = os.environ.get("XLA_FLAGS", "")
-    if _COLLECTIVE_TIMEOUT not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {_COLLECTIVE_TIMEOUT}={_COLLECTIVE_TIMEOUT_SECONDS}".strip()
     if platform == "auto":
         asked = os.environ.get("JAX_PLATFORMS", "")
         platform = "cpu" if asked.startswith("cpu") or not _has_gpu() else "cuda"
+    add_xla_flags(_FLAGS[platform])
     if platform == "cpu":
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", devices)
         return "cpu"
+    for name, value in _GPU_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     jax.config.update("jax_platforms", "cuda,cpu")
     try:
         jax.devices("cuda")
@@ -48,6 +59,13 @@ def setup(platform: Platform, devices: int) -> Literal["cpu", "cuda"]:
             "Install jax-mla-cp[cuda13] or [cuda12], or use --platform cpu."
         ) from error
     return "cuda"
+
+
+def add_xla_flags(flags: dict[str, str]) -> None:
+    """Adds flags to XLA_FLAGS that it does not name yet. XLA reads it when JAX starts."""
+    named = {part.partition("=")[0] for part in os.environ.get("XLA_FLAGS", "").split()}
+    added = [f"{name}={value}" for name, value in flags.items() if name not in named]
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *added]).strip()
 
 
 def _has_gpu() -> bool:

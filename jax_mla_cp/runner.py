@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jax_mla_cp import cache
-from jax_mla_cp.batch import Work, batch_specs
+from jax_mla_cp.batch import StepShape, Work, batch_specs
 from jax_mla_cp.cache import PAGES_SPEC
 from jax_mla_cp.config import ConfigError, Form, ModelConfig
 from jax_mla_cp.model.handle import Model, weight_bytes
@@ -35,7 +35,7 @@ class Sampled:
 
 
 class Runner:
-    """Model weights, the paged cache, and one compiled step per bucket.
+    """Model weights, the paged cache, and one compiled step per shape.
 
     Not thread-safe: one thread steps it.
     """
@@ -45,7 +45,7 @@ class Runner:
         self.prefill_chunk = prefill_chunk
         self.max_running = max_running
         self.max_model_len = max_model_len
-        self._programs: dict[int, jax.stages.Compiled] = {}
+        self._programs: dict[StepShape, jax.stages.Compiled] = {}
         self._pages = planner.new_cache()
 
     @property
@@ -78,7 +78,7 @@ class Runner:
           ValueError: a work that doesn't fit; nothing has run then.
         """
         host = self.planner.host_batch(work)
-        program = self._program(host.tokens.shape[0] // (self.dp * self.planner.shape.cp))
+        program = self._program(self.planner.step_of(host))
         sampled, self._pages = program(self.planner.model, self._pages, put(self.planner.model, host))
         token, logprob, top_tokens, top_logprobs = (
             np.asarray(x) for x in (sampled.token, sampled.logprob, sampled.top_tokens, sampled.top_logprobs)
@@ -98,25 +98,25 @@ class Runner:
         """The programs, for people: tokens per step of a dp group."""
         cp = self.planner.shape.cp
         sizes = " ".join(str(bucket * cp) for bucket in self.planner.buckets)
-        return f"{len(self.planner.buckets)} programs, tokens per step: {sizes}"
+        return f"{len(self.planner.steps)} programs, tokens per step: {sizes}"
 
-    def warmup(self, progress: Callable[[Sequence[int]], Any] = iter) -> None:
-        """Compiles all programs. `progress` wraps the sequence of buckets, as rich.progress.track does."""
-        for bucket in progress(self.planner.buckets):
-            self._program(bucket)
+    def warmup(self, progress: Callable[[Sequence[StepShape]], Any] = iter) -> None:
+        """Compiles all programs. `progress` wraps the sequence of their shapes, as rich.progress.track does."""
+        for shape in progress(self.planner.steps):
+            self._program(shape)
 
-    def _program(self, bucket: int) -> jax.stages.Compiled:
-        if bucket not in self._programs:
+    def _program(self, shape: StepShape) -> jax.stages.Compiled:
+        if shape not in self._programs:
             started = time.perf_counter()
-            self._programs[bucket] = compile_step(self.planner, bucket)
-            log.debug("compiled the step for %d tokens per rank in %.1f s", bucket, time.perf_counter() - started)
-        return self._programs[bucket]
+            self._programs[shape] = compile_step(self.planner, shape)
+            log.debug("compiled %s in %.1f s", shape, time.perf_counter() - started)
+        return self._programs[shape]
 
 
-def compile_step(planner: Planner, bucket: int) -> jax.stages.Compiled:
-    """The step for one bucket, its cache donated: called with (model, pages, batch)."""
+def compile_step(planner: Planner, shape: StepShape) -> jax.stages.Compiled:
+    """The step of one shape, its cache donated: called with (model, pages, batch)."""
     model = planner.model
-    host = planner.sample_batch(bucket)
+    host = planner.sample_batch(shape)
     batch = jax.tree.map(lambda x, spec: _struct(model, x, spec), host, batch_specs(host))
     pages = _struct(model, jax.eval_shape(planner.new_cache), PAGES_SPEC)
     return jax.jit(step, donate_argnums=1).lower(model, pages, batch).compile()
@@ -195,7 +195,7 @@ def _pages_that_fit(
         prefill_chunk=chunk,
         form=form,
     )
-    stats: Any = compile_step(probe, probe.buckets[-1]).memory_analysis()
+    stats: Any = compile_step(probe, probe.steps[-1]).memory_analysis()
     free = (
         device_memory() * fraction - stats.temp_size_in_bytes - stats.output_size_in_bytes + stats.alias_size_in_bytes
     )

@@ -28,6 +28,12 @@ CONFIG = ModelConfig(
     rope=RopeConfig(factor=4, original_max_position=128, mscale=1, mscale_all_dim=1, yarn=True),
 )  # fmt: skip
 
+REAL_DIMS_CONFIG = dataclasses.replace(
+    CONFIG, hidden_size=256, num_layers=4, q_lora_rank=64, kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=128,
+    v_head_dim=128, moe_intermediate_size=64,
+)  # fmt: skip
+"""Heads and latents as large as DeepSeek-V3's, which the kernels are for."""
+
 
 def random_model(mesh: str | None = None, ep: str = "tp", config: ModelConfig = CONFIG, **build: object) -> Model:
     """A model whose weights depend on the config alone: what only pads a shape for the mesh is zero."""
@@ -49,6 +55,16 @@ def random_model(mesh: str | None = None, ep: str = "tp", config: ModelConfig = 
         fill, nnx.state(Decoder(built)), is_leaf=lambda p: isinstance(p, nnx.Param)
     )
     return Model(params, built, on)
+
+
+def tempered(model: Model) -> Model:
+    """Matrices a quarter as large, which bfloat16 does exactly: with these widths they would make every softmax a choice
+    of one key and saturate the router, and the model would amplify any rounding."""
+
+    def shrink(path: tuple[object, ...], x: jax.Array) -> jax.Array:
+        return x if "norm" in jax.tree_util.keystr(path) else x / 4
+
+    return dataclasses.replace(model, params=jax.tree_util.tree_map_with_path(shrink, model.params))
 
 
 def _shapes(build: Build) -> list[tuple[str, tuple[int, ...]]]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from jax_mla_cp import mesh, planner
 from jax_mla_cp.attention.form import use_expanded
-from jax_mla_cp.batch import Batch, BatchShape, Sampling, Work, build, check_works, lay_out
+from jax_mla_cp.batch import Batch, BatchShape, Layout, Sampling, StepShape, Work, build, check_works, lay_out
 from jax_mla_cp.cache import CacheShape
 from jax_mla_cp.planner import _buckets
 from jax_mla_cp.presets import model_config
@@ -22,8 +22,13 @@ from tests.synthetic import CONFIG
 PAGE = 8
 
 
-def shape(cp: int, requests: int, form: str = "auto", expanded_keys: int = 1600) -> BatchShape:
+def shape(cp: int, requests: int, form: str = "auto", expanded_keys: int = 1664) -> BatchShape:
     return BatchShape(1, cp, -(-requests // cp) * cp, 16, expanded_keys, CacheShape(3, 200, PAGE), form)  # type: ignore[arg-type]
+
+
+def fit(layout: Layout, at: BatchShape, spare: int = 0) -> StepShape:
+    """Just large enough, and `spare` tokens more."""
+    return StepShape(layout.tokens + spare, layout.absorbed_tokens, at.expanded_keys)
 
 
 def make_works(requests: list[tuple[int, int]], seed: int = 0) -> list[Work]:
@@ -45,7 +50,7 @@ def test_every_token_is_in_its_place(requests: list[tuple[int, int]], cp: int, f
     works, at = make_works(requests), shape(cp, len(requests), form)
     layout = lay_out(works, at, CONFIG)
     size = layout.tokens + 3
-    batch = build([layout], at, size)
+    batch = build([layout], at, fit(layout, at, spare=3))
     seen = set()
     for k in range(cp):
         mine = slice(k * size, (k + 1) * size)
@@ -65,6 +70,7 @@ def test_every_token_is_in_its_place(requests: list[tuple[int, int]], cp: int, f
                     assert positions[t] == position
                     assert tokens[t] == works[i].tokens[position - works[i].cached]
                     assert slots[t] == works[i].pages[position // PAGE] * PAGE + position % PAGE
+                    assert rows is batch.expanded or t < layout.absorbed_tokens
                     seen.add((i, position))
                     covered += 1
                 if rows is batch.expanded:  # the row's keys are its request's pages, in order
@@ -86,7 +92,7 @@ def test_packed_keys_share_no_tile(requests: list[tuple[int, int]], cp: int) -> 
     """128 keys from any request's start belong to it or are gaps, which read as zeros."""
     works, at = make_works(requests), shape(cp, len(requests), "expanded")
     layout = lay_out(works, at, CONFIG)
-    batch = build([layout], at, layout.tokens)
+    batch = build([layout], at, fit(layout, at))
     owner = {page: i for i, work in enumerate(works) for page in work.pages}
     rows = batch.expanded
     for b in np.flatnonzero(rows.kv_len):
@@ -98,7 +104,7 @@ def test_packed_keys_share_no_tile(requests: list[tuple[int, int]], cp: int) -> 
 def test_fresh_pages_are_those_that_the_step_begins_and_does_not_fill() -> None:
     at = shape(2, 4)
     works = make_works([(9, 0), (8, 0), (3, 2), (1, 8)])  # begins page 1; fills page 0; goes on; begins page 1
-    batch = build([lay_out(works, at, CONFIG)], at, 16)
+    batch = build([lay_out(works, at, CONFIG)], at, StepShape(16, 16, at.expanded_keys))
     fresh = [int(page) for page in batch.fresh if page < at.cache.total_pages]
     assert fresh == [works[0].pages[1], works[3].pages[1]]
 
@@ -107,7 +113,7 @@ def test_sampling_goes_with_its_request() -> None:
     at = shape(2, 4)
     works = make_works([(1, 4), (30, 0), (2, 2)])
     works[2] = dataclasses.replace(works[2], sampling=None)
-    batch: Batch = build([lay_out(works, at, CONFIG)], at, 32)
+    batch: Batch = build([lay_out(works, at, CONFIG)], at, StepShape(32, 32, at.expanded_keys))
     assert batch.sampling.position.tolist() == [5, 30, 0, 0]
     assert batch.sampling.seed[:2, 0].tolist() == [0, 1]
     assert batch.sampling.temperature.tolist() == [1, 1, 0, 0]
@@ -138,6 +144,21 @@ def test_default_grids_are_small() -> None:
             assert len(buckets) <= 24
             fine = [b * cp for b in buckets if b * cp > 4096]
             assert all(b <= a * 9 / 8 + cp for a, b in zip([4096, *fine], fine, strict=False))
+
+
+def test_a_step_that_is_too_small_is_refused() -> None:
+    """Two ranks with 12 tokens each of a long request, and a decoding request on one of them."""
+    at = shape(2, 4, "expanded")
+    layout = lay_out(make_works([(24, 0), (1, 30)]), at, CONFIG)
+    assert (layout.tokens, layout.absorbed_tokens) == (13, 1)
+    build([layout], at, StepShape(13, 1, 128))
+    for step, message in (
+        (StepShape(12, 1, 128), "a rank has 13 tokens, the step has room for 12"),
+        (StepShape(13, 0, 128), "a rank has 1 tokens of absorbed rows, the step has room for 0"),
+        (StepShape(13, 1, 0), "a rank has 128 expanded keys, the step has room for 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build([layout], at, step)
 
 
 GOOD = Work([1, 2, 3], 6, [4, 5])

@@ -2,54 +2,66 @@
 
 from __future__ import annotations
 
+import logging
+from typing import Literal
+
+import jax
 from jaxtyping import Array, Float, Int32
 
-from jax_mla_cp.attention import xla
+from jax_mla_cp.attention import fa3, xla
 from jax_mla_cp.attention.rows import Rows
-from jax_mla_cp.config import ConfigError, Implementation
+from jax_mla_cp.config import ConfigError, Implementation, ModelConfig
 
-__all__ = ["Rows", "attend_absorbed", "attend_expanded", "resolve_implementation"]
+__all__ = ["Resolved", "Rows", "attend_absorbed", "attend_expanded", "resolve_implementation"]
+
+log = logging.getLogger(__name__)
+
+Resolved = Literal["fa3", "xla"]
 
 
-def resolve_implementation(implementation: Implementation) -> Implementation:
-    """The implementation that runs here for what was asked for. "auto" never hides an error of "fa3".
+def resolve_implementation(
+    implementation: Implementation, config: ModelConfig, dtype: jax.typing.DTypeLike
+) -> Resolved:
+    """What runs a model here for what was asked for. "auto" is FlashAttention-3 where it can run; on a GPU where it
+    can't, a warning says why.
 
     Raises:
-      ConfigError: "fa3", whose kernels this version does not have.
+      ConfigError: "fa3", and what is missing for it.
     """
     if implementation not in ("auto", "fa3", "xla"):
         raise ConfigError(f"--attention must be auto, fa3 or xla, got {implementation!r}.")
+    if implementation == "xla":
+        return "xla"
+    problem = fa3.missing(config, dtype)
+    if problem is None:
+        return "fa3"
     if implementation == "fa3":
-        raise ConfigError(
-            "--attention fa3: this version has no FlashAttention-3 kernels yet. Use --attention xla (or auto)."
-        )
+        raise ConfigError(f"--attention fa3: {problem}. Or use --attention xla, which runs anywhere.")
+    if jax.default_backend() != "cpu":
+        log.warning("attention runs in XLA, several times slower than FlashAttention-3: %s.", problem)
     return "xla"
 
 
 def attend_expanded(
-    q: Float[Array, "T n d"],
-    k: Float[Array, "K n d"],
-    v: Float[Array, "K n v"],
+    q: Float[Array, "T n h+r"],
+    kv: Float[Array, "K n h+r+v"],
     rows: Rows,
     *,
     scale: float,
-    implementation: Implementation = "auto",
+    implementation: Resolved = "xla",
 ) -> Float[Array, "T n v"]:
-    """Causal attention of rows over per-head keys and values, `d = h + r`.
+    """Causal attention of rows over per-head keys and values.
 
     Args:
       q: queries of this rank's tokens and heads.
-      k, v: the packed keys and values of all requests; a row's begin at `rows.kv_start`.
+      kv: the packed keys and values of all requests, a head's value beside its key; a row's begin at `rows.kv_start`.
       rows: which queries see which keys.
       scale: what scores are multiplied with.
+      implementation: "fa3" needs bfloat16 and the dims of its kernels (attention/fa3.py).
 
     Returns: outputs in q's dtype; zero for tokens that belong to no row. Softmax and sums are float32.
-
-    Raises:
-      ConfigError: the implementation can't run here.
     """
-    resolve_implementation(implementation)
-    return xla.attend_expanded(q, k, v, rows, scale=scale)
+    return _IMPLEMENTATIONS[implementation].attend_expanded(q, kv, rows, scale=scale)
 
 
 def attend_absorbed(
@@ -60,7 +72,7 @@ def attend_absorbed(
     rows: Rows,
     *,
     scale: float,
-    implementation: Implementation = "auto",
+    implementation: Resolved = "xla",
 ) -> Float[Array, "T n R"]:
     """Causal attention of rows over the cached latents themselves, which are keys and (their first R) values.
 
@@ -69,12 +81,11 @@ def attend_absorbed(
       q_rope: their roped part.
       pages: the cache; page_table: each row's pages in it, in order. What the table or a page holds past a row's
         `kv_len` is never used.
-      rows, scale: as in `attend_expanded`.
+      rows, scale, implementation: as in `attend_expanded`.
 
     Returns: outputs in latent space, in q_latent's dtype; zero for tokens that belong to no row.
-
-    Raises:
-      ConfigError: the implementation can't run here.
     """
-    resolve_implementation(implementation)
-    return xla.attend_absorbed(q_latent, q_rope, pages, page_table, rows, scale=scale)
+    return _IMPLEMENTATIONS[implementation].attend_absorbed(q_latent, q_rope, pages, page_table, rows, scale=scale)
+
+
+_IMPLEMENTATIONS = {"fa3": fa3, "xla": xla}

@@ -26,18 +26,19 @@ _MASKED = -1e30  # finite: a block whose keys are all masked must not make NaN
 
 
 def attend_expanded(
-    q: Float[Array, "T n d"], k: Float[Array, "K n d"], v: Float[Array, "K n v"], rows: Rows, *, scale: float
+    q: Float[Array, "T n h+r"], kv: Float[Array, "K n h+r+v"], rows: Rows, *, scale: float
 ) -> Float[Array, "T n v"]:
     """See `jax_mla_cp.attention.attend_expanded`."""
-    keys = k.shape[0]
+    keys, dim = kv.shape[0], q.shape[2]
     size = min(_KEY_BLOCK, keys)
 
     def load(row: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         at = jnp.minimum(rows.kv_start[row] + start, keys - size)  # the last block is moved back into the array
         index = at + jnp.arange(size) - rows.kv_start[row]
-        return lax.dynamic_slice_in_dim(k, at, size), lax.dynamic_slice_in_dim(v, at, size), index
+        block = lax.dynamic_slice_in_dim(kv, at, size)
+        return block[..., :dim], block[..., dim:], index
 
-    return _blockwise(q, load, rows, v.shape[-1], size, scale, "qnd,knd->nqk", "nqk,knv->qnv")
+    return _blockwise(q, load, rows, kv.shape[-1] - dim, size, scale, "qnd,knd->nqk", "nqk,knv->qnv")
 
 
 def attend_absorbed(

@@ -11,8 +11,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int32
 
-from jax_mla_cp.attention import Rows
-from jax_mla_cp.config import ConfigError, Implementation, ModelConfig
+from jax_mla_cp.attention import Resolved, Rows
+from jax_mla_cp.config import ConfigError, ModelConfig
 from jax_mla_cp.mesh import CP, DP, TP, Axes, MeshShape
 
 EP_CHOICES: dict[str, tuple[str, ...]] = {"tp": (TP,), "tp,cp": (CP, TP), "tp,cp,dp": (DP, CP, TP)}
@@ -27,7 +27,7 @@ class Build:
     shape: MeshShape | None = None
     ep_axes: tuple[str, ...] = (TP,)
     dtype: jnp.dtype = dataclasses.field(default_factory=lambda: jnp.dtype(jnp.float32))
-    attention: Implementation = "auto"
+    attention: Resolved = "xla"
 
     def __post_init__(self) -> None:
         _check_divides(self.config, self.shape or MeshShape())
@@ -71,7 +71,8 @@ class Declare:
     """Declares parameters: their shape and dtype, and beside them, as `spec`, how a mesh divides them.
 
     The values are `jax.ShapeDtypeStruct`s until a checkpoint is loaded. With `layers`, every parameter gets a leading
-    dimension of that many layers, for `lax.scan`.
+    dimension of that many layers, for `lax.scan`: each layer sees its own slice, or, of a `whole` parameter, all of it.
+    XLA copies the slice that a kernel of ours is given, which for experts would be gigabytes a layer.
     """
 
     def __init__(self, dtype: jnp.dtype, layers: int | None = None):
@@ -79,11 +80,15 @@ class Declare:
         self.layers = layers
 
     def __call__(
-        self, *shape: int, spec: tuple[str | tuple[str, ...] | None, ...] = (), dtype: jnp.dtype | None = None
+        self,
+        *shape: int,
+        spec: tuple[str | tuple[str, ...] | None, ...] = (),
+        dtype: jnp.dtype | None = None,
+        whole: bool = False,
     ) -> nnx.Param[Any]:
         if self.layers is not None:
             shape, spec = (self.layers, *shape), (None, *spec)
-        return nnx.Param(jax.ShapeDtypeStruct(shape, dtype or self.dtype), spec=PartitionSpec(*spec))
+        return nnx.Param(jax.ShapeDtypeStruct(shape, dtype or self.dtype), spec=PartitionSpec(*spec), whole=whole)
 
 
 @jax.tree_util.register_dataclass
@@ -103,3 +108,5 @@ class LayerInputs:
     absorbed: Rows
     row_pages: Int32[Array, "B W"]
     """The page table, row by row of `absorbed`."""
+    absorbed_tokens: int = dataclasses.field(metadata={"static": True})
+    """The tokens of absorbed rows are among the first so many."""

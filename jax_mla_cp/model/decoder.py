@@ -39,7 +39,10 @@ class Layer(nnx.Module):
             x = x + attended
         with jax.named_scope("mlp"):
             normed = rms_norm(x, self.mlp_norm[...], eps)
-            out = self.mlp(normed, inputs.valid) if isinstance(self.mlp, Moe) else self.mlp(normed)
+            if isinstance(self.mlp, Moe):
+                out = self.mlp(normed, inputs.valid, layer - self.build.config.num_dense_layers)
+            else:
+                out = self.mlp(normed)
             return x + self.build.axes.psum(out, TP), pages
 
 
@@ -78,6 +81,7 @@ class Decoder(nnx.Module):
             expanded=batch.expanded,
             absorbed=batch.absorbed,
             row_pages=batch.page_table[batch.absorbed.request],
+            absorbed_tokens=batch.absorbed_tokens,
         )
         x = vary_like(x, batch.tokens)
         first = 0
@@ -106,13 +110,14 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """The layers of one stack, the cache carried from one to the next."""
         pages_per_layer = pages.shape[0] // self.build.config.num_layers
-        graphdef, state = nnx.split(stack)
+        graphdef, *states = nnx.split(stack, lambda path, param: param.get_metadata("whole"), ...)
+        whole, sliced = states
 
         def step(
             carry: tuple[jax.Array, jax.Array], xs: tuple[Any, jax.Array]
         ) -> tuple[tuple[jax.Array, jax.Array], None]:
             params, number = xs
-            return nnx.merge(graphdef, params)(*carry, number, inputs, pages_per_layer), None
+            return nnx.merge(graphdef, whole, params)(*carry, number, inputs, pages_per_layer), None
 
-        (x, pages), _ = lax.scan(step, (x, pages), (state, numbers))
+        (x, pages), _ = lax.scan(step, (x, pages), (sliced, numbers))
         return x, pages

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -13,21 +16,50 @@ _LARGEST_BLOCK = 128
 
 
 def grouped_matmul(
-    rows: Float[Array, "M K"], weights: Float[Array, "E K N"], group_sizes: Int32[Array, " E"]
+    rows: Float[Array, "M K"],
+    weights: Float[Array, "G K N"],
+    group_sizes: Int32[Array, " E"],
+    first: Int32[Array, ""] | int = 0,
 ) -> Float[Array, "M N"]:
-    """Rows `[sum(group_sizes[:e]), sum(group_sizes[:e + 1]))` times `weights[e]`; rows past all groups give zeros.
+    """Rows `[sum(group_sizes[:e]), sum(group_sizes[:e + 1]))` times `weights[first + e]`. Rows past all groups are undefined.
+
+    Undefined is meant: on Hopper they are memory that nobody wrote, NaN included. Select what exists, don't multiply by 0.
 
     On CPU a loop over blocks of rows of one expert each, with a dynamic trip count: XLA's `ragged_dot` multiplies every
-    row by every expert there. Elsewhere `lax.ragged_dot`.
+    row by every expert there. On Hopper a Pallas kernel (bfloat16, and sizes that its tiles divide). Elsewhere `lax.ragged_dot`.
     """
     if jax.default_backend() == "cpu":
-        return _blocks(rows, weights, group_sizes)
-    used = jnp.arange(rows.shape[0]) < group_sizes.sum()
-    return jnp.where(used[:, None], lax.ragged_dot(rows, weights, group_sizes), 0)
+        return _blocks(rows, weights, group_sizes, first)
+    hopper = _hopper()
+    if hopper and hopper.fits(rows, weights):
+        pad = -rows.shape[0] % hopper.TILE
+        padded = jnp.pad(rows, ((0, pad), (0, 0)))
+        return hopper.hopper_grouped_matmul(padded, weights, group_sizes, first)[: rows.shape[0]]
+    return lax.ragged_dot(rows, lax.dynamic_slice_in_dim(weights, first, len(group_sizes)), group_sizes)
 
 
-def _blocks(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    count, experts = rows.shape[0], weights.shape[0]
+def group_alignment(rows: int, experts: int) -> int:
+    """Multiples of what the groups should begin at, with this many rows: a tile of rows of two experts is computed twice.
+
+    With few rows an expert the padding would cost more than it saves.
+    """
+    hopper = _hopper()
+    return hopper.TILE if hopper and rows >= experts * hopper.TILE else 1
+
+
+@functools.cache
+def _hopper() -> ModuleType | None:
+    """The kernel's module, if the devices are Hopper GPUs: imported only there, because Pallas for GPUs is experimental."""
+    device = jax.devices()[0]
+    if device.platform != "gpu" or device.compute_capability != "9.0":
+        return None
+    from jax_mla_cp.model import hopper
+
+    return hopper
+
+
+def _blocks(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, first_group: jax.Array | int) -> jax.Array:
+    count, experts = rows.shape[0], len(group_sizes)
     # About one block per expert when the rows are spread evenly; never so small that the loop is all overhead.
     size = min(count, max(8, min(_LARGEST_BLOCK, 1 << (count // experts).bit_length())))
     group_end = jnp.cumsum(group_sizes)
@@ -40,7 +72,7 @@ def _blocks(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.
         at = jnp.minimum(first, count - size)  # the last block is moved back into the array; `mine` masks the rest
         row = at + jnp.arange(size)
         mine = (row >= first) & (row < group_end[expert])
-        weight = lax.dynamic_index_in_dim(weights, expert, keepdims=False)
+        weight = lax.dynamic_index_in_dim(weights, first_group + expert, keepdims=False)
         product = lax.dynamic_slice_in_dim(rows, at, size) @ weight
         kept = lax.dynamic_slice_in_dim(out, at, size)
         return lax.dynamic_update_slice_in_dim(out, jnp.where(mine[:, None], product, kept), at, 0)

@@ -16,10 +16,10 @@ from jaxtyping import Array, Bool, Float, Int32
 from jax_mla_cp.config import ModelConfig
 from jax_mla_cp.mesh import TP
 from jax_mla_cp.model.context import Build, Declare
-from jax_mla_cp.model.grouped_matmul import grouped_matmul
+from jax_mla_cp.model.experts import apply_experts
 from jax_mla_cp.model.layers import Mlp
 
-_SLICE_ROWS = 1 << 16  # rows (tokens x experts per token) at a time: bounds the buffers, whatever the routing
+_MOST_TOKENS = 1 << 15  # at a time, gathered ones: with the windows of `apply_experts` it bounds the buffers
 
 
 class Moe(nnx.Module):
@@ -32,33 +32,37 @@ class Moe(nnx.Module):
         self.router = declare(c.hidden_size, c.n_routed_experts, dtype=wide)
         self.bias = declare(c.n_routed_experts, dtype=wide)
         experts = build.padded_experts
-        self.gate_up = declare(experts, c.hidden_size, 2 * c.moe_intermediate_size, spec=(build.ep_axes, None, None))
-        self.down = declare(experts, c.moe_intermediate_size, c.hidden_size, spec=(build.ep_axes, None, None))
+        width, spec = c.moe_intermediate_size, (build.ep_axes, None, None)
+        self.gate_up = declare(experts, c.hidden_size, 2 * width, spec=spec, whole=True)
+        self.down = declare(experts, width, c.hidden_size, spec=spec, whole=True)
         if c.n_shared_experts:
             self.shared = Mlp(declare, c.hidden_size, c.n_shared_experts * c.moe_intermediate_size)
 
-    def __call__(self, x: Float[Array, "T D"], valid: Bool[Array, " T"]) -> Float[Array, "T D"]:
+    def __call__(
+        self, x: Float[Array, "T D"], valid: Bool[Array, " T"], layer: Int32[Array, ""] | int = 0
+    ) -> Float[Array, "T D"]:
+        """`layer`: which of a stack's layers this is; the experts' weights are the whole stack's."""
         with jax.named_scope("router"):
             expert, weight = route(x, self.router[...], self.bias[...], self.build.config)
             expert = jnp.where(valid[:, None], expert, self.build.padded_experts)  # padding goes to no expert
-        with jax.named_scope("experts"):
-            out = self._routed(x, expert, weight)
+        out = self._routed(x, expert, weight, layer)
         if self.build.config.n_shared_experts:
             with jax.named_scope("shared"):
                 out = out + self.shared(x)
         return out
 
-    def _routed(self, x: jax.Array, expert: jax.Array, weight: jax.Array) -> jax.Array:
+    def _routed(self, x: jax.Array, expert: jax.Array, weight: jax.Array, layer: jax.Array | int) -> jax.Array:
         """The routed experts' output for this rank's tokens, a slice of tokens at a time."""
         gather_over = tuple(axis for axis in self.build.ep_axes if axis != TP)
         axes = self.build.axes
-        tokens, top = expert.shape
-        slices = -(-tokens * top * axes.size(gather_over) // _SLICE_ROWS)
+        tokens = len(x)
+        slices = -(-tokens * axes.size(gather_over) // _MOST_TOKENS)
 
         def one(part: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
             if not gather_over:
-                return self._experts(*part)
-            return axes.psum_scatter(self._experts(*(axes.all_gather(p, gather_over) for p in part)), gather_over)
+                return self._experts(*part, layer)
+            x, expert, weight = (axes.all_gather(p, gather_over) for p in part)
+            return axes.psum_scatter(self._experts(x, expert, weight, layer), gather_over)
 
         if slices == 1:
             return one((x, expert, weight))
@@ -73,20 +77,15 @@ class Moe(nnx.Module):
         return out.reshape(slices * size, -1)[:tokens]
 
     def _experts(
-        self, x: Float[Array, "M D"], expert: Int32[Array, "M k"], weight: Float[Array, "M k"]
+        self, x: Float[Array, "M D"], expert: Int32[Array, "M k"], weight: Float[Array, "M k"], layer: jax.Array | int
     ) -> Float[Array, "M D"]:
         """What this device's experts add to each token."""
-        local = self.down.shape[0]
-        mine = expert - self.build.axes.index(self.build.ep_axes) * local
-        mine = jnp.where((mine >= 0) & (mine < local), mine, local)  # others sort to the end, and belong to no group
-        order = jnp.argsort(mine.reshape(-1), stable=True)
-        sizes = jnp.bincount(mine.reshape(-1), length=local + 1)[:local].astype(jnp.int32)
-        rows = x[order // expert.shape[1]]
-        gate, up = jnp.split(grouped_matmul(rows, self.gate_up[...], sizes), 2, axis=-1)
-        rows = grouped_matmul(jax.nn.silu(gate) * up, self.down[...], sizes)
-        # Back to token order; a token's experts are added in one fixed order, so that no batch changes the sum.
-        back = jnp.zeros_like(order).at[order].set(jnp.arange(order.size), unique_indices=True)
-        return jnp.einsum("mkd,mk->md", rows[back].reshape(*expert.shape, -1), weight.astype(x.dtype))
+        ep, local = self.build.ep_axes, self.down.shape[-3]
+        mine = expert - self.build.axes.index(ep) * local
+        gate_up, down = (lax.collapse(w[...], 0, -2) for w in (self.gate_up, self.down))  # [layers * E, ..]
+        return apply_experts(
+            x, mine, weight, gate_up, down, experts=local, first=layer * local, shares=self.build.axes.size(ep)
+        )
 
 
 def route(

@@ -9,6 +9,7 @@ import pytest
 
 from jax_mla_cp.attention import Rows, attend_absorbed, attend_expanded, resolve_implementation
 from jax_mla_cp.config import ConfigError
+from jax_mla_cp.presets import model_config
 
 N, H, ROPE, V, RANK = 2, 16, 8, 12, 24
 
@@ -39,12 +40,12 @@ def test_expanded(rng: np.random.Generator) -> None:
     starts = np.concatenate([[0], np.cumsum([k + 7 for _, k in ROWS])])  # gaps of 7 keys
     tokens = 5 + sum(q for q, _ in ROWS) + 9  # rows begin after 5 foreign tokens; 9 are padding
     q = rng.normal(size=(tokens, N, H)).astype(np.float32)
-    k = np.full((starts[-1], N, H), np.nan, np.float32)
-    v = np.full((starts[-1], N, V), np.nan, np.float32)
+    kv = np.full((starts[-1], N, H + V), np.nan, np.float32)
     for start, (_, keys) in zip(starts, ROWS, strict=False):
-        k[start : start + keys], v[start : start + keys] = rng.normal(size=(keys, N, H)), rng.normal(size=(keys, N, V))
+        kv[start : start + keys] = rng.normal(size=(keys, N, H + V))
+    k, v = kv[..., :H], kv[..., H:]
     rows = make_rows(5, list(starts[:-1]))
-    out = np.asarray(jax.jit(lambda *a: attend_expanded(*a, scale=0.3))(q, k, v, rows))
+    out = np.asarray(jax.jit(lambda *a: attend_expanded(*a, scale=0.3))(q, kv, rows))
     at = 5
     for start, (queries, keys) in zip(starts, ROWS, strict=False):
         if queries:
@@ -84,10 +85,10 @@ def test_absorbed(rng: np.random.Generator, page_size: int) -> None:
 
 
 def test_bfloat16_stays_close(rng: np.random.Generator) -> None:
-    q, k, v = (jnp.asarray(rng.normal(size=(300, N, d)), jnp.bfloat16) for d in (H, H, V))
+    q, kv = (jnp.asarray(rng.normal(size=(300, N, d)), jnp.bfloat16) for d in (H, H + V))
     rows = Rows(*(jnp.array(x, jnp.int32) for x in ([0, 300], [300], [0], [0])))
-    out = attend_expanded(q, k, v, rows, scale=0.25)
-    expect = brute_force(*(np.asarray(x, np.float32) for x in (q, k, v)), 300, 0.25)
+    out = attend_expanded(q, kv, rows, scale=0.25)
+    expect = brute_force(*(np.asarray(x, np.float32) for x in (q, kv[..., :H], kv[..., H:])), 300, 0.25)
     assert out.dtype == jnp.bfloat16
     assert np.linalg.norm(np.asarray(out, np.float64) - expect) / np.linalg.norm(expect) < 5e-3
 
@@ -103,7 +104,7 @@ def test_memory_grows_linearly(form: str) -> None:
             return jax.ShapeDtypeStruct(shape, dtype)
 
         if form == "expanded":
-            args = (array(tokens, 4, 192), array(tokens, 4, 192), array(tokens, 4, 128), rows)
+            args = (array(tokens, 4, 192), array(tokens, 4, 320), rows)
             lowered = jax.jit(lambda *a: attend_expanded(*a, scale=1.0)).lower(*args)
         else:
             args = (
@@ -119,5 +120,8 @@ def test_memory_grows_linearly(form: str) -> None:
 
 
 def test_fa3_says_what_is_missing() -> None:
-    with pytest.raises(ConfigError, match="--attention fa3"):
-        resolve_implementation("fa3")
+    """By name when it is asked for; "auto" takes XLA."""
+    config = model_config("deepseek_v3")
+    with pytest.raises(ConfigError, match=r"--attention fa3: its kernels need a Hopper GPU, JAX runs on cpu.*xla"):
+        resolve_implementation("fa3", config, jnp.bfloat16)
+    assert resolve_implementation("auto", config, jnp.bfloat16) == "xla"

@@ -111,7 +111,7 @@ def test_a_neighbour_with_nan_latents_changes_nothing() -> None:
 @pytest.mark.parametrize("form", ["expanded", "absorbed"])
 def test_the_compiled_step_copies_no_cache(form: str) -> None:
     driver = Driver(random_model("tp=2,cp=2"), form=form)
-    program = compile_step(driver.planner, driver.planner.buckets[-1])
+    program = compile_step(driver.planner, driver.planner.steps[-1])
     shape = driver.pages.shape
     assert not copies_of(program.as_text(), shape)
     stats = program.memory_analysis()
@@ -121,10 +121,10 @@ def test_the_compiled_step_copies_no_cache(form: str) -> None:
 def test_collectives_are_the_ones_designed() -> None:
     """Per layer: one all-gather (the latents, over cp) and all-reduces over tp; nothing else grows with the tokens."""
     driver = Driver(random_model("tp=2,cp=2"), form="expanded")
-    bucket = driver.planner.buckets[-1]
-    text = compile_step(driver.planner, bucket).as_text()
+    step = driver.planner.steps[-1]
+    text = compile_step(driver.planner, step).as_text()
     gathers = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather(?:-start)?\(", text)
-    latents = f"{2 * bucket},{CONFIG.latent_dim}"
+    latents = f"{2 * step.tokens},{CONFIG.latent_dim}"
     # One in the dense layers' scan, one in the experts'; and the logits' over tp.
     assert sorted(gathers) == sorted([latents, latents, f"2,{CONFIG.vocab_size}"])
     assert not re.search(r"all-to-all|collective-permute", text)

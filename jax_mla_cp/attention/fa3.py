@@ -1,0 +1,219 @@
+"""FlashAttention-3 (arXiv:2407.08608) through XLA FFI: the only caller of `jax_mla_cp._ffi`, whose handlers are in ffi/.
+
+Three targets, each with a CUDA handler (Hopper, bfloat16) and a CPU handler of the same name and checks, in plain loops,
+so that everything around a kernel is tested without a GPU:
+
+- `mla_prefill_expanded`: per-head keys (192) and values (128), packed, rows may share keys;
+- `mla_prefill_absorbed`: queries 512 + 64 over the paged latents, which all heads share;
+- `mla_decode`: the same for few queries: the keys of a row are split over the GPU and the parts combined.
+
+A call reads its operands where they are: the value of a head beside its key, the roped key beside its latent in a page.
+Row lengths, page tables and starts stay on the device; the launch is the same whatever they hold, so that XLA may record
+it into a command buffer. No derivative, no `vmap`: calls are always inside `shard_map` or plain `jit`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32
+
+from jax_mla_cp.attention.rows import Rows
+from jax_mla_cp.config import ConfigError, ModelConfig
+from jax_mla_cp.mesh import vary_like
+
+PAGE_MULTIPLE = 64
+"""Tokens of a page: the absorbed kernels load so many keys at a time, and these lie in one page (ffi/shapes.h)."""
+
+DECODE_TOKENS = 256
+"""Up to so many tokens the absorbed form splits its keys: more fill the GPU without."""
+
+_DIMS = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
+_MOST_SPLITS = 128  # ffi/shapes.h
+_PARTIAL_BYTES = 256 << 20  # of the splits' float32 outputs, which bounds their number when there are many tokens
+
+
+def missing(config: ModelConfig, dtype: jax.typing.DTypeLike) -> str | None:
+    """Why FlashAttention-3 can't run this model on this machine's devices, and what to do about it; None if it can."""
+    for name, size in _DIMS.items():
+        if getattr(config, name) != size:
+            return f"its kernels are for {name}={size}, the model has {getattr(config, name)}"
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return f"its kernels are for bfloat16, the model runs in {jnp.dtype(dtype)}. Use --dtype bfloat16"
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        return f"its kernels need a Hopper GPU, JAX runs on {device.platform}. Install jax-mla-cp[cuda13] or [cuda12]"
+    capability = getattr(device, "compute_capability", "unknown")
+    if capability != "9.0":
+        return f"its kernels are for compute capability 9.0 (Hopper), {device.device_kind} has {capability}"
+    try:
+        module = _module()
+    except ConfigError as error:
+        return str(error)
+    return _driver_problem(module.built_for_cuda(), module.driver_cuda())
+
+
+def _driver_problem(built: int, driver: int) -> str | None:
+    """Whether a driver runs what was built for a CUDA version; both as 1000 major + 10 minor."""
+    if not built:
+        return (
+            "this installation was built without CUDA. Install again with nvcc (CUDA 12.3 or newer) on the PATH and "
+            "JAX_MLA_CP_CUDA=1 (README.md, On GPUs)"
+        )
+    if driver // 1000 < built // 1000:  # within a major version, older drivers run newer builds
+        return (
+            f"it was built for CUDA {_dotted(built)}, this machine's NVIDIA driver runs CUDA {_dotted(driver)}. "
+            f"Update the driver, or install again with the nvcc of CUDA {driver // 1000}"
+        )
+    return None
+
+
+def _dotted(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+@functools.cache
+def _module() -> Any:
+    """The extension, its targets registered with JAX.
+
+    Raises:
+      ConfigError: it is not installed.
+    """
+    try:
+        from jax_mla_cp import _ffi
+    except ImportError as error:
+        raise ConfigError(
+            f"the extension jax_mla_cp._ffi can't be loaded ({error}). Install the package again where a C++ compiler "
+            "is present; for the CUDA kernels with nvcc and JAX_MLA_CP_CUDA=1 (README.md, On GPUs)"
+        ) from error
+    for platform, targets in _ffi.registrations().items():
+        for name, handler in targets.items():
+            jax.ffi.register_ffi_target(name, handler, platform=platform)
+    return _ffi
+
+
+def mla_prefill_expanded(
+    q: Float[Array, "T n h+r"], kv: Float[Array, "K n h+r+v"], rows: Rows, *, scale: float
+) -> tuple[Float[Array, "T n v"], Float[Array, "n T"]]:
+    """Causal attention over packed keys and values, a head's value beside its key.
+
+    Args:
+      q: bfloat16 queries.
+      kv: bfloat16; the last tile of 128 keys of a row may reach past its `kv_len`, and must hold finite numbers there.
+      rows: `cu_q`, `kv_len` and `kv_start` are read. Rows may share keys.
+
+    Returns: bfloat16 outputs, zero for tokens of no row; and each query's float32 log-sum-exp of its scaled scores,
+      -inf for tokens of no row. Both vary over the mesh axes that any operand varies over.
+
+    Raises:
+      ConfigError: the extension is not installed.
+      XlaRuntimeError: when it runs, if shapes or dtypes are not those above; names the argument, expected and got.
+    """
+    tokens, heads, dim = q.shape
+    operands = (q, kv, rows.cu_q, rows.kv_start, rows.kv_len)
+    out, lse, *_ = _call("mla_prefill_expanded", operands, (tokens, heads, kv.shape[2] - dim), rows, q, scale)
+    return out, lse
+
+
+def mla_prefill_absorbed(
+    q_latent: Float[Array, "n T R"],
+    q_rope: Float[Array, "T n r"],
+    pages: Float[Array, "pages page_size R+r"],
+    page_table: Int32[Array, "B W"],
+    rows: Rows,
+    *,
+    scale: float,
+) -> tuple[Float[Array, "n T R"], Float[Array, "n T"]]:
+    """Causal attention over the paged latents, which are keys and (their first R numbers) values of all heads.
+
+    Args:
+      q_latent: bfloat16 queries in latent space, head by head, as the batched product with W_UK leaves them.
+      q_rope: their roped part.
+      pages: bfloat16, `page_size` a multiple of 64. The tile of 64 keys that holds a row's end must be finite.
+      page_table: each row's pages, in order. What lies past its `kv_len` is not used.
+      rows: `cu_q` and `kv_len` are read.
+
+    Returns, raises: as `mla_prefill_expanded`; the output is in latent space, head by head.
+    """
+    heads, tokens, latent = q_latent.shape
+    operands = (q_latent, q_rope, pages, page_table, rows.cu_q, rows.kv_len)
+    out, lse, *_ = _call("mla_prefill_absorbed", operands, (heads, tokens, latent), rows, q_rope, scale)
+    return out, lse
+
+
+def mla_decode(
+    q_latent: Float[Array, "n T R"],
+    q_rope: Float[Array, "T n r"],
+    pages: Float[Array, "pages page_size R+r"],
+    page_table: Int32[Array, "B W"],
+    rows: Rows,
+    *,
+    scale: float,
+) -> tuple[Float[Array, "n T R"], Float[Array, "n T"]]:
+    """As `mla_prefill_absorbed`, for rows of few queries (a decoded token, drafts to verify) and many keys.
+
+    The number of splits of a row follows the work of all rows, so that the sum's rounding depends on the batch.
+    """
+    heads, tokens, latent = q_latent.shape
+    splits = max(1, min(_MOST_SPLITS, _PARTIAL_BYTES // (4 * heads * tokens * latent)))
+    operands = (q_latent, q_rope, pages, page_table, rows.cu_q, rows.kv_len)
+    partial = ((splits, heads, tokens, latent), (splits, heads, tokens))
+    out, lse, *_ = _call("mla_decode", operands, (heads, tokens, latent), rows, q_rope, scale, partial)
+    return out, lse
+
+
+def attend_expanded(
+    q: Float[Array, "T n h+r"], kv: Float[Array, "K n h+r+v"], rows: Rows, *, scale: float
+) -> Float[Array, "T n v"]:
+    """See `jax_mla_cp.attention.attend_expanded`."""
+    return mla_prefill_expanded(q, kv, rows, scale=scale)[0]
+
+
+def attend_absorbed(
+    q_latent: Float[Array, "T n R"],
+    q_rope: Float[Array, "T n r"],
+    pages: Float[Array, "pages page_size R+r"],
+    page_table: Int32[Array, "B W"],
+    rows: Rows,
+    *,
+    scale: float,
+) -> Float[Array, "T n R"]:
+    """See `jax_mla_cp.attention.attend_absorbed`. XLA cancels the transposes against those of the batched products."""
+    target = mla_decode if q_rope.shape[0] <= DECODE_TOKENS else mla_prefill_absorbed
+    out, _ = target(jnp.swapaxes(q_latent, 0, 1), q_rope, pages, page_table, rows, scale=scale)
+    return jnp.swapaxes(out, 0, 1)
+
+
+def _call(
+    target: str,
+    operands: tuple[Any, ...],
+    out: tuple[int, ...],
+    rows: Rows,
+    q: jax.Array,
+    scale: float,
+    partial: tuple[tuple[int, ...], ...] = (),
+) -> Any:
+    """The custom call: a bfloat16 output, the log-sum-exp, the scheduler's scratch, and float32 partial results.
+
+    Args:
+      q: queries [T, n, ..].
+    """
+    _module()
+    tokens, heads, _ = q.shape
+    scheduler = 4 * (-(-rows.kv_len.shape[0] // 4) * 4) + 1  # SchedulerSize in ffi/shapes.h
+    results = [
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in (
+            (out, jnp.bfloat16),
+            ((heads, tokens), jnp.float32),
+            ((scheduler,), jnp.int32),
+            *((shape, jnp.float32) for shape in partial),
+        )
+    ]
+    # JAX types a custom call's results as equal on all devices, whatever its operands. Left so, check_vma would accept a
+    # program that takes one device's numbers for all devices'.
+    return vary_like(jax.ffi.ffi_call(target, results)(*operands, scale=np.float32(scale)), operands)

@@ -1,0 +1,144 @@
+"""The extension: what it registers, why it says that it can't run, and programs for CUDA made without a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+import jax_mla_cp
+from jax_mla_cp.attention import fa3
+from jax_mla_cp.attention.rows import Rows
+from jax_mla_cp.config import ConfigError
+from tests.ffi.cases import LATENT, QUERY, ROPE, TARGETS, VALUE
+from tests.synthetic import CONFIG
+
+_ffi = pytest.importorskip("jax_mla_cp._ffi", reason="the extension is not built")
+
+FITS = dataclasses.replace(CONFIG, kv_lora_rank=LATENT, qk_rope_head_dim=ROPE, qk_nope_head_dim=128, v_head_dim=VALUE)
+
+
+def test_registrations() -> None:
+    registrations = _ffi.registrations()
+    assert set(registrations) == ({"cpu", "CUDA"} if _ffi.built_for_cuda() else {"cpu"})
+    for targets in registrations.values():
+        assert set(targets) == set(TARGETS)
+        assert {type(handler).__name__ for handler in targets.values()} == {"PyCapsule"}
+
+
+def test_cuda_versions() -> None:
+    built, driver = _ffi.built_for_cuda(), _ffi.driver_cuda()
+    assert built == 0 or 12030 <= built < 20000
+    assert driver == 0 or 10000 <= driver < 20000
+    if jax.default_backend() == "cpu" and not built:
+        assert driver == 0, "nothing of CUDA is in it, so that it can't know"
+
+
+@pytest.mark.parametrize("name", ["kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"])
+def test_missing_dims(name: str) -> None:
+    config = dataclasses.replace(FITS, **{name: 32})
+    assert fa3.missing(config, jnp.bfloat16) == f"its kernels are for {name}={getattr(FITS, name)}, the model has 32"
+
+
+def test_missing_dtype() -> None:
+    text = fa3.missing(FITS, jnp.float32)
+    assert text is not None and "for bfloat16, the model runs in float32. Use --dtype bfloat16" in text
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="JAX runs on an accelerator")
+def test_missing_gpu() -> None:
+    text = fa3.missing(FITS, jnp.bfloat16)
+    assert text is not None and "need a Hopper GPU, JAX runs on cpu. Install jax-mla-cp[cuda13] or [cuda12]" in text
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, capability: str, built: int = 13000, driver: int = 13010) -> None:
+    """A GPU of that capability, and an extension built for CUDA `built` on a machine whose driver runs `driver`."""
+    device = SimpleNamespace(platform="gpu", compute_capability=capability, device_kind=f"GPU {capability}")
+    module = SimpleNamespace(built_for_cuda=lambda: built, driver_cuda=lambda: driver)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setattr(fa3, "_module", lambda: module)
+
+
+@pytest.mark.parametrize("capability", ["8.0", "9.0", "10.0"])
+def test_missing_capability(monkeypatch: pytest.MonkeyPatch, capability: str) -> None:
+    pretend(monkeypatch, capability)
+    text: Any = fa3.missing(FITS, jnp.bfloat16)
+    if capability == "9.0":
+        assert text is None
+    else:
+        assert f"for compute capability 9.0 (Hopper), GPU {capability} has {capability}" in text
+
+
+def test_missing_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, "9.0", built=0, driver=0)
+    text: Any = fa3.missing(FITS, jnp.bfloat16)
+    assert "built without CUDA" in text and "nvcc (CUDA 12.3 or newer)" in text and "JAX_MLA_CP_CUDA=1" in text
+
+
+def test_missing_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, "9.0", built=13000, driver=12080)
+    text: Any = fa3.missing(FITS, jnp.bfloat16)
+    assert "built for CUDA 13.0, this machine's NVIDIA driver runs CUDA 12.8" in text
+    assert "Update the driver, or install again with the nvcc of CUDA 12" in text
+
+
+@pytest.mark.parametrize(
+    "built, driver, runs",
+    [
+        (13000, 13000, True),
+        (13020, 13000, True),
+        (12040, 13010, True),
+        (12090, 12030, True),
+        (13000, 12090, False),
+        (13000, 0, False),
+    ],
+)
+def test_drivers(built: int, driver: int, runs: bool) -> None:
+    """Within a major version an older driver runs a newer build; any driver runs builds of older versions."""
+    assert (fa3._driver_problem(built, driver) is None) == runs
+
+
+def test_missing_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As without a C++ compiler: the package works, and both the call and the question say what to do."""
+    monkeypatch.setattr(fa3, "_module", fa3._module.__wrapped__)
+    monkeypatch.setitem(sys.modules, "jax_mla_cp._ffi", None)
+    monkeypatch.delattr(jax_mla_cp, "_ffi")
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(platform="gpu", compute_capability="9.0")])
+    text: Any = fa3.missing(FITS, jnp.bfloat16)
+    assert "the extension jax_mla_cp._ffi can't be loaded" in text and "C++ compiler" in text
+    with pytest.raises(ConfigError, match="can't be loaded"):
+        fa3.mla_prefill_expanded(jnp.zeros((1, 1, QUERY)), jnp.zeros((1, 1, QUERY + VALUE)), rows_of(1), scale=1.0)
+
+
+def rows_of(count: int) -> Rows:
+    return Rows(*(np.zeros(count + (i == 0), np.int32) for i in range(4)))
+
+
+def abstract(target: str, tokens: int = 300, heads: int = 16, rows: int = 4) -> tuple[Any, ...]:
+    shapes: tuple[tuple[int, ...], ...] = ((tokens, heads, QUERY), (700, heads, QUERY + VALUE))
+    if target != "mla_prefill_expanded":
+        shapes = ((heads, tokens, LATENT), (tokens, heads, ROPE), (40, 64, LATENT + ROPE))
+    operands: list[Any] = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    if target != "mla_prefill_expanded":
+        operands.append(jax.ShapeDtypeStruct((rows, 9), jnp.int32))
+    return *operands, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), rows_of(rows))
+
+
+@pytest.mark.skipif(not _ffi.built_for_cuda(), reason="the extension was built without CUDA")
+@pytest.mark.parametrize("target", TARGETS)
+def test_lowers_for_cuda_without_a_gpu(target: str) -> None:
+    operands = abstract(target)
+    text = TARGETS[target].trace(*operands, scale=0.1).lower(lowering_platforms=("cuda",)).as_text()
+    assert f"stablehlo.custom_call @{target}" in text
+    # JAX can't promise that a custom call's meaning stays, so an export must say that this one is known.
+    known = [export.DisabledSafetyCheck.custom_call(target)]
+    call = jax.jit(lambda *args: TARGETS[target](*args, scale=0.1))
+    program = export.export(call, platforms=["cuda"], disabled_checks=known)(*operands)
+    assert program.platforms == ("cuda",) and target in program.mlir_module()

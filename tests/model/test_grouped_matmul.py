@@ -1,0 +1,141 @@
+"""The grouped product against a loop, with any sizes; the Hopper kernel in Pallas's interpreter, and its lowering."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import lax
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams, force_gpu_interpret_mode
+from jax.sharding import PartitionSpec as P
+
+from jax_mla_cp.mesh import make_mesh
+from jax_mla_cp.model import hopper
+from jax_mla_cp.model.experts import apply_experts
+from jax_mla_cp.model.grouped_matmul import group_alignment, grouped_matmul
+from jax_mla_cp.model.hopper import hopper_grouped_matmul
+
+run = jax.jit(grouped_matmul)
+
+
+@given(st.lists(st.integers(0, 90), min_size=4, max_size=4), st.integers(0, 300))
+@settings(max_examples=40, deadline=None)
+def test_grouped_matmul(sizes: list[int], seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows, weights = rng.normal(size=(360, 6)).astype(np.float32), rng.normal(size=(4, 6, 5)).astype(np.float32)
+    out = np.asarray(run(rows, weights, jnp.array(sizes, jnp.int32)))
+    ends = np.cumsum(sizes)
+    for e, end in enumerate(ends):
+        part = slice(end - sizes[e], end)
+        np.testing.assert_allclose(out[part], rows[part].astype(np.float64) @ weights[e], atol=1e-5)
+    assert not out[ends[-1] :].any(), "rows of no group are zero"
+
+
+def test_agrees_with_ragged_dot() -> None:
+    """What runs on other devices than CPUs gives the same."""
+    rng = np.random.default_rng(1)
+    rows, weights = rng.normal(size=(64, 6)).astype(np.float32), rng.normal(size=(4, 6, 5)).astype(np.float32)
+    sizes = jnp.array([10, 0, 50, 4], jnp.int32)
+    np.testing.assert_allclose(run(rows, weights, sizes), lax.ragged_dot(rows, weights, sizes), atol=1e-5)
+
+
+GROUPS = [
+    [70, 0, 190, 20],
+    [0, 0, 0, 0],
+    [0, 384, 0, 0],
+    [128, 128, 0, 128],
+    [1, 1, 1, 1],
+    [0, 129, 126, 1],
+    [0, 0, 0, 383],
+]
+
+
+@pytest.fixture
+def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code's choices are a Hopper GPU's; the kernel runs interpreted, and what it doesn't write is NaN."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr("jax_mla_cp.model.grouped_matmul._hopper", lambda: hopper)
+
+
+def interpreted(function, *args):  # type: ignore[no-untyped-def]
+    with force_gpu_interpret_mode(InterpretGPUParams()):
+        return np.asarray(jax.block_until_ready(function(*args)), np.float64)
+
+
+def random_bfloat16(*shapes: tuple[int, ...]) -> list[jax.Array]:
+    rng = np.random.default_rng(1)
+    return [jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in shapes]
+
+
+@pytest.mark.parametrize("sizes", GROUPS)
+def test_hopper_kernel(sizes: list[int]) -> None:
+    rows, weights = random_bfloat16((384, 128), (4, 128, 256))
+    used, ends = sum(sizes), np.cumsum(sizes)
+    out = interpreted(hopper_grouped_matmul, rows.at[used:].set(jnp.nan), weights, jnp.array(sizes, jnp.int32))
+    wide, wide_weights = np.asarray(rows, np.float64), np.asarray(weights, np.float64)
+    for e, end in enumerate(ends):
+        part = slice(end - sizes[e], end)
+        np.testing.assert_allclose(out[part], wide[part] @ wide_weights[e], rtol=2**-8, atol=1e-2)
+    assert np.isnan(out[used:]).all(), "rows past the groups are not written: callers must select"
+
+
+def test_hopper_pads_rows(on_hopper: None) -> None:
+    rows, weights = random_bfloat16((72, 64), (3, 64, 128))
+    sizes = jnp.array([30, 1, 20], jnp.int32)
+    out = interpreted(grouped_matmul, rows, weights, sizes)
+    assert out.shape == (72, 128)
+    np.testing.assert_allclose(out[:51], np.asarray(lax.ragged_dot(rows, weights, sizes), np.float64)[:51], rtol=2**-7)
+    # Other sizes and types are XLA's to multiply.
+    np.testing.assert_array_equal(
+        grouped_matmul(rows[:, :6], weights[:, :6], sizes), lax.ragged_dot(rows[:, :6], weights[:, :6], sizes)
+    )
+
+
+@pytest.mark.parametrize("tokens", [20, 320])
+def test_experts_on_hopper(tokens: int, on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of many rows begin at tiles, groups of few do not; nothing that was not written is read."""
+    x, gate_up, down = random_bfloat16((tokens, 128), (4, 128, 128), (4, 64, 128))
+    rng = np.random.default_rng(2)
+    expert = jnp.asarray(np.stack([rng.permutation(8)[:4] for _ in range(tokens)]) - 2, jnp.int32)
+    weight = jnp.asarray(rng.uniform(0.1, 1, (tokens, 4)), jnp.float32)
+    assert group_alignment(tokens * 4 // 2, 4) == (128 if tokens == 320 else 1)
+    run = lambda: apply_experts(x, expert, weight, gate_up, down, experts=4, first=0, shares=2)  # noqa: E731
+    whole = interpreted(run)
+    monkeypatch.setattr("jax_mla_cp.model.experts.window_rows", lambda *_: 256)
+    np.testing.assert_array_equal(interpreted(run), whole)
+    monkeypatch.undo()
+    plain = np.asarray(run(), np.float64)
+    np.testing.assert_allclose(whole, plain, atol=2**-6 * np.abs(plain).max())
+    assert np.abs(plain[::2] - whole[1::2]).max() > 0.1 * np.abs(plain).max(), "other tokens have other results"
+
+
+@pytest.mark.parametrize(
+    ("experts", "m", "k", "n"), [(32, 40960, 7168, 4096), (32, 40960, 2048, 7168), (384, 128, 7168, 4096)]
+)
+def test_hopper_kernel_lowers_for_cuda(experts: int, m: int, k: int, n: int) -> None:
+    """DeepSeek-V3's and Kimi K2's sizes, as far as a machine without a GPU gets: to Mosaic, under shard_map's types."""
+    types = []
+
+    def device(rows: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
+        out = hopper_grouped_matmul(rows, weights, sizes)
+        types.append(jax.typeof(out).manual_axis_type.varying)
+        return out
+
+    tp = P("tp")
+    sharded = jax.shard_map(device, mesh=make_mesh("tp=2"), in_specs=(P(), tp, tp), out_specs=tp)
+    shapes = [((m, k), jnp.bfloat16), ((2 * experts, k, n), jnp.bfloat16), ((2 * experts,), jnp.int32)]
+    traced = jax.jit(sharded).trace(*(jax.ShapeDtypeStruct(*s) for s in shapes))
+    assert types == [{"tp"}]
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_groups_from_the_first_on() -> None:
+    """The weights of a stack of layers, of which a layer has its own."""
+    rows, weights = random_bfloat16((40, 64), (6, 64, 128))
+    sizes = jnp.array([9, 0, 31], jnp.int32)
+    expect = np.asarray(grouped_matmul(rows, weights[2:5], sizes), np.float32)
+    np.testing.assert_array_equal(np.asarray(grouped_matmul(rows, weights, sizes, jnp.int32(2)), np.float32), expect)
+    assert (np.asarray(grouped_matmul(rows, weights, sizes, jnp.int32(1)), np.float32) != expect).any()
