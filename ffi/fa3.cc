@@ -10,6 +10,7 @@
 #include "arguments.h"
 #include "finish.h"
 #include "flash.h"
+#include "schedule.h"
 
 namespace cutlass {
 struct bfloat16_t;
@@ -193,7 +194,7 @@ ffi::Error Decode(cudaStream_t stream, ffi::AnyBuffer q_latent, ffi::AnyBuffer q
   const Common& c = call.common;
   Flash_fwd_params params{};
   if (ffi::Error error = BeginAbsorbed(target, call, params); error.failure()) return error;
-  params.num_splits = static_cast<int>(splits.count);  // a bound: the scheduler gives each row its own number
+  params.num_splits = static_cast<int>(splits.count);  // a bound: each row has its own number
   params.oaccum_ptr = splits.out;
   params.oaccum_row_stride = kLatent;
   params.oaccum_head_stride = c.tokens * kLatent;
@@ -201,7 +202,15 @@ ffi::Error Decode(cudaStream_t stream, ffi::AnyBuffer q_latent, ffi::AnyBuffer q
   params.softmax_lseaccum_ptr = splits.lse;
   params.lseaccum_head_stride = c.tokens;
   params.lseaccum_split_stride = c.heads * c.tokens;
+  params.skip_scheduler_metadata_computation = call.rows.count <= kMostRowsScheduled;
   return Launched(target, [&] {
+    if (params.skip_scheduler_metadata_computation) {
+      Schedule schedule{params.num_splits_dynamic_ptr, params.num_m_blocks_ptr, params.varlen_batch_idx_ptr,
+                        params.num_nheads_in_l2_ptr, params.tile_count_semaphore};
+      cudaError_t status = ScheduleSplits(call.rows.cu_q, call.rows.kv_len, call.rows.count, c.heads, splits.count,
+                                          params.num_sm, schedule, stream);
+      if (status != cudaSuccess) return status;
+    }
     run_flash_fwd<90, 64, 512, 1, Bf16, Bf16, true, false, false, true, true, false, true, true, true, false>(params,
                                                                                                               stream);
     return CombineSplits(call.rows.cu_q, params.num_splits_dynamic_ptr, params.varlen_batch_idx_ptr, call.rows.count,

@@ -12,10 +12,10 @@ namespace mla {
 cudaError_t ClearOutside(const int32_t* cu_q, int64_t rows, int64_t tokens, int64_t heads, int64_t width, uint16_t* out,
                          int64_t token_stride, int64_t head_stride, float* lse, cudaStream_t stream);
 
-// Combines the splits of each token's row, and clears tokens of no row as above. Rows that FA3's scheduler gave one
-// split have their output already. FA3's own combining kernel has a grid over rows x longest row, most of it idle when
-// rows are many and short; this one's is over tokens.
-// `splits` and `row_of` are FA3's scheduler's: the splits of its i-th row, and which row that is.
+// Combines the splits of each token's row, and clears tokens of no row as above. Rows of one split have their output
+// already. FA3's own combining kernel has a grid over rows x longest row, most of it idle when rows are many and short;
+// this one's is over tokens.
+// `splits` and `row_of` are the scheduler's: the splits of its i-th row, and which row that is.
 cudaError_t CombineSplits(const int32_t* cu_q, const int32_t* splits, const int32_t* row_of, int64_t rows,
                           int64_t tokens, int64_t heads, const float* out_partial, const float* lse_partial,
                           uint16_t* out, float* lse, cudaStream_t stream);

@@ -19,18 +19,15 @@ _FLAGS: dict[str, dict[str, str]] = {
 }
 """What is added to XLA_FLAGS, unless the user's names the flag."""
 
-_GPU_ENVIRONMENT = {
-    # Of a GPU's memory, what JAX takes at its start; its own default leaves a quarter unused.
-    "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
-}
-"""Environment variables that are set, unless the user has set them."""
+_MEMORY_FRACTION = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")
+"""The two names of the part of a GPU's memory that JAX takes at its start. Its own default leaves a quarter unused."""
 
 
 def setup(platform: Platform, devices: int) -> Literal["cpu", "cuda"]:
     """Chooses the platform and, on CPU, makes `devices` virtual devices. Call it before JAX's first use.
 
     Environment variables that the user has set win: flags that XLA_FLAGS names, JAX_PLATFORMS,
-    XLA_PYTHON_CLIENT_MEM_FRACTION. README.md lists what is set.
+    the memory fraction. README.md lists what is set.
 
     Raises:
       ConfigError: JAX has started already, or "cuda" on a machine without a GPU that JAX can use.
@@ -48,8 +45,8 @@ def setup(platform: Platform, devices: int) -> Literal["cpu", "cuda"]:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", devices)
         return "cpu"
-    for name, value in _GPU_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    if not any(name in os.environ for name in _MEMORY_FRACTION):
+        os.environ[_MEMORY_FRACTION[0]] = "0.95"
     jax.config.update("jax_platforms", "cuda,cpu")
     try:
         jax.devices("cuda")

@@ -64,16 +64,20 @@ class Mla(nnx.Module):
         with jax.named_scope("write"):
             pages = cache.write(pages, latents, inputs.slots, inputs.fresh, layer, pages_per_layer=pages_per_layer)
 
-        out = None
+        out, few = None, inputs.absorbed_tokens
         if inputs.key_pages.size:
             with jax.named_scope("expanded"):
                 key_pages = cache.table(inputs.key_pages, layer, pages_per_layer=pages_per_layer)
                 out = self._expanded(q_nope, q_rope, pages, key_pages, inputs)
-        if (few := inputs.absorbed_tokens) > 0:
+        if few:
             with jax.named_scope("absorbed"):
                 row_pages = cache.table(inputs.row_pages, layer, pages_per_layer=pages_per_layer)
                 absorbed = self._absorbed(q_nope[:few], q_rope[:few], pages, row_pages, inputs)
-                out = absorbed if out is None else out.at[:few].add(absorbed)  # each is zero where the other has rows
+                # Each form's output is zero where the other has rows.
+                if out is None:
+                    out = absorbed
+                else:
+                    out = out + absorbed if few == len(out) else out.at[:few].add(absorbed)
         with jax.named_scope("output"):
             return self.build.axes.psum(jnp.einsum("tnv,nvd->td", out, self.o[...]), TP), pages
 

@@ -19,7 +19,8 @@ from jax_mla_cp.model.context import Build, Declare
 from jax_mla_cp.model.experts import apply_experts
 from jax_mla_cp.model.layers import Mlp
 
-_MOST_TOKENS = 1 << 15  # at a time, gathered ones: with the windows of `apply_experts` it bounds the buffers
+# At a time, gathered ones: with the windows of `apply_experts` it bounds the buffers. 32K, and what a bucket is above it.
+_MOST_TOKENS = 36 << 10
 
 
 class Moe(nnx.Module):

@@ -1,0 +1,56 @@
+"""python -m jax_mla_cp.bench: `--help` tells what it measures and how."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from jax_mla_cp.bench.options import Options, fail, parse
+from jax_mla_cp.config import ConfigError
+from jax_mla_cp.mesh import MeshShape
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one benchmark. Exit code 0; 1 if a row failed; 2 for a setting that can't work; 130 after Ctrl-C."""
+    options = parse(argv)
+    from jax_mla_cp.bench import mock
+
+    try:
+        mock.start(options.platform, _topology(options), profile=options.profile is not None)
+        return _run(options, list(sys.argv[1:] if argv is None else argv))
+    except ConfigError as error:
+        fail(error)
+
+
+def _topology(options: Options) -> MeshShape | None:
+    """The devices that the run takes part in; None: one real device."""
+    if options.command in ("layer", "model") or options.full:
+        return options.mesh
+    return None
+
+
+def _run(options: Options, argv: list[str]) -> int:
+    from jax_mla_cp.bench.roofline import measure_ceilings
+    from jax_mla_cp.bench.table import Report
+    from jax_mla_cp.presets import model_config
+
+    report = Report(options.command, argv, path=options.json)
+    stopped = False
+    try:
+        report.say("measuring what the device can do")
+        report.ceilings = measure_ceilings(small=options.platform == "cpu", samples=options.samples)
+        command = importlib.import_module(f"jax_mla_cp.bench.{options.command}")
+        command.run(options, model_config(options.model), report)
+    except KeyboardInterrupt:
+        report.notes.append("stopped with Ctrl-C: the tables hold what was measured until then.")
+        stopped = True
+    if options.platform == "cpu":
+        report.notes.append("on a CPU: these numbers say that the program runs, and nothing else.")
+    report.save()
+    report.show()
+    return 130 if stopped else int(report.failed > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

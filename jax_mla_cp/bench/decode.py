@@ -1,0 +1,158 @@
+"""`decode`: attention of decoding requests over batch, context and heads; with --full, the model's whole decode step.
+
+A program holds one call per region of the cache ("layer"), of several GB together, so that no call finds in the L2 cache
+what another has read. Each call's page ids depend on the output of the one before, as the layers of a model do: the calls
+can neither be merged nor run side by side.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_mla_cp.attention import Resolved, Rows, fa3
+from jax_mla_cp.bench import kernels
+from jax_mla_cp.bench.data import normal
+from jax_mla_cp.bench.options import Options
+from jax_mla_cp.bench.program import (
+    PAGE_SIZE,
+    clean_up,
+    compile_program,
+    make_build,
+    make_model,
+    make_planner,
+    prompt,
+    with_layers,
+)  # fmt: skip
+from jax_mla_cp.bench.roofline import Cost, attention_flops
+from jax_mla_cp.bench.table import Report
+from jax_mla_cp.bench.timing import measure
+from jax_mla_cp.config import ModelConfig
+
+_CACHE_BYTES = 5e9  # of all regions
+_LEAST_BYTES = 1e9
+_MOST_REGIONS = 16
+_HOLD_TBS = {(64, 8192): 3.1, (8, 131072): 3.5}
+_HELD_HEADS = 16
+
+
+def run(options: Options, config: ModelConfig, report: Report) -> None:
+    """Adds the rows."""
+    implementation = kernels.resolve(options, config)
+    report.notes.append(
+        "GB/s: each request's latents once per call, whatever the number of heads; its ceiling is the read bandwidth. "
+        f"Pages of {PAGE_SIZE} tokens in random order. Up to {fa3.DECODE_TOKENS} tokens run in mla_decode (keys split "
+        "over the GPU), more in mla_prefill_absorbed, as in the model."
+    )
+    for heads in options.heads:
+        for tokens in options.tokens:
+            for requests, context in options.shapes:
+                _attention_row(options, config, report, implementation, requests, context, heads, tokens)
+    if options.full:
+        for requests, context in options.shapes:
+            _step_row(options, config, report, requests, context)
+
+
+def _attention_row(
+    options: Options, config: ModelConfig, report: Report, implementation: Resolved,
+    requests: int, context: int, heads: int, tokens: int,
+) -> None:  # fmt: skip
+    decode = requests * tokens <= fa3.DECODE_TOKENS
+    kernel = implementation if implementation == "xla" else "mla_decode" if decode else "mla_prefill_absorbed"
+
+    def measured() -> dict[str, Any]:
+        program, operands, calls = _program(config, options, implementation, requests, context, heads, tokens)
+        timing = measure(lambda: program(*operands), samples=options.samples)
+        pairs = requests * (tokens * context - tokens * (tokens - 1) // 2)
+        cost = Cost(
+            flops=attention_flops("absorbed", config, pairs, heads),
+            read=2.0 * requests * context * config.latent_dim,
+        )
+        assert report.ceilings
+        seconds = timing.seconds / calls
+        return timing.row() | {"ms": seconds * 1e3, "us": seconds * 1e6} | cost.row(seconds, report.ceilings)
+
+    facts = {"requests": requests, "context": context, "tokens": tokens, "heads": heads, "dtype": options.dtype}
+    row = report.row("decode attention, one layer", kernel, measured, **facts)
+    if heads == _HELD_HEADS and tokens == 1 and (requests, context) in _HOLD_TBS and config.latent_dim == 576:
+        report.hold(
+            f"decode, {requests} requests x {context}, {heads} heads: cache read, TB/s",
+            row["gbs"] / 1e3 if row else None, at_least=_HOLD_TBS[requests, context],
+        )  # fmt: skip
+    clean_up()
+
+
+def _program(
+    config: ModelConfig, options: Options, implementation: Resolved,
+    requests: int, context: int, heads: int, tokens: int,
+) -> tuple[Any, tuple[Any, ...], int]:  # fmt: skip
+    """(the jitted calls, their operands, how many calls there are)."""
+    c = config
+    width = -(-context // PAGE_SIZE)
+    each = requests * width  # pages of a region
+    region_bytes = 2 * each * PAGE_SIZE * c.latent_dim
+    limit = _CACHE_BYTES if options.platform == "cuda" else 4 * region_bytes
+    regions = max(2, min(_MOST_REGIONS, int(limit // region_bytes)))
+    if options.platform == "cuda" and regions * region_bytes < _LEAST_BYTES:
+        regions = int(-(-_LEAST_BYTES // region_bytes))
+    # Made in place: the operands of a decode step are far smaller than the cache.
+    pages = normal(0, (regions * each, PAGE_SIZE, c.latent_dim), options.dtype)
+    q_latent = normal(1, (heads, requests * tokens, c.kv_lora_rank), options.dtype)
+    q_rope = normal(2, (requests * tokens, heads, c.qk_rope_head_dim), options.dtype)
+    table = np.random.default_rng(0).permutation(each).astype(np.int32).reshape(requests, width)
+    rows = Rows(
+        cu_q=np.arange(requests + 1, dtype=np.int32) * np.int32(tokens),
+        kv_len=np.full(requests, context, np.int32),
+        kv_start=np.zeros(requests, np.int32),
+        request=np.arange(requests, dtype=np.int32),
+    )
+    kernel = kernels.absorbed(implementation, c.softmax_scale, decode=requests * tokens <= fa3.DECODE_TOKENS)
+
+    @jax.jit
+    def program(q_latent: jax.Array, q_rope: jax.Array, pages: jax.Array, table: jax.Array, rows: Rows) -> jax.Array:
+        # 0, but XLA can't know that: the outputs are numbers.
+        after = jnp.int32(0)
+        out = q_latent
+        for region in range(regions):
+            out = kernel(q_latent, q_rope, pages, table + (region * each + after), rows)
+            after = jnp.isnan(out[0, 0, 0]).astype(jnp.int32)
+        return out
+
+    return program, jax.device_put((q_latent, q_rope, pages, table, rows)), regions
+
+
+def _step_row(options: Options, config: ModelConfig, report: Report, requests: int, context: int) -> None:
+    """The model's step with one new token a request: dense layers and a few MoE layers run, all 61 are added up."""
+    moe = options.layers or 4
+    dense = config.num_dense_layers
+
+    def measured() -> dict[str, Any]:
+        seconds = {}
+        for layers in (1, 1 + moe):
+            part = with_layers(config, dense, layers, context + 64)
+            build = make_build(part, options.mesh, options.ep_axes[0], options.dtype, options.attention)
+            model = make_model(build)
+            planner = make_planner(model, context, requests=requests)
+            program = compile_program(model, planner, prompt(model, planner, 1, context - 1, requests))
+            timing, memory = program.time(options.samples), program.memory
+            seconds[layers] = timing.seconds
+            del model, program
+            clean_up()
+        each = (seconds[1 + moe] - seconds[1]) / moe
+        total = seconds[1] + (config.num_moe_layers - 1) * each
+        return timing.row() | {"moe_layer_us": each * 1e6, "ms": total * 1e3} | memory
+
+    report.row(
+        "decode step, whole model", "inter-token latency (compute)", measured,
+        requests=requests, context=context, mesh=str(options.mesh), ep_axes=options.ep_axes[0], dtype=options.dtype,
+    )  # fmt: skip
+    clean_up()
+    note = (
+        f"decode step: {dense} dense and 1 and {1 + moe} MoE layers run; ms is their time repeated up to "
+        f"{config.num_layers} layers, without the collectives (mocked). Pages that a request shares with none are in random order."
+    )
+    if note not in report.notes:
+        report.notes.append(note)

@@ -1,0 +1,53 @@
+"""The attention calls that are timed: FlashAttention-3 where asked for, or what XLA makes of the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_mla_cp.attention import Resolved, attend_absorbed, attend_expanded, fa3, resolve_implementation
+from jax_mla_cp.bench.options import Options
+from jax_mla_cp.config import Form, ModelConfig
+
+Kernel = Callable[..., Any]
+
+
+def resolve(options: Options, config: ModelConfig) -> Resolved:
+    """Which of the two runs. Asked for by name, FlashAttention-3's handlers run on a CPU too, in plain loops.
+
+    Raises:
+      ConfigError: FlashAttention-3 can't run here.
+    """
+    if options.attention == "fa3" and options.platform == "cpu":
+        return "fa3"
+    if options.attention == "auto" and options.platform == "cuda":
+        return resolve_implementation("fa3", config, options.dtype)
+    return resolve_implementation(options.attention, config, options.dtype)
+
+
+def expanded(implementation: Resolved, scale: float) -> Kernel:
+    """(q [T, n, h + r], kv [K, n, h + r + v], rows) -> [T, n, v], jitted."""
+    if implementation == "fa3":
+        return jax.jit(lambda q, kv, rows: fa3.mla_prefill_expanded(q, kv, rows, scale=scale)[0])
+    return jax.jit(lambda q, kv, rows: attend_expanded(q, kv, rows, scale=scale, implementation="xla"))
+
+
+def absorbed(implementation: Resolved, scale: float, *, decode: bool = False) -> Kernel:
+    """(q_latent [n, T, R], q_rope [T, n, r], pages, page_table [B, W], rows) -> [n, T, R]. Traceable."""
+    if implementation == "fa3":
+        target = fa3.mla_decode if decode else fa3.mla_prefill_absorbed
+        return lambda *operands: target(*operands, scale=scale)[0]
+
+    def run(q_latent: jax.Array, *operands: Any) -> jax.Array:
+        out = attend_absorbed(jnp.swapaxes(q_latent, 0, 1), *operands, scale=scale, implementation="xla")
+        return jnp.swapaxes(out, 0, 1)
+
+    return run
+
+
+def name(implementation: Resolved, form: Form) -> str:
+    """What the tables call it."""
+    return f"{'FA3' if implementation == 'fa3' else 'XLA'} {form}"

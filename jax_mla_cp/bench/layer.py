@@ -1,0 +1,196 @@
+"""`layer`: a rank's MLA and MoE layers of a full-size model, whole, and their parts each alone at the same shapes.
+
+The whole layers are the model's own code, a few of them under the model's `lax.scan`. The parts are programs of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jax_mla_cp.bench.mla_parts import mla_parts, time_part
+from jax_mla_cp.bench.moe_parts import expert_parts
+from jax_mla_cp.bench.options import EpName, FormName, Options
+from jax_mla_cp.bench.profile import time_by_scope
+from jax_mla_cp.bench.program import (
+    Program,
+    clean_up,
+    compile_program,
+    make_build,
+    make_planner,
+    only,
+    prompt,
+    with_layers,
+)
+from jax_mla_cp.bench.roofline import Cost
+from jax_mla_cp.bench.table import Report
+from jax_mla_cp.bench.weights import favour_first_rank
+from jax_mla_cp.config import ModelConfig
+from jax_mla_cp.model.context import LayerInputs
+from jax_mla_cp.model.decoder import Decoder
+from jax_mla_cp.model.mla import Mla
+
+_LAYERS = 4
+_HOLD_MLA = 1.15
+
+
+def run(options: Options, config: ModelConfig, report: Report) -> None:
+    """Adds the rows."""
+    layers = options.layers or _LAYERS
+    report.notes.append(
+        f"layers are one device of {options.mesh}; times are per layer, of {layers} in one program. MLA is the layer's "
+        "attention from its normed input to the sum over tp; MoE the rest: norm, router, experts, shared ones, the sum, residual."
+    )
+    report.notes.append(
+        "sum of rooflines: FLOPs of the products at the run's matmul peak, bytes of gather, write and read at its copy "
+        "bandwidth, and attention at its own kernel's time on the same rows."
+    )
+    for seq in options.seq:
+        held = seq == 131072 and config.hidden_size == 7168 and str(options.mesh) == "tp=8,cp=4"
+        for form in options.forms:
+            _mla(options, config, report, seq, form, layers, held=held and form == "expanded")
+            clean_up()
+        if config.n_routed_experts:
+            expert_parts(options, config, report, seq, held=held)
+            clean_up()
+            for ep in options.ep_axes:
+                _moe(options, config, report, seq, ep, layers)
+                clean_up()
+
+
+class MlaOnly(nnx.Module):
+    """Stands for a layer, and does its attention alone."""
+
+    def __init__(self, mla: Mla):
+        self.mla = mla
+
+    def __call__(
+        self, x: jax.Array, pages: jax.Array, layer: jax.Array, inputs: LayerInputs, pages_per_layer: int
+    ) -> tuple[jax.Array, jax.Array]:
+        with jax.named_scope("mla"):
+            return self.mla(x, pages, layer, inputs, pages_per_layer)
+
+
+class NoAttention(nnx.Module):
+    """Stands for a layer's attention, and adds nothing: the rest of the layer runs alone."""
+
+    def __call__(
+        self, x: jax.Array, pages: jax.Array, layer: jax.Array, inputs: LayerInputs, pages_per_layer: int
+    ) -> tuple[jax.Array, jax.Array]:
+        return jnp.zeros_like(x), pages
+
+
+def _only(
+    options: Options, config: ModelConfig, seq: int, ep: EpName, form: FormName, stack: str, layers: int
+) -> Program:
+    """The program of `layers` layers that do one thing only."""
+    dense = stack == "dense"
+    part = with_layers(config, layers if dense else 0, 0 if dense else layers, seq)
+    build = make_build(part, options.mesh, ep, options.dtype, options.attention)
+    layer: Any = getattr(Decoder(build), stack)
+    if dense:
+        layer = MlaOnly(layer.mla)
+    else:
+        layer.mla = NoAttention()
+    model, step = only(build, stack, layer)
+    planner = make_planner(model, seq, form=form)
+    return compile_program(model, planner, prompt(model, planner, seq), run=step, embeds=True)
+
+
+def _mla(
+    options: Options, config: ModelConfig, report: Report, seq: int, form: FormName, layers: int, *, held: bool
+) -> None:
+    mesh = options.mesh
+    facts = {"seq": seq, "form": form, "mesh": str(mesh), "ep_axes": "-", "dtype": options.dtype}
+    table = f"MLA layer, {form}, {seq} tokens"
+    parts = mla_parts(options, config, seq, form)
+    roofs, alone = [], []
+    for part in parts:
+        row = report.row(table, part.name, functools.partial(time_part, options, report, part), **facts)
+        clean_up()
+        if row:
+            roofs.append(row["ms"] if part.at_its_own_rate else row["roof_ms"])
+            alone.append(row["ms"])
+
+    def whole() -> dict[str, Any]:
+        program = _only(options, config, seq, "tp", form, "dense", layers)
+        timing = program.time(options.samples)
+        ms = timing.seconds * 1e3 / layers
+        _profile(options, report, program, f"{table}: time by scope", layers)
+        row = timing.row() | {"ms": ms} | program.memory
+        if len(roofs) == len(parts):
+            row |= {
+                "roof_ms": sum(roofs),
+                "fraction": sum(roofs) / ms,
+                "to_sum": ms / sum(roofs),
+                "parts_ms": sum(alone),
+            }
+        return row
+
+    row = report.row(table, "the whole layer", whole, **facts)
+    if held:
+        seen = row.get("to_sum") if row else None
+        report.hold(f"MLA layer, {form}, {seq} tokens, {mesh}: time / sum of its rooflines", seen, at_most=_HOLD_MLA)
+
+
+def _moe(options: Options, config: ModelConfig, report: Report, seq: int, ep: EpName, layers: int) -> None:
+    """The whole MoE layer, with random routing and with the worst one for this rank."""
+    c, tp = config, options.mesh.tp
+    tokens = seq // options.mesh.cp
+    facts = {"seq": seq, "mesh": str(options.mesh), "ep_axes": ep, "dtype": options.dtype}
+    table = f"MoE layer, {seq} tokens"
+    built: list[Program] = []
+
+    def cost(rows: float) -> Cost:
+        expert = 6.0 * c.hidden_size * c.moe_intermediate_size  # FLOPs of a row
+        shared = c.n_shared_experts * tokens / tp
+        return Cost(flops=expert * (rows + shared) + 2.0 * tokens * c.hidden_size * c.n_routed_experts)
+
+    def random() -> dict[str, Any]:
+        program = _only(options, c, seq, ep, options.forms[0], "moe", layers)
+        built.append(program)
+        timing = program.time(options.samples)
+        _profile(options, report, program, f"{table}, experts over {ep}: time by scope", layers)
+        return _per_layer(report, program, timing.row(), layers, cost(tokens * c.experts_per_token / tp))
+
+    def skewed() -> dict[str, Any]:
+        program = built[0]
+        assert program.model.mesh is not None
+        params = favour_first_rank(program.model.params, program.model.build, program.model.mesh)
+        program.model = dataclasses.replace(program.model, params=params)
+        timing = program.time(options.samples)
+        build = program.model.build
+        # Of a token's experts, all that this rank has and the choice of groups allows are this rank's.
+        here = min(c.experts_per_token, build.padded_experts // build.axes.size(build.ep_axes))
+        gathered = seq if "cp" in ep else tokens
+        return _per_layer(report, program, timing.row(), layers, cost(gathered * here))
+
+    if report.row(table, "the whole layer, random routing", random, **facts):
+        report.row(table, "the whole layer, all tokens to this rank's experts", skewed, **facts)
+
+
+def _per_layer(report: Report, program: Program, row: dict[str, Any], layers: int, cost: Cost) -> dict[str, Any]:
+    assert report.ceilings
+    seconds = row["ms"] / 1e3 / layers
+    return row | {"ms": seconds * 1e3} | cost.row(seconds, report.ceilings) | program.memory
+
+
+def _profile(options: Options, report: Report, program: Program, table: str, layers: int) -> None:
+    """With --profile, a table of the program's time by scope, per layer."""
+    if options.profile is None:
+        return
+    try:
+        scopes = time_by_scope(program, program.compiled, options.profile)
+    except Exception as error:
+        report.notes.append(f"{table}: no profile ({error}).")
+        return
+    total = sum(seconds for _, seconds in scopes)
+    for scope, seconds in scopes:
+        if seconds > total / 1000:
+            shown = {"ms": seconds * 1e3 / layers, "share": seconds / total}
+            report.row(table, scope, functools.partial(dict, shown))

@@ -1,0 +1,147 @@
+"""The parts of a rank's MoE layer, experts over tp: products, dispatch and combine, router."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_mla_cp.bench.data import normal
+from jax_mla_cp.bench.mla_parts import Part, product, time_part
+from jax_mla_cp.bench.options import Options
+from jax_mla_cp.bench.program import clean_up
+from jax_mla_cp.bench.roofline import Cost
+from jax_mla_cp.bench.table import Report
+from jax_mla_cp.config import ModelConfig
+from jax_mla_cp.model.experts import apply_experts
+from jax_mla_cp.model.grouped_matmul import group_alignment, grouped_matmul
+from jax_mla_cp.model.moe import route
+
+_HOLD_GROUPED = 0.9
+_HOLD_DISPATCH = 0.25
+
+
+def expert_parts(options: Options, config: ModelConfig, report: Report, seq: int, *, held: bool) -> None:
+    """The MoE layer's parts at ep = tp: this rank's share of the (token, expert) pairs, over few and over all its experts."""
+    c, tp = config, options.mesh.tp
+    tokens = seq // options.mesh.cp
+    rows = max(128, tokens * c.experts_per_token // tp)
+    mine = max(1, c.n_routed_experts // tp)
+    few = min(8, mine)
+    facts = {"seq": seq, "mesh": str(options.mesh), "ep_axes": "tp", "dtype": options.dtype}
+    table = f"MoE layer's parts, {seq} tokens"
+
+    def timed(name: str, cost: Cost, make: Callable[[], Callable[[], Any]]) -> float | None:
+        row = report.row(table, name, lambda: time_part(options, report, Part(name, cost, make)), **facts)
+        clean_up()
+        return row["ms"] if row else None
+
+    for what, k, n in (
+        ("gate and up", c.hidden_size, 2 * c.moe_intermediate_size), ("down", c.moe_intermediate_size, c.hidden_size)
+    ):  # fmt: skip
+        cost = Cost(flops=2.0 * rows * k * n, moved=2.0 * (rows * (k + n) + few * k * n))
+        dense = timed(f"dense product, {what}: {rows} x {k} x {n}", cost, product(options, "", rows, k, n).make)
+        even = np.full(few, rows // few, np.int32)
+        grouped = timed(f"grouped, {few} experts, even", cost, functools.partial(_grouped, options, rows, k, n, even))
+        uneven = _uneven(rows, mine)
+        all_mine = Cost(flops=2.0 * rows * k * n, moved=2.0 * (rows * (k + n) + mine * k * n))
+        timed(
+            f"grouped, {mine} experts, as a random router has them", all_mine,
+            functools.partial(_grouped, options, rows, k, n, uneven),
+        )  # fmt: skip
+        if held:
+            seen = dense / grouped if dense and grouped else None
+            report.hold(
+                f"grouped product, {what}, {rows} rows, {few} experts: of a dense one", seen, at_least=_HOLD_GROUPED
+            )
+
+    expert = 6.0 * c.hidden_size * c.moe_intermediate_size
+    weights = 6.0 * mine * c.hidden_size * c.moe_intermediate_size
+    cost = Cost(flops=expert * rows, moved=4.0 * rows * c.hidden_size + weights)
+    products = timed("both grouped products and silu, the same rows", cost, lambda: _both(options, c, tokens, mine))
+    whole = timed("dispatch, both products, combine", cost, lambda: _apply(options, c, tokens, mine))
+    moving = None if products is None or whole is None else whole - products
+
+    def difference() -> dict[str, Any]:
+        if moving is None or products is None:
+            raise RuntimeError("one of the two rows that it is the difference of has failed")
+        assert report.ceilings
+        least = Cost(moved=2.0 * c.hidden_size * (2 * rows + rows + tokens))
+        return {"ms": moving, "of_products": moving / products} | least.row(moving / 1e3, report.ceilings)
+
+    row = report.row(table, "dispatch and combine: the difference", difference, **facts)
+    if held:
+        report.hold(
+            "dispatch and combine: of the experts' products",
+            row["of_products"] if row else None,
+            at_most=_HOLD_DISPATCH,
+        )
+    timed("router", Cost(flops=2.0 * tokens * c.hidden_size * c.n_routed_experts), lambda: _route(options, c, tokens))
+
+
+def _uneven(rows: int, experts: int) -> np.ndarray:
+    return np.random.default_rng(0).multinomial(rows, np.full(experts, 1 / experts)).astype(np.int32)
+
+
+def _grouped(options: Options, rows: int, k: int, n: int, sizes: np.ndarray) -> Callable[[], Any]:
+    a, b = normal(0, (rows, k), options.dtype), normal(1, (len(sizes), k, n), options.dtype)
+    program, placed = jax.jit(grouped_matmul), jnp.asarray(sizes)
+    return lambda: program(a, b, placed)
+
+
+def _choices(config: ModelConfig, tokens: int) -> np.ndarray:
+    """[T, k] different experts for each token, uniformly; the first `mine` of them are this rank's."""
+    rng = np.random.default_rng(0)
+    out = np.empty((tokens, config.experts_per_token), np.int32)
+    for first in range(0, tokens, 8192):
+        scores = rng.random((min(8192, tokens - first), config.n_routed_experts), np.float32)
+        out[first : first + 8192] = np.argpartition(scores, config.experts_per_token - 1, axis=1)[
+            :, : config.experts_per_token
+        ]
+    return out
+
+
+def _expert_weights(options: Options, config: ModelConfig, experts: int) -> tuple[jax.Array, jax.Array]:
+    c = config
+    gate_up = normal(1, (experts, c.hidden_size, 2 * c.moe_intermediate_size), options.dtype, c.hidden_size**-0.5)
+    return gate_up, normal(
+        2, (experts, c.moe_intermediate_size, c.hidden_size), options.dtype, c.moe_intermediate_size**-0.5
+    )
+
+
+def _both(options: Options, config: ModelConfig, tokens: int, experts: int) -> Callable[[], Any]:
+    """The experts' two products, on as many rows of each as `_apply` gives them: rounded up to whole tiles."""
+    counts = np.bincount(_choices(config, tokens).ravel(), minlength=config.n_routed_experts)[:experts]
+    align = group_alignment(int(counts.sum()), experts)
+    sizes = -(-counts // align) * align
+    x = normal(0, (int(sizes.sum()), config.hidden_size), options.dtype)
+
+    def both(x: jax.Array, gate_up: jax.Array, down: jax.Array, sizes: jax.Array) -> jax.Array:
+        gate, up = jnp.split(grouped_matmul(x, gate_up, sizes), 2, axis=-1)
+        return grouped_matmul(jax.nn.silu(gate) * up, down, sizes)
+
+    weights = _expert_weights(options, config, experts)
+    program, placed = jax.jit(both), jnp.asarray(sizes.astype(np.int32))
+    return lambda: program(x, *weights, placed)
+
+
+def _apply(options: Options, config: ModelConfig, tokens: int, experts: int) -> Callable[[], Any]:
+    """The model's own function, with this rank's experts among all."""
+    x = normal(0, (tokens, config.hidden_size), options.dtype)
+    chosen = jnp.asarray(_choices(config, tokens))
+    weight = jnp.full(chosen.shape, 1 / config.experts_per_token, jnp.float32)
+    weights = _expert_weights(options, config, experts)
+    program = jax.jit(functools.partial(apply_experts, experts=experts, first=0, shares=options.mesh.tp))
+    return lambda: program(x, chosen, weight, *weights)
+
+
+def _route(options: Options, config: ModelConfig, tokens: int) -> Callable[[], Any]:
+    x = normal(0, (tokens, config.hidden_size), options.dtype)
+    router = normal(1, (config.hidden_size, config.n_routed_experts), jnp.float32, config.hidden_size**-0.5)
+    bias = normal(2, (config.n_routed_experts,), jnp.float32, 0.1)
+    program = jax.jit(route, static_argnums=3)
+    return lambda: program(x, router, bias, config)

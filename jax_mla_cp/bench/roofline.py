@@ -1,0 +1,97 @@
+"""What the device can do, measured in the same run, and how long work would take at that: the roofline of every row."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_mla_cp.attention import Rows
+from jax_mla_cp.bench.data import normal
+from jax_mla_cp.bench.timing import measure
+from jax_mla_cp.config import Form, ModelConfig
+from jax_mla_cp.zigzag import plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Ceilings:
+    """Of one device, in this run."""
+
+    matmul: float
+    """FLOP/s of a square bfloat16 product of random numbers."""
+    copy: float
+    """Bytes/s of a copy, read and written ones together."""
+    read: float
+    """Bytes/s of a maximum over rows, which reads and hardly writes: more than a copy moves."""
+
+
+def measure_ceilings(*, small: bool, samples: int = 10) -> Ceilings:
+    """Products of 8192 x 8192 x 8192, 4 GB copied, 4 GB read. `small`: sizes for a CPU."""
+    side, rows = (512, 1 << 10) if small else (8192, 1 << 18)
+    a, b = normal(0, (side, side)), normal(1, (side, side))
+    product = jax.jit(jnp.matmul)
+    matmul = measure(lambda: product(a, b), samples=samples)
+    x = normal(2, (rows, 8192))
+    copy, largest = jax.jit(jnp.copy), jax.jit(lambda x: x.max(axis=1))
+    copied = measure(lambda: copy(x), samples=samples)
+    read = measure(lambda: largest(x), samples=samples)
+    return Ceilings(2 * side**3 / matmul.seconds, 2 * x.nbytes / copied.seconds, x.nbytes / read.seconds)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a piece of work does at least."""
+
+    flops: float = 0.0
+    moved: float = 0.0
+    """Bytes read and written, where both happen: at the rate of a copy."""
+    read: float = 0.0
+    """Bytes read where hardly any are written."""
+
+    def seconds(self, ceilings: Ceilings) -> float:
+        """The time at the ceilings, arithmetic and memory overlapped."""
+        return max(self.flops / ceilings.matmul, self.moved / ceilings.copy + self.read / ceilings.read)
+
+    def row(self, seconds: float, ceilings: Ceilings) -> dict[str, float]:
+        """What a table's row says of it, if it took so long."""
+        out = {"roof_ms": self.seconds(ceilings) * 1e3, "fraction": self.seconds(ceilings) / seconds}
+        if self.flops:
+            out |= {"tflops": self.flops / seconds / 1e12}
+        if self.moved or self.read:
+            out |= {"gbs": (self.moved + self.read) / seconds / 1e9}
+        return out
+
+
+def rank_rows(seq: int, cp: int, rank: int) -> tuple[Rows, int]:
+    """The rows of one prompt of `seq` tokens on a rank, and their query-key pairs. cp 1 is the unsharded call: one row."""
+    if cp == 1:
+        lengths, ends = np.array([seq]), np.array([seq])
+    else:
+        p = plan([seq], [0], cp=cp)
+        mine = p.row_rank == rank
+        lengths, ends = p.row_len[mine].astype(np.int64), p.row_kv_len[mine].astype(np.int64)
+    pairs = int((lengths * ends - lengths * (lengths - 1) // 2).sum())
+    nothing = np.zeros(len(lengths), np.int32)
+    cu_q = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return Rows(cu_q=cu_q, kv_len=ends.astype(np.int32), kv_start=nothing, request=nothing), pairs
+
+
+def attention_flops(form: Form, config: ModelConfig, pairs: int, heads: int) -> float:
+    """Of the two products of attention; a multiply-add is 2. Pairs that the causal mask hides are not counted."""
+    c = config
+    if form == "expanded":
+        per_pair = c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim
+    else:
+        per_pair = 2 * c.kv_lora_rank + c.qk_rope_head_dim
+    return 2.0 * per_pair * pairs * heads
+
+
+def attention_bytes(form: Form, config: ModelConfig, queries: int, keys: int, heads: int) -> float:
+    """Of queries, outputs and each key once, in bfloat16: far below the products' time unless there are few queries."""
+    c = config
+    if form == "expanded":
+        dim = c.qk_nope_head_dim + c.qk_rope_head_dim
+        return 2.0 * heads * (queries * (dim + c.v_head_dim) + keys * (dim + c.v_head_dim))
+    return 2.0 * (heads * queries * (2 * c.kv_lora_rank + c.qk_rope_head_dim) + keys * c.latent_dim)

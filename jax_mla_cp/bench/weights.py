@@ -1,0 +1,139 @@
+"""Random weights of a model on a mesh, each shard made on the device that keeps it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jax_mla_cp.bench.data import fill
+from jax_mla_cp.mesh import mesh_shape
+from jax_mla_cp.model.context import Build
+
+_FAVOUR = 10.0  # more than any score: sigmoids are below 1
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parameter:
+    """What is made for one parameter: N(mean, scale^2), or the mean alone."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    spec: PartitionSpec
+    mean: float
+    scale: float
+
+
+def random_params(module: nnx.Module, mesh: Mesh) -> Any:
+    """The state of a module whose parameters are declared, with N(0, 1 / fan in) weights and norms of 1.
+
+    The router's bias is 0, so that tokens spread evenly over the experts, which a trained bias is there for. A shard depends
+    on its parameter's name and its place in it: replicas are equal.
+    """
+    state = nnx.state(module)
+    leaves, tree = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_variable)
+    parameters = tuple(_parameter(path, leaf) for path, leaf in leaves)
+    shardings = [NamedSharding(mesh, p.spec) for p in parameters]
+    shapes = tuple(s.shard_shape(p.shape) for s, p in zip(shardings, parameters, strict=True))
+    shards: list[list[jax.Array]] = [[] for _ in parameters]
+    made: dict[tuple[Any, ...], list[jax.Array]] = {}  # on CPU devices, many hold the same shards
+    for device in _local(mesh):
+        places = tuple(_place(s, p.shape, device) for s, p in zip(shardings, parameters, strict=True))
+        if places not in made:
+            seeds = [zlib.crc32(f"{p.name} {place}".encode()) for p, place in zip(parameters, places, strict=True)]
+            made[places] = _make(parameters, _zeros(parameters, shapes), jnp.array(seeds, jnp.uint32))
+        for i, value in enumerate(made[places]):
+            shards[i].append(jax.device_put(value, device))
+    whole = [
+        jax.make_array_from_single_device_arrays(p.shape, s, parts)
+        for p, s, parts in zip(parameters, shardings, shards, strict=True)
+    ]
+    new = [leaf.replace(value) for (_, leaf), value in zip(leaves, whole, strict=True)]
+    return jax.tree_util.tree_unflatten(tree, new)
+
+
+def favour_first_rank(params: Any, build: Build, mesh: Mesh) -> Any:
+    """The same weights, with a router that prefers the experts of the first device of the expert group.
+
+    Every token takes as many of them as the choice of groups allows: the worst case for that device.
+    """
+    experts = build.padded_experts // build.axes.size(build.ep_axes)
+
+    def replace(path: tuple[Any, ...], leaf: nnx.Variable[Any]) -> nnx.Variable[Any]:
+        if not _name(path).endswith("mlp.bias"):
+            return leaf
+        value = leaf.get_value()
+        bias = (jnp.arange(value.shape[-1]) < experts) * _FAVOUR
+        local = jnp.broadcast_to(bias, value.shape).astype(value.dtype)
+        return leaf.replace(replicated(local, mesh))
+
+    return jax.tree_util.tree_map_with_path(replace, params, is_leaf=_is_variable)
+
+
+def replicated(local: jax.Array, mesh: Mesh, spec: PartitionSpec | None = None) -> jax.Array:
+    """An array each of whose shards is `local`; whole and the same everywhere without a `spec`."""
+    sharding = NamedSharding(mesh, spec or PartitionSpec())
+    parts = [jax.device_put(local, device) for device in _local(mesh)]
+    shape = list(local.shape)
+    for axis, names in enumerate(sharding.spec):
+        for name in (names,) if isinstance(names, str) else names or ():
+            shape[axis] *= getattr(mesh_shape(mesh), name)
+    return jax.make_array_from_single_device_arrays(tuple(shape), sharding, parts)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _zeros(parameters: tuple[_Parameter, ...], shapes: tuple[tuple[int, ...], ...]) -> list[jax.Array]:
+    return [jnp.zeros(shape, p.dtype) for p, shape in zip(parameters, shapes, strict=True)]
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _make(parameters: tuple[_Parameter, ...], shards: list[jax.Array], seeds: jax.Array) -> list[jax.Array]:
+    """One device's shards, in one program: many small ones would compile for longer than they run."""
+    return [
+        jnp.full_like(shard, p.mean) if p.scale == 0 else fill(shard, jax.random.key(seed), p.scale)
+        for p, shard, seed in zip(parameters, shards, seeds, strict=True)
+    ]
+
+
+def _parameter(path: tuple[Any, ...], leaf: nnx.Variable[Any]) -> _Parameter:
+    name, value = _name(path), leaf.get_value()
+    parts = name.split(".")
+    inner = value.shape[1:] if parts[0] in ("dense", "moe") else value.shape  # without the layers
+    if parts[0] == "moe" and parts[-2:] in (["mlp", "gate_up"], ["mlp", "down"]):
+        inner = inner[1:]  # without the experts
+    fan_in = inner[0] * inner[1] if parts[-1] == "o" else inner[0]
+    mean, scale = 0.0, 1 / math.sqrt(fan_in)
+    if "norm" in parts[-1]:
+        mean, scale = 1.0, 0.0
+    elif parts[-1] == "bias":
+        scale = 0.0
+    elif parts[-1] == "embed":
+        scale = 1.0
+    return _Parameter(name, value.shape, jnp.dtype(value.dtype), leaf.get_metadata("spec"), mean, scale)
+
+
+def _local(mesh: Mesh) -> list[jax.Device]:
+    """This process's devices of the mesh."""
+    return [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+
+
+def _place(sharding: NamedSharding, shape: tuple[int, ...], device: jax.Device) -> tuple[tuple[int, int], ...]:
+    """The part of the array that a device keeps, as (start, stop) per dimension."""
+    index = sharding.devices_indices_map(shape)[device]
+    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+
+
+def _is_variable(x: Any) -> bool:
+    return isinstance(x, nnx.Variable)
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return ".".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)

@@ -1,0 +1,170 @@
+"""Each command with tiny sizes on CPU devices: its rows, its file, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from jax_mla_cp.bench import attention, decode, layer, model, program
+from jax_mla_cp.bench.options import Options
+from jax_mla_cp.bench.roofline import Ceilings
+from jax_mla_cp.bench.table import Report
+from jax_mla_cp.mesh import MeshShape
+from jax_mla_cp.presets import model_config
+
+MESH = MeshShape(tp=2, cp=2)
+
+
+def run(module: Any, **flags: Any) -> Report:
+    options = Options(platform="cpu", samples=1, **flags)
+    report = Report(options.command, [], quiet=True)
+    report.ceilings = Ceilings(1e11, 1e10, 1e10)
+    module.run(options, model_config(options.model), report)
+    assert not report.failed, [row["error"] for row in report.rows if "error" in row]
+    report.show()
+    json.dumps(report.as_dict(), allow_nan=False)
+    return report
+
+
+def test_attention() -> None:
+    report = run(attention, command="attention", model="tiny", attention="xla", seq=(64, 5), heads=(2,), cp=(3,))
+    rows = report.rows
+    assert len(rows) == 2 * (4 + 1), "both forms: the whole, and 3 ranks; 5 tokens are too few for 3 ranks"
+    assert [row["cp"] for row in rows[:4]] == [1, 3, 3, 3]
+    assert sum(row.get("balance") is not None for row in rows) == 2, "at the slowest rank of each form"
+    # 2 * (h + r + v) * heads * pairs = 2 * 80 * 2 * 2080
+    assert rows[0]["tflops"] * rows[0]["ms"] == pytest.approx(2 * 80 * 2 * 2080 / 1e9)
+
+
+def test_cudnn_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU it can't run: its row says so, and the others stay. XLA's own stands in for it then."""
+    options = Options("attention", platform="cpu", model="tiny", attention="xla", samples=1)
+    report = Report("attention", [], quiet=True)
+    report.ceilings = Ceilings(1e11, 1e10, 1e10)
+    bench = attention._Bench(options, model_config("tiny"), report, "xla", 64, 2)
+    bench.held = True
+    bench.others(1e-3)
+    real = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, **k: real(*a, **(k | {"implementation": "xla"})))
+    bench.others(1e-3)
+    failed, row = report.rows
+    assert "error" in failed and report.holds[0].ok is None
+    assert row["vs"] == pytest.approx(row["ms"]) and report.holds[1].seen == row["vs"]
+
+
+def test_attention_through_the_extension() -> None:
+    pytest.importorskip("jax_mla_cp._ffi")
+    report = run(attention, command="attention", attention="fa3", seq=(48,), heads=(1,), cp=(2,))
+    assert [row["what"] for row in report.rows] == ["FA3 expanded"] * 3 + ["FA3 absorbed"] * 3
+
+
+def test_decode() -> None:
+    report = run(decode, command="decode", model="tiny", attention="xla", shapes=((3, 40),), heads=(2,), tokens=(1, 4))
+    one, four = report.rows
+    assert one["gbs"] * one["ms"] * 1e6 == pytest.approx(2 * 3 * 40 * 48), "each latent once"
+    pairs = 3 * (37 + 38 + 39 + 40)
+    assert four["tflops"] * four["ms"] == pytest.approx(2 * 80 * 2 * pairs / 1e9)
+
+
+def test_decode_through_the_extension() -> None:
+    pytest.importorskip("jax_mla_cp._ffi")
+    report = run(decode, command="decode", attention="fa3", shapes=((2, 64),), heads=(1,), tokens=(1,))
+    assert report.rows[0]["what"] == "mla_decode"
+
+
+def test_the_whole_decode_step() -> None:
+    report = run(
+        decode, command="decode", model="tiny", shapes=((2, 64),), heads=(2,), tokens=(1,), full=True, layers=1,
+        mesh=MeshShape(tp=2), ep_axes=("tp",),
+    )  # fmt: skip
+    row = report.rows[-1]
+    assert row["table"] == "decode step, whole model" and row["mesh"] == "tp=2,cp=1" and row["ep_axes"] == "tp"
+
+
+@pytest.mark.parametrize("mocked", [False, True])
+def test_layer(mocked: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(program, "is_mocked", lambda: mocked)
+    report = run(
+        layer, command="layer", model="tiny", seq=(600,), mesh=MESH, forms=("expanded",) if mocked else ("absorbed",),
+        ep_axes=("tp,cp",) if mocked else ("tp",), layers=2, profile=None if mocked else tmp_path,
+    )  # fmt: skip
+    whole = next(row for row in report.rows if row["what"] == "the whole layer")
+    assert whole["to_sum"] == pytest.approx(whole["ms"] / whole["roof_ms"])
+    assert whole["dtype"] == "bfloat16" and "ep_axes" in whole
+    names = {row["what"] for row in report.rows}
+    assert {"q_a", "q_b", "kv_a", "o", "cache write", "router", "the whole layer, random routing"} <= names
+    assert "the whole layer, all tokens to this rank's experts" in names
+    if not mocked:
+        scopes = {row["what"] for row in report.rows if "time by scope" in row["table"]}
+        assert {"mla/latent", "mla/output"} <= scopes
+
+
+def test_model() -> None:
+    report = run(
+        model, command="model", model="tiny", seq=(300, 600), long=(1200,), chunk=600, mesh=MESH, layers=2,
+        forms=("expanded",), ep_axes=("tp",),
+    )  # fmt: skip
+    one, many, skewed = report.rows[:3]
+    layer_ms = many["ms"] - one["ms"]
+    assert many["ttft_compute_s"] == pytest.approx((many["ms"] + layer_ms) / 1e3), "3 MoE layers, of which 2 ran"
+    assert many["ttft_s"] == pytest.approx(many["ttft_compute_s"] + many["exposed_s"])
+    assert many["total_gb"] > 0 and skewed["ttft_compute_s"] > 0
+    first = [row for row in report.rows if row["table"] == "time to first token"]
+    assert [(row["what"], row["seq"]) for row in first] == [
+        ("whole prompt", 300),
+        ("whole prompt", 600),
+        ("chunks of 600", 1200),
+    ]
+    assert first[0]["ttft_compute_s"] == pytest.approx(first[0]["ms"] / 1e3 * 4 / 2)
+
+
+def bench(*flags: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}
+    command = [sys.executable, "-m", "jax_mla_cp.bench", *flags]
+    return subprocess.run(command, env=environment, text=True, capture_output=True, timeout=300, check=False)
+
+
+def test_as_a_user_runs_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    flags = ["--platform", "cpu", "--model", "tiny", "--seq", "64", "--heads", "2", "--cp", "2", "--samples", "1"]
+    done = bench("attention", *flags, "--json", str(path))
+    assert done.returncode == 0, done.stderr
+    assert "ceilings of this run" in done.stdout and "XLA absorbed" in done.stdout
+    assert "measuring what the device can do" in done.stderr
+    written = json.loads(path.read_text())
+    assert written["platform"] == "cpu" and written["argv"][0] == "attention" and written["ceilings"]["matmul"] > 0
+    assert len(written["rows"]) == 6
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["attention"], "--platform cuda: JAX finds no GPU"),
+        (["model", "--platform", "cpu"], "--model tiny"),
+        (["attention", "--seq", "1G"], "must be whole numbers"),
+        (["decode", "--shapes", "64"], "REQUESTSxCONTEXT"),
+        (["layer", "--mesh", "tp=x"], "whole number"),
+        (["layer", "--formz", "absorbed"], "Did you mean --forms"),
+        (["atention"], "attention"),
+        ([], "COMMAND"),
+    ],
+)
+def test_settings_that_cant_work(flags: list[str], message: str) -> None:
+    done = bench(*flags)
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [(), ("attention",), ("layer",), ("model",), ("decode",)])
+def test_help_teaches(command: tuple[str, ...]) -> None:
+    done = bench(*command, "--help")
+    assert done.returncode == 0 and "method:" in done.stdout
+    assert not command or "examples:" in done.stdout
