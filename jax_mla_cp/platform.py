@@ -46,7 +46,7 @@ def setup(platform: Platform, devices: int) -> Literal["cpu", "cuda"]:
         jax.config.update("jax_num_cpu_devices", devices)
         return "cpu"
     if not any(name in os.environ for name in _MEMORY_FRACTION):
-        os.environ[_MEMORY_FRACTION[0]] = "0.95"
+        os.environ[_MEMORY_FRACTION[0]] = "0.92"
     jax.config.update("jax_platforms", "cuda,cpu")
     try:
         jax.devices("cuda")

@@ -19,7 +19,7 @@ from jax_mla_cp.bench.options import FormName, Options
 from jax_mla_cp.bench.program import PAGE_SIZE, clean_up
 from jax_mla_cp.bench.roofline import Cost, attention_bytes, attention_flops, rank_rows
 from jax_mla_cp.bench.table import Report
-from jax_mla_cp.bench.timing import measure
+from jax_mla_cp.bench.timing import Timing, measure, measure_in_turn
 from jax_mla_cp.config import ModelConfig
 
 _HELD_SEQ, _HELD_HEADS = 131072, 16
@@ -62,32 +62,32 @@ class _Bench:
         self.facts = {"seq": seq, "heads": heads, "dtype": options.dtype}
 
     def form(self, form: FormName) -> float | None:
-        """All rows of a form; returns the unsharded call's seconds, or None if it failed."""
+        """All rows of a form, timed in turn; returns the unsharded call's seconds, or None if they failed."""
         call = _expanded_call if form == "expanded" else _absorbed_call
         name = kernels.name(self.implementation, form)
-
-        def one(run: Callable[..., Any], cp: int, rank: int) -> float | None:
-            rows, pairs = rank_rows(self.seq, cp, rank)
-            row = self.report.row(
-                "attention", name, lambda: self._time(form, run, rows, pairs),
-                **self.facts, cp=cp, rank="" if cp == 1 else rank,
-            )  # fmt: skip
-            return row["ms"] / 1e3 if row else None
-
+        places = [(1, 0)] + [(cp, rank) for cp in self.options.cp if self.seq >= 2 * cp for rank in range(cp)]
+        work = [rank_rows(self.seq, cp, rank) for cp, rank in places]
+        self.report.say(f"attention: {name}, {self.seq} tokens, {self.heads} heads, {len(places)} calls in turn")
         try:
             run = call(self.implementation, self.options, self.config, self.seq, self.heads)
+            timings = measure_in_turn([run(rows) for rows, _ in work], samples=self.options.samples)
         except Exception as error:
             self._failed(name, error)
             return None
-        full = one(run, 1, 0)
+        for (cp, rank), (rows, pairs), timing in zip(places, work, timings, strict=True):
+            self.report.row(
+                "attention", name, functools.partial(self._row, form, rows, pairs, timing),
+                **self.facts, cp=cp, rank="" if cp == 1 else rank,
+            )  # fmt: skip
+        full = timings[0].seconds
         if self.held and form in _HOLD:
-            fraction = self.report.rows[-1].get("fraction")
+            fraction = self.report.rows[-len(places)].get("fraction")
             self.report.hold(
                 f"{form}, {self.seq} tokens, {self.heads} heads: of matmul peak", fraction, at_least=_HOLD[form]["peak"]
             )
-        for cp in self.options.cp:
-            if self.seq >= 2 * cp:
-                self._balance(form, cp, full, [one(run, cp, rank) for rank in range(cp)])
+        for cp in {cp: None for cp, _ in places[1:]}:
+            ranks = [timing.seconds for place, timing in zip(places, timings, strict=True) if place[0] == cp]
+            self._balance(form, cp, full / cp / max(ranks))
         del run
         clean_up()
         return full
@@ -98,8 +98,7 @@ class _Bench:
 
         self.report.row("attention", name, again, **self.facts)
 
-    def _time(self, form: FormName, run: Callable[..., Any], rows: Rows, pairs: int) -> dict[str, Any]:
-        timing = measure(run(rows), samples=self.options.samples)
+    def _row(self, form: FormName, rows: Rows, pairs: int, timing: Timing) -> dict[str, Any]:
         cost = Cost(
             flops=attention_flops(form, self.config, pairs, self.heads),
             moved=attention_bytes(form, self.config, int(rows.cu_q[-1]), int(rows.kv_len.max()), self.heads),
@@ -109,13 +108,9 @@ class _Bench:
         del row["gbs"]  # not what bounds it
         return row
 
-    def _balance(self, form: FormName, cp: int, full: float | None, ranks: list[float | None]) -> None:
-        times = [seconds for seconds in ranks if seconds is not None]
-        balance = None
-        if full is not None and len(times) == cp:
-            balance = full / cp / max(times)
-            for row in self.report.rows[-cp:]:
-                row["balance"] = balance if row["ms"] / 1e3 == max(times) else None
+    def _balance(self, form: FormName, cp: int, balance: float) -> None:
+        rows = [row for row in self.report.rows if row["cp"] == cp and row["what"].endswith(form)][-cp:]
+        max(rows, key=lambda row: row["ms"])["balance"] = balance
         if self.held and form in _HOLD:
             self.report.hold(f"{form}, cp={cp}: balance", balance, at_least=_HOLD[form]["balance"])
 

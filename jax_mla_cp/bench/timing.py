@@ -11,7 +11,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -40,13 +40,34 @@ class Timing:
 
 def measure(call: Callable[[], Any], *, samples: int = 10) -> Timing:
     """Times `call`, which enqueues a program and returns its results. The first call, which may compile, does not count."""
+    return measure_in_turn([call], samples=samples)[0]
+
+
+def measure_in_turn(calls: Sequence[Callable[[], Any]], *, samples: int = 10) -> list[Timing]:
+    """Times several programs that are to be compared: a sample of each, then the next of each.
+
+    A GPU under load lowers its clocks from second to second, by more than the programs may differ.
+    """
+    counts = [_calls_per_sample(call) for call in calls]
+    times: list[list[float]] = [[] for _ in calls]
+    for done in range(samples):
+        spent = sum(map(sum, times))
+        if done >= _FEWEST_SAMPLES and spent >= _ENOUGH_SECONDS * len(calls):
+            break
+        for call, count, taken in zip(calls, counts, times, strict=True):
+            taken.append(_sample(call, count))
+    return [_timing(count, taken) for count, taken in zip(counts, times, strict=True)]
+
+
+def _calls_per_sample(call: Callable[[], Any]) -> int:
     jax.block_until_ready(call())
     calls = 1
     while (taken := _sample(call, calls)) < _SAMPLE_SECONDS and calls < _MOST_CALLS:
         calls = min(_MOST_CALLS, max(calls + 1, math.ceil(1.2 * calls * _SAMPLE_SECONDS / taken)))
-    times: list[float] = []
-    while len(times) < samples and (len(times) < _FEWEST_SAMPLES or sum(times) < _ENOUGH_SECONDS):
-        times.append(_sample(call, calls))
+    return calls
+
+
+def _timing(calls: int, times: list[float]) -> Timing:
     median = statistics.median(times)
     return Timing(median / calls, len(times), calls, (max(times) - min(times)) / median)
 

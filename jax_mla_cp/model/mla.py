@@ -73,11 +73,7 @@ class Mla(nnx.Module):
             with jax.named_scope("absorbed"):
                 row_pages = cache.table(inputs.row_pages, layer, pages_per_layer=pages_per_layer)
                 absorbed = self._absorbed(q_nope[:few], q_rope[:few], pages, row_pages, inputs)
-                # Each form's output is zero where the other has rows.
-                if out is None:
-                    out = absorbed
-                else:
-                    out = out + absorbed if few == len(out) else out.at[:few].add(absorbed)
+                out = absorbed if out is None else _add_to_first(out, absorbed)  # each is zero where the other has rows
         with jax.named_scope("output"):
             return self.build.axes.psum(jnp.einsum("tnv,nvd->td", out, self.o[...]), TP), pages
 
@@ -140,6 +136,11 @@ class Mla(nnx.Module):
         per_head = keys * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim) * itemsize
         fits = [g for g in range(1, heads + 1) if heads % g == 0 and per_head * (heads // g) <= _EXPANDED_BYTES]
         return fits[0] if fits else heads
+
+
+def _add_to_first(x: Float[Array, "T n v"], first: Float[Array, "few n v"]) -> Float[Array, "T n v"]:
+    # Of all rows, XLA:CPU's compiler (jaxlib 0.11.2) crashes on the update.
+    return x + first if len(first) == len(x) else x.at[: len(first)].add(first)
 
 
 def up_project(
