@@ -18,6 +18,7 @@ from jax_mla_cp.mesh import TP
 from jax_mla_cp.model.context import Build, Declare
 from jax_mla_cp.model.experts import apply_experts
 from jax_mla_cp.model.layers import Mlp
+from jax_mla_cp.numerics import einsum_float32
 
 # At a time, gathered ones: with the windows of `apply_experts` it bounds the buffers. 32K, and what a bucket is above it.
 _MOST_TOKENS = 36 << 10
@@ -98,15 +99,43 @@ def route(
     scores; among their experts the k best. Weights are the unbiased scores (modeling_deepseek.py of DeepSeek-V3, MoEGate).
     """
     c = config
-    scores = jax.nn.sigmoid(jnp.dot(x.astype(jnp.float32), router, precision=lax.Precision.HIGHEST))
+    scores = jax.nn.sigmoid(_logits(x, router))
     choice = scores + bias
     if c.n_group > 1:
         grouped = choice.reshape(*choice.shape[:-1], c.n_group, -1)
-        group_score = lax.top_k(grouped, 2)[0].sum(-1)
-        kept = jax.nn.one_hot(lax.top_k(group_score, c.topk_group)[1], c.n_group, dtype=jnp.bool_).any(-2)
+        best = _best(grouped, 2)
+        group_score = jnp.take_along_axis(grouped, best, axis=-1).sum(-1)
+        kept = jax.nn.one_hot(_best(group_score, c.topk_group), c.n_group, dtype=jnp.bool_).any(-2)
         choice = jnp.where(kept[..., None], grouped, -jnp.inf).reshape(choice.shape)
-    expert = lax.top_k(choice, c.experts_per_token)[1]
+    expert = _best(choice, c.experts_per_token)
     weight = jnp.take_along_axis(scores, expert, axis=-1)
     if c.norm_topk_prob:
         weight = weight / (weight.sum(-1, keepdims=True) + 1e-20)
     return expert, weight * c.routed_scaling_factor
+
+
+def _logits(x: Float[Array, "T D"], router: Float[Array, "D E"]) -> Float[Array, "T E"]:
+    """`x @ router` as exact as in float32.
+
+    For a bfloat16 x each of the router's numbers is the sum of three bfloat16 ones: their products with x are exact in
+    float32, and three products on the tensor cores take a fraction of the time of one in float32.
+    """
+    if x.dtype != jnp.bfloat16:
+        return jnp.dot(x.astype(jnp.float32), router, precision=lax.Precision.HIGHEST)
+    parts, rest = [], router
+    for _ in range(3):
+        # Not astype there and back, which XLA may leave out.
+        part = lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7)
+        parts.append(part.astype(jnp.bfloat16))
+        rest = rest - part
+    return einsum_float32("td,dpe->tpe", x, jnp.stack(parts, axis=1)).sum(1)
+
+
+def _best(values: Float[Array, "*T n"], k: int) -> Int32[Array, "*T k"]:
+    """Indices of the k largest, of equal ones the first: `lax.top_k`, which on GPUs sorts everything for a few of hundreds."""
+    index = lax.broadcasted_iota(jnp.int32, values.shape, values.ndim - 1)
+    found = []
+    for _ in range(k):
+        found.append(jnp.argmax(values, axis=-1).astype(jnp.int32))
+        values = jnp.where(index == found[-1][..., None], -jnp.inf, values)
+    return jnp.stack(found, axis=-1)

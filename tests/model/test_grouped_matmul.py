@@ -42,15 +42,8 @@ def test_agrees_with_ragged_dot() -> None:
     np.testing.assert_allclose(run(rows, weights, sizes), lax.ragged_dot(rows, weights, sizes), atol=1e-5)
 
 
-GROUPS = [
-    [70, 0, 190, 20],
-    [0, 0, 0, 0],
-    [0, 384, 0, 0],
-    [128, 128, 0, 128],
-    [1, 1, 1, 1],
-    [0, 129, 126, 1],
-    [0, 0, 0, 383],
-]
+# A tile of two groups, tiles of one, a group over tiles. The interpreter takes its time: tests/gpu has more.
+GROUPS = [[70, 0, 190, 20], [0, 129, 126, 1], [0, 0, 0, 0]]
 
 
 @pytest.fixture
@@ -61,7 +54,8 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def interpreted(function, *args):  # type: ignore[no-untyped-def]
-    with force_gpu_interpret_mode(InterpretGPUParams()):
+    with pytest.MonkeyPatch.context() as patch, force_gpu_interpret_mode(InterpretGPUParams()):
+        patch.setattr(hopper, "_SMS", 4)  # the interpreter has three threads for each, and they take turns
         return np.asarray(jax.block_until_ready(function(*args)), np.float64)
 
 
@@ -72,7 +66,7 @@ def random_bfloat16(*shapes: tuple[int, ...]) -> list[jax.Array]:
 
 @pytest.mark.parametrize("sizes", GROUPS)
 def test_hopper_kernel(sizes: list[int]) -> None:
-    rows, weights = random_bfloat16((384, 128), (4, 128, 256))
+    rows, weights = random_bfloat16((384, 320), (4, 320, 512))  # 5 steps a tile, and buffers for 4
     used, ends = sum(sizes), np.cumsum(sizes)
     out = interpreted(hopper_grouped_matmul, rows.at[used:].set(jnp.nan), weights, jnp.array(sizes, jnp.int32))
     wide, wide_weights = np.asarray(rows, np.float64), np.asarray(weights, np.float64)
@@ -94,15 +88,15 @@ def test_hopper_pads_rows(on_hopper: None) -> None:
     )
 
 
-@pytest.mark.parametrize("tokens", [20, 320])
+@pytest.mark.parametrize("tokens", [20, 150])
 def test_experts_on_hopper(tokens: int, on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups of many rows begin at tiles, groups of few do not; nothing that was not written is read."""
     x, gate_up, down = random_bfloat16((tokens, 128), (4, 128, 128), (4, 64, 128))
     rng = np.random.default_rng(2)
     expert = jnp.asarray(np.stack([rng.permutation(8)[:4] for _ in range(tokens)]) - 2, jnp.int32)
     weight = jnp.asarray(rng.uniform(0.1, 1, (tokens, 4)), jnp.float32)
-    assert group_alignment(tokens * 4 // 2, 4) == (128 if tokens == 320 else 1)
-    run = lambda: apply_experts(x, expert, weight, gate_up, down, experts=4, first=0, shares=2)  # noqa: E731
+    assert group_alignment(tokens * 4, 4) == (128 if tokens == 150 else 1)
+    run = lambda: apply_experts(x, expert, weight, gate_up, down, experts=4, first=0, shares=1)  # noqa: E731
     whole = interpreted(run)
     monkeypatch.setattr("jax_mla_cp.model.experts.window_rows", lambda *_: 256)
     np.testing.assert_array_equal(interpreted(run), whole)

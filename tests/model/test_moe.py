@@ -10,10 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import lax
 
 from jax_mla_cp.model.experts import apply_experts
 from jax_mla_cp.model.grouped_matmul import grouped_matmul
-from jax_mla_cp.model.moe import route
+from jax_mla_cp.model.moe import _best, _logits, route
 from tests.synthetic import CONFIG, Driver, random_model
 
 TOKENS, TOP, EXPERTS, WIDTH, INNER = 200, 4, 6, 16, 8
@@ -239,3 +242,24 @@ def test_groups_of_heads_change_nothing(replace: Callable[[str, object], None]) 
     whole = logits()
     replace("mla._EXPANDED_BYTES", 90_000)  # one head at a time
     np.testing.assert_allclose(logits(), whole, atol=1e-5 * np.abs(whole).max(), rtol=0)
+
+
+def test_a_bfloat16_token_is_routed_as_in_float32() -> None:
+    """Scores as exact as float32's own, with a router that bfloat16 does not hold; a rounded router is far off."""
+    rng = np.random.default_rng(5)
+    x = jnp.asarray(rng.normal(size=(64, 512)), jnp.bfloat16)
+    router = rng.normal(size=(512, 32)).astype(np.float32)
+    exact = np.asarray(x).astype(np.float64) @ router
+
+    def error(logits: jax.Array) -> float:
+        return float(np.abs(np.asarray(logits, np.float64) - exact).max())
+
+    assert error(jax.jit(_logits)(x, router)) < 3 * error(jax.jit(_logits)(x.astype(jnp.float32), router)) < 1e-4
+    assert error(jax.jit(_logits)(x, router.astype(jnp.bfloat16).astype(np.float32))) > 1e-2
+
+
+@given(st.lists(st.integers(-3, 3), min_size=6, max_size=6), st.integers(1, 6))
+@settings(deadline=None, max_examples=50)
+def test_the_best_are_those_of_top_k(values: list[int], k: int) -> None:
+    x = jnp.asarray([values, values[::-1]], jnp.float32)
+    np.testing.assert_array_equal(_best(x, k), lax.top_k(x, k)[1])
