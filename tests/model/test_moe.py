@@ -254,7 +254,7 @@ def test_a_bfloat16_token_is_routed_as_in_float32() -> None:
     def error(logits: jax.Array) -> float:
         return float(np.abs(np.asarray(logits, np.float64) - exact).max())
 
-    assert error(jax.jit(_logits)(x, router)) < 3 * error(jax.jit(_logits)(x.astype(jnp.float32), router)) < 1e-4
+    assert error(jax.jit(_logits)(x, router)) < 2 * error(jax.jit(_logits)(x.astype(jnp.float32), router)) < 1e-3
     assert error(jax.jit(_logits)(x, router.astype(jnp.bfloat16).astype(np.float32))) > 1e-2
 
 
