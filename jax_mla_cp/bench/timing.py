@@ -44,7 +44,7 @@ def measure(call: Callable[[], Any], *, samples: int = 10) -> Timing:
 
 
 def measure_in_turn(calls: Sequence[Callable[[], Any]], *, samples: int = 10) -> list[Timing]:
-    """Times several programs that are to be compared: a sample of each, then the next of each.
+    """Times several programs that are to be compared: a sample of each, then the next of each, from another one on.
 
     A GPU under load lowers its clocks from second to second, by more than the programs may differ.
     """
@@ -54,8 +54,9 @@ def measure_in_turn(calls: Sequence[Callable[[], Any]], *, samples: int = 10) ->
         spent = sum(map(sum, times))
         if done >= _FEWEST_SAMPLES and spent >= _ENOUGH_SECONDS * len(calls):
             break
-        for call, count, taken in zip(calls, counts, times, strict=True):
-            taken.append(_sample(call, count))
+        for i in range(len(calls)):
+            turn = (i + done) % len(calls)
+            times[turn].append(_sample(calls[turn], counts[turn]))
     return [_timing(count, taken) for count, taken in zip(counts, times, strict=True)]
 
 
