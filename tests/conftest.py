@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,14 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "jax_mla_cp" / "tests"))
 # Small programs too: JAX's default keeps only those that take a second to compile.
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs() -> Iterator[None]:
+    """Each compiled program is a few dozen memory mappings, of which Linux allows a process 65530."""
+    yield
+    jax.clear_caches()
+
 
 # torch and transformers take seconds to import, so only the fixtures that need them do.
 

@@ -117,7 +117,7 @@ BAD = [
     (["--kv-pages", "99999999"], "Use at most that many"),
     (["--max-model-len", "9000"], "8192 positions"),
     (["--max-model-len", "500", "--kv-pages", "2"], "2 pages of 64 hold 128 tokens"),
-    (["--attention", "fa3"], "no FlashAttention-3 kernels"),
+    (["--attention", "fa3"], "--attention fa3: its kernels are for kv_lora_rank=512, the model has 32"),
     (["--platform", "cuda"], "finds no GPU"),
     (["--ep-axes", "cp"], "--ep-axes"),
     (["--dtype", "float16"], "--dtype"),
