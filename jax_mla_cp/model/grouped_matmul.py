@@ -26,7 +26,8 @@ def grouped_matmul(
     Undefined is meant: on Hopper they are memory that nobody wrote, NaN included. Select what exists, don't multiply by 0.
 
     On CPU a loop over blocks of rows of one expert each, with a dynamic trip count: XLA's `ragged_dot` multiplies every
-    row by every expert there. On Hopper a Pallas kernel (bfloat16, and sizes that its tiles divide). Elsewhere `lax.ragged_dot`.
+    row by every expert there. On Hopper a Pallas kernel (bfloat16, and sizes that its tiles divide). Elsewhere `lax.ragged_dot`,
+    and for a single group a plain product of all rows.
     """
     if jax.default_backend() == "cpu":
         return _blocks(rows, weights, group_sizes, first)
@@ -35,6 +36,8 @@ def grouped_matmul(
         pad = -rows.shape[0] % hopper.TILE
         padded = jnp.pad(rows, ((0, pad), (0, 0)))
         return hopper.hopper_grouped_matmul(padded, weights, group_sizes, first)[: rows.shape[0]]
+    if len(group_sizes) == 1:
+        return rows @ lax.dynamic_index_in_dim(weights, first, keepdims=False)
     return lax.ragged_dot(rows, lax.dynamic_slice_in_dim(weights, first, len(group_sizes)), group_sizes)
 
 

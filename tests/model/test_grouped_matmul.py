@@ -126,6 +126,17 @@ def test_hopper_kernel_lowers_for_cuda(experts: int, m: int, k: int, n: int) -> 
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
+def test_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On devices that are neither CPUs nor Hopper GPUs: the stack's own part, in one group or in many."""
+    rows, weights = random_bfloat16((40, 64), (6, 64, 128))
+    one, many = jnp.array([33], jnp.int32), jnp.array([9, 0, 24], jnp.int32)
+    expect = [np.asarray(grouped_matmul(rows, weights, sizes, jnp.int32(2)), np.float32)[:33] for sizes in (one, many)]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for sizes, want in zip((one, many), expect, strict=True):
+        got = np.asarray(grouped_matmul(rows, weights, sizes, jnp.int32(2)), np.float32)[:33]
+        np.testing.assert_allclose(got, want, rtol=2**-7, atol=1e-2)
+
+
 def test_groups_from_the_first_on() -> None:
     """The weights of a stack of layers, of which a layer has its own."""
     rows, weights = random_bfloat16((40, 64), (6, 64, 128))
