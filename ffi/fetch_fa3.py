@@ -7,6 +7,7 @@ CMakeLists.txt runs this file; it is not part of the installed package.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -114,6 +115,8 @@ def fetch(folder: Path) -> None:
         except SourceError:
             raise
         except Exception as error:  # whatever the client, the network or a proxy comes up with
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+                raise  # not the network: see source_folder
             reason = f"{type(error).__name__}: {error}".replace("\n", " ")
             raise SourceError(
                 f"FlashAttention-3's source ({ARCHIVE}) can't be downloaded: {reason}. {REMEDY}"
@@ -122,7 +125,9 @@ def fetch(folder: Path) -> None:
         unpack(archive, tree)
         if lacking := missing(tree):
             raise SourceError(f"{ARCHIVE} lacks {', '.join(lacking)} under {TREE}. {REMEDY}")
-        if folder.exists():  # damaged (source_folder looked), or another process was faster
+        if not missing(folder):  # another process was faster, and its compilers may be reading
+            return
+        if folder.exists():  # damaged
             folder.rename(Path(name) / "old")
         tree.rename(folder)
     print(f"Unpacked FlashAttention-3's source into {folder}", file=sys.stderr, flush=True)

@@ -7,7 +7,6 @@ goes to. Everything that a device could read or write out of range is checked he
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -67,17 +66,16 @@ class BatchShape:
     table_width: int
     """Pages of the longest request."""
     expanded_keys: int
-    """Keys that the expanded form has room for, a multiple of the page size and of KEY_ALIGN; 0: every row is absorbed."""
+    """Keys that the expanded form has room for, a multiple of the page size; 0: every row is absorbed."""
     cache: CacheShape
     form: Form = "auto"
 
     def __post_init__(self) -> None:
         if self.requests < 1 or self.requests % self.cp:
             raise ValueError(f"requests must be a positive multiple of cp={self.cp}, got {self.requests}.")
-        if self.expanded_keys % math.lcm(self.cache.page_size, KEY_ALIGN):
+        if self.expanded_keys % self.cache.page_size:
             raise ValueError(
-                f"expanded_keys must be a multiple of page_size={self.cache.page_size} and of {KEY_ALIGN}, "
-                f"got {self.expanded_keys}."
+                f"expanded_keys must be a multiple of page_size={self.cache.page_size}, got {self.expanded_keys}."
             )
 
 
@@ -187,7 +185,7 @@ def lay_out(works: Sequence[Work], shape: BatchShape, config: ModelConfig, *, ex
     """
     room, expanded = shape.expanded_keys if expand else 0, []
     for i, work in enumerate(works):
-        keys = _packed(work.cached + len(work.tokens), shape.cache.page_size)
+        keys = packed_keys(work.cached + len(work.tokens), shape.cache.page_size)
         if keys <= room and use_expanded(shape.form, config, shape.cp, len(work.tokens), work.cached):
             expanded.append(i)
             room -= keys
@@ -259,7 +257,7 @@ def _check_pages(works: Sequence[Work], shape: BatchShape) -> None:
             raise ValueError(f"work {i}: a page is listed twice.")
 
 
-def _packed(keys: int, page_size: int) -> int:
+def packed_keys(keys: int, page_size: int) -> int:
     """Room for a request's keys: whole pages, and never less than up to the end of its last KV tile."""
     tiled = -(-keys // KEY_ALIGN) * KEY_ALIGN
     return -(-tiled // page_size) * page_size
@@ -268,7 +266,7 @@ def _packed(keys: int, page_size: int) -> int:
 def _keys(layout: Layout, shape: BatchShape) -> int:
     """Packed keys of a layout's expanded works."""
     expanded = [layout.works[i] for i in layout.order[layout.num_absorbed :]]
-    return sum(_packed(work.cached + len(work.tokens), shape.cache.page_size) for work in expanded)
+    return sum(packed_keys(work.cached + len(work.tokens), shape.cache.page_size) for work in expanded)
 
 
 def _group(layout: Layout, shape: BatchShape, step: StepShape, *, embeds: bool) -> Batch:
@@ -342,7 +340,7 @@ def _pack_keys(
         used = -(-keys // page_size)
         start[i] = at
         key_pages[at // page_size : at // page_size + used] = page_table[i, :used]
-        at += _packed(keys, page_size)
+        at += packed_keys(keys, page_size)
     return key_pages, start, np.array([at], np.int32)
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import jax
 
 from jax_mla_cp import cache
 from jax_mla_cp.attention import fa3
-from jax_mla_cp.batch import KEY_ALIGN, Batch, BatchShape, StepShape, Work, build, check_works, lay_out
+from jax_mla_cp.batch import KEY_ALIGN, Batch, BatchShape, StepShape, Work, build, check_works, lay_out, packed_keys
 from jax_mla_cp.cache import CacheShape
 from jax_mla_cp.config import ConfigError, Form
 from jax_mla_cp.mesh import mesh_shape
@@ -21,7 +20,7 @@ _SMALLEST = 16
 _FINE_FROM = 4096
 _ABSORBED_ONLY = 128
 """Tokens per rank up to which no row gains by the expanded form (attention/form.py: the crossover against a long prefix
-is at 171), so that these programs do without it. And what a program with expanded rows leaves for absorbed ones, decoding
+is at 209), so that these programs do without it. And what a program with expanded rows leaves for absorbed ones, decoding
 requests above all, without doing the absorbed form's products for the whole buffer."""
 
 
@@ -45,8 +44,8 @@ def token_buckets(most: int) -> tuple[int, ...]:
 class Planner:
     """Makes device-ready batches for one model and one cache.
 
-    One program is compiled per `StepShape`: for small buckets one, for the others one with expanded rows beside few
-    absorbed tokens (the common one), one beside many, and one without expanded rows.
+    One program is compiled per `StepShape`: with `form="auto"` one for small buckets, and for the others one with expanded
+    rows beside few absorbed tokens (the common one), one beside many, and one without expanded rows.
     """
 
     model: Model
@@ -102,13 +101,13 @@ class Planner:
             )
         chunk = min(prefill_chunk or max_len, max_requests * max_len)
         # One request's keys, all of them; of several, those that fit beside the longest (the others are absorbed).
-        keys, aligned = max_len if max_requests == 1 else max_len + chunk, math.lcm(page_size, KEY_ALIGN)
+        keys = max_len if max_requests == 1 else max_len + chunk + KEY_ALIGN
         shape = BatchShape(
             dp=mesh.dp,
             cp=mesh.cp,
             requests=-(-max_requests // mesh.cp) * mesh.cp,
             table_width=-(-max_len // page_size),
-            expanded_keys=0 if form == "absorbed" else -(-keys // aligned) * aligned,
+            expanded_keys=0 if form == "absorbed" else packed_keys(keys, page_size),
             cache=layout,
             form=form,
         )

@@ -182,10 +182,16 @@ def create_runner(
     return Runner(planner, prefill_chunk=prefill_chunk, max_running=max_running, max_model_len=longest)
 
 
+def _temporaries(program: jax.stages.Compiled) -> int:
+    """Bytes that a step takes on a device beside its arguments."""
+    stats: Any = program.memory_analysis()
+    return stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+
+
 def _pages_that_fit(
     model: Model, longest: int, page_size: int, fraction: float, chunk: int, running: int, form: Form
 ) -> int:
-    """Pages that fit a device, told by compiling its largest step for a cache of the smallest useful size."""
+    """Pages that fit a device, told by compiling its largest steps for a cache of the smallest useful size."""
     probe = Planner.create(
         model,
         cache_tokens=longest,
@@ -195,10 +201,10 @@ def _pages_that_fit(
         prefill_chunk=chunk,
         form=form,
     )
-    stats: Any = compile_step(probe, probe.steps[-1]).memory_analysis()
-    free = (
-        device_memory() * fraction - stats.temp_size_in_bytes - stats.output_size_in_bytes + stats.alias_size_in_bytes
-    )
+    # The last has the most absorbed tokens, but only few of them take decode's kernel and its scratch (attention/fa3.py).
+    largest = probe.steps[-1:] if model.build.attention == "xla" else probe.steps[-2:]
+    needs = max(map(_temporaries, (compile_step(probe, shape) for shape in largest)))
+    free = device_memory() * fraction - needs
     if jax.local_devices()[0].platform != "cpu":  # what is free on a CPU no longer holds the weights
         free -= weight_bytes(model.build)
     return int(free // cache.page_bytes(model.config, page_size, model.build.dtype))

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,15 +38,15 @@ print(json.dumps([jax_mla_cp.__file__, heads, extension is not None]))
 """
 
 
-def build(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """`pip wheel` of this tree: without the network where the build's requirements are installed (the test extra has
+def build(folder: Path, source: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
+    """`pip wheel` of a tree or an archive of it: without the network where the build's requirements are installed (the test extra has
     them), and in a build folder of its own, so that no install into the environment loses its objects."""
     isolation = ["--no-build-isolation"] if find_spec("scikit_build_core") else []
     settings = ["--config-settings", f"build-dir={folder / 'build'}"]
     command = [sys.executable, "-m", "pip", "wheel", "--verbose", "--no-deps", *isolation, *settings]
     environment = {name: value for name, value in os.environ.items() if name not in VARIABLES} | variables
     return subprocess.run(
-        [*command, "--wheel-dir", folder, ROOT], env=environment, capture_output=True, text=True, check=False
+        [*command, "--wheel-dir", folder, source], env=environment, capture_output=True, text=True, check=False
     )
 
 
@@ -178,3 +179,21 @@ def test_cuda_that_was_asked_for_is_built_or_the_install_fails(tmp_path: Path, c
     assert done.returncode != 0
     assert reason in said(done)
     assert list(tmp_path.glob("*.whl")) == []
+
+
+def test_source_distribution_builds_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
+    """It holds what a build needs, and nothing that was built."""
+    make = "import os, sys; from scikit_build_core.build import build_sdist; os.chdir(sys.argv[1]); print(build_sdist(sys.argv[2]))"
+    done = subprocess.run([sys.executable, "-c", make, ROOT, tmp_path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    archive = tmp_path / done.stdout.split()[-1]
+    with tarfile.open(archive) as tar:
+        inside = {name.partition("/")[2] for name in tar.getnames()}
+    tracked = subprocess.run(
+        ["git", "ls-files", "ffi", "configs", "jax_mla_cp"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.split()
+    assert {"pyproject.toml", "README.md", "LICENSE", "THIRD_PARTY_NOTICES.md", *tracked} <= inside
+    assert not [name for name in inside if name.endswith((".so", ".o", ".pyc"))]
+    (tmp_path / "wheel").mkdir()
+    again = built(tmp_path / "wheel", build(tmp_path / "wheel", archive, JAX_MLA_CP_CUDA="0"))
+    assert sorted(zipfile.ZipFile(again).namelist()) == sorted(zipfile.ZipFile(wheel).namelist())

@@ -46,7 +46,7 @@ def missing(config: ModelConfig, dtype: jax.typing.DTypeLike) -> str | None:
         return f"its kernels are for bfloat16, the model runs in {jnp.dtype(dtype)}. Use --dtype bfloat16"
     device = jax.devices()[0]
     if device.platform != "gpu":
-        return f"its kernels need a Hopper GPU, JAX runs on {device.platform}. Install jax-mla-cp[cuda13] or [cuda12]"
+        return f"its kernels need a Hopper GPU, JAX runs on {device.platform}. Install with the extra cuda13 or cuda12 (README.md, On GPUs)"
     capability = getattr(device, "compute_capability", "unknown")
     if capability != "9.0":
         return f"its kernels are for compute capability 9.0 (Hopper), {device.device_kind} has {capability}"

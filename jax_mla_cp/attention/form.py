@@ -1,16 +1,17 @@
 """Which form of attention a request's rows take: by arithmetic, and by what the kernels reach.
 
 Per query-key pair and head the expanded form does `h + r + v` multiply-adds, the absorbed one `2 R + r`; the expanded one
-must up-project every key (`R (h + v)` each, whichever rank's queries see it), the absorbed one only this rank's queries.
+must up-project every key (`(R + r) (h + r + v)` each in one product, model/mla.py, whichever rank's queries see it), the
+absorbed one only this rank's queries (`R (h + v)`).
 """
 
 from __future__ import annotations
 
 from jax_mla_cp.config import Form, ModelConfig
 
-# Fractions of the matmul peak that FlashAttention-3 reaches on an H200 at 128K keys (docs/architecture.md, "Forms").
-_EXPANDED_RATE = 0.87
-_ABSORBED_RATE = 0.79
+# Of a matrix product's rate on an H200, what FlashAttention-3 reaches at 128K keys (docs/benchmarks.md).
+_EXPANDED_RATE = 0.98
+_ABSORBED_RATE = 0.90
 
 
 def use_expanded(form: Form, config: ModelConfig, cp: int, new: int, prefix: int) -> bool:
@@ -24,6 +25,6 @@ def use_expanded(form: Form, config: ModelConfig, cp: int, new: int, prefix: int
         return True
     r, h, v, rank = config.qk_rope_head_dim, config.qk_nope_head_dim, config.v_head_dim, config.kv_lora_rank
     pairs = (new * prefix + new * (new + 1) / 2) / cp
-    expanded = pairs * (h + r + v) / _EXPANDED_RATE + rank * (h + v) * (prefix + new)
+    expanded = pairs * (h + r + v) / _EXPANDED_RATE + (rank + r) * (h + r + v) * (prefix + new)
     absorbed = pairs * (2 * rank + r) / _ABSORBED_RATE + rank * (h + v) * new / cp
     return expanded < absorbed

@@ -21,6 +21,7 @@ from jax_mla_cp.bench.table import Report
 from jax_mla_cp.bench.timing import measure
 from jax_mla_cp.cache import CacheShape
 from jax_mla_cp.config import ModelConfig
+from jax_mla_cp.model.mla import up_project
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +89,9 @@ def mla_parts(options: Options, config: ModelConfig, seq: int, form: FormName) -
             return lambda: kernel(q_latent, q_rope, pages, pages_of_rows, placed)
 
         parts += [
-            _batched(options, "q times W_UK", "tnh,Rnh->tnR", tokens, heads, c.qk_nope_head_dim, c.kv_lora_rank),
+            _batched(options, c, "q times W_UK", "tnh,Rnh->ntR", tokens, heads, c.qk_nope_head_dim, c.kv_lora_rank),
             Part(name, cost, attend, at_its_own_rate=True),
-            _batched(options, "output times W_UV", "tnR,Rnv->tnv", tokens, heads, c.kv_lora_rank, c.v_head_dim),
+            _batched(options, c, "output times W_UV", "ntR,Rnv->tnv", tokens, heads, c.kv_lora_rank, c.v_head_dim),
         ]
     return [*parts, product(options, "o", tokens, heads * c.v_head_dim, c.hidden_size)]
 
@@ -109,14 +110,21 @@ def product(options: Options, name: str, rows: int, k: int, n: int) -> Part:
     return Part(name, Cost(flops=2.0 * rows * k * n, moved=2.0 * (rows * k + k * n + rows * n)), make)
 
 
-def _batched(options: Options, name: str, subscripts: str, tokens: int, heads: int, k: int, n: int) -> Part:
+def _batched(
+    options: Options, config: ModelConfig, name: str, subscripts: str, tokens: int, heads: int, k: int, n: int
+) -> Part:
     """A product per head, as the absorbed form folds the up-projections in."""
 
     def make() -> Callable[[], Any]:
-        a = normal(0, (tokens, heads, k), options.dtype)
-        last = (heads, k) if subscripts == "tnh,Rnh->tnR" else (heads, n)
-        first = n if subscripts == "tnh,Rnh->tnR" else k
-        b = normal(1, (first, *last), options.dtype)
+        sizes = {
+            "t": tokens,
+            "n": heads,
+            "h": config.qk_nope_head_dim,
+            "R": config.kv_lora_rank,
+            "v": config.v_head_dim,
+        }
+        operands = subscripts.split("->")[0].split(",")
+        a, b = (normal(i, tuple(sizes[letter] for letter in term), options.dtype) for i, term in enumerate(operands))
         program = jax.jit(lambda a, b: jnp.einsum(subscripts, a, b))
         return lambda: program(a, b)
 
@@ -143,7 +151,7 @@ def _write(options: Options, config: ModelConfig, seq: int) -> Callable[[], Any]
     slots = jnp.asarray(
         (rng.permutation(shape.pages_per_layer)[:, None] * PAGE_SIZE + np.arange(PAGE_SIZE)).ravel()[:seq]
     )
-    fresh = jnp.asarray(shape.no_page(1))
+    fresh = jnp.asarray(shape.no_page(2))  # as many as batch.py's at least
     program = jax.jit(
         lambda pages, latents, slots: cache.write(
             pages, latents, slots, fresh, jnp.int32(0), pages_per_layer=shape.pages_per_layer
@@ -173,11 +181,5 @@ def _up_project(options: Options, config: ModelConfig, seq: int, heads: int) -> 
     latents = normal(0, (seq, c.latent_dim), options.dtype)
     w_uk = normal(1, (c.kv_lora_rank, heads, c.qk_nope_head_dim), options.dtype)
     w_uv = normal(2, (c.kv_lora_rank, heads, c.v_head_dim), options.dtype)
-
-    def up(latents: jax.Array, w_uk: jax.Array, w_uv: jax.Array) -> jax.Array:
-        compressed, rope = latents[:, : c.kv_lora_rank], latents[:, None, c.kv_lora_rank :]
-        nope, value = (jnp.einsum("kR,Rnh->knh", compressed, w) for w in (w_uk, w_uv))
-        return jnp.concatenate([nope, jnp.broadcast_to(rope, (*nope.shape[:2], rope.shape[-1])), value], axis=-1)
-
-    program = jax.jit(up)
-    return lambda: program(latents, w_uk, w_uv)
+    program, num_keys = jax.jit(up_project), jnp.array([seq], jnp.int32)
+    return lambda: program(latents, num_keys, w_uk, w_uv)

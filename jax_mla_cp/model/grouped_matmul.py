@@ -37,7 +37,9 @@ def grouped_matmul(
         padded = jnp.pad(rows, ((0, pad), (0, 0)))
         return hopper.hopper_grouped_matmul(padded, weights, group_sizes, first)[: rows.shape[0]]
     if len(group_sizes) == 1:
-        return rows @ lax.dynamic_index_in_dim(weights, first, keepdims=False)
+        weight = lax.dynamic_index_in_dim(weights, first, keepdims=False)
+        # Float32 in full: the keys' roped part passes through this product (model/mla.py), and TF32 would round it.
+        return jnp.matmul(rows, weight, precision=lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None)
     return lax.ragged_dot(rows, lax.dynamic_slice_in_dim(weights, first, len(group_sizes)), group_sizes)
 
 

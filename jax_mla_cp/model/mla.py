@@ -151,7 +151,7 @@ def up_project(
 ) -> Float[Array, "K n h+r+v"]:
     """Keys and values of the first `num_keys` latents, a head's value beside its key; the rest is undefined.
 
-    One product makes whole keys: the roped part, which all heads share, passes through an identity block, exactly.
+    One product makes whole keys: the roped part, which all heads share, passes through an identity block, unchanged.
     That costs 1.4 times the multiplications, and saves writing the keys, reading them and writing them again to put
     the roped part beside them. It is a grouped product of one group, because that one stops at `num_keys`.
     """

@@ -132,7 +132,10 @@ def _logits(x: Float[Array, "T D"], router: Float[Array, "D E"]) -> Float[Array,
 
 
 def _best(values: Float[Array, "*T n"], k: int) -> Int32[Array, "*T k"]:
-    """Indices of the k largest, of equal ones the first: `lax.top_k`, which on GPUs sorts everything for a few of hundreds."""
+    """Indices of the k largest, of equal ones the first: `lax.top_k`, which on GPUs sorts everything for a few of hundreds.
+
+    At least k values must be above -inf (`ModelConfig` sees to it: the chosen groups have as many experts).
+    """
     index = lax.broadcasted_iota(jnp.int32, values.shape, values.ndim - 1)
     found = []
     for _ in range(k):
