@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("jax_mla_cp.serve")
 
+_ATTENTION = {"fa3": "FlashAttention-3", "xla": "XLA"}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the server until it is told to stop. Exit code 0; 2 for a setting that can't work."""
@@ -104,9 +106,9 @@ def _serve(config: ServeConfig, listener: socket.socket) -> None:
         attention=config.attention,
     )
     log.info(
-        "loaded %s: %s, experts over %s (%.1f s)",
+        "loaded %s: %s, experts over %s, attention in %s (%.1f s)",
         config.model or "the built-in model (random weights: what it says is noise)",
-        model.build.dtype, ",".join(model.build.ep_axes), time.perf_counter() - started,
+        model.build.dtype, ",".join(model.build.ep_axes), _ATTENTION[model.build.attention], time.perf_counter() - started,
     )  # fmt: skip
     runner = create_runner(
         model,

@@ -202,11 +202,20 @@ def _parser() -> argparse.ArgumentParser:
                          help="auto: GPUs if there are any; cpu makes as many virtual devices as the mesh needs")  # fmt: skip
     devices.add_argument("--ep-axes", metavar='{auto,tp,"tp,cp","tp,cp,dp"}',
                          help="the axes that divide the experts; auto: the fewest whose weights fit")  # fmt: skip
-    devices.add_argument("--attention", metavar="{auto,fa3,xla}", help="the kernel; auto: the fastest that runs here")
+    devices.add_argument(
+        "--attention",
+        metavar="{auto,fa3,xla}",
+        help="the kernel; auto: FlashAttention-3 on a Hopper GPU that can run it, else XLA",
+    )
     devices.add_argument("--form", metavar="{auto,expanded,absorbed}",
                          help="of MLA attention: over per-head keys or over latents; auto: by each request's shape")  # fmt: skip
     memory = p.add_argument_group("memory and schedule, each per dp group")
-    memory.add_argument("--page-size", metavar="N", type=_int, help="tokens of a cache page (default: 64)")
+    memory.add_argument(
+        "--page-size",
+        metavar="N",
+        type=_int,
+        help="tokens of a cache page; FlashAttention-3 needs a multiple of 64 (default: 64)",
+    )
     memory.add_argument(
         "--kv-pages", metavar="N", type=_int_or_auto, help="pages of the cache; auto: what --memory-fraction allows"
     )

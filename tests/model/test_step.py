@@ -52,6 +52,24 @@ def test_sharded_equals_plain_jit(mesh: str, ep: str, form: str, expected: list[
         np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max(), rtol=0)
 
 
+@pytest.mark.parametrize(("shorts", "keys", "few"), [(5, True, True), (10, True, False), (10, False, False)])
+def test_absorbed_rows_beside_expanded_ones(shorts: int, keys: bool, few: bool) -> None:
+    """A long prompt among few or many short ones, and short ones alone: each request as if it were alone."""
+    rng = np.random.default_rng(7)
+    lengths = ([200] if keys else []) + [20] * shorts
+    prompts = [rng.integers(0, CONFIG.vocab_size, n).tolist() for n in lengths]
+    driver = Driver(random_model(), max_requests=12, chunk=512)
+    works = [Work(prompt, 0, driver.request().pages) for prompt in prompts]
+    step = driver.planner.step_of(driver.planner.host_batch([works]))
+    assert (step.expanded_keys > 0) == keys and (step.absorbed_tokens < step.tokens) == few
+    logits, _ = jax.jit(forward)(driver.model, driver.pages, driver.planner.batch(works))
+    for i, prompt in enumerate(prompts):
+        alone = Driver(random_model(), max_requests=12, chunk=512)
+        want = alone.step([(alone.request(), prompt)])[0]
+        got = np.asarray(logits)[i, : CONFIG.vocab_size]
+        np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max(), rtol=0)
+
+
 def test_a_wrong_plan_is_noticed(expected: list[np.ndarray]) -> None:
     """Negative control: the same run with each rank's first row seeing one key less."""
     driver = Driver(random_model("cp=2"))
