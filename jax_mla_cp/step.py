@@ -66,12 +66,12 @@ def _run(per_device: Callable[..., Any], out_specs: Any, model: Model, pages: ja
 
 
 def put(model: Model, batch: Batch) -> Batch:
-    """A host batch onto the model's devices. Every process must pass the same one."""
+    """A host batch onto the model's devices that are this process's. Every process must pass the same one."""
     mesh = model.mesh
     if mesh is None:
         return jax.device_put(batch)
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), batch_specs(batch))
-    if jax.process_count() == 1:
+    if not mesh.is_multi_process:
         return jax.device_put(batch, shardings)
 
     def place(x: np.ndarray, sharding: NamedSharding) -> jax.Array:

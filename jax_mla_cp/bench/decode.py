@@ -71,9 +71,8 @@ def _attention_row(
             flops=attention_flops("absorbed", config, pairs, heads),
             read=2.0 * requests * context * config.latent_dim,
         )
-        assert report.ceilings
         seconds = timing.seconds / calls
-        return timing.row() | {"ms": seconds * 1e3, "us": seconds * 1e6} | cost.row(seconds, report.ceilings)
+        return timing.row() | {"ms": seconds * 1e3, "us": seconds * 1e6} | report.beside_roof(cost, seconds)
 
     facts = {"requests": requests, "context": context, "tokens": tokens, "heads": heads, "dtype": options.dtype}
     row = report.row("decode attention, one layer", kernel, measured, **facts)

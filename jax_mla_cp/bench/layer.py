@@ -175,9 +175,8 @@ def _moe(options: Options, config: ModelConfig, report: Report, seq: int, ep: Ep
 
 
 def _per_layer(report: Report, program: Program, row: dict[str, Any], layers: int, cost: Cost) -> dict[str, Any]:
-    assert report.ceilings
     seconds = row["ms"] / 1e3 / layers
-    return row | {"ms": seconds * 1e3} | cost.row(seconds, report.ceilings) | program.memory
+    return row | {"ms": seconds * 1e3} | report.beside_roof(cost, seconds) | program.memory
 
 
 def _profile(options: Options, report: Report, program: Program, table: str, layers: int) -> None:

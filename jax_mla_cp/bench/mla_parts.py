@@ -36,8 +36,7 @@ class Part:
 
 def time_part(options: Options, report: Report, part: Part) -> dict[str, Any]:
     timing = measure(part.make(), samples=options.samples)
-    assert report.ceilings
-    return timing.row() | part.cost.row(timing.seconds, report.ceilings)
+    return timing.row() | report.beside_roof(part.cost, timing.seconds)
 
 
 def mla_parts(options: Options, config: ModelConfig, seq: int, form: FormName) -> list[Part]:

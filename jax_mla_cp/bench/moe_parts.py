@@ -69,9 +69,8 @@ def expert_parts(options: Options, config: ModelConfig, report: Report, seq: int
     def difference() -> dict[str, Any]:
         if moving is None or products is None:
             raise RuntimeError("one of the two rows that it is the difference of has failed")
-        assert report.ceilings
         least = Cost(moved=2.0 * c.hidden_size * (2 * rows + rows + tokens))
-        return {"ms": moving, "of_products": moving / products} | least.row(moving / 1e3, report.ceilings)
+        return {"ms": moving, "of_products": moving / products} | report.beside_roof(least, moving / 1e3)
 
     row = report.row(table, "dispatch and combine: the difference", difference, **facts)
     if held:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from jax_mla_cp.attention import resolve_implementation
 from jax_mla_cp.batch import Batch, Work, batch_specs
@@ -87,8 +87,7 @@ class Program:
 
     def set_works(self, planner: Planner, works: Sequence[Work]) -> None:
         """Other works of the same shape."""
-        assert self.model.mesh is not None
-        self.batch = place(self.model.mesh, planner.host_batch([list(works)]))
+        self.batch = planner.batch(works)
 
     @property
     def memory(self) -> dict[str, float]:
@@ -110,9 +109,9 @@ def compile_program(
     Args:
       embeds: the step begins with random activations instead of tokens, which skips the embedding.
     """
-    assert model.mesh is not None
-    batch = place(model.mesh, planner.host_batch([list(works)]))
+    batch = planner.batch(works)
     if embeds:
+        assert model.mesh is not None
         tokens = batch.tokens.shape[0] // planner.shape.cp
         local = normal(1, (tokens, model.config.hidden_size), model.build.dtype)
         batch = dataclasses.replace(batch, embeds=replicated(local, model.mesh, PartitionSpec(TOKENS)))
@@ -126,15 +125,6 @@ def random_cache(model: Model, planner: Planner) -> jax.Array:
     assert model.mesh is not None
     shape = (planner.shape.cache.total_pages, planner.shape.cache.page_size, model.config.latent_dim)
     return replicated(normal(2, shape, model.build.dtype), model.mesh, PAGES_SPEC)
-
-
-def place(mesh: Mesh, batch: Batch) -> Batch:
-    """A host batch onto this process's devices."""
-
-    def put(x: np.ndarray, spec: PartitionSpec) -> jax.Array:
-        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda index: x[index])
-
-    return jax.tree.map(put, batch, batch_specs(batch))
 
 
 def only(model_build: MockBuild, stack: str, part: nnx.Module) -> tuple[Model, Step]:

@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jax_mla_cp.bench.roofline import Ceilings
+from jax_mla_cp.bench.roofline import Ceilings, Cost
 
 _TITLES = {
     "ms": "ms", "n": "n", "tflops": "TFLOP/s", "gbs": "GB/s", "roof_ms": "roof ms", "fraction": "of roof",
@@ -88,6 +88,12 @@ class Report:
         self.say(f"{label}: [bold]{_escape(seen)}[/bold] (took {took:.1f} s)")
         self.save()
         return None if "error" in row else row
+
+    def beside_roof(self, cost: Cost, seconds: float) -> dict[str, float]:
+        """What a row says of work that took so long: its roofline, at the ceilings of this run."""
+        if self.ceilings is None:
+            raise RuntimeError("the ceilings are measured before the rows.")
+        return cost.row(seconds, self.ceilings)
 
     def hold(
         self, what: str, seen: float | None, *, at_least: float | None = None, at_most: float | None = None

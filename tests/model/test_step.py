@@ -136,6 +136,21 @@ def test_the_compiled_step_copies_no_cache(form: str) -> None:
     assert stats.alias_size_in_bytes >= driver.pages.nbytes
 
 
+def test_no_layer_slices_the_experts_weights() -> None:
+    """The scan over layers slices every other parameter of a layer; a kernel would be given a copy of such a slice."""
+    driver = Driver(random_model())
+    batch = driver.planner.sample_batch(driver.planner.steps[-1])
+    text = jax.jit(forward).lower(driver.model, driver.pages, batch).as_text()
+    c = CONFIG
+
+    def slices(*shape: int) -> int:
+        return len(re.findall(rf"dynamic_slice.*-> tensor<1x{'x'.join(map(str, shape))}xf32>", text))
+
+    assert slices(c.hidden_size, c.n_routed_experts) > 0, "the router's"
+    assert slices(c.n_routed_experts, c.hidden_size, 2 * c.moe_intermediate_size) == 0
+    assert slices(c.n_routed_experts, c.moe_intermediate_size, c.hidden_size) == 0
+
+
 def test_collectives_are_the_ones_designed() -> None:
     """Per layer: one all-gather (the latents, over cp) and all-reduces over tp; nothing else grows with the tokens."""
     driver = Driver(random_model("tp=2,cp=2"), form="expanded")
