@@ -9,7 +9,6 @@ devices keep. Experts are divided between devices: one update writes the j-th ex
 from __future__ import annotations
 
 import functools
-import logging
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -23,12 +22,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
 from jax_mla_cp.checkpoint.check import check_tensors
-from jax_mla_cp.checkpoint.progress import loading_bar
+from jax_mla_cp.checkpoint.progress import loading_bar, report_loaded
 from jax_mla_cp.checkpoint.source import TensorSource
 from jax_mla_cp.checkpoint.target import Place, Target
 from jax_mla_cp.config import ModelConfig
-
-_log = logging.getLogger(__name__)
 
 
 def load_params(
@@ -59,20 +56,18 @@ def load_params(
     begin = time.perf_counter()
     flat = dict(nnx.to_flat_state(declared))
     targets = {path: Target.of(path, param, config, mesh) for path, param in flat.items()}
-    arrays = _zeros([target for target in targets.values() if not target.whole])
+    arrays = zeros([target for target in targets.values() if not target.whole])
     places = sum(1 for _ in _by_layer(targets.values(), config))
     with loading_bar(sum(t.nbytes for t in targets.values()), places, show=progress) as advance:
         for target, place in _by_layer(targets.values(), config):
             array = _read(source, target, place)
             nbytes = array.nbytes
             if not target.whole:
-                array = _updater(target.sharding)(arrays[target.path], array, np.asarray(place.start, np.int32))
+                array = updater(target.sharding)(arrays[target.path], array, np.asarray(place.start, np.int32))
             arrays[target.path] = jax.block_until_ready(array)  # else transfers queue up, and host memory with them
             advance(nbytes)
     total = sum(array.nbytes for array in arrays.values())
-    _log.info(
-        "loaded %d tensors, %.2f GB, in %.1f s", len(list(source.names())), total / 1e9, time.perf_counter() - begin
-    )
+    report_loaded(len(list(source.names())), total, time.perf_counter() - begin)
     return nnx.from_flat_state({path: param.replace(arrays[targets[path].path]) for path, param in flat.items()})
 
 
@@ -85,7 +80,9 @@ def _by_layer(targets: Iterable[Target], config: ModelConfig) -> Iterator[tuple[
                 yield target, place
 
 
-def _zeros(targets: list[Target]) -> dict[str, jax.Array]:
+def zeros(targets: list[Target]) -> dict[str, jax.Array]:
+    """The parameters, on their devices, before anything has been loaded."""
+
     def make() -> dict[str, jax.Array]:
         return {target.path: jnp.zeros(target.shape, target.dtype) for target in targets}
 
@@ -111,7 +108,7 @@ def _read(source: TensorSource, target: Target, place: Place) -> jax.Array:
 
 
 @functools.cache
-def _updater(sharding: NamedSharding | None) -> Any:
+def updater(sharding: NamedSharding | None) -> Any:
     """Jitted `(parameter, part, start) -> parameter`, in place; `start` counts within each device's own part."""
 
     def update(parameter: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:

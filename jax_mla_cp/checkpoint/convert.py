@@ -1,0 +1,317 @@
+"""From a Hugging Face directory to a converted checkpoint, piece by piece: interrupted anywhere, it goes on from there.
+
+A piece is one layer of a parameter, or one expert of it. Its chunks are written to a temporary name, flushed and renamed
+by TensorStore, so that a chunk's file that has its full size is done, and the state of a conversion is its files. Nothing
+larger than the pieces in flight is in memory.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import itertools
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import tensorstore as ts
+from flax import nnx
+from numpy.typing import NDArray
+from orbax.checkpoint import v1 as ocp
+
+from jax_mla_cp.checkpoint.check import check_tensors
+from jax_mla_cp.checkpoint.orbax import MANIFEST, WEIGHTS, Manifest, StoredArray, command, is_converted, sha256_files
+from jax_mla_cp.checkpoint.progress import loading_bar
+from jax_mla_cp.checkpoint.source import INDEX, CheckpointError, SafetensorsSource
+from jax_mla_cp.checkpoint.target import Place, Target
+from jax_mla_cp.config import ConfigError, ModelConfig
+from jax_mla_cp.model.context import Build
+from jax_mla_cp.model.decoder import Decoder
+
+_IN_FLIGHT = 256 << 20
+"""Bytes that are being written while the next piece is made."""
+_COPIED = (".json", ".jinja", ".model", ".txt")
+_COPIED_NAMES = ("LICENSE", "NOTICE")
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """What a conversion has done."""
+
+    pieces: int
+    kept: int
+    """Pieces that an earlier run had written."""
+    nbytes: int
+    """Of the whole checkpoint."""
+
+
+def convert(source: Path, out: Path, *, overwrite: bool = False, progress: bool | None = None) -> Converted:
+    """Converts the Hugging Face directory `source` to `out`, or goes on with what an earlier run began.
+
+    Args:
+      overwrite: delete what an earlier conversion, of whatever source, left in `out`.
+      progress: as `load_params`.
+
+    Raises:
+      ConfigError: directories that can't be used.
+      CheckpointError: a source that can't be read or isn't the one that the conversion was begun with, a disk that is full.
+      KeyboardInterrupt: the pieces that were in flight are on the disk.
+    """
+    _check_directories(source, out, overwrite=overwrite)
+    config = ModelConfig.from_dir(source)
+    tensors = SafetensorsSource(source)
+    check_tensors(tensors, config)
+    targets, arrays = _plan(tensors, config)
+    begun = Manifest(False, str(source.resolve()), _fingerprint(source, tensors), arrays, {})
+    with _alone(out):
+        if overwrite:
+            _delete(out)
+        elif (out / MANIFEST).exists():
+            _check_same(Manifest.read(out), begun, source, out)
+        _check_room(begun, out)
+        try:
+            begun.write(out)
+            _make_tree(begun, out)
+            done = _write(tensors, config, targets, begun, out, progress)
+            _remove_leftovers(begun, out)
+            copied = _copy_settings(source, out)
+            tree = [str(p.relative_to(out)) for p in (out / WEIGHTS).rglob("*") if p.is_file() and "/c/" not in str(p)]
+            dataclasses.replace(begun, complete=True, files=sha256_files(out, copied + tree)).write(out)
+        except (OSError, ValueError) as error:
+            raise _write_error(error, source, out) from error
+    return done
+
+
+def _plan(tensors: SafetensorsSource, config: ModelConfig) -> tuple[list[Target], dict[str, StoredArray]]:
+    """The parameters without a mesh, each in the dtype of the tensors that it is made of."""
+    targets, arrays = [], {}
+    for path, param in nnx.to_flat_state(nnx.state(Decoder(Build(config)))):
+        target = Target.of(path, param, config, None)
+        target = dataclasses.replace(target, dtype=_stored_dtype(tensors, target))
+        divided = [i for i, axis in enumerate(param.get_metadata("spec")) if axis and i >= target.leading]
+        targets.append(target)
+        arrays[target.path] = StoredArray.of(
+            target.path, target.shape, target.dtype, target.leading, divided[0] if divided else None
+        )
+    return targets, arrays
+
+
+def _stored_dtype(tensors: SafetensorsSource, target: Target) -> np.dtype[Any]:
+    """The one that holds all the parameter's tensors exactly; mostly they have the same."""
+    names = {
+        place.piece.name.format(layer=layer, expert=place.slot)
+        for layer in target.layers or (None,)
+        for place in target.places(layer)
+    }
+    dtypes = sorted({tensors.dtype(name) for name in names}, key=str)
+    result = dtypes[0]
+    for dtype in dtypes[1:]:
+        result = jnp.promote_types(result, dtype)
+    return np.dtype(result)
+
+
+def _fingerprint(source: Path, tensors: SafetensorsSource) -> str:
+    """Of the config and of each weight file's name, size, time and header: enough to see another checkpoint."""
+    digest = hashlib.sha256((source / "config.json").read_bytes())
+    for file in tensors.files:
+        stat = file.stat()
+        with file.open("rb") as stream:
+            header = stream.read(8 + int.from_bytes(stream.read(8), "little"))
+        digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode() + header)
+    return digest.hexdigest()
+
+
+def _check_directories(source: Path, out: Path, *, overwrite: bool) -> None:
+    if not source.is_dir():
+        raise ConfigError(f"HF_DIR {source}: is not a directory. Give a Hugging Face model directory.")
+    if is_converted(source):
+        raise ConfigError(f"HF_DIR {source}: is a converted checkpoint already. Give the Hugging Face directory.")
+    if out.resolve() == source.resolve():
+        raise ConfigError(f"OUT {out}: is HF_DIR itself. Name another directory.")
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"OUT {out}: is a file. Name another directory.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()) and not (out / MANIFEST).exists() and not (overwrite and is_converted(out)):
+            raise ConfigError(
+                f"OUT {out}: is not empty, and not a converted checkpoint that could be continued. Name another directory."
+            )
+    except OSError as error:
+        raise ConfigError(f"OUT {out}: can't be used ({error.strerror}). Name another directory.") from error
+    if not os.access(out, os.W_OK | os.X_OK):
+        raise ConfigError(f"OUT {out}: can't be written. Name another directory.")
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Holds a lock on the directory, which ends with the process."""
+    held = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ConfigError(f"OUT {out}: another process is converting to it. Wait for it, or end it.") from None
+    finally:
+        os.close(held)
+
+
+def _check_same(old: Manifest, new: Manifest, source: Path, out: Path) -> None:
+    if old.fingerprint != new.fingerprint or old.arrays != new.arrays:
+        changed = "has changed since" if old.source == new.source else f"is not {old.source}"
+        raise CheckpointError(
+            f"OUT {out}: holds a conversion of another checkpoint: {source} {changed}. To throw away what is there: "
+            f"{command(source, out)} --overwrite"
+        )
+
+
+def _check_room(manifest: Manifest, out: Path) -> None:
+    missing = sum(
+        array.chunk_bytes for array in manifest.arrays.values() for chunk in array.chunks() if not (out / chunk).exists()
+    )
+    free = shutil.disk_usage(out).free
+    if missing > free:
+        raise CheckpointError(
+            f"OUT {out}: needs {missing / 1e9:.2f} GB more, its disk has {free / 1e9:.2f} GB free. Make room, or name a "
+            "directory on another disk."
+        )
+
+
+def _delete(out: Path) -> None:
+    (out / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(out / WEIGHTS, ignore_errors=True)
+
+
+def _make_tree(manifest: Manifest, out: Path) -> None:
+    """The Orbax checkpoint without its chunks, all at once: by its being there, a later run knows that it is whole."""
+    final, new = out / WEIGHTS, out / f"{WEIGHTS}.new"
+    if final.is_dir():
+        return
+    shutil.rmtree(new, ignore_errors=True)
+    tree: dict[str, Any] = {}
+    for array in manifest.arrays.values():
+        *parents, last = array.name.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = np.zeros((1,) * len(array.shape), array.dtype)
+    context = ocp.Context()
+    context.array.saving.use_ocdbt = False  # a directory for each array, in which TensorStore can replace it
+    with context:
+        ocp.save(new.absolute(), tree)
+    for array in manifest.arrays.values():
+        array.open(new, create=True, delete_existing=True)
+    os.rename(new, final)
+
+
+def _write(
+    tensors: SafetensorsSource,
+    config: ModelConfig,
+    targets: list[Target],
+    manifest: Manifest,
+    out: Path,
+    progress: bool | None,
+) -> Converted:
+    pieces = [piece for layer in (None, *range(config.num_layers)) for t in targets for piece in _pieces(t, layer)]
+    stores = {array.name: array.open(out / WEIGHTS, open=True) for array in manifest.arrays.values()}
+    writing: collections.deque[tuple[int, ts.WriteFutures]] = collections.deque()
+    kept = 0
+    with loading_bar(manifest.nbytes, len(pieces), show=progress, title="converting") as advance:
+
+        def wait() -> None:
+            nbytes, write = writing.popleft()
+            write.result()
+            advance(nbytes)
+
+        try:
+            for piece in pieces:
+                array = manifest.arrays[piece.target.path]
+                if _is_written(array, piece.at, out):
+                    kept += 1
+                    advance(piece.nbytes)
+                    continue
+                value = piece.read(tensors)
+                place = stores[array.name][piece.at]
+                writing.append((value.nbytes, place.write(value, can_reference_source_data_indefinitely=True)))
+                while sum(nbytes for nbytes, _ in writing) > _IN_FLIGHT:
+                    wait()
+        finally:
+            while writing:
+                wait()
+    return Converted(len(pieces), kept, manifest.nbytes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """One layer of a parameter, or one expert of it: what is written at a time."""
+
+    target: Target
+    places: tuple[Place, ...]
+
+    @property
+    def at(self) -> tuple[int, ...]:
+        """Which layer, and which expert."""
+        return self.places[0].start[: self.target.leading]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.target.shape[self.target.leading :]) * self.target.dtype.itemsize
+
+    def read(self, tensors: SafetensorsSource) -> NDArray[Any]:
+        leading = self.target.leading
+        parts = [self.target.part(tensors, place, tuple((0, size) for size in place.shape)) for place in self.places]
+        parts = [part.reshape(part.shape[leading:]) for part in parts]
+        if len(parts) == 1:
+            return parts[0]
+        whole = np.empty(self.target.shape[leading:], self.target.dtype)
+        for place, part in zip(self.places, parts, strict=True):
+            start = place.start[leading:]
+            whole[tuple(slice(at, at + size) for at, size in zip(start, part.shape, strict=True))] = part
+        return whole
+
+
+def _pieces(target: Target, layer: int | None) -> list[_Piece]:
+    by_slot = itertools.groupby(target.places(layer), key=lambda place: place.slot)
+    return [_Piece(target, tuple(places)) for _, places in by_slot]
+
+
+def _is_written(array: StoredArray, at: tuple[int, ...], out: Path) -> bool:
+    try:
+        return all(os.stat(out / chunk).st_size == array.chunk_bytes for chunk in array.chunks(*at))
+    except FileNotFoundError:
+        return False
+
+
+def _remove_leftovers(manifest: Manifest, out: Path) -> None:
+    """Temporary files of a run that was killed."""
+    for array in manifest.arrays.values():
+        for path in (out / array.directory).rglob("*.__lock"):
+            path.unlink(missing_ok=True)
+
+
+def _copy_settings(source: Path, out: Path) -> list[str]:
+    """config.json, the tokenizer's files and the licence: all that a model directory has beside its weights."""
+    names = [
+        path.name
+        for path in source.iterdir()
+        if path.is_file()
+        and path.name not in (INDEX, MANIFEST)
+        and (path.suffix in _COPIED or path.name.startswith(_COPIED_NAMES))
+    ]
+    for name in names:
+        shutil.copyfile(source / name, out / name)
+    return names
+
+
+def _write_error(error: Exception, source: Path, out: Path) -> CheckpointError:
+    full = getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
+    what = "its disk is full" if full else f"can't be written: {error}"
+    return CheckpointError(f"OUT {out}: {what}. What is written stays; go on with: {command(source, out)}")

@@ -1,0 +1,246 @@
+"""A converted checkpoint on disk: an Orbax checkpoint of the model's parameters, and a manifest beside it.
+
+    DIR/config.json, tokenizer.json, ..   as they were in the Hugging Face directory
+    DIR/jax_mla_cp.json                   the manifest
+    DIR/weights/                          the Orbax checkpoint: `Decoder`'s parameters without a mesh, unpadded
+    DIR/weights/state/NAME/c/i/j/..       one chunk of one parameter, a file each
+
+Nothing in it depends on a mesh. Chunks are cut where meshes cut: a layer, an expert, a few heads. Each ends with its
+CRC-32C, which TensorStore checks whenever a chunk is read, by this package or by Orbax itself; the manifest has the
+SHA-256 of every other file. Orbax's own writer can't do the first (0.12.8: no checksum in its codecs, and chunks along one
+chosen axis only down to single rows), so Orbax saves the tree with arrays of one number, and TensorStore, its storage
+layer, then writes the real arrays in their places.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from jax_mla_cp.checkpoint.source import CheckpointError
+
+LAYOUT = 1
+"""Raised whenever a reader of the old layout would misread the new one."""
+MANIFEST = "jax_mla_cp.json"
+WEIGHTS = "weights"
+_STATE = f"{WEIGHTS}/state"
+_CRC_BYTES = 4
+_SHOWN = 20  # files listed in an error
+_PIECES = 64  # that a divided dimension is cut into at most ..
+_CHUNK = 1 << 20  # .. while chunks stay this many bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredArray:
+    """A parameter as it is stored: [layers if stacked, experts if routed, *inner], not padded for any mesh."""
+
+    name: str
+    """`Decoder`'s attributes, joined with dots."""
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    chunk: tuple[int, ...]
+
+    @classmethod
+    def of(cls, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], leading: int, divided: int | None) -> StoredArray:
+        """Chooses the chunks.
+
+        Args:
+          leading: the stacked dimensions: a chunk holds one layer and one expert.
+          divided: the inner dimension that meshes divide, if there is one.
+        """
+        chunk = [1] * leading + list(shape[leading:])
+        if divided is not None:
+            most = min(_PIECES, math.prod(chunk) * dtype.itemsize // _CHUNK)
+            pieces = 1 << max(most.bit_length() - 1, 0)  # a power of two, as tp mostly is
+            chunk[divided] = -(-chunk[divided] // pieces)
+        return cls(name, shape, dtype, tuple(chunk))
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Of a chunk's file. Those at an array's end are stored whole."""
+        return math.prod(self.chunk) * self.dtype.itemsize + _CRC_BYTES
+
+    @property
+    def directory(self) -> str:
+        return f"{_STATE}/{self.name}"
+
+    def chunks(self, *leading: int) -> Iterator[str]:
+        """The files, relative to the checkpoint's directory; with `leading`, those of one layer or one of its experts."""
+        counts = [-(-size // chunk) for size, chunk in zip(self.shape, self.chunk, strict=True)]
+        for rest in itertools.product(*map(range, counts[len(leading) :])):
+            yield "/".join([self.directory, "c", *map(str, (*leading, *rest))])
+
+    def open(self, weights: Path, **how: bool) -> ts.TensorStore:
+        """In an Orbax checkpoint's directory; `how`: TensorStore's `open`, `create`, `delete_existing`."""
+        spec = {
+            "driver": "zarr3",
+            # The page cache is read in place: a chunk is checked there and copied once, to where it is wanted.
+            "kvstore": {"driver": "file", "path": f"{weights.absolute()}/state/{self.name}/", "file_io_mode": {"mode": "memmap"}},
+            "metadata": {
+                "shape": self.shape,
+                "data_type": self.dtype.name,
+                "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": self.chunk}},
+                "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+            },
+            "fill_missing_data_reads": False,
+            "store_data_equal_to_fill_value": True,
+        }
+        return ts.open(spec, **how).result()
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a converted checkpoint consists of."""
+
+    complete: bool
+    source: str
+    """The Hugging Face directory that it was made from."""
+    fingerprint: str
+    """Of that directory's config and weight files: see `convert`."""
+    arrays: Mapping[str, StoredArray]
+    files: Mapping[str, str]
+    """SHA-256 of each file that is no chunk, by its path in the directory. Empty until it is complete."""
+
+    def write(self, directory: Path) -> None:
+        """At once or not at all."""
+        body = {
+            "layout": LAYOUT,
+            "complete": self.complete,
+            "source": self.source,
+            "fingerprint": self.fingerprint,
+            "arrays": {
+                a.name: {"shape": a.shape, "dtype": a.dtype.name, "chunk": a.chunk} for a in self.arrays.values()
+            },
+            "files": dict(self.files),
+        }
+        part = directory / f".{MANIFEST}.part"
+        part.write_text(json.dumps({**body, "sha256": _digest(body)}, indent=1) + "\n")
+        os.replace(part, directory / MANIFEST)
+
+    @classmethod
+    def read(cls, directory: Path) -> Manifest:
+        """Raises:
+        CheckpointError: it is missing, damaged, or of a layout that this version does not know.
+        """
+        path = directory / MANIFEST
+        try:
+            body = json.loads(path.read_text())
+            digest = body.pop("sha256")
+            layout = body["layout"]
+        except FileNotFoundError:
+            raise CheckpointError(f"{path}: missing. {_again(directory, None)}") from None
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise CheckpointError(f"{path}: damaged ({error!r}). {_again(directory, None)}") from error
+        if layout != LAYOUT:
+            raise CheckpointError(
+                f"{path}: layout {layout!r}; this version of jax_mla_cp reads layout {LAYOUT}. Convert the Hugging Face "
+                "checkpoint again, or use the version that wrote this one."
+            )
+        if digest != _digest(body):
+            raise CheckpointError(f"{path}: damaged (its checksum is wrong). {_again(directory, None)}")
+        arrays = {
+            name: StoredArray(name, tuple(a["shape"]), np.dtype(ts.dtype(a["dtype"]).numpy_dtype), tuple(a["chunk"]))
+            for name, a in body["arrays"].items()
+        }
+        return cls(body["complete"], body["source"], body["fingerprint"], arrays, body["files"])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays.values())
+
+    def problems(self, directory: Path) -> list[str]:
+        """Every file that is missing, of the wrong size or, unless it is a chunk, changed; "PATH: what is wrong"."""
+        found = []
+        for name, digest in self.files.items():
+            try:
+                if hashlib.sha256((directory / name).read_bytes()).hexdigest() != digest:
+                    found.append(f"{directory / name}: changed since the conversion")
+            except OSError as error:
+                found.append(f"{directory / name}: {_reason(error)}")
+        for array in self.arrays.values():
+            for name in array.chunks():
+                try:
+                    size = os.stat(directory / name).st_size
+                except OSError as error:
+                    found.append(f"{directory / name}: {_reason(error)}")
+                    continue
+                if size != array.chunk_bytes:
+                    found.append(f"{directory / name}: expected {array.chunk_bytes} bytes, got {size}")
+        return found
+
+
+def is_converted(directory: Path) -> bool:
+    """Whether a directory is (or should be) a converted checkpoint, not a Hugging Face one."""
+    return (directory / MANIFEST).exists() or (directory / WEIGHTS).is_dir()
+
+
+def open_converted(directory: Path) -> Manifest:
+    """Checks everything but the chunks' contents, which are checked as they are read.
+
+    Raises:
+      CheckpointError: an unknown layout, an unfinished conversion, or files that are missing, truncated or damaged; all
+        are named.
+    """
+    manifest = Manifest.read(directory)
+    if not manifest.complete:
+        raise CheckpointError(
+            f"--model {directory}: its conversion is not complete. Finish it with: {command(manifest.source, directory)}"
+        )
+    if problems := manifest.problems(directory):
+        rest = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise CheckpointError(
+            f"--model {directory}: {len(problems)} damaged files:"
+            + "".join(f"\n  {problem}" for problem in problems[:_SHOWN])
+            + f"{rest}\n{_again(directory, manifest)}"
+        )
+    return manifest
+
+
+def read_error(error: Exception, directory: Path, manifest: Manifest) -> CheckpointError:
+    """What TensorStore says of a chunk that it can't read, as an error that names its file."""
+    text = str(error)
+    file = re.search(r'local file "([^"]+)"', text)
+    name = file[1] if file else str(directory / WEIGHTS)
+    if "Digest mismatch" in text:
+        text = "damaged (its checksum is wrong)"
+    remedy = f"Delete it. {_again(directory, manifest)}" if file else _again(directory, manifest)
+    return CheckpointError(f"{name}: {text}. {remedy}")
+
+
+def command(source: str | Path, directory: Path) -> str:
+    """The command line that makes, finishes or repairs a conversion."""
+    return shlex.join(["python", "-m", "jax_mla_cp.checkpoint", "convert", str(source), str(directory)])
+
+
+def sha256_files(directory: Path, names: list[str]) -> dict[str, str]:
+    return {name: hashlib.sha256((directory / name).read_bytes()).hexdigest() for name in sorted(names)}
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _again(directory: Path, manifest: Manifest | None) -> str:
+    if manifest is None:
+        return f"Convert again: {command('HF_DIR', directory)} --overwrite"
+    return f"Repair it with: {command(manifest.source, directory)}"
+
+
+def _reason(error: OSError) -> str:
+    return "missing" if isinstance(error, FileNotFoundError) else error.strerror or repr(error)
