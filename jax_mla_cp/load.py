@@ -11,7 +11,15 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jax_mla_cp.attention import resolve_implementation
-from jax_mla_cp.checkpoint import SafetensorsSource, TensorSource, load_params
+from jax_mla_cp.checkpoint import (
+    Converted,
+    SafetensorsSource,
+    TensorSource,
+    is_converted,
+    load_converted,
+    load_params,
+    open_converted,
+)
 from jax_mla_cp.config import ConfigError, Implementation, ModelConfig
 from jax_mla_cp.default_model import default_model
 from jax_mla_cp.mesh import mesh_shape
@@ -40,7 +48,8 @@ def load(
     """Loads a model onto a mesh made by `make_mesh`, or onto one device.
 
     Args:
-      model: a Hugging Face model directory; None is the built-in model (random weights, byte-level tokenizer).
+      model: a Hugging Face model directory, or what `python -m jax_mla_cp.checkpoint convert` made of one; None is the
+        built-in model (random weights, byte-level tokenizer).
       dtype: of weights, activations and cache; "auto" is float32 on CPU and bfloat16 on GPUs.
       ep_axes: the mesh axes that divide the experts; "auto" takes the fewest whose weights fit the memory.
       attention: "auto" is the fastest that runs here.
@@ -51,18 +60,24 @@ def load(
     Raises:
       ConfigError: whatever does not fit: the directory, the config, the mesh, the checkpoint's tensors.
     """
-    source: TensorSource
+    source: TensorSource | Converted
     tokenizer: Tokenizer | None
     if model is None:
         config, source, tokenizer = default_model()
     else:
-        config = ModelConfig.from_dir(model)
-        tokenizer = Tokenizer.from_dir(model, config.vocab_size)
-        source = SafetensorsSource(Path(model))
+        directory = Path(model)
+        # A converted checkpoint is checked, its config.json included, before anything in it is believed.
+        converted = open_converted(directory) if is_converted(directory) else None
+        config = ModelConfig.from_dir(directory)
+        tokenizer = Tokenizer.from_dir(directory, config.vocab_size)
+        source = converted or SafetensorsSource(directory)
     build = plan_build(config, mesh, dtype=dtype, ep_axes=ep_axes, attention=attention)
-    return Model(
-        load_params(source, nnx.state(Decoder(build)), config, mesh, progress=progress), build, mesh
-    ), tokenizer
+    declared = nnx.state(Decoder(build))
+    if isinstance(source, Converted):
+        params = load_converted(source, declared, config, mesh, progress=progress)
+    else:
+        params = load_params(source, declared, config, mesh, progress=progress)
+    return Model(params, build, mesh), tokenizer
 
 
 def plan_build(

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from orbax.checkpoint import v1 as ocp
 
 from jax_mla_cp.checkpoint.check import check_tensors
-from jax_mla_cp.checkpoint.orbax import MANIFEST, WEIGHTS, Manifest, StoredArray, command, is_converted, sha256_files
+from jax_mla_cp.checkpoint.orbax import MANIFEST, WEIGHTS, Converted, StoredArray, command, is_converted, sha256_files
 from jax_mla_cp.checkpoint.progress import loading_bar
 from jax_mla_cp.checkpoint.source import INDEX, CheckpointError, SafetensorsSource
 from jax_mla_cp.checkpoint.target import Place, Target
@@ -44,7 +44,7 @@ _COPIED_NAMES = ("LICENSE", "NOTICE")
 
 
 @dataclasses.dataclass(frozen=True)
-class Converted:
+class Summary:
     """What a conversion has done."""
 
     pieces: int
@@ -54,7 +54,7 @@ class Converted:
     """Of the whole checkpoint."""
 
 
-def convert(source: Path, out: Path, *, overwrite: bool = False, progress: bool | None = None) -> Converted:
+def convert(source: Path, out: Path, *, overwrite: bool = False, progress: bool | None = None) -> Summary:
     """Converts the Hugging Face directory `source` to `out`, or goes on with what an earlier run began.
 
     Args:
@@ -71,21 +71,21 @@ def convert(source: Path, out: Path, *, overwrite: bool = False, progress: bool 
     tensors = SafetensorsSource(source)
     check_tensors(tensors, config)
     targets, arrays = _plan(tensors, config)
-    begun = Manifest(False, str(source.resolve()), _fingerprint(source, tensors), arrays, {})
+    begun = Converted(out, False, str(source.resolve()), _fingerprint(source, tensors), arrays, {})
     with _alone(out):
         if overwrite:
             _delete(out)
         elif (out / MANIFEST).exists():
-            _check_same(Manifest.read(out), begun, source, out)
-        _check_room(begun, out)
+            _check_same(Converted.read(out), begun, source, out)
+        _check_room(begun)
         try:
-            begun.write(out)
-            _make_tree(begun, out)
-            done = _write(tensors, config, targets, begun, out, progress)
-            _remove_leftovers(begun, out)
+            begun.write()
+            _make_tree(begun)
+            done = _write(tensors, config, targets, begun, progress)
+            _remove_leftovers(begun)
             copied = _copy_settings(source, out)
-            tree = [str(p.relative_to(out)) for p in (out / WEIGHTS).rglob("*") if p.is_file() and "/c/" not in str(p)]
-            dataclasses.replace(begun, complete=True, files=sha256_files(out, copied + tree)).write(out)
+            files = sha256_files(out, copied + _tree_files(begun))
+            dataclasses.replace(begun, complete=True, files=files).write()
         except (OSError, ValueError) as error:
             raise _write_error(error, source, out) from error
     return done
@@ -164,7 +164,7 @@ def _alone(out: Path) -> Iterator[None]:
         os.close(held)
 
 
-def _check_same(old: Manifest, new: Manifest, source: Path, out: Path) -> None:
+def _check_same(old: Converted, new: Converted, source: Path, out: Path) -> None:
     if old.fingerprint != new.fingerprint or old.arrays != new.arrays:
         changed = "has changed since" if old.source == new.source else f"is not {old.source}"
         raise CheckpointError(
@@ -173,14 +173,17 @@ def _check_same(old: Manifest, new: Manifest, source: Path, out: Path) -> None:
         )
 
 
-def _check_room(manifest: Manifest, out: Path) -> None:
+def _check_room(checkpoint: Converted) -> None:
     missing = sum(
-        array.chunk_bytes for array in manifest.arrays.values() for chunk in array.chunks() if not (out / chunk).exists()
+        array.chunk_bytes
+        for array in checkpoint.arrays.values()
+        for chunk in array.chunks()
+        if not (checkpoint.directory / chunk).exists()
     )
-    free = shutil.disk_usage(out).free
+    free = shutil.disk_usage(checkpoint.directory).free
     if missing > free:
         raise CheckpointError(
-            f"OUT {out}: needs {missing / 1e9:.2f} GB more, its disk has {free / 1e9:.2f} GB free. Make room, or name a "
+            f"OUT {checkpoint.directory}: needs {missing / 1e9:.2f} GB more, its disk has {free / 1e9:.2f} GB free. Make room, or name a "
             "directory on another disk."
         )
 
@@ -190,14 +193,15 @@ def _delete(out: Path) -> None:
     shutil.rmtree(out / WEIGHTS, ignore_errors=True)
 
 
-def _make_tree(manifest: Manifest, out: Path) -> None:
+def _make_tree(checkpoint: Converted) -> None:
     """The Orbax checkpoint without its chunks, all at once: by its being there, a later run knows that it is whole."""
-    final, new = out / WEIGHTS, out / f"{WEIGHTS}.new"
+    final = checkpoint.directory / WEIGHTS
+    new = final.with_suffix(".new")
     if final.is_dir():
         return
     shutil.rmtree(new, ignore_errors=True)
     tree: dict[str, Any] = {}
-    for array in manifest.arrays.values():
+    for array in checkpoint.arrays.values():
         *parents, last = array.name.split(".")
         node = tree
         for parent in parents:
@@ -207,8 +211,8 @@ def _make_tree(manifest: Manifest, out: Path) -> None:
     context.array.saving.use_ocdbt = False  # a directory for each array, in which TensorStore can replace it
     with context:
         ocp.save(new.absolute(), tree)
-    for array in manifest.arrays.values():
-        array.open(new, create=True, delete_existing=True)
+    for array in checkpoint.arrays.values():
+        array.open(new, create=True)
     os.rename(new, final)
 
 
@@ -216,15 +220,14 @@ def _write(
     tensors: SafetensorsSource,
     config: ModelConfig,
     targets: list[Target],
-    manifest: Manifest,
-    out: Path,
+    checkpoint: Converted,
     progress: bool | None,
-) -> Converted:
+) -> Summary:
     pieces = [piece for layer in (None, *range(config.num_layers)) for t in targets for piece in _pieces(t, layer)]
-    stores = {array.name: array.open(out / WEIGHTS, open=True) for array in manifest.arrays.values()}
+    stores = {array.name: array.open(checkpoint.directory / WEIGHTS) for array in checkpoint.arrays.values()}
     writing: collections.deque[tuple[int, ts.WriteFutures]] = collections.deque()
     kept = 0
-    with loading_bar(manifest.nbytes, len(pieces), show=progress, title="converting") as advance:
+    with loading_bar(checkpoint.nbytes, len(pieces), show=progress, title="converting") as advance:
 
         def wait() -> None:
             nbytes, write = writing.popleft()
@@ -233,8 +236,8 @@ def _write(
 
         try:
             for piece in pieces:
-                array = manifest.arrays[piece.target.path]
-                if _is_written(array, piece.at, out):
+                array = checkpoint.arrays[piece.target.path]
+                if _is_written(array, piece.at, checkpoint.directory):
                     kept += 1
                     advance(piece.nbytes)
                     continue
@@ -246,7 +249,7 @@ def _write(
         finally:
             while writing:
                 wait()
-    return Converted(len(pieces), kept, manifest.nbytes)
+    return Summary(len(pieces), kept, checkpoint.nbytes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,11 +293,18 @@ def _is_written(array: StoredArray, at: tuple[int, ...], out: Path) -> bool:
         return False
 
 
-def _remove_leftovers(manifest: Manifest, out: Path) -> None:
+def _remove_leftovers(checkpoint: Converted) -> None:
     """Temporary files of a run that was killed."""
-    for array in manifest.arrays.values():
-        for path in (out / array.directory).rglob("*.__lock"):
+    for array in checkpoint.arrays.values():
+        for path in (checkpoint.directory / array.directory).rglob("*.__lock"):
             path.unlink(missing_ok=True)
+
+
+def _tree_files(checkpoint: Converted) -> list[str]:
+    """What the Orbax checkpoint has beside its chunks, relative to the directory."""
+    weights = checkpoint.directory / WEIGHTS
+    others = [*weights.glob("*"), *weights.glob("state/*"), *weights.glob("state/*/*")]
+    return [str(path.relative_to(checkpoint.directory)) for path in others if path.is_file()]
 
 
 def _copy_settings(source: Path, out: Path) -> list[str]:

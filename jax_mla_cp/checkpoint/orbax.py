@@ -53,7 +53,9 @@ class StoredArray:
     chunk: tuple[int, ...]
 
     @classmethod
-    def of(cls, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], leading: int, divided: int | None) -> StoredArray:
+    def of(
+        cls, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], leading: int, divided: int | None
+    ) -> StoredArray:
         """Chooses the chunks.
 
         Args:
@@ -86,12 +88,16 @@ class StoredArray:
         for rest in itertools.product(*map(range, counts[len(leading) :])):
             yield "/".join([self.directory, "c", *map(str, (*leading, *rest))])
 
-    def open(self, weights: Path, **how: bool) -> ts.TensorStore:
-        """In an Orbax checkpoint's directory; `how`: TensorStore's `open`, `create`, `delete_existing`."""
+    def open(self, weights: Path, *, create: bool = False) -> ts.TensorStore:
+        """In an Orbax checkpoint's directory, for reading and writing; `create` replaces what is there."""
         spec = {
             "driver": "zarr3",
             # The page cache is read in place: a chunk is checked there and copied once, to where it is wanted.
-            "kvstore": {"driver": "file", "path": f"{weights.absolute()}/state/{self.name}/", "file_io_mode": {"mode": "memmap"}},
+            "kvstore": {
+                "driver": "file",
+                "path": f"{weights.absolute()}/state/{self.name}/",
+                "file_io_mode": {"mode": "memmap"},
+            },
             "metadata": {
                 "shape": self.shape,
                 "data_type": self.dtype.name,
@@ -101,13 +107,14 @@ class StoredArray:
             "fill_missing_data_reads": False,
             "store_data_equal_to_fill_value": True,
         }
-        return ts.open(spec, **how).result()
+        return ts.open(spec, open=not create, create=create, delete_existing=create).result()
 
 
 @dataclasses.dataclass(frozen=True)
-class Manifest:
-    """What a converted checkpoint consists of."""
+class Converted:
+    """A converted checkpoint, as its manifest describes it."""
 
+    directory: Path
     complete: bool
     source: str
     """The Hugging Face directory that it was made from."""
@@ -117,8 +124,8 @@ class Manifest:
     files: Mapping[str, str]
     """SHA-256 of each file that is no chunk, by its path in the directory. Empty until it is complete."""
 
-    def write(self, directory: Path) -> None:
-        """At once or not at all."""
+    def write(self) -> None:
+        """Writes the manifest, at once or not at all."""
         body = {
             "layout": LAYOUT,
             "complete": self.complete,
@@ -129,14 +136,16 @@ class Manifest:
             },
             "files": dict(self.files),
         }
-        part = directory / f".{MANIFEST}.part"
+        part = self.directory / f".{MANIFEST}.part"
         part.write_text(json.dumps({**body, "sha256": _digest(body)}, indent=1) + "\n")
-        os.replace(part, directory / MANIFEST)
+        os.replace(part, self.directory / MANIFEST)
 
     @classmethod
-    def read(cls, directory: Path) -> Manifest:
-        """Raises:
-        CheckpointError: it is missing, damaged, or of a layout that this version does not know.
+    def read(cls, directory: Path) -> Converted:
+        """Reads the manifest.
+
+        Raises:
+          CheckpointError: it is missing, damaged, or of a layout that this version does not know.
         """
         path = directory / MANIFEST
         try:
@@ -144,45 +153,73 @@ class Manifest:
             digest = body.pop("sha256")
             layout = body["layout"]
         except FileNotFoundError:
-            raise CheckpointError(f"{path}: missing. {_again(directory, None)}") from None
+            raise CheckpointError(f"{path}: missing. {_anew(directory)}") from None
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{path}: damaged ({error!r}). {_again(directory, None)}") from error
+            raise CheckpointError(f"{path}: damaged ({error!r}). {_anew(directory)}") from error
         if layout != LAYOUT:
             raise CheckpointError(
                 f"{path}: layout {layout!r}; this version of jax_mla_cp reads layout {LAYOUT}. Convert the Hugging Face "
                 "checkpoint again, or use the version that wrote this one."
             )
         if digest != _digest(body):
-            raise CheckpointError(f"{path}: damaged (its checksum is wrong). {_again(directory, None)}")
+            raise CheckpointError(f"{path}: damaged (its checksum is wrong). {_anew(directory)}")
         arrays = {
             name: StoredArray(name, tuple(a["shape"]), np.dtype(ts.dtype(a["dtype"]).numpy_dtype), tuple(a["chunk"]))
             for name, a in body["arrays"].items()
         }
-        return cls(body["complete"], body["source"], body["fingerprint"], arrays, body["files"])
+        return cls(directory, body["complete"], body["source"], body["fingerprint"], arrays, body["files"])
 
     @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.arrays.values())
 
-    def problems(self, directory: Path) -> list[str]:
+    def problems(self) -> list[str]:
         """Every file that is missing, of the wrong size or, unless it is a chunk, changed; "PATH: what is wrong"."""
         found = []
         for name, digest in self.files.items():
             try:
-                if hashlib.sha256((directory / name).read_bytes()).hexdigest() != digest:
-                    found.append(f"{directory / name}: changed since the conversion")
+                if hashlib.sha256((self.directory / name).read_bytes()).hexdigest() != digest:
+                    found.append(f"{self.directory / name}: changed since the conversion")
             except OSError as error:
-                found.append(f"{directory / name}: {_reason(error)}")
+                found.append(f"{self.directory / name}: {_reason(error)}")
         for array in self.arrays.values():
             for name in array.chunks():
                 try:
-                    size = os.stat(directory / name).st_size
+                    size = os.stat(self.directory / name).st_size
                 except OSError as error:
-                    found.append(f"{directory / name}: {_reason(error)}")
+                    found.append(f"{self.directory / name}: {_reason(error)}")
                     continue
                 if size != array.chunk_bytes:
-                    found.append(f"{directory / name}: expected {array.chunk_bytes} bytes, got {size}")
+                    found.append(f"{self.directory / name}: expected {array.chunk_bytes} bytes, got {size}")
         return found
+
+    def error(self, problems: list[str]) -> CheckpointError:
+        """Names them, and says how to repair them."""
+        rest = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        return CheckpointError(
+            f"--model {self.directory}: {len(problems)} damaged files:"
+            + "".join(f"\n  {problem}" for problem in problems[:_SHOWN])
+            + f"{rest}\nRepair it with: {command(self.source, self.directory)}"
+        )
+
+    def open(self, name: str) -> ts.TensorStore:
+        """A parameter, for reading.
+
+        Raises:
+          CheckpointError: it can't be opened.
+        """
+        try:
+            return self.arrays[name].open(self.directory / WEIGHTS)
+        except ValueError as error:
+            raise self.read_error(error) from error
+
+    def read_error(self, error: ValueError) -> CheckpointError:
+        """What TensorStore says of a chunk that it can't read, as an error that names the file."""
+        text = str(error)
+        file = re.search(r'local file "([^"]+)"', text)
+        if "Digest mismatch" in text:
+            text = "its checksum is wrong. Delete it"
+        return self.error([f"{file[1] if file else self.directory / WEIGHTS}: {text}"])
 
 
 def is_converted(directory: Path) -> bool:
@@ -190,37 +227,21 @@ def is_converted(directory: Path) -> bool:
     return (directory / MANIFEST).exists() or (directory / WEIGHTS).is_dir()
 
 
-def open_converted(directory: Path) -> Manifest:
+def open_converted(directory: Path) -> Converted:
     """Checks everything but the chunks' contents, which are checked as they are read.
 
     Raises:
       CheckpointError: an unknown layout, an unfinished conversion, or files that are missing, truncated or damaged; all
         are named.
     """
-    manifest = Manifest.read(directory)
-    if not manifest.complete:
+    checkpoint = Converted.read(directory)
+    if not checkpoint.complete:
         raise CheckpointError(
-            f"--model {directory}: its conversion is not complete. Finish it with: {command(manifest.source, directory)}"
+            f"--model {directory}: its conversion is not complete. Finish it with: {command(checkpoint.source, directory)}"
         )
-    if problems := manifest.problems(directory):
-        rest = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise CheckpointError(
-            f"--model {directory}: {len(problems)} damaged files:"
-            + "".join(f"\n  {problem}" for problem in problems[:_SHOWN])
-            + f"{rest}\n{_again(directory, manifest)}"
-        )
-    return manifest
-
-
-def read_error(error: Exception, directory: Path, manifest: Manifest) -> CheckpointError:
-    """What TensorStore says of a chunk that it can't read, as an error that names its file."""
-    text = str(error)
-    file = re.search(r'local file "([^"]+)"', text)
-    name = file[1] if file else str(directory / WEIGHTS)
-    if "Digest mismatch" in text:
-        text = "damaged (its checksum is wrong)"
-    remedy = f"Delete it. {_again(directory, manifest)}" if file else _again(directory, manifest)
-    return CheckpointError(f"{name}: {text}. {remedy}")
+    if problems := checkpoint.problems():
+        raise checkpoint.error(problems)
+    return checkpoint
 
 
 def command(source: str | Path, directory: Path) -> str:
@@ -236,10 +257,8 @@ def _digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def _again(directory: Path, manifest: Manifest | None) -> str:
-    if manifest is None:
-        return f"Convert again: {command('HF_DIR', directory)} --overwrite"
-    return f"Repair it with: {command(manifest.source, directory)}"
+def _anew(directory: Path) -> str:
+    return f"Convert again: {command('HF_DIR', directory)} --overwrite"
 
 
 def _reason(error: OSError) -> str:

@@ -14,7 +14,6 @@ import itertools
 import math
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,7 +24,7 @@ from jax.sharding import Mesh
 from numpy.typing import NDArray
 
 from jax_mla_cp.checkpoint.load import updater, zeros
-from jax_mla_cp.checkpoint.orbax import WEIGHTS, Manifest, open_converted, read_error
+from jax_mla_cp.checkpoint.orbax import Converted
 from jax_mla_cp.checkpoint.progress import loading_bar, report_loaded
 from jax_mla_cp.checkpoint.source import CheckpointError
 from jax_mla_cp.checkpoint.target import Target
@@ -70,41 +69,39 @@ class _Block:
 
 
 def load_converted(
-    directory: Path,
+    checkpoint: Converted,
     declared: nnx.State[Any, Any],
     config: ModelConfig,
     mesh: Mesh | None,
     *,
-    manifest: Manifest | None = None,
     progress: bool | None = None,
 ) -> nnx.State[Any, Any]:
     """The parameters of a `Decoder` from a converted checkpoint; as `load_params`, bit for bit.
 
     Args:
-      manifest: what `open_converted(directory)` returned, if that has been called.
+      checkpoint: from `open_converted`.
 
     Raises:
-      CheckpointError: files that are missing or damaged, or parameters that are not the declared ones.
+      CheckpointError: chunks that are damaged, or parameters that are not the declared ones.
     """
-    manifest = manifest or open_converted(directory)
     begin = time.perf_counter()
     flat = dict(nnx.to_flat_state(declared))
     targets = {path: Target.of(path, param, config, mesh) for path, param in flat.items()}
-    _check(list(targets.values()), directory, manifest)
-    stores = {
-        t.path: ts.cast(_opened(t.path, directory, manifest), ts.dtype(t.dtype)) for t in targets.values()
-    }
+    _check(list(targets.values()), checkpoint)
+    stores = {t.path: ts.cast(checkpoint.open(t.path), ts.dtype(t.dtype)) for t in targets.values()}
     blocks = [block for target in targets.values() for block in _blocks(target)]
     arrays = zeros([target for target in targets.values() if not next(_blocks(target)).whole])
     queue: collections.deque[_Reading] = collections.deque()
     upcoming = iter(blocks)
     with loading_bar(sum(t.nbytes for t in targets.values()), len(blocks), show=progress) as advance:
         for block in blocks:
-            queue.extend(_Reading(stores[b.target.path], b) for b in itertools.islice(upcoming, 1 + _AHEAD - len(queue)))
+            queue.extend(
+                _Reading(stores[b.target.path], b) for b in itertools.islice(upcoming, 1 + _AHEAD - len(queue))
+            )
             try:
                 array = queue.popleft().result()
             except ValueError as error:
-                raise read_error(error, directory, manifest) from error
+                raise checkpoint.read_error(error) from error
             nbytes, path = array.nbytes, block.target.path
             if not block.whole:
                 array = updater(block.target.sharding)(arrays[path], array, np.asarray(block.start, np.int32))
@@ -114,16 +111,9 @@ def load_converted(
     return nnx.from_flat_state({path: param.replace(arrays[targets[path].path]) for path, param in flat.items()})
 
 
-def _opened(name: str, directory: Path, manifest: Manifest) -> ts.TensorStore:
-    try:
-        return manifest.arrays[name].open(directory / WEIGHTS, open=True)
-    except ValueError as error:
-        raise read_error(error, directory, manifest) from error
-
-
-def _check(targets: list[Target], directory: Path, manifest: Manifest) -> None:
+def _check(targets: list[Target], checkpoint: Converted) -> None:
     """Names and shapes; a declared parameter may be padded, to a multiple of the devices that divide it."""
-    wanted, stored = {t.path: t for t in targets}, manifest.arrays
+    wanted, stored = {t.path: t for t in targets}, checkpoint.arrays
     wrong = [f"{name}: missing" for name in sorted(wanted.keys() - stored.keys())]
     wrong += [f"{name}: surplus" for name in sorted(stored.keys() - wanted.keys())]
     for name in sorted(wanted.keys() & stored.keys()):
@@ -134,7 +124,8 @@ def _check(targets: list[Target], directory: Path, manifest: Manifest) -> None:
             wrong.append(f"{name}: expected {list(target.shape)}, got {list(got)}")
     if wrong:
         raise CheckpointError(
-            f"--model {directory}: its parameters are not those of this model:" + "".join(f"\n  {w}" for w in wrong)
+            f"--model {checkpoint.directory}: its parameters are not those of this model:"
+            + "".join(f"\n  {w}" for w in wrong)
         )
 
 
@@ -190,7 +181,7 @@ class _Reading:
         )
 
 
-def _read(store: ts.TensorStore, bounds: Bounds) -> tuple[NDArray[Any], ts.Future[None] | None]:
+def _read(store: ts.TensorStore, bounds: Bounds) -> tuple[NDArray[Any], ts.WriteFutures | None]:
     """A buffer, and what fills it with the stored part; the rest is padding, and zero."""
     shape = tuple(end - begin for begin, end in bounds)
     there = tuple(max(min(end, size) - begin, 0) for (begin, end), size in zip(bounds, store.shape, strict=True))

@@ -48,4 +48,6 @@ def loading_bar(
 
 def report_loaded(tensors: int, nbytes: int, seconds: float) -> None:
     """Logs what a loader has done; the same line for every kind of checkpoint."""
-    _log.info("loaded %d tensors, %.2f GB, in %.1f s (%.2f GB/s)", tensors, nbytes / 1e9, seconds, nbytes / 1e9 / seconds)
+    _log.info(
+        "loaded %d tensors, %.2f GB, in %.1f s (%.2f GB/s)", tensors, nbytes / 1e9, seconds, nbytes / 1e9 / seconds
+    )
