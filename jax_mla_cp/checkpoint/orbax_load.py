@@ -1,9 +1,10 @@
 """Puts a converted checkpoint into sharded arrays: block by block, while the next blocks are being read.
 
-Orbax restores whole arrays, and its host buffers are as large as a device's part of one: of all layers' experts, a tenth
-of the model or more. Here TensorStore reads blocks of a few layers or experts into small buffers, in its own threads,
-and compiled updates write them into arrays that were allocated once. What is read of a block is what this process's
-devices keep of it; what only pads a parameter for the mesh is zero and is not read.
+Orbax restores whole arrays, and its host buffers are as large as a device's part of one: of all layers' experts, a third
+of the model. Here TensorStore reads blocks of a few layers or experts into small buffers, in its own threads, and compiled
+updates write them into arrays that were allocated once. On a CPU, where a device's memory is the host's, a block is a whole
+parameter and its buffer becomes the array. What is read is what this process's devices keep; what only pads a parameter
+for the mesh is zero and is not read.
 """
 
 from __future__ import annotations
@@ -89,8 +90,11 @@ def load_converted(
     targets = {path: Target.of(path, param, config, mesh) for path, param in flat.items()}
     _check(list(targets.values()), checkpoint)
     stores = {t.path: ts.cast(checkpoint.open(t.path), ts.dtype(t.dtype)) for t in targets.values()}
-    blocks = [block for target in targets.values() for block in _blocks(target)]
-    arrays = zeros([target for target in targets.values() if not next(_blocks(target)).whole])
+    devices = jax.devices() if mesh is None else mesh.devices.flat
+    most = None if devices[0].platform == "cpu" else _BLOCK
+    blocks = [block for target in targets.values() for block in _blocks(target, most)]
+    # The first block of each parameter tells whether it is all of it.
+    arrays = zeros([block.target for block in blocks if not block.whole and not any(block.start)])
     queue: collections.deque[_Reading] = collections.deque()
     upcoming = iter(blocks)
     with loading_bar(sum(t.nbytes for t in targets.values()), len(blocks), show=progress) as advance:
@@ -129,17 +133,17 @@ def _check(targets: list[Target], checkpoint: Converted) -> None:
         )
 
 
-def _blocks(target: Target) -> Iterator[_Block]:
-    """In the order of the files."""
+def _blocks(target: Target, most: int | None) -> Iterator[_Block]:
+    """A parameter's blocks of at most so many bytes, in the order of the files. None: all of it at once."""
     inner = target.shape[target.leading :]
-    if target.layers is None:
+    if target.layers is None or most is None:
         yield _Block(target, target.shape, (0,) * len(target.shape))
         return
     slots = target.shape[1] // target.ranks if target.routed else 1
     local = target.sharding.shard_shape(target.shape) if target.sharding else target.shape
     one = math.prod(local) // (local[0] * slots) * target.dtype.itemsize * _distinct(target)
-    most_slots = min(max(_BLOCK // one, 1), slots)
-    most_layers = max(_BLOCK // (one * slots), 1) if most_slots == slots else 1
+    most_slots = min(max(most // one, 1), slots)
+    most_layers = max(most // (one * slots), 1) if most_slots == slots else 1
     for layer in range(0, target.shape[0], most_layers):
         layers = min(most_layers, target.shape[0] - layer)
         if not target.routed:
