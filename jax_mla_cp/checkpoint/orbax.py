@@ -137,7 +137,7 @@ class Converted:
             "files": dict(self.files),
         }
         part = self.directory / f".{MANIFEST}.part"
-        part.write_text(json.dumps({**body, "sha256": _digest(body)}, indent=1) + "\n")
+        part.write_text(_sealed(body))
         os.replace(part, self.directory / MANIFEST)
 
     @classmethod
@@ -149,8 +149,9 @@ class Converted:
         """
         path = directory / MANIFEST
         try:
-            body = json.loads(path.read_text())
-            digest = body.pop("sha256")
+            text = path.read_text()
+            body = json.loads(text)
+            del body["sha256"]
             layout = body["layout"]
         except FileNotFoundError:
             raise CheckpointError(f"{path}: missing. {_anew(directory)}") from None
@@ -161,7 +162,7 @@ class Converted:
                 f"{path}: layout {layout!r}; this version of jax_mla_cp reads layout {LAYOUT}. Convert the Hugging Face "
                 "checkpoint again, or use the version that wrote this one."
             )
-        if digest != _digest(body):
+        if text != _sealed(body):
             raise CheckpointError(f"{path}: damaged (its checksum is wrong). {_anew(directory)}")
         arrays = {
             name: StoredArray(name, tuple(a["shape"]), np.dtype(ts.dtype(a["dtype"]).numpy_dtype), tuple(a["chunk"]))
@@ -253,8 +254,9 @@ def sha256_files(directory: Path, names: list[str]) -> dict[str, str]:
     return {name: hashlib.sha256((directory / name).read_bytes()).hexdigest() for name in sorted(names)}
 
 
-def _digest(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+def _sealed(body: Mapping[str, Any]) -> str:
+    """A manifest's text, with a checksum of all else as its last key."""
+    return json.dumps({**body, "sha256": hashlib.sha256(json.dumps(body).encode()).hexdigest()}, indent=1) + "\n"
 
 
 def _anew(directory: Path) -> str:

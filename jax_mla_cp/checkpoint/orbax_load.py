@@ -32,7 +32,7 @@ from jax_mla_cp.checkpoint.target import Target
 from jax_mla_cp.config import ModelConfig
 
 _BLOCK = 32 << 20
-"""Bytes of a block in this process's memory; one layer of one expert, or of what is no expert, may be larger."""
+"""One layer of one expert, or of what is no expert, may be larger."""
 _AHEAD = 2
 """Blocks that are read while one is put on the devices."""
 
@@ -90,8 +90,7 @@ def load_converted(
     targets = {path: Target.of(path, param, config, mesh) for path, param in flat.items()}
     _check(list(targets.values()), checkpoint)
     stores = {t.path: ts.cast(checkpoint.open(t.path), ts.dtype(t.dtype)) for t in targets.values()}
-    devices = jax.devices() if mesh is None else mesh.devices.flat
-    most = None if devices[0].platform == "cpu" else _BLOCK
+    most = block_bytes(jax.devices()[0] if mesh is None else mesh.devices.flat[0])
     blocks = [block for target in targets.values() for block in _blocks(target, most)]
     # The first block of each parameter tells whether it is all of it.
     arrays = zeros([block.target for block in blocks if not block.whole and not any(block.start)])
@@ -113,6 +112,11 @@ def load_converted(
             advance(nbytes)
     report_loaded(len(arrays), sum(array.nbytes for array in arrays.values()), time.perf_counter() - begin)
     return nnx.from_flat_state({path: param.replace(arrays[targets[path].path]) for path, param in flat.items()})
+
+
+def block_bytes(device: jax.Device) -> int | None:
+    """Most bytes of a block in this process's memory; None: no limit, that memory is the devices'."""
+    return None if device.platform == "cpu" else _BLOCK
 
 
 def _check(targets: list[Target], checkpoint: Converted) -> None:
