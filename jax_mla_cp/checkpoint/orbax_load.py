@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import itertools
 import math
 import time
 from collections.abc import Iterator
@@ -33,8 +32,8 @@ from jax_mla_cp.config import ModelConfig
 
 _BLOCK = 32 << 20
 """One layer of one expert, or of what is no expert, may be larger."""
-_AHEAD = 2
-"""Blocks that are read while one is put on the devices."""
+_IN_FLIGHT = 128 << 20
+"""Bytes of blocks that are read or put on the devices at a time; a block that is larger is alone."""
 
 Bounds = tuple[tuple[int, int], ...]
 
@@ -58,6 +57,12 @@ class _Block:
             return {None: tuple((0, size) for size in self.shape)}
         indices = self.target.sharding.addressable_devices_indices_map(self.shape)
         return {device: _bounds(index or (), self.shape) for device, index in indices.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Of what this process's devices keep, replicas once."""
+        kept = set(self.parts().values())
+        return sum(math.prod(end - begin for begin, end in part) for part in kept) * self.target.dtype.itemsize
 
     def in_parameter(self, part: Bounds) -> Bounds:
         """Where a device's part lies in the whole parameter."""
@@ -94,21 +99,21 @@ def load_converted(
     blocks = [block for target in targets.values() for block in _blocks(target, most)]
     # The first block of each parameter tells whether it is all of it.
     arrays = zeros([block.target for block in blocks if not block.whole and not any(block.start)])
-    queue: collections.deque[_Reading] = collections.deque()
-    upcoming = iter(blocks)
+    waiting, reading = collections.deque(blocks), collections.deque[_Reading]()
     with loading_bar(sum(t.nbytes for t in targets.values()), len(blocks), show=progress) as advance:
-        for block in blocks:
-            queue.extend(
-                _Reading(stores[b.target.path], b) for b in itertools.islice(upcoming, 1 + _AHEAD - len(queue))
-            )
+        while waiting or reading:
+            while waiting and (not reading or sum(r.nbytes for r in reading) + waiting[0].nbytes <= _IN_FLIGHT):
+                reading.append(_Reading(stores[waiting[0].target.path], waiting.popleft()))
+            block = reading[0].block
             try:
-                array = queue.popleft().result()
+                array = reading[0].result()
             except ValueError as error:
                 raise checkpoint.read_error(error) from error
             nbytes, path = array.nbytes, block.target.path
             if not block.whole:
                 array = updater(block.target.sharding)(arrays[path], array, np.asarray(block.start, np.int32))
             arrays[path] = jax.block_until_ready(array)  # else transfers queue up, and host memory with them
+            reading.popleft()
             advance(nbytes)
     report_loaded(len(arrays), sum(array.nbytes for array in arrays.values()), time.perf_counter() - begin)
     return nnx.from_flat_state({path: param.replace(arrays[targets[path].path]) for path, param in flat.items()})
@@ -170,17 +175,17 @@ class _Reading:
     """A block that is being read."""
 
     def __init__(self, store: ts.TensorStore, block: _Block):
-        self._block = block
-        self._parts = block.parts()
+        self.block = block
+        self.nbytes = block.nbytes
         # Replicas share one buffer.
-        self._reads = {part: _read(store, block.in_parameter(part)) for part in set(self._parts.values())}
+        self._reads = {part: _read(store, block.in_parameter(part)) for part in set(block.parts().values())}
 
     def result(self) -> jax.Array:
         """The block, divided like its parameter."""
         for _, read in self._reads.values():
             if read is not None:
                 read.result()
-        block = self._block
+        block = self.block
         if block.target.sharding is None:
             alone: jax.Array = jax.device_put(next(iter(self._reads.values()))[0])
             return alone

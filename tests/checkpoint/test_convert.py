@@ -49,7 +49,9 @@ def out(made: Path, tmp_path: Path) -> Path:
 
 
 def chunks(out: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(out)): path.read_bytes() for path in out.glob("weights/state/*/c/**/*") if path.is_file()}
+    return {
+        str(path.relative_to(out)): path.read_bytes() for path in out.glob("weights/state/*/c/**/*") if path.is_file()
+    }
 
 
 def stop_after(pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +71,9 @@ def test_stopped_anywhere_it_goes_on(source: Path, made: Path, tmp_path: Path, m
         stop_after(40, patch)
         with pytest.raises(KeyboardInterrupt):
             convert(source, out, progress=False)
-    with pytest.raises(CheckpointError, match="not complete. Finish it with: python -m jax_mla_cp.checkpoint convert"):
+    with pytest.raises(
+        CheckpointError, match=r"not complete\. Finish it with: python -m jax_mla_cp.checkpoint convert"
+    ):
         mla.load(out, progress=False)
     (out / "weights/state/embed/c/0/0").write_bytes(b"cut off")
     (out / "weights/state/embed/c/0/0.__lock").write_bytes(b"of a run that was killed")
@@ -80,7 +84,9 @@ def test_stopped_anywhere_it_goes_on(source: Path, made: Path, tmp_path: Path, m
     open_converted(out)
 
 
-def test_stopped_before_there_is_a_tree(source: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopped_before_there_is_a_tree(
+    source: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out, real = tmp_path / "out", StoredArray.open
 
     def stopping(self: StoredArray, weights: Path, **how: bool) -> Any:
@@ -224,7 +230,7 @@ def test_disk_that_is_full(source: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
     with monkeypatch.context() as patch:
         patch.setattr(converting, "_remove_leftovers", full)
-        with pytest.raises(CheckpointError, match="its disk is full. What is written stays; go on with: python -m"):
+        with pytest.raises(CheckpointError, match=r"its disk is full\. What is written stays; go on with: python -m"):
             convert(source, tmp_path / "out", progress=False)
     assert convert(source, tmp_path / "out", progress=False).kept > 80
 
@@ -248,7 +254,11 @@ CANT: list[tuple[Callable[[Path, Path], list[str]], str]] = [
 
 @pytest.mark.parametrize(("flags", "message"), CANT)
 def test_settings_that_cant_work(
-    flags: Callable[[Path, Path], list[str]], message: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flags: Callable[[Path, Path], list[str]],
+    message: str,
+    source: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     try:
         code = main(flags(source, tmp_path))
@@ -271,9 +281,7 @@ def inspect(*flags: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[
 
 
 def test_inspect_either_kind(source: Path, made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    one, two = (
-        inspect(str(where), "--mesh", "tp=2,cp=2", "--verify", capsys=capsys) for where in (source, made)
-    )
+    one, two = (inspect(str(where), "--mesh", "tp=2,cp=2", "--verify", capsys=capsys) for where in (source, made))
     assert one[0] == two[0] == 0 and one[1]["problems"] == two[1]["problems"] == []
     for key in ("parameters", "bytes", "dtypes", "groups", "device", "model_type"):
         if key == "groups":

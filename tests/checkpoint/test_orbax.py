@@ -207,7 +207,9 @@ def test_each_process_reads_only_its_shards(pair: tuple[Path, Path], tmp_path: P
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     workers = [
-        subprocess.Popen([sys.executable, "-c", WORKER, address, str(i), str(source), str(tmp_path)], env=env, stderr=subprocess.PIPE)
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, address, str(i), str(source), str(tmp_path)], env=env, stderr=subprocess.PIPE
+        )
         for i in range(2)
     ]
     errors = [worker.communicate(timeout=300)[1].decode() for worker in workers]
