@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from jax_mla_cp.quantization import Quantization
+
 Form = Literal["auto", "expanded", "absorbed"]
 Implementation = Literal["auto", "fa3", "xla"]
 
@@ -77,6 +79,8 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    quantization: Quantization | None = None
+    """How the checkpoint stores its matrices; None: as plain numbers."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "kv_lora_rank", "qk_nope_head_dim",
@@ -86,6 +90,12 @@ class ModelConfig:
         if self.qk_rope_head_dim < 2 or self.qk_rope_head_dim % 2:
             raise ConfigError(f"config.json: qk_rope_head_dim must be even and positive, got {self.qk_rope_head_dim}.")
         if self.num_moe_layers:
+            packed = self.quantization.packed if self.quantization else 1
+            if self.hidden_size % packed or self.moe_intermediate_size % packed:
+                raise ConfigError(
+                    f"config.json: hidden_size={self.hidden_size} and moe_intermediate_size={self.moe_intermediate_size} must "
+                    f"be multiples of {packed}: so many of the experts' numbers are packed into one."
+                )
             if self.n_group < 1 or self.n_routed_experts % self.n_group:
                 raise ConfigError(
                     f"config.json: n_routed_experts={self.n_routed_experts} must be a multiple of n_group={self.n_group}."
@@ -181,6 +191,7 @@ class ModelConfig:
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
             bos_token_id=raw.get("bos_token_id"),
             eos_token_ids=_token_ids(raw.get("eos_token_id"), "eos_token_id"),
+            quantization=_quantization(raw),
         )
 
 
@@ -192,7 +203,6 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "scoring_func": ("sigmoid",),
     "topk_method": ("noaux_tc",),
     "moe_layer_freq": (1,),
-    "quantization_config": (),
 }
 
 
@@ -204,6 +214,13 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
             raise ConfigError(f"config.json: {key}={got!r} is not supported; this version runs {can}.")
     if raw.get("model_type") is None:
         raise ConfigError("config.json: the key 'model_type' is missing; expected 'deepseek_v3' or 'kimi_k2'.")
+
+
+def _quantization(raw: Mapping[str, Any]) -> Quantization | None:
+    try:
+        return Quantization.from_hf(raw.get("quantization_config"))
+    except ValueError as error:
+        raise ConfigError(f"config.json: {error}") from None
 
 
 def _rope(raw: Mapping[str, Any]) -> RopeConfig:

@@ -19,6 +19,7 @@ from jax_mla_cp.model.context import EP_CHOICES, Build
 from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.handle import Model, weight_bytes
 from jax_mla_cp.platform import device_memory
+from jax_mla_cp.quantization import Weights
 from jax_mla_cp.tokenizer import Tokenizer
 
 EpAxes = Literal["auto", "tp", "tp,cp", "tp,cp,dp"]
@@ -33,6 +34,7 @@ def load(
     *,
     mesh: Mesh | None = None,
     dtype: Dtype = "auto",
+    weights: Weights = "auto",
     ep_axes: EpAxes = "auto",
     attention: Implementation = "auto",
     progress: bool | None = None,
@@ -42,6 +44,8 @@ def load(
     Args:
       model: a Hugging Face model directory; None is the built-in model (random weights, byte-level tokenizer).
       dtype: of weights, activations and cache; "auto" is float32 on CPU and bfloat16 on GPUs.
+      weights: of a quantised checkpoint. "bf16": dequantised while loading, to `dtype`; "fp8": kept in FP8 in device memory,
+        and dequantised by every use; "auto": "fp8" on GPUs, else "bf16".
       ep_axes: the mesh axes that divide the experts; "auto" takes the fewest whose weights fit the memory.
       attention: "auto" is the fastest that runs here.
       progress: a bar on stderr; None: if that is a terminal.
@@ -59,14 +63,20 @@ def load(
         config = ModelConfig.from_dir(model)
         tokenizer = Tokenizer.from_dir(model, config.vocab_size)
         source = SafetensorsSource(Path(model))
-    build = plan_build(config, mesh, dtype=dtype, ep_axes=ep_axes, attention=attention)
+    build = plan_build(config, mesh, dtype=dtype, weights=weights, ep_axes=ep_axes, attention=attention)
     return Model(
         load_params(source, nnx.state(Decoder(build)), config, mesh, progress=progress), build, mesh
     ), tokenizer
 
 
 def plan_build(
-    config: ModelConfig, mesh: Mesh | None, *, dtype: Dtype, ep_axes: EpAxes, attention: Implementation
+    config: ModelConfig,
+    mesh: Mesh | None,
+    *,
+    dtype: Dtype,
+    weights: Weights = "auto",
+    ep_axes: EpAxes,
+    attention: Implementation,
 ) -> Build:
     """Everything static about a model on a mesh, checked before any weight is read.
 
@@ -75,14 +85,17 @@ def plan_build(
     """
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ConfigError(f"--dtype must be auto, float32 or bfloat16, got {dtype!r}.")
+    if weights not in ("auto", "bf16", "fp8"):
+        raise ConfigError(f"--weights must be auto, bf16 or fp8, got {weights!r}.")
     if ep_axes != "auto" and ep_axes not in EP_CHOICES:
         raise ConfigError(f"--ep-axes must be auto, {' or '.join(EP_CHOICES)}, got {ep_axes!r}.")
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    fp8 = weights == "fp8" or (weights == "auto" and config.quantization is not None and jax.default_backend() == "gpu")
     shape = None if mesh is None else mesh_shape(mesh)
     implementation = resolve_implementation(attention, config, dtype)
     builds = [
-        Build(config, shape, EP_CHOICES[name], jnp.dtype(dtype), implementation)
+        Build(config, shape, EP_CHOICES[name], jnp.dtype(dtype), implementation, fp8)
         for name in ([ep_axes] if ep_axes != "auto" else EP_CHOICES)
     ]
     room = device_memory() * _WEIGHTS_FRACTION

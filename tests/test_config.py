@@ -39,7 +39,7 @@ def test_both_styles_read_the_same() -> None:
         ({"hidden_size": None}, "'hidden_size' is missing"),
         ({"scoring_func": "softmax"}, "scoring_func"),
         ({"attention_bias": True}, "attention_bias"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "weight_block_size=None"),
         ({"n_group": 3}, "multiple of n_group=3"),
         ({"topk_group": 5}, "topk_group must be 1 to n_group=4"),
         ({"num_experts_per_tok": 5}, "num_experts_per_tok must be 1 to 4"),

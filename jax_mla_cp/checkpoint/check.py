@@ -2,42 +2,57 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
+from collections.abc import Sequence
 
 import ml_dtypes
 import numpy as np
 
 from jax_mla_cp.checkpoint.huggingface import expected_shapes
 from jax_mla_cp.checkpoint.source import CheckpointError, TensorSource
+from jax_mla_cp.checkpoint.target import Target
 from jax_mla_cp.config import ModelConfig
+from jax_mla_cp.quantization import Tensors
 
 _SHOWN = 20  # tensors listed per kind of mistake
 _FLOATS = tuple(np.dtype(t) for t in (ml_dtypes.bfloat16, np.float16, np.float32, np.float64))
 _log = logging.getLogger(__name__)
 
 
-def check_tensors(source: TensorSource, config: ModelConfig) -> None:
-    """Names, shapes and dtypes.
+def check_tensors(source: TensorSource, config: ModelConfig, targets: Sequence[Target]) -> set[str]:
+    """Names, shapes and dtypes. Returns the names that the checkpoint has.
+
+    Args:
+      targets: the parameters, which say what may be quantised, and what must be because it stays so.
 
     Raises:
-      CheckpointError: lists all tensors that are missing, surplus, of the wrong shape or of a dtype that can't be read.
+      CheckpointError: lists all tensors that are missing, surplus, of the wrong shape or of a dtype that can't be read, and
+        what is quantised only in part.
     """
-    expected = expected_shapes(config)
     found = set(source.names())
+    expected: Tensors = {name: (shape, _FLOATS) for name, shape in expected_shapes(config).items()}
+    incomplete, plain = _expect_quantised(expected, found, config, targets)
     ignored = _ignored(found, config)
     present = sorted(found & expected.keys())
     wrong = [
-        f"{name}: expected {list(expected[name])}, got {list(source.shape(name))}"
+        f"{name}: expected {list(expected[name][0])}, got {list(source.shape(name))}"
         for name in present
-        if tuple(source.shape(name)) != expected[name]
+        if tuple(source.shape(name)) != expected[name][0]
     ]
-    unreadable = [f"{name}: {source.dtype(name)}" for name in present if source.dtype(name) not in _FLOATS]
+    unreadable = [
+        f"{name}: {source.dtype(name)}, not {' or '.join(map(str, expected[name][1]))}"
+        for name in present
+        if source.dtype(name) not in expected[name][1]
+    ]
     mistakes = {
         "missing": sorted(expected.keys() - found),
         "surplus": sorted(found - expected.keys() - ignored),
         "of the wrong shape": wrong,
-        "not in bfloat16, float16, float32 or float64": unreadable,
+        "of a dtype that does not belong there (one that is quantised has scales, others have none)": unreadable,
+        "quantised for some experts of a layer only": incomplete,
+        "not quantised, which --weights fp8 asks for (use --weights bf16)": plain,
     }
     if any(mistakes.values()):
         lists = "".join(_listing(what, names) for what, names in mistakes.items() if names)
@@ -50,6 +65,33 @@ def check_tensors(source: TensorSource, config: ModelConfig) -> None:
         _log.info(
             "ignored %d tensors that inference does not use (multi-token prediction, buffers, tied head)", len(ignored)
         )
+    return found
+
+
+def _expect_quantised(
+    expected: Tensors, found: set[str], config: ModelConfig, targets: Sequence[Target]
+) -> tuple[list[str], list[str]]:
+    """Puts the tensors of the matrices that the checkpoint has quantised in the place of their one.
+
+    Returns: matrices that only some experts of a layer have quantised; and those that should be quantised and are not.
+    """
+    incomplete, plain = [], []
+    for target in targets:
+        quantization = target.quantization
+        if quantization is None or target.holds == "scale":
+            continue
+        for piece, layer in itertools.product(target.pieces, target.layers or (None,)):
+            experts = range(config.n_routed_experts if piece.routed else 1)
+            names = [piece.name.format(layer=layer, expert=expert) for expert in experts]
+            quantised = [name for name in names if quantization.quantises(name, found)]
+            for name in quantised:
+                del expected[name]
+                expected |= quantization.tensors(name, piece.stored)
+            if 0 < len(quantised) < len(names):
+                incomplete.append(piece.name.format(layer=layer, expert="*"))
+            elif target.holds == "q" and not quantised:
+                plain += names
+    return incomplete, plain
 
 
 def _ignored(names: set[str], config: ModelConfig) -> set[str]:

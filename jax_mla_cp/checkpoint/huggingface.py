@@ -31,7 +31,11 @@ class Piece:
     stored: tuple[int, ...]
     """Shape in the checkpoint."""
     view: View
-    """From the stored layout to the parameter's; a NumPy view where that can be."""
+    """From the stored layout to the parameter's; a NumPy view where that can be.
+
+    Of a quantised matrix it also takes the scales, which have fewer elements along the dimensions that `Declare.matrix` calls
+    `blocks`: those it must not divide.
+    """
     at: tuple[slice, ...] = ()
     """The part of the parameter that it fills; () is all of it."""
 
@@ -73,11 +77,13 @@ def _attention(c: ModelConfig) -> dict[str, tuple[Piece, ...]]:
 
     def query(name: str, inputs: int) -> tuple[Piece, ...]:
         stored = (N * (h + r), inputs)
-        return (Piece(attn + name, stored, lambda w: halves(w.reshape(N, h + r, inputs)).transpose(2, 0, 1)),)
+        return (Piece(attn + name, stored, lambda w: halves(w.reshape(N, h + r, -1)).transpose(2, 0, 1)),)
 
     def up(take: slice) -> tuple[Piece, ...]:
         stored = (N * (h + v), R)
-        return (Piece(attn + "kv_b_proj.weight", stored, lambda w: w.reshape(N, h + v, R)[:, take].transpose(2, 0, 1)),)
+        return (
+            Piece(attn + "kv_b_proj.weight", stored, lambda w: w.reshape(N, h + v, -1)[:, take].transpose(2, 0, 1)),
+        )
 
     table = {
         "attn_norm": (Piece(layer + "input_layernorm.weight", (D,), _same),),
@@ -86,7 +92,7 @@ def _attention(c: ModelConfig) -> dict[str, tuple[Piece, ...]]:
         "mla.kv_norm": (Piece(attn + "kv_a_layernorm.weight", (R,), _same),),
         "mla.w_uk": up(slice(0, h)),
         "mla.w_uv": up(slice(h, h + v)),
-        "mla.o": (Piece(attn + "o_proj.weight", (D, N * v), lambda w: w.reshape(D, N, v).transpose(1, 2, 0)),),
+        "mla.o": (Piece(attn + "o_proj.weight", (D, N * v), lambda w: w.reshape(-1, N, v).transpose(1, 2, 0)),),
     }
     if c.q_lora_rank is None:
         return table | {"mla.q": query("q_proj.weight", D)}

@@ -52,15 +52,15 @@ class Decoder(nnx.Module):
     def __init__(self, build: Build):
         c = build.config
         self.build = build
-        declare = Declare(build.dtype)
+        declare = Declare(build)
         self.embed = declare(build.padded_vocab, c.hidden_size, spec=(TP, None))
         self.final_norm = declare(c.hidden_size)
         if not c.tie_word_embeddings:
             self.head = declare(c.hidden_size, build.padded_vocab, spec=(None, TP))
         if c.num_dense_layers:
-            self.dense = Layer(Declare(build.dtype, c.num_dense_layers), build, experts=False)
+            self.dense = Layer(Declare(build, c.num_dense_layers), build, experts=False)
         if c.num_moe_layers:
-            self.moe = Layer(Declare(build.dtype, c.num_moe_layers), build, experts=True)
+            self.moe = Layer(Declare(build, c.num_moe_layers), build, experts=True)
 
     def __call__(
         self, pages: Float[Array, "pages page_size C"], batch: Batch

@@ -18,6 +18,7 @@ from jax_mla_cp.mesh import TP
 from jax_mla_cp.model.context import Build, Declare
 from jax_mla_cp.model.experts import apply_experts
 from jax_mla_cp.model.layers import Mlp
+from jax_mla_cp.model.quantised import Fp8
 from jax_mla_cp.numerics import einsum_float32
 
 # At a time, gathered ones: with the windows of `apply_experts` it bounds the buffers. 32K, and what a bucket is above it.
@@ -35,8 +36,10 @@ class Moe(nnx.Module):
         self.bias = declare(c.n_routed_experts, dtype=wide)
         experts = build.padded_experts
         width, spec = c.moe_intermediate_size, (build.ep_axes, None, None)
-        self.gate_up = declare(experts, c.hidden_size, 2 * width, spec=spec, whole=True)
-        self.down = declare(experts, width, c.hidden_size, spec=spec, whole=True)
+        # Gate and up lie side by side: where gate ends within a block, its scales are one per column.
+        side_by_side = (1, 2) if c.quantization and width % c.quantization.block[0] == 0 else (1,)
+        self.gate_up = declare.matrix(experts, c.hidden_size, 2 * width, spec=spec, experts=True, blocks=side_by_side)
+        self.down = declare.matrix(experts, width, c.hidden_size, spec=spec, experts=True, blocks=(1, 2))
         if c.n_shared_experts:
             self.shared = Mlp(declare, c.hidden_size, c.n_shared_experts * c.moe_intermediate_size)
 
@@ -59,12 +62,13 @@ class Moe(nnx.Module):
         axes = self.build.axes
         tokens = len(x)
         slices = -(-tokens * axes.size(gather_over) // _MOST_TOKENS)
+        experts = self._weights(layer)
 
         def one(part: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
             if not gather_over:
-                return self._experts(*part, layer)
+                return self._experts(*part, *experts)
             x, expert, weight = (axes.all_gather(p, gather_over) for p in part)
-            return axes.psum_scatter(self._experts(x, expert, weight, layer), gather_over)
+            return axes.psum_scatter(self._experts(x, expert, weight, *experts), gather_over)
 
         if slices == 1:
             return one((x, expert, weight))
@@ -78,15 +82,37 @@ class Moe(nnx.Module):
         out = lax.map(one, (split(x, 0), split(expert, nobody), split(weight, 0)))
         return out.reshape(slices * size, -1)[:tokens]
 
+    def _weights(self, layer: jax.Array | int) -> tuple[Float[Array, "G D 2F"], Float[Array, "G F D"], jax.Array | int]:
+        """This device's experts' `gate_up` and `down`, and the number of the layer's first expert in them.
+
+        The whole stack's, as no slice of it may be made for a kernel. Or, where they stay in FP8, the layer's, made for its
+        products: of DeepSeek-V3 at tp=8 that is 2.8 GB, which the next layer's take the place of.
+        """
+        first = layer * self._local
+        if isinstance(self.gate_up, Fp8) and isinstance(self.down, Fp8):
+            with jax.named_scope("dequantise"):
+                return self.gate_up.experts(first, self._local), self.down.experts(first, self._local), 0
+        return lax.collapse(self.gate_up[...], 0, -2), lax.collapse(self.down[...], 0, -2), first
+
+    @property
+    def _local(self) -> int:
+        """Experts of a device."""
+        return self.build.padded_experts // self.build.axes.size(self.build.ep_axes)
+
     def _experts(
-        self, x: Float[Array, "M D"], expert: Int32[Array, "M k"], weight: Float[Array, "M k"], layer: jax.Array | int
+        self,
+        x: Float[Array, "M D"],
+        expert: Int32[Array, "M k"],
+        weight: Float[Array, "M k"],
+        gate_up: Float[Array, "G D 2F"],
+        down: Float[Array, "G F D"],
+        first: jax.Array | int,
     ) -> Float[Array, "M D"]:
         """What this device's experts add to each token."""
-        ep, local = self.build.ep_axes, self.down.shape[-3]
+        ep, local = self.build.ep_axes, self._local
         mine = expert - self.build.axes.index(ep) * local
-        gate_up, down = (lax.collapse(w[...], 0, -2) for w in (self.gate_up, self.down))  # [layers * E, ..]
         return apply_experts(
-            x, mine, weight, gate_up, down, experts=local, first=layer * local, shares=self.build.axes.size(ep)
+            x, mine, weight, gate_up, down, experts=local, first=first, shares=self.build.axes.size(ep)
         )
 
 

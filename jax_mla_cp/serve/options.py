@@ -15,6 +15,7 @@ from jax_mla_cp.config import ConfigError, Form, Implementation
 from jax_mla_cp.load import Dtype, EpAxes
 from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.platform import Platform, default_compile_cache
+from jax_mla_cp.quantization import Weights
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -35,6 +36,7 @@ class ServeConfig:
     mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
     platform: Platform = "auto"
     dtype: Dtype = "auto"
+    weights: Weights = "auto"
     ep_axes: EpAxes = "auto"
     attention: Implementation = "auto"
     form: Form = "auto"
@@ -83,7 +85,7 @@ class ServeConfig:
 
 
 _CHOICES: dict[str, Any] = {
-    "platform": Platform, "dtype": Dtype, "ep_axes": EpAxes, "attention": Implementation, "form": Form,
+    "platform": Platform, "dtype": Dtype, "weights": Weights, "ep_axes": EpAxes, "attention": Implementation, "form": Form,
     "log_level": LogLevel,
 }  # fmt: skip
 _WHOLE: dict[str, tuple[int, int]] = {
@@ -194,6 +196,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     model.add_argument("--dtype", metavar="{auto,float32,bfloat16}",
                        help="of weights, activations and cache; auto: float32 on CPU, bfloat16 on GPUs")  # fmt: skip
+    model.add_argument("--weights", metavar="{auto,bf16,fp8}",
+                       help="of a quantised checkpoint; bf16: dequantised while loading, to --dtype (so also to float32); fp8: "
+                            "kept in FP8, half the memory, dequantised by every use; auto: fp8 on GPUs, else bf16")  # fmt: skip
     devices = p.add_argument_group("devices")
     devices.add_argument("--mesh", metavar="AXES",
                          help="tp=8,cp=4[,dp=2] in any order; tp divides heads, cp the tokens of a step, dp the requests; an "

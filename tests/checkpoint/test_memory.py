@@ -1,4 +1,4 @@
-"""Peak anonymous host memory while loading: the local shards and one tensor."""
+"""Peak anonymous host memory while loading: the local shards and one tensor, also of a quantised checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from jax_mla_cp.checkpoint import expected_shapes
 from jax_mla_cp.config import ModelConfig
-from tests.checkpoint import hf
+from tests.checkpoint import hf, quantise
 
 RAW = {
     "model_type": "deepseek_v3", **hf.TINY, "vocab_size": 4096, "hidden_size": 1024, "num_hidden_layers": 4,
@@ -40,7 +40,7 @@ def anonymous():
 
 config = ModelConfig.from_dir(sys.argv[1])
 mesh = make_mesh("tp=4") if sys.argv[2] == "mesh" else None
-declared = nnx.state(Decoder(Build(config, mesh_shape(mesh) if mesh else None)))
+declared = nnx.state(Decoder(Build(config, mesh_shape(mesh) if mesh else None, fp8=sys.argv[3] == "fp8")))
 
 def load():
     return jax.block_until_ready(load_params(SafetensorsSource(sys.argv[1]), declared, config, mesh))
@@ -65,20 +65,30 @@ print(peak - before, local)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
-@pytest.mark.parametrize("mesh", ["mesh", "none"])
-def test_peak_is_the_shards_and_one_tensor(tmp_path: Path, mesh: str) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(RAW))
+@pytest.mark.parametrize(
+    ("mesh", "stored", "weights"),
+    [
+        ("mesh", "float32", "plain"),
+        ("none", "float32", "plain"),
+        ("mesh", "fp8", "fp8"),
+        ("mesh", "fp8", "bf16"),
+    ],
+)
+def test_peak_is_the_shards_and_one_tensor(tmp_path: Path, mesh: str, stored: str, weights: str) -> None:
+    raw = RAW | ({"quantization_config": quantise.FP8_CONFIG} if stored == "fp8" else {})
+    (tmp_path / "config.json").write_text(json.dumps(raw))
     shapes = expected_shapes(ModelConfig.from_hf(RAW))
-    save_file({name: np.ones(shape, np.float32) for name, shape in shapes.items()}, tmp_path / "model.safetensors")
+    tensors = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    save_file(quantise.to_fp8(tensors) if stored == "fp8" else tensors, tmp_path / "model.safetensors")
     size = (tmp_path / "model.safetensors").stat().st_size
     largest = max(4 * int(np.prod(shape)) for shape in shapes.values())
-    assert size > 150e6 > 8 * largest
+    assert sum(4 * int(np.prod(shape)) for shape in shapes.values()) > 150e6 > 8 * largest
 
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # the loader's memory, not what malloc keeps for later
-    command = [sys.executable, "-c", CHILD, str(tmp_path), mesh]
+    command = [sys.executable, "-c", CHILD, str(tmp_path), mesh, weights]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
     assert run.returncode == 0, run.stderr
     peak, local = map(int, run.stdout.split())
-    assert local >= 0.98 * size
+    assert local >= 0.98 * size and (local < 1.1 * size or weights == "bf16")
     # Neither the file nor a whole parameter is held a second time; the rest is a compilation and Python's own.
     assert peak < local + largest + 24e6, f"peak {peak / 1e6:.0f} MB, local shards {local / 1e6:.0f} MB"
