@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from jax_mla_cp.checkpoint.huggingface import Piece, layers_of, pieces
 from jax_mla_cp.checkpoint.source import CheckpointError, TensorSource
 from jax_mla_cp.config import ModelConfig
-from jax_mla_cp.model.quantised import dequantise, unpack_int4
-from jax_mla_cp.quantization import Quantization
+from jax_mla_cp.model.quantised import dequantise, fp8_bytes, unpack_int4
+from jax_mla_cp.quantization import FP8, Quantization
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Decode:
 
     def __call__(self, stored: jax.Array, scale: jax.Array | None = None) -> jax.Array:
         if self.packed_dim is not None:
-            stored = unpack_int4(stored, self.packed_dim)
+            stored = fp8_bytes(unpack_int4(stored, self.packed_dim))
         if scale is None:
             return stored.astype(self.dtype)
         return dequantise(stored, scale, self.blocks, self.dtype)
@@ -146,7 +146,7 @@ class Target:
         if q is None or not q.quantises(place.tensor(place.slot), names):
             return (Operand("", self.dtype, ones),)
         packed = tuple(q.packed if dim == self.leading else 1 for dim in range(len(self.shape)))
-        stored = Operand(q.stored_suffix, q.stored_dtype, packed)
+        stored = Operand(q.stored_suffix, np.dtype(np.int32 if q.packed > 1 else np.uint8), packed)
         # The shape of a parameter that holds scales counts them itself.
         scale = Operand(q.scale_suffix, q.scale_dtype, ones if self.holds == "scale" else self.blocks)
         return {"q": (stored,), "scale": (scale,), "": (stored, scale)}[self.holds]
@@ -188,7 +188,7 @@ class Target:
                 told = source.read(name + q.shape_suffix).tolist()
                 if tuple(told) != piece.stored:
                     raise CheckpointError(f"{name}{q.shape_suffix}: expected {list(piece.stored)}, got {told}.")
-            return tensor
+            return tensor.view(np.uint8) if tensor.dtype == FP8 else tensor
         if not np.isfinite(tensor).all():
             raise CheckpointError(f"{name}{operand.suffix}: a scale is NaN or infinite. Download the checkpoint again.")
         # `blocks` begins with the inputs and ends with the outputs.

@@ -15,7 +15,7 @@ from jax_mla_cp.attention import Resolved, Rows
 from jax_mla_cp.config import ConfigError, ModelConfig
 from jax_mla_cp.mesh import CP, DP, TP, Axes, MeshShape
 from jax_mla_cp.model.quantised import Fp8
-from jax_mla_cp.quantization import FP8, Quantization
+from jax_mla_cp.quantization import Quantization
 
 EP_CHOICES: dict[str, tuple[str, ...]] = {"tp": (TP,), "tp,cp": (CP, TP), "tp,cp,dp": (DP, CP, TP)}
 """--ep-axes -> the mesh axes that divide the experts, slowest first."""
@@ -117,7 +117,7 @@ class Declare:
         if not self.build.fp8:
             return self._param(shape, spec, self.build.dtype, experts, sizes)
         scales = tuple(-(-size // block) for size, block in zip(shape, sizes, strict=True))
-        q = self._param(shape, spec, jnp.dtype(FP8), experts, sizes)
+        q = self._param(shape, spec, jnp.dtype(jnp.uint8), experts, sizes)
         return Fp8(
             q, self._param(scales, spec, jnp.dtype(quantization.scale_dtype), experts, sizes), sizes, self.build.dtype
         )

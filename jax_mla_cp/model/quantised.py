@@ -3,6 +3,9 @@
 A matrix keeps the layout that it would have without: [inputs, ...outputs], with layers and experts in front. Its scales have
 a dimension for each of the matrix's: one scale per block along some, one per element along the others, where heads, halves
 or devices would cut blocks. So they are divided over the mesh as the matrix is.
+
+Arrays hold float8_e4m3fn as its bytes, in uint8: of a float8 array that is sliced, or updated in place, XLA:CPU makes a float16
+copy first, of the whole stack of layers.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from jax import lax
 
 
 class Fp8(nnx.Module):
-    """A matrix in float8_e4m3fn. `[...]` gives it in the model's dtype, as an `nnx.Param`'s does: once per use of the layer."""
+    """A matrix in FP8. `[...]` gives it in the model's dtype, as an `nnx.Param`'s does."""
 
     def __init__(self, q: nnx.Param[Any], scale: nnx.Param[Any], blocks: tuple[int, ...], dtype: np.dtype[Any]):
         """`blocks`: elements that share a scale, along each of a layer's own dimensions."""
@@ -40,14 +43,20 @@ def dequantise(q: jax.Array, scale: jax.Array, blocks: tuple[int, ...], dtype: n
     """`q * scale` in float32, rounded once to `dtype`.
 
     Args:
-      q: numbers of any dtype that float32 holds.
+      q: float8_e4m3fn's bytes, uint8.
       scale: of q's rank; along dimension d, `ceil(q.shape[d] / blocks[d])` of them.
       blocks: elements that share a scale, along each dimension.
     """
     for dim, (size, block) in enumerate(zip(q.shape, blocks, strict=True)):
         if block > 1:
             scale = lax.slice_in_dim(jnp.repeat(scale, block, axis=dim), 0, size, axis=dim)
-    return (q.astype(jnp.float32) * scale.astype(jnp.float32)).astype(dtype)
+    wide = lax.bitcast_convert_type(q, jnp.float8_e4m3fn).astype(jnp.float32)
+    return (wide * scale.astype(jnp.float32)).astype(dtype)
+
+
+def fp8_bytes(x: jax.Array) -> jax.Array:
+    """x in float8_e4m3fn, as uint8. Whole numbers from -16 to 16 are exact."""
+    return lax.bitcast_convert_type(x.astype(jnp.float8_e4m3fn), jnp.uint8)
 
 
 def unpack_int4(packed: jax.Array, dim: int) -> jax.Array:

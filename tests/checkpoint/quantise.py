@@ -82,7 +82,9 @@ def from_int4(tensors: Tensors) -> Tensors:
         if name.endswith("_packed"):
             base = name.removesuffix("_packed")
             words = packed.view(np.uint32)
-            values = np.stack([words >> np.uint32(4 * i) & np.uint32(15) for i in range(8)], axis=-1).astype(np.float32) - 8
+            values = (
+                np.stack([words >> np.uint32(4 * i) & np.uint32(15) for i in range(8)], axis=-1).astype(np.float32) - 8
+            )
             scale = np.repeat(tensors[f"{base}_scale"].astype(np.float32), 32, axis=1)
             out[base] = values.reshape(scale.shape) * scale
     return out

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -91,7 +90,6 @@ def test_every_device_has_the_numbers_of_the_dequantised_checkpoint(
             np.testing.assert_array_equal(at_load[path].addressable_shards[i].data, shard.data, err_msg=message)
             if path in in_fp8:
                 q, scale = (kept[f"{path}.{part}"].addressable_shards[i].data for part in ("q", "scale"))
-                assert q.dtype == ml_dtypes.float8_e4m3fn
                 got = by_numpy(q, scale, 128 if kind == "fp8" else 32)
             else:
                 got = kept[path].addressable_shards[i].data
@@ -110,7 +108,8 @@ def by_numpy(q: Any, scale: Any, block: int) -> np.ndarray:
     for dim, size in enumerate(q.shape):
         if scale.shape[dim] != size:
             scale = np.repeat(scale, block, axis=dim).take(range(size), axis=dim)
-    return np.asarray(q).astype(np.float32) * scale
+    assert q.dtype == np.uint8
+    return np.asarray(q).view(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale
 
 
 def test_scales_of_experts_stay_one_per_block() -> None:
