@@ -13,6 +13,7 @@ from jax_mla_cp.checkpoint.source import CheckpointError, TensorSource
 from jax_mla_cp.config import ModelConfig
 
 _SHOWN = 20  # tensors listed per kind of mistake
+_VISION = ("vision_tower.", "mm_projector.")  # beside the text part, in KimiK25ForConditionalGeneration
 _FLOATS = tuple(np.dtype(t) for t in (ml_dtypes.bfloat16, np.float16, np.float32, np.float64))
 _log = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ def check_tensors(source: TensorSource, config: ModelConfig) -> None:
     expected = expected_shapes(config)
     found = set(source.names())
     ignored = _ignored(found, config)
+    vision = {name for name in found if config.weight_prefix and name.startswith(_VISION)}
     present = sorted(found & expected.keys())
     wrong = [
         f"{name}: expected {list(expected[name])}, got {list(source.shape(name))}"
@@ -35,7 +37,7 @@ def check_tensors(source: TensorSource, config: ModelConfig) -> None:
     unreadable = [f"{name}: {source.dtype(name)}" for name in present if source.dtype(name) not in _FLOATS]
     mistakes = {
         "missing": sorted(expected.keys() - found),
-        "surplus": sorted(found - expected.keys() - ignored),
+        "surplus": sorted(found - expected.keys() - ignored - vision),
         "of the wrong shape": wrong,
         "not in bfloat16, float16, float32 or float64": unreadable,
     }
@@ -50,6 +52,12 @@ def check_tensors(source: TensorSource, config: ModelConfig) -> None:
         _log.info(
             "ignored %d tensors that inference does not use (multi-token prediction, buffers, tied head)", len(ignored)
         )
+    if vision:
+        _log.info(
+            "ignored %d tensors of the image encoder (%s): only text runs",
+            len(vision),
+            ", ".join(f"{part}*" for part in _VISION if any(name.startswith(part) for name in vision)),
+        )
 
 
 def _ignored(names: set[str], config: ModelConfig) -> set[str]:
@@ -58,16 +66,17 @@ def _ignored(names: set[str], config: ModelConfig) -> set[str]:
     Multi-token prediction adds layers after the last one; only such a layer has `eh_proj`, so that the surplus layers
     of a wrong config.json stay an error.
     """
-    layer = config.num_layers
-    while f"model.layers.{layer}.eh_proj.weight" in names:
+    layer, prefix = config.num_layers, config.weight_prefix
+    while f"{prefix}model.layers.{layer}.eh_proj.weight" in names:
         layer += 1
     extra = {
         name
         for name in names
-        if (match := re.match(r"model\.layers\.(\d+)\.", name)) and config.num_layers <= int(match[1]) < layer
+        if (match := re.match(re.escape(prefix) + r"model\.layers\.(\d+)\.", name))
+        and config.num_layers <= int(match[1]) < layer
     }
     extra |= {name for name in names if name.endswith("rotary_emb.inv_freq")}
-    return extra | ({"lm_head.weight"} & names if config.tie_word_embeddings else set())
+    return extra | ({f"{prefix}lm_head.weight"} & names if config.tie_word_embeddings else set())
 
 
 def _listing(what: str, names: list[str]) -> str:

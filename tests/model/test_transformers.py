@@ -1,7 +1,8 @@
-"""Parity with transformers' DeepseekV3ForCausalLM, in float32, on small random checkpoints that it wrote."""
+"""Parity with transformers' DeepSeek-V2, V3 and Kimi K2.5, in float32, on small random checkpoints that it wrote."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ CASES = [
     ("all_dense", "tp=2,cp=2", "auto", "auto"),
     ("no_dense", "cp=4", "tp,cp", "auto"),
     ("sharded", "tp=4,cp=8", "auto", "auto"),
+    ("v2", "tp=2,cp=3", "tp,cp", "expanded"),
+    ("v2_lite", "dp=2,tp=2,cp=2", "tp,cp,dp", "absorbed"),
+    ("k25", "tp=4,cp=2", "tp,cp", "auto"),
 ]
 
 
@@ -63,10 +67,9 @@ def test_logits_and_latents(
     checkpoint: Checkpoints,
     transformers_model: Callable[[str], Any],
 ) -> None:
-    config, path = checkpoint(variant)
     hf = transformers_model(variant)
-    model, _ = mla.load(path, mesh=mla.make_mesh(mesh) if mesh else None, dtype="float32", ep_axes=ep)
-    texts = prompts(config["vocab_size"], (150, 9, 1, 33))
+    model, _ = mla.load(checkpoint(variant)[1], mesh=mla.make_mesh(mesh) if mesh else None, dtype="float32", ep_axes=ep)
+    texts = prompts(model.config.vocab_size, (150, 9, 1, 33))
     driver = Driver(model, form=form)
     requests, got = play(driver, texts)
     for request, logits in zip(requests, got, strict=True):
@@ -105,6 +108,33 @@ def test_a_model_with_one_wrong_number_is_noticed(
     requests, got = play(Driver(model), texts)
     want = hf_logits(transformers_model("v3"), requests[0].tokens)[-1]
     assert np.abs(got[0] - want).max() > 1e-3 * np.abs(want).max()
+
+
+@pytest.mark.parametrize(
+    ("variant", "change"),
+    [
+        ("v2", {"topk_method": "greedy", "n_group": 1, "topk_group": 1}),
+        ("v2_lite", {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}),
+        ("k25", {"routed_scaling_factor": 2.5}),
+    ],
+)
+def test_one_device_is_the_model_and_no_relative_of_it(
+    variant: str, change: dict[str, Any], checkpoint: Checkpoints, transformers_model: Callable[[str], Any]
+) -> None:
+    """Both oracles, and as a negative control one of them as another member of the family with the same weights."""
+    path = checkpoint(variant)[1]
+    model, _ = mla.load(path, dtype="float32")
+    driver, tokens = Driver(model), prompts(model.config.vocab_size, (33,))[0]
+    got = driver.step([(driver.request(), tokens)])[0]
+
+    def error(want: np.ndarray) -> float:
+        return float(np.abs(got - want).max() / np.abs(want).max())
+
+    assert error(hf_logits(transformers_model(variant), tokens)[-1]) < 1e-4
+    weights = read_weights(path)
+    assert error(reference(model.config, weights, tokens).logits[-1]) < 1e-5
+    other = dataclasses.replace(model.config, **change)
+    assert error(reference(other, weights, tokens).logits[-1]) > 1e-2
 
 
 @pytest.mark.parametrize("mesh", [None, "tp=2,cp=4", "dp=2,cp=3"])
