@@ -199,7 +199,7 @@ class ModelConfig:
             n_group=need("n_group") if grouped else 1,
             topk_group=need("topk_group") if grouped else 1,
             norm_topk_prob=bool(raw.get("norm_topk_prob", topk_method == "noaux_tc")),
-            routed_scaling_factor=float(raw.get("routed_scaling_factor") or 1.0),
+            routed_scaling_factor=float(need("routed_scaling_factor")) if experts else 1.0,
             rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
             max_position=need("max_position_embeddings"),
             rope=_rope(raw),
