@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from jax_mla_cp.tokenizer import Detokenizer, Tokenizer, TokenizerError, require_tokenizer
+from jax_mla_cp.tokenizer import Detokenizer, JsonVocabulary, Tokenizer, TokenizerError, require_tokenizer
 
 CORPUS = ["hello world, héllo wörld", "日本語のテキスト 你好 世界", "emoji 👩‍👩‍👧 😀😃", "the quick brown fox"] * 4
 
@@ -91,7 +91,7 @@ def pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
 
 @pytest.mark.parametrize("text", [*CORPUS[:4], "👩‍👩‍👧" * 50, "e\u0301 \ufffd literal", "\n\n  x"])
 def test_stream_of_real_text_has_no_partial_code_points(text: str) -> None:
-    tokenizer = Tokenizer(byte_level())
+    tokenizer = Tokenizer(JsonVocabulary(byte_level()))
     got = pieces(tokenizer, tokenizer.encode(text))
     assert "".join(got) == text
     assert "\ufffd" in text or not any("\ufffd" in piece for piece in got)
@@ -103,11 +103,11 @@ def test_any_ids_stream_to_what_decode_gives(ids: list[int]) -> None:
     assert "".join(pieces(BYTE_LEVEL, ids)) == BYTE_LEVEL.decode(ids)
 
 
-BYTE_LEVEL = Tokenizer(byte_level())
+BYTE_LEVEL = Tokenizer(JsonVocabulary(byte_level()))
 
 
 def test_stream_is_not_held_back() -> None:
-    tokenizer = Tokenizer(byte_level())
+    tokenizer = Tokenizer(JsonVocabulary(byte_level()))
     stream = Detokenizer(tokenizer)
     for letter in "plain ascii":
         ids = tokenizer.encode(letter)
@@ -118,14 +118,14 @@ def test_endless_invalid_bytes_take_linear_time() -> None:
     backend = byte_level()
     bytes_ = [backend.token_to_id(letter) for letter in pre_tokenizers.ByteLevel.alphabet()]
     token = next(byte for byte in bytes_ if backend.decode([byte]) == "\ufffd")
-    tokenizer, begin = Tokenizer(backend), time.monotonic()
+    tokenizer, begin = Tokenizer(JsonVocabulary(backend)), time.monotonic()
     got = pieces(tokenizer, [token] * 20000)
     assert "".join(got) == tokenizer.decode([token] * 20000)
     assert time.monotonic() - begin < 20
 
 
 def test_byte_fallback_streams() -> None:
-    tokenizer = Tokenizer(byte_fallback())
+    tokenizer = Tokenizer(JsonVocabulary(byte_fallback()))
     ids = [257, *(b + 1 for b in "你好😀".encode()), 258, 257, 259, *(b + 1 for b in "é".encode())]
     got = pieces(tokenizer, ids)
     assert "".join(got) == tokenizer.decode(ids) == "a你好😀b a é"
