@@ -38,8 +38,9 @@ PATTERN = "|".join(
 
 _SPECIALS = 256  # ids behind the BPE's that are special tokens, with a name or without
 
-# Longer texts and longer runs without a change between space and no space are cut, as tiktoken takes quadratic time or
-# fails on them (https://github.com/openai/tiktoken/issues/195). The cuts show in the ids.
+# Longer texts, and longer runs of white space or of anything else, are cut, because tiktoken can fail on them (it panics
+# on a million spaces; https://github.com/openai/tiktoken/issues/195). The ids show it, so the cuts are TikTokenTokenizer's:
+# counted from the last special token, as when transformers calls it.
 _MAX_CHARS = 400_000
 _MAX_RUN = 25_000
 _RUN = re.compile(r"\s+|\S+")
@@ -115,7 +116,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
         encoded, _, rank = line.partition(b" ")
         try:
             token, value = base64.b64decode(encoded, validate=True), int(rank)
-        except ValueError as error:
+        except ValueError as error:  # binascii.Error is one
             raise TokenizerError(f"{path}: line {number} is not a token in base64 and its rank: {error}") from error
         if not token or token in ranks:
             raise TokenizerError(f"{path}: line {number}: the token {token!r} is empty or was in an earlier line.")
@@ -132,7 +133,10 @@ def _added_tokens(settings: Mapping[str, Any], first: int) -> tuple[dict[int, st
     where = "tokenizer_config.json: added_tokens_decoder"
     named: dict[int, str] = {}
     hidden = {*special_tokens(settings).values(), *_texts(settings.get("additional_special_tokens"))}
-    for key, token in (settings.get("added_tokens_decoder") or {}).items():
+    added = settings.get("added_tokens_decoder") or {}
+    if not isinstance(added, dict):
+        raise TokenizerError(f"{where}: expected an object, got {type(added).__name__}.")
+    for key, token in added.items():
         name = token_text(token)
         if not (key.isdecimal() and first <= int(key) < first + _SPECIALS and name):
             raise TokenizerError(

@@ -14,7 +14,9 @@ _WINDOW = 32  # tokens that `Detokenizer` decodes again before it looks for a pl
 class Detokenizer:
     """The text of one request, piece by piece as its tokens come.
 
-    A piece never ends within a code point. The pieces and `finish`'s add up to `Tokenizer.decode` of all tokens.
+    A piece never ends within a code point. The pieces and `finish`'s add up to `Tokenizer.decode` of all tokens; but a
+    tokenizer.json with byte fallback (Llama's kind) takes a whole run of byte tokens back for one that is no UTF-8, of
+    which pieces can't take back more than a code point.
     """
 
     def __init__(self, tokenizer: Tokenizer):

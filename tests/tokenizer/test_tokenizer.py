@@ -1,51 +1,21 @@
-"""Text to ids and back: BOS and EOS exactly once, streams that never end within a code point."""
+"""tokenizer.json: text to ids and back, BOS and EOS exactly once; which file is read."""
 
 from __future__ import annotations
 
-import json
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from jax_mla_cp.tokenizer import Detokenizer, JsonVocabulary, Tokenizer, TokenizerError, require_tokenizer
+from jax_mla_cp.serve.completions import token_name
+from jax_mla_cp.tokenizer import Tokenizer, TokenizerError, require_tokenizer
 
-CORPUS = ["hello world, héllo wörld", "日本語のテキスト 你好 世界", "emoji 👩‍👩‍👧 😀😃", "the quick brown fox"] * 4
-
-
-def byte_level(*, template: tuple[str, ...] | None = None) -> tokenizers.Tokenizer:
-    """A byte-level BPE with merges, so that tokens end within code points; ids: all bytes, merges, <s>, </s>."""
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
-    backend.train_from_iterator(CORPUS, trainer)
-    backend.add_special_tokens(["<s>", "</s>"])
-    if template:
-        special = [(token, backend.token_to_id(token)) for token in ("<s>", "</s>")]
-        backend.post_processor = processors.TemplateProcessing(single=" ".join(template), special_tokens=special)
-    return backend
-
-
-def byte_fallback() -> tokenizers.Tokenizer:
-    """Llama's kind: words with a leading space, and byte tokens for what is in no word."""
-    vocab = {"<unk>": 0, **{f"<0x{b:02X}>": b + 1 for b in range(256)}, "▁a": 257, "b": 258, "▁": 259}
-    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return backend
+from .vocabularies import BYTE_LEVEL, CORPUS, KIMI, byte_level, save_json, save_kimi
 
 
 def saved(directory: Path, backend: tokenizers.Tokenizer, **config: Any) -> Tokenizer:
-    backend.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    save_json(directory, backend, **config)
     return require_tokenizer(Tokenizer.from_dir(directory, 1000))
 
 
@@ -84,52 +54,38 @@ def test_no_padding_and_no_truncation(tmp_path: Path) -> None:
     assert saved(tmp_path, backend).encode("hello world " * 9) == bare
 
 
-def pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    stream = Detokenizer(tokenizer)
-    return [*(stream.add(token) for token in ids), stream.finish()]
+def test_from_contents(tmp_path: Path) -> None:
+    settings = {"add_bos_token": True, "bos_token": "<s>", "chat_template": "{{ bos_token }}{{ messages[0].content }}"}
+    contents = byte_level().to_str().encode()
+    tokenizer = Tokenizer.from_json(contents, settings, 1000)
+    assert tokenizer.encode("hello") == tokenizer.encode_chat([{"role": "user", "content": "hello"}])
+    with pytest.raises(TokenizerError, match=r"tokenizer.json: token '</s>'"):
+        Tokenizer.from_json(contents, settings, 300)
 
 
-@pytest.mark.parametrize("text", [*CORPUS[:4], "👩‍👩‍👧" * 50, "e\u0301 \ufffd literal", "\n\n  x"])
-def test_stream_of_real_text_has_no_partial_code_points(text: str) -> None:
-    tokenizer = Tokenizer(JsonVocabulary(byte_level()))
-    got = pieces(tokenizer, tokenizer.encode(text))
-    assert "".join(got) == text
-    assert "\ufffd" in text or not any("\ufffd" in piece for piece in got)
+def test_tokenizer_json_goes_before_tiktoken_model(tmp_path: Path) -> None:
+    save_kimi(tmp_path)
+    kimi = require_tokenizer(Tokenizer.from_dir(tmp_path, 1000))
+    assert kimi.encode("hello 世界") == KIMI.encode("hello 世界")
+    assert (
+        saved(tmp_path, byte_level()).encode("hello 世界")
+        == BYTE_LEVEL.encode("hello 世界")
+        != kimi.encode("hello 世界")
+    )
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(0, 340), max_size=120))
-def test_any_ids_stream_to_what_decode_gives(ids: list[int]) -> None:
-    assert "".join(pieces(BYTE_LEVEL, ids)) == BYTE_LEVEL.decode(ids)
+@pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, KIMI], ids=["json", "kimi"])
+def test_half_a_surrogate_pair_is_no_text(tokenizer: Tokenizer) -> None:
+    with pytest.raises(TokenizerError, match=r"character 2 is '\\ud83d', half a surrogate pair"):
+        tokenizer.encode("ab\ud83d")
 
 
-BYTE_LEVEL = Tokenizer(JsonVocabulary(byte_level()))
-
-
-def test_stream_is_not_held_back() -> None:
-    tokenizer = Tokenizer(JsonVocabulary(byte_level()))
-    stream = Detokenizer(tokenizer)
-    for letter in "plain ascii":
-        ids = tokenizer.encode(letter)
-        assert "".join(stream.add(token) for token in ids) == letter
-
-
-def test_endless_invalid_bytes_take_linear_time() -> None:
-    backend = byte_level()
-    bytes_ = [backend.token_to_id(letter) for letter in pre_tokenizers.ByteLevel.alphabet()]
-    token = next(byte for byte in bytes_ if backend.decode([byte]) == "\ufffd")
-    tokenizer, begin = Tokenizer(JsonVocabulary(backend)), time.monotonic()
-    got = pieces(tokenizer, [token] * 20000)
-    assert "".join(got) == tokenizer.decode([token] * 20000)
-    assert time.monotonic() - begin < 20
-
-
-def test_byte_fallback_streams() -> None:
-    tokenizer = Tokenizer(JsonVocabulary(byte_fallback()))
-    ids = [257, *(b + 1 for b in "你好😀".encode()), 258, 257, 259, *(b + 1 for b in "é".encode())]
-    got = pieces(tokenizer, ids)
-    assert "".join(got) == tokenizer.decode(ids) == "a你好😀b a é"
-    assert not any("\ufffd" in piece for piece in got)
+@pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, KIMI], ids=["json", "kimi"])
+def test_every_token_has_a_name_of_its_own(tokenizer: Tokenizer) -> None:
+    """The server's `top_logprobs` are by name: a name for two tokens would lose one."""
+    names = [token_name(tokenizer, token) for token in range(600)]
+    assert len(set(names)) == 600
+    assert "token_id:599" in names  # no token; and special tokens are written like this, too
 
 
 def test_without_tokenizer_json(tmp_path: Path) -> None:
