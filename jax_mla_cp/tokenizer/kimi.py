@@ -1,8 +1,8 @@
 """Kimi's tokenizer: tiktoken.model, a byte-level BPE for the `tiktoken` library, and tokenizer_config.json.
 
 Such a directory has no tokenizer.json; its tokenizer is Python code, tokenization_kimi.py, that others run with
-`trust_remote_code`. This does what class `TikTokenTokenizer` of that file does (moonshotai/Kimi-K2-Instruct; Moonlight,
-K2-Thinking and K2.5 have the same one), and the library is the same, so the ids are the same.
+`trust_remote_code`. This does what class `TikTokenTokenizer` of that file does (Moonshot AI; the files of Kimi-K2's time and
+of Kimi-K3's divide text alike), and the library is the same, so the ids are the same.
 """
 
 from __future__ import annotations
@@ -76,7 +76,10 @@ class KimiVocabulary:
 
     @classmethod
     def read(cls, path: Path, settings: Mapping[str, Any]) -> KimiVocabulary:
-        """Raises: TokenizerError: as `read_ranks` and the constructor."""
+        """
+        Raises:
+          TokenizerError: as `read_ranks` and the constructor.
+        """
         return cls(read_ranks(path), settings)
 
     def encode(self, text: str) -> list[int]:

@@ -30,7 +30,10 @@ def read_settings(path: Path) -> Mapping[str, Any]:
 
 
 def read_text(path: Path) -> str:
-    """Raises: TokenizerError: the file can't be read, or is not UTF-8."""
+    """
+    Raises:
+      TokenizerError: the file can't be read, or is not UTF-8.
+    """
     try:
         return path.read_text(encoding="utf-8")
     except (ValueError, OSError) as error:
