@@ -50,7 +50,7 @@ def load(
       attention: "auto" is the fastest that runs here.
       progress: a bar on stderr; None: if that is a terminal.
 
-    Returns: the model, and its tokenizer, or None if the directory has no tokenizer.json.
+    Returns: the model, and its tokenizer, or None if the directory has none that `Tokenizer.from_dir` reads.
 
     Raises:
       ConfigError: whatever does not fit: the directory, the config, the mesh, the checkpoint's tensors.

@@ -63,16 +63,20 @@ def random_params(module: nnx.Module, mesh: Mesh) -> Any:
 def favour_first_rank(params: Any, build: Build, mesh: Mesh) -> Any:
     """The same weights, with a router that prefers the experts of the first device of the expert group.
 
-    Every token takes as many of them as the choice of groups allows: the worst case for that device.
+    Every token takes as many of them as the choice of groups allows: the worst case for that device. Where the router has
+    no bias to prefer them with, all scores are made equal, and of equal ones the first are chosen.
     """
     experts = build.padded_experts // build.axes.size(build.ep_axes)
 
     def replace(path: tuple[Any, ...], leaf: nnx.Variable[Any]) -> nnx.Variable[Any]:
-        if not _name(path).endswith("mlp.bias"):
+        name, value = _name(path), leaf.get_value()
+        if name.endswith("mlp.bias"):
+            new = (jnp.arange(value.shape[-1]) < experts) * _FAVOUR
+        elif name.endswith("mlp.router") and not build.config.routing_bias:
+            new = jnp.zeros(())
+        else:
             return leaf
-        value = leaf.get_value()
-        bias = (jnp.arange(value.shape[-1]) < experts) * _FAVOUR
-        local = jnp.broadcast_to(bias, value.shape).astype(value.dtype)
+        local = jnp.broadcast_to(new, value.shape).astype(value.dtype)
         return leaf.replace(replicated(local, mesh))
 
     return jax.tree_util.tree_map_with_path(replace, params, is_leaf=_is_variable)

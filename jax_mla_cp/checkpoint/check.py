@@ -17,6 +17,7 @@ from jax_mla_cp.config import ModelConfig
 from jax_mla_cp.quantization import Tensors
 
 _SHOWN = 20  # tensors listed per kind of mistake
+_VISION = ("vision_tower.", "mm_projector.")  # beside the text part, in KimiK25ForConditionalGeneration
 _FLOATS = tuple(np.dtype(t) for t in (ml_dtypes.bfloat16, np.float16, np.float32, np.float64))
 _log = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ def check_tensors(source: TensorSource, config: ModelConfig, targets: Sequence[T
     expected: Tensors = {name: (shape, _FLOATS) for name, shape in expected_shapes(config).items()}
     incomplete, plain = _expect_quantised(expected, found, config, targets)
     ignored = _ignored(found, config)
+    vision = {name for name in found if config.weight_prefix and name.startswith(_VISION)}
     present = sorted(found & expected.keys())
     wrong = [
         f"{name}: expected {list(expected[name][0])}, got {list(source.shape(name))}"
@@ -48,7 +50,7 @@ def check_tensors(source: TensorSource, config: ModelConfig, targets: Sequence[T
     ]
     mistakes = {
         "missing": sorted(expected.keys() - found),
-        "surplus": sorted(found - expected.keys() - ignored),
+        "surplus": sorted(found - expected.keys() - ignored - vision),
         "of the wrong shape": wrong,
         "of a dtype that does not belong there (one that is quantised has scales, others have none)": unreadable,
         "quantised for some experts of a layer only": incomplete,
@@ -64,6 +66,12 @@ def check_tensors(source: TensorSource, config: ModelConfig, targets: Sequence[T
     if ignored:
         _log.info(
             "ignored %d tensors that inference does not use (multi-token prediction, buffers, tied head)", len(ignored)
+        )
+    if vision:
+        _log.info(
+            "ignored %d tensors of the image encoder (%s): only text runs",
+            len(vision),
+            ", ".join(f"{part}*" for part in _VISION if any(name.startswith(part) for name in vision)),
         )
     return found
 
@@ -100,16 +108,17 @@ def _ignored(names: set[str], config: ModelConfig) -> set[str]:
     Multi-token prediction adds layers after the last one; only such a layer has `eh_proj`, so that the surplus layers
     of a wrong config.json stay an error.
     """
-    layer = config.num_layers
-    while f"model.layers.{layer}.eh_proj.weight" in names:
+    layer, prefix = config.num_layers, config.weight_prefix
+    while f"{prefix}model.layers.{layer}.eh_proj.weight" in names:
         layer += 1
     extra = {
         name
         for name in names
-        if (match := re.match(r"model\.layers\.(\d+)\.", name)) and config.num_layers <= int(match[1]) < layer
+        if (match := re.match(re.escape(prefix) + r"model\.layers\.(\d+)\.", name))
+        and config.num_layers <= int(match[1]) < layer
     }
     extra |= {name for name in names if name.endswith("rotary_emb.inv_freq")}
-    return extra | ({"lm_head.weight"} & names if config.tie_word_embeddings else set())
+    return extra | ({f"{prefix}lm_head.weight"} & names if config.tie_word_embeddings else set())
 
 
 def _listing(what: str, names: list[str]) -> str:

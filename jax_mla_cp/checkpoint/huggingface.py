@@ -57,7 +57,10 @@ def pieces(config: ModelConfig) -> dict[str, tuple[Piece, ...]]:
     for stack, (layers, mlp) in stacks.items():
         if layers:
             table |= {f"{stack}.{path}": made_of for path, made_of in (_attention(c) | mlp(c)).items()}
-    return table
+    return {
+        path: tuple(dataclasses.replace(piece, name=c.weight_prefix + piece.name) for piece in made_of)
+        for path, made_of in table.items()
+    }
 
 
 def _attention(c: ModelConfig) -> dict[str, tuple[Piece, ...]]:
@@ -125,13 +128,14 @@ def _moe_mlp(c: ModelConfig) -> dict[str, tuple[Piece, ...]]:
     D, E, F = c.hidden_size, c.n_routed_experts, c.moe_intermediate_size
     table = {
         "mlp.router": (Piece(mlp + "gate.weight", (E, D), np.transpose),),
-        "mlp.bias": (Piece(mlp + "gate.e_score_correction_bias", (E,), _same),),
         "mlp.gate_up": (  # [D, 2 F] of one expert
             Piece(expert + "gate_proj.weight", (F, D), np.transpose, np.s_[:, :F]),
             Piece(expert + "up_proj.weight", (F, D), np.transpose, np.s_[:, F:]),
         ),
         "mlp.down": (Piece(expert + "down_proj.weight", (D, F), np.transpose),),
     }
+    if c.routing_bias:
+        table["mlp.bias"] = (Piece(mlp + "gate.e_score_correction_bias", (E,), _same),)
     if c.n_shared_experts:
         shared = _mlp(mlp + "shared_experts.", D, c.n_shared_experts * F)
         table |= {f"mlp.shared.{path}": made for path, made in shared.items()}

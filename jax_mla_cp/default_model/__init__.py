@@ -15,7 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from jax_mla_cp.checkpoint import ArraySource, expected_shapes
 from jax_mla_cp.config import ModelConfig
 from jax_mla_cp.presets import model_config
-from jax_mla_cp.tokenizer import Tokenizer
+from jax_mla_cp.tokenizer import JsonVocabulary, Tokenizer
 
 BOS, EOS = 256, 257
 _SEED = 20240607
@@ -50,7 +50,7 @@ def byte_tokenizer() -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<|bos|>", "<|eos|>"])
-    return Tokenizer(backend, prefix=[BOS])
+    return Tokenizer(JsonVocabulary(backend), prefix=[BOS])
 
 
 def _byte_letters() -> dict[str, int]:

@@ -47,7 +47,7 @@ class Layer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """DeepSeek-V3's decoder. The parameters are declared, not made: see `jax_mla_cp.checkpoint`."""
+    """The decoder of DeepSeek-V2, V3 and Kimi K2. The parameters are declared, not made: see `jax_mla_cp.checkpoint`."""
 
     def __init__(self, build: Build):
         c = build.config

@@ -1,4 +1,4 @@
-"""Mixture of experts: DeepSeek-V3's router (arXiv:2412.19437, section 2.1.2) and experts divided over the mesh.
+"""Mixture of experts: the routers of DeepSeek-V2 and V3, and experts divided over the mesh.
 
 No token is ever dropped, and the cost follows the rows that exist. Tokens are replicated over tp already, so experts over
 tp alone exchange nothing: every rank computes its own experts' part of each token and the layer's psum adds them up.
@@ -33,7 +33,8 @@ class Moe(nnx.Module):
         self.build = build
         wide = jnp.dtype(jnp.float32)
         self.router = declare(c.hidden_size, c.n_routed_experts, dtype=wide)
-        self.bias = declare(c.n_routed_experts, dtype=wide)
+        if c.routing_bias:
+            self.bias = declare(c.n_routed_experts, dtype=wide)
         experts = build.padded_experts
         width, spec = c.moe_intermediate_size, (build.ep_axes, None, None)
         # Gate and up lie side by side: where gate ends within a block, its scales are one per column.
@@ -48,7 +49,8 @@ class Moe(nnx.Module):
     ) -> Float[Array, "T D"]:
         """`layer`: which of a stack's layers this is; the experts' weights are the whole stack's."""
         with jax.named_scope("router"):
-            expert, weight = route(x, self.router[...], self.bias[...], self.build.config)
+            bias = self.bias[...] if self.build.config.routing_bias else None
+            expert, weight = route(x, self.router[...], bias, self.build.config)
             expert = jnp.where(valid[:, None], expert, self.build.padded_experts)  # padding goes to no expert
         out = self._routed(x, expert, weight, layer)
         if self.build.config.n_shared_experts:
@@ -117,19 +119,27 @@ class Moe(nnx.Module):
 
 
 def route(
-    x: Float[Array, "T D"], router: Float[Array, "D E"], bias: Float[Array, " E"], config: ModelConfig
+    x: Float[Array, "T D"], router: Float[Array, "D E"], bias: Float[Array, " E"] | None, config: ModelConfig
 ) -> tuple[Int32[Array, "T k"], Float[Array, "T k"]]:
     """Each token's experts and their weights, in float32 at full precision: a rounded score is another expert.
 
-    Scores are sigmoids. The bias only chooses: of the groups, the `topk_group` with the largest sum of two best biased
-    scores; among their experts the k best. Weights are the unbiased scores (modeling_deepseek.py of DeepSeek-V3, MoEGate).
+    - `noaux_tc` (MoEGate of DeepSeek-V3's modeling_deepseek.py; arXiv:2412.19437, section 2.1.2): scores are sigmoids.
+      The bias only chooses: of the groups, the `topk_group` with the largest sum of two best biased scores; among
+      their experts the k best. Weights are the unbiased scores.
+    - `group_limited_greedy` (MoEGate of DeepSeek-V2's; arXiv:2405.04434, section 2.2.2): scores are a softmax over all
+      experts, there is no bias, and a group is as good as its best expert.
+    - `greedy` (DeepSeek-V2-Lite): the same without groups.
+
+    Experts of other groups are masked with -inf. DeepSeek-V2's code has 0 there, which is the same: its scores are
+    positive, and one that rounds to 0 weighs nothing, whichever expert it is of.
     """
     c = config
-    scores = jax.nn.sigmoid(_logits(x, router))
-    choice = scores + bias
+    logits = _logits(x, router)
+    scores = jax.nn.softmax(logits, axis=-1) if bias is None else jax.nn.sigmoid(logits)
+    choice = scores if bias is None else scores + bias
     if c.n_group > 1:
         grouped = choice.reshape(*choice.shape[:-1], c.n_group, -1)
-        best = _best(grouped, 2)
+        best = _best(grouped, 1 if bias is None else 2)
         group_score = jnp.take_along_axis(grouped, best, axis=-1).sum(-1)
         kept = jax.nn.one_hot(_best(group_score, c.topk_group), c.n_group, dtype=jnp.bool_).any(-2)
         choice = jnp.where(kept[..., None], grouped, -jnp.inf).reshape(choice.shape)

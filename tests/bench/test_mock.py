@@ -85,3 +85,15 @@ def test_weights_and_the_worst_routing() -> None:
     x = jax.random.normal(jax.random.key(0), (50, 128), jnp.bfloat16)
     chosen, _ = route(x, skewed["router"].get_value()[0], skewed["bias"].get_value()[0], config)
     assert (np.asarray(chosen) < 4).all(), "all four of a token's experts are among the first rank's four"
+
+
+def test_the_worst_routing_without_a_bias() -> None:
+    """DeepSeek-V2's router has none: equal scores, of which the first are chosen."""
+    config = dataclasses.replace(model_config("tiny"), topk_method="group_limited_greedy", norm_topk_prob=False)
+    model = make_model(make_build(config, MESH, "tp", "bfloat16", "xla"))
+    assert model.mesh is not None
+    router = favour_first_rank(model.params, model.build, model.mesh)["moe"]["mlp"]["router"].get_value()
+    x = jax.random.normal(jax.random.key(0), (50, 128), jnp.bfloat16)
+    chosen, weight = route(x, router[0], None, config)
+    np.testing.assert_array_equal(chosen, np.broadcast_to(np.arange(4), (50, 4)))
+    np.testing.assert_allclose(weight, 2.5 / 16, rtol=1e-6)
