@@ -18,11 +18,12 @@ from jax_mla_cp.mesh import mesh_shape
 from jax_mla_cp.model.context import Build
 
 _FAVOUR = 10.0  # more than any score: sigmoids are below 1
+_FP8_SCALE = 2.0**-10  # of matrices in FP8: what is stored then uses e4m3's range as a real checkpoint's does
 
 
 @dataclasses.dataclass(frozen=True)
 class _Parameter:
-    """What is made for one parameter: N(mean, scale^2), or the mean alone."""
+    """What is made for one parameter: N(mean, scale^2), or the mean alone; uint8 is FP8's bytes."""
 
     name: str
     shape: tuple[int, ...]
@@ -110,6 +111,9 @@ def _make(parameters: tuple[_Parameter, ...], shards: list[jax.Array], seeds: ja
 def _parameter(path: tuple[Any, ...], leaf: nnx.Variable[Any]) -> _Parameter:
     name, value = _name(path), leaf.get_value()
     parts = name.split(".")
+    in_fp8 = value.dtype == jnp.uint8
+    if in_fp8:
+        parts.pop()  # "q"
     inner = value.shape[1:] if parts[0] in ("dense", "moe") else value.shape  # without the layers
     if parts[0] == "moe" and parts[-2:] in (["mlp", "gate_up"], ["mlp", "down"]):
         inner = inner[1:]  # without the experts
@@ -121,6 +125,10 @@ def _parameter(path: tuple[Any, ...], leaf: nnx.Variable[Any]) -> _Parameter:
         scale = 0.0
     elif parts[-1] == "embed":
         scale = 1.0
+    elif parts[-1] == "scale":
+        mean, scale = _FP8_SCALE, 0.0
+    elif in_fp8:
+        scale /= _FP8_SCALE
     return _Parameter(name, value.shape, jnp.dtype(value.dtype), leaf.get_metadata("spec"), mean, scale)
 
 

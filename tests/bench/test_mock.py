@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
@@ -64,6 +65,17 @@ def test_with_real_collectives_the_program_is_the_true_one(mesh: str, ep: str) -
     mocked = logits(Model(model.params, mock_build(mocked=True, **fields), model.mesh))
     assert np.isfinite(mocked).all()
     assert np.abs(mocked - want).max() > 0.1 * np.abs(want).max(), "negative control: stand-ins are other numbers"
+
+
+def test_weights_in_fp8() -> None:
+    """The same spread, in the range of e4m3, and no NaN."""
+    params = make_model(make_build(model_config("tiny"), MESH, "tp", "bfloat16", "xla", fp8=True)).params
+    for path, fan_in in ((("mlp", "gate_up"), 128), (("mla", "q_b"), model_config("tiny").q_lora_rank)):
+        kept = params["moe"][path[0]][path[1]]
+        stored = np.asarray(kept["q"].get_value()).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+        assert np.isfinite(stored).all() and 20 < np.abs(stored).max() <= 448
+        values = stored * np.asarray(kept["scale"].get_value()).max()
+        assert fan_in is not None and abs(values.std() * fan_in**0.5 - 1) < 0.03
 
 
 def test_weights_and_the_worst_routing() -> None:

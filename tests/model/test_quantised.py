@@ -182,7 +182,13 @@ def test_memory_of_deepseek_v3() -> None:
 
 def test_the_step_dequantises_a_layer_at_a_time() -> None:
     """Temporaries have the size of a layer, and no float array has the size of a stack of them."""
-    raw = {"model_type": "deepseek_v3", **BASE, **RAGGED, "num_hidden_layers": 9, "quantization_config": quantise.FP8_CONFIG}
+    raw = {
+        "model_type": "deepseek_v3",
+        **BASE,
+        **RAGGED,
+        "num_hidden_layers": 9,
+        "quantization_config": quantise.FP8_CONFIG,
+    }
     c = mla.ModelConfig.from_hf(raw)
     build = Build(c, fp8=True)
     model = Model(nnx.state(Decoder(build)), build, None)  # shapes are enough to compile for
