@@ -83,7 +83,8 @@ def _expect_quantised(
 
     Returns: matrices that only some experts of a layer have quantised; and those that should be quantised and are not.
     """
-    incomplete, plain = [], []
+    incomplete: list[str] = []
+    plain: set[str] = set()  # w_uk and w_uv are made of one matrix
     for target in targets:
         quantization = target.quantization
         if quantization is None or target.holds == "scale":
@@ -98,8 +99,8 @@ def _expect_quantised(
             if 0 < len(quantised) < len(names):
                 incomplete.append(piece.name.format(layer=layer, expert="*"))
             elif target.holds == "q" and not quantised:
-                plain += names
-    return incomplete, plain
+                plain |= set(names)
+    return incomplete, sorted(plain)
 
 
 def _ignored(names: set[str], config: ModelConfig) -> set[str]:

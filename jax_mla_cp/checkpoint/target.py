@@ -181,22 +181,22 @@ class Target:
         return got.copy() if got.flags.c_contiguous and np.may_share_memory(got, tensor) else got
 
     def _read(self, source: TensorSource, name: str, piece: Piece, operand: Operand) -> NDArray[Any]:
-        """The operand as [outputs, inputs], or fewer where blocks stay whole."""
+        """The operand as it is stored, [outputs, inputs]; scales with fewer of each where blocks stay whole."""
         tensor, q = source.read(name + operand.suffix), self.quantization
-        if q is None or operand.suffix != q.scale_suffix:
-            if q and q.shape_suffix and operand.suffix:
-                told = source.read(name + q.shape_suffix).tolist()
-                if tuple(told) != piece.stored:
-                    raise CheckpointError(f"{name}{q.shape_suffix}: expected {list(piece.stored)}, got {told}.")
-            return tensor.view(np.uint8) if tensor.dtype == FP8 else tensor
-        if not np.isfinite(tensor).all():
-            raise CheckpointError(f"{name}{operand.suffix}: a scale is NaN or infinite. Download the checkpoint again.")
-        # `blocks` begins with the inputs and ends with the outputs.
-        kept = self.blocks[-1], self.blocks[self.leading]
-        for dim in (0, 1):
-            tensor = np.repeat(tensor, q.block[dim] // kept[dim], axis=dim)
-        outputs, inputs = (-(-size // block) for size, block in zip(piece.stored, kept, strict=True))
-        return tensor[:outputs, :inputs]
+        if q is not None and operand.suffix == q.scale_suffix:
+            if not np.isfinite(tensor).all():
+                raise CheckpointError(f"{name}{operand.suffix}: a scale is NaN or infinite. Download the checkpoint again.")
+            # `blocks` begins with the inputs and ends with the outputs. Where it has 1, every element gets its block's scale.
+            kept = self.blocks[-1], self.blocks[self.leading]
+            for dim in (0, 1):
+                tensor = np.repeat(tensor, q.block[dim] // kept[dim], axis=dim)
+            outputs, inputs = (-(-size // block) for size, block in zip(piece.stored, kept, strict=True))
+            return tensor[:outputs, :inputs]
+        if q is not None and q.shape_suffix and operand.suffix == q.stored_suffix:
+            told = source.read(name + q.shape_suffix).tolist()
+            if tuple(told) != piece.stored:
+                raise CheckpointError(f"{name}{q.shape_suffix}: expected {list(piece.stored)}, got {told}.")
+        return tensor.view(np.uint8) if tensor.dtype == FP8 else tensor
 
     def _bounds(self, piece: Piece) -> list[tuple[int, int]]:
         """The part of one layer (and expert) that a piece fills, per dimension."""

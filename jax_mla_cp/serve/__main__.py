@@ -109,7 +109,8 @@ def _serve(config: ServeConfig, listener: socket.socket) -> None:
     log.info(
         "loaded %s: %s%s, experts over %s, attention in %s (%.1f s)",
         config.model or "the built-in model (random weights: what it says is noise)",
-        model.build.dtype, ", weights in FP8" if model.build.fp8 else "", ",".join(model.build.ep_axes), _ATTENTION[model.build.attention], time.perf_counter() - started,
+        model.build.dtype, ", weights in FP8" if model.build.fp8 else "", ",".join(model.build.ep_axes),
+        _ATTENTION[model.build.attention], time.perf_counter() - started,
     )  # fmt: skip
     runner = create_runner(
         model,
