@@ -11,9 +11,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jax_mla_cp.attention import resolve_implementation
-from jax_mla_cp.checkpoint import SafetensorsSource, TensorSource, load_params
+from jax_mla_cp.checkpoint import SafetensorsSource, load_params
 from jax_mla_cp.config import ConfigError, Implementation, ModelConfig
-from jax_mla_cp.default_model import default_model
+from jax_mla_cp.default_model import DIRECTORY
 from jax_mla_cp.mesh import mesh_shape
 from jax_mla_cp.model.context import EP_CHOICES, Build
 from jax_mla_cp.model.decoder import Decoder
@@ -42,7 +42,7 @@ def load(
     """Loads a model onto a mesh made by `make_mesh`, or onto one device.
 
     Args:
-      model: a Hugging Face model directory; None is the built-in model (random weights, byte-level tokenizer).
+      model: a Hugging Face model directory; None is the built-in model (jax_mla_cp/default_model).
       dtype: of weights, activations and cache; "auto" is float32 on CPU and bfloat16 on GPUs.
       weights: of a quantised checkpoint. "bf16": dequantised while loading, to `dtype`; "fp8": kept in FP8 in device memory,
         and dequantised by every use; "auto": "fp8" on GPUs, else "bf16".
@@ -55,14 +55,10 @@ def load(
     Raises:
       ConfigError: whatever does not fit: the directory, the config, the mesh, the checkpoint's tensors.
     """
-    source: TensorSource
-    tokenizer: Tokenizer | None
-    if model is None:
-        config, source, tokenizer = default_model()
-    else:
-        config = ModelConfig.from_dir(model)
-        tokenizer = Tokenizer.from_dir(model, config.vocab_size)
-        source = SafetensorsSource(Path(model))
+    directory = DIRECTORY if model is None else Path(model)
+    config = ModelConfig.from_dir(directory)
+    tokenizer = Tokenizer.from_dir(directory, config.vocab_size)
+    source = SafetensorsSource(directory)
     build = plan_build(config, mesh, dtype=dtype, weights=weights, ep_axes=ep_axes, attention=attention)
     return Model(
         load_params(source, nnx.state(Decoder(build)), config, mesh, progress=progress), build, mesh

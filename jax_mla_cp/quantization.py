@@ -105,7 +105,9 @@ def _fp8_block(raw: Mapping[str, Any]) -> tuple[int, int]:
             raise ValueError(_refused(key, raw[key], " or ".join(allowed)))
     block = raw.get("weight_block_size")
     if not isinstance(block, list | tuple) or len(block) != 2 or not all(isinstance(b, int) and b > 0 for b in block):
-        raise ValueError(_refused("weight_block_size", block, "two whole numbers, as [128, 128] (null is one scale per tensor)"))
+        raise ValueError(
+            _refused("weight_block_size", block, "two whole numbers, as [128, 128] (null is one scale per tensor)")
+        )
     return block[0], block[1]
 
 

@@ -185,7 +185,9 @@ class Target:
         tensor, q = source.read(name + operand.suffix), self.quantization
         if q is not None and operand.suffix == q.scale_suffix:
             if not np.isfinite(tensor).all():
-                raise CheckpointError(f"{name}{operand.suffix}: a scale is NaN or infinite. Download the checkpoint again.")
+                raise CheckpointError(
+                    f"{name}{operand.suffix}: a scale is NaN or infinite. Download the checkpoint again."
+                )
             # `blocks` begins with the inputs and ends with the outputs. Where it has 1, every element gets its block's scale.
             kept = self.blocks[-1], self.blocks[self.leading]
             for dim in (0, 1):

@@ -1,4 +1,5 @@
-"""Quantised checkpoints out of plain ones, and plain ones out of them: NumPy, with none of the package's code."""
+"""Quantised checkpoints out of plain ones, and plain ones out of them: NumPy, with none of the package's code
+but the list of a model's tensors."""
 
 from __future__ import annotations
 
@@ -10,6 +11,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
+
+from jax_mla_cp.checkpoint import expected_shapes
+from jax_mla_cp.config import ModelConfig
 
 FP8_CONFIG: dict[str, Any] = {
     "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
@@ -28,6 +32,16 @@ _LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn|mlp).*_proj(_with_mqa)?\.w
 _EXPERT = re.compile(r"model\.layers\.\d+\.mlp\.experts\.\d+\..*_proj\.weight$")
 
 Tensors = dict[str, np.ndarray]
+
+
+def random_tensors(config: ModelConfig) -> Tensors:
+    """A plain checkpoint: matrices that keep the variance of what they multiply, norms near 1."""
+    rng = np.random.default_rng(0)
+    out = {}
+    for name, shape in expected_shapes(config).items():
+        mean, spread = (1.0, 0.1) if "norm" in name else (0.0, shape[-1] ** -0.5)
+        out[name] = rng.normal(mean, spread, shape).astype(np.float32)
+    return out
 
 
 def to_fp8(tensors: Tensors) -> Tensors:

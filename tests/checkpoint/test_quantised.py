@@ -43,13 +43,7 @@ KINDS: dict[str, tuple[dict[str, Any], Quantise, Quantise]] = {
 
 def quantised(raw: dict[str, Any], kind: str) -> tuple[ModelConfig, quantise.Tensors]:
     config = ModelConfig.from_hf(raw | {"quantization_config": KINDS[kind][0]})
-    return config, KINDS[kind][1](random_tensors(config))
-
-
-def random_tensors(config: ModelConfig) -> quantise.Tensors:
-    from jax_mla_cp.default_model import random_weights
-
-    return random_weights(config, 0)
+    return config, KINDS[kind][1](quantise.random_tensors(config))
 
 
 def load(

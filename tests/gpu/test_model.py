@@ -11,7 +11,6 @@ import pytest
 from flax import nnx
 
 from jax_mla_cp.checkpoint import ArraySource, load_params
-from jax_mla_cp.default_model import random_weights
 from jax_mla_cp.model.context import Build
 from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.handle import Model
@@ -97,7 +96,7 @@ def test_the_compiled_step_copies_nothing_around_the_calls() -> None:
 
 def test_weights_in_fp8() -> None:
     """What stays in FP8 gives what was dequantised while loading: the same bfloat16 numbers, in the same products."""
-    tensors = quantise.to_fp8(random_weights(REAL_DIMS_CONFIG, 0))
+    tensors = quantise.to_fp8(quantise.random_tensors(REAL_DIMS_CONFIG))
     config = dataclasses.replace(REAL_DIMS_CONFIG, quantization=Quantization("fp8", (128, 128)))
 
     def logits(fp8: bool) -> np.ndarray:

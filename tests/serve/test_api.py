@@ -14,10 +14,10 @@ import openai
 import pytest
 import uvicorn
 
-from jax_mla_cp.default_model import byte_tokenizer
 from jax_mla_cp.engine import Engine
 from jax_mla_cp.serve.app import create_app
 from jax_mla_cp.serve.completions import Served
+from tests.byte_tokenizer import byte_tokenizer
 from tests.engine.standin import VOCAB, PageModel, continuation
 
 MAX_LEN = 600

@@ -121,7 +121,7 @@ BAD = [
     (["--platform", "cuda"], "finds no GPU"),
     (["--ep-axes", "cp"], "--ep-axes"),
     (["--dtype", "float16"], "--dtype"),
-    (["--weights", "fp8"], "--weights fp8: the checkpoint is not quantised"),
+    (["--weights", "int8"], "--weights: must be one of auto | bf16 | fp8"),
     (["--compile-cache", "/proc/nothing"], "can't be written"),
     (["--mseh", "tp=1"], "Did you mean --mesh"),
 ]
