@@ -47,7 +47,7 @@ def random_tensors(config: ModelConfig) -> Tensors:
 def to_fp8(tensors: Tensors) -> Tensors:
     """As DeepSeek-V3's: every linear layer but router and head in blocks of 128 x 128, the last ones smaller."""
     out = dict(tensors)
-    for name in filter(_LINEAR.match, tensors):
+    for name in filter(_LINEAR.search, tensors):
         weight = tensors[name].astype(np.float32)
         scale = np.zeros([-(-n // 128) for n in weight.shape], np.float32)
         stored = np.zeros(weight.shape, ml_dtypes.float8_e4m3fn)
@@ -74,7 +74,7 @@ def from_fp8(tensors: Tensors) -> Tensors:
 def to_int4(tensors: Tensors) -> Tensors:
     """As Kimi K2 Thinking's: experts in groups of 32 inputs, eight numbers in an int32, the first in its lowest bits."""
     out = dict(tensors)
-    for name in filter(_EXPERT.match, tensors):
+    for name in filter(_EXPERT.search, tensors):
         weight = out.pop(name).astype(np.float32)
         outputs, inputs = weight.shape
         groups = weight.reshape(outputs, inputs // 32, 32)

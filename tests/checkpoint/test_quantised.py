@@ -33,6 +33,8 @@ RAGGED: dict[str, Any] = {
 WHOLE = RAGGED | {"moe_intermediate_size": 128}
 """Gate's columns end with a block, so that scales of gate and up stay one per block both ways."""
 NO_Q_LORA = RAGGED | {"q_lora_rank": None, "rope_interleave": False}
+K25 = {"model_type": "kimi_k25", "text_config": RAGGED}
+"""Its tensors' names have a prefix."""
 
 Quantise = Callable[[quantise.Tensors], quantise.Tensors]
 KINDS: dict[str, tuple[dict[str, Any], Quantise, Quantise]] = {
@@ -61,11 +63,11 @@ def load(
     [
         (RAGGED, "tp=4,cp=2", ("cp", "tp"), "fp8"),  # 6 experts, and 2 of padding
         (RAGGED, "tp=4,cp=2", ("cp", "tp"), "int4"),
-        (RAGGED, None, ("tp",), "int4"),
+        (K25, None, ("tp",), "int4"),
         (WHOLE, "tp=2,cp=2", ("tp",), "fp8"),
         (NO_Q_LORA, None, ("tp",), "fp8"),
     ],
-    ids=["ragged", "int4", "int4 alone", "whole", "no q_lora"],
+    ids=["ragged", "int4", "int4 of Kimi K2.5", "whole", "no q_lora"],
 )
 def test_every_device_has_the_numbers_of_the_dequantised_checkpoint(
     raw: dict[str, Any], mesh: str | None, ep: tuple[str, ...], kind: str
