@@ -75,6 +75,7 @@ class ModelConfig:
     max_position: int
     rope: RopeConfig
     tie_word_embeddings: bool = False
+    num_mtp_layers: int = 0  # multi-token prediction; the first one is used, and only for speculation
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
@@ -179,6 +180,7 @@ class ModelConfig:
             max_position=need("max_position_embeddings"),
             rope=_rope(raw),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            num_mtp_layers=raw.get("num_nextn_predict_layers") or raw.get("num_mtp_layers") or 0,
             bos_token_id=raw.get("bos_token_id"),
             eos_token_ids=_token_ids(raw.get("eos_token_id"), "eos_token_id"),
         )

@@ -35,6 +35,7 @@ def load(
     dtype: Dtype = "auto",
     ep_axes: EpAxes = "auto",
     attention: Implementation = "auto",
+    mtp: bool = False,
     progress: bool | None = None,
 ) -> tuple[Model, Tokenizer | None]:
     """Loads a model onto a mesh made by `make_mesh`, or onto one device.
@@ -44,6 +45,7 @@ def load(
       dtype: of weights, activations and cache; "auto" is float32 on CPU and bfloat16 on GPUs.
       ep_axes: the mesh axes that divide the experts; "auto" takes the fewest whose weights fit the memory.
       attention: "auto" is the fastest that runs here.
+      mtp: with the checkpoint's layer for multi-token prediction, for `Planner.create(.., draft_tokens=..)`.
       progress: a bar on stderr; None: if that is a terminal.
 
     Returns: the model, and its tokenizer, or None if the directory has no tokenizer.json.
@@ -59,14 +61,20 @@ def load(
         config = ModelConfig.from_dir(model)
         tokenizer = Tokenizer.from_dir(model, config.vocab_size)
         source = SafetensorsSource(Path(model))
-    build = plan_build(config, mesh, dtype=dtype, ep_axes=ep_axes, attention=attention)
+    build = plan_build(config, mesh, dtype=dtype, ep_axes=ep_axes, attention=attention, mtp=mtp)
     return Model(
         load_params(source, nnx.state(Decoder(build)), config, mesh, progress=progress), build, mesh
     ), tokenizer
 
 
 def plan_build(
-    config: ModelConfig, mesh: Mesh | None, *, dtype: Dtype, ep_axes: EpAxes, attention: Implementation
+    config: ModelConfig,
+    mesh: Mesh | None,
+    *,
+    dtype: Dtype,
+    ep_axes: EpAxes,
+    attention: Implementation,
+    mtp: bool = False,
 ) -> Build:
     """Everything static about a model on a mesh, checked before any weight is read.
 
@@ -82,7 +90,7 @@ def plan_build(
     shape = None if mesh is None else mesh_shape(mesh)
     implementation = resolve_implementation(attention, config, dtype)
     builds = [
-        Build(config, shape, EP_CHOICES[name], jnp.dtype(dtype), implementation)
+        Build(config, shape, EP_CHOICES[name], jnp.dtype(dtype), implementation, mtp)
         for name in ([ep_axes] if ep_axes != "auto" else EP_CHOICES)
     ]
     room = device_memory() * _WEIGHTS_FRACTION

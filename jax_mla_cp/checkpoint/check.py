@@ -17,15 +17,15 @@ _FLOATS = tuple(np.dtype(t) for t in (ml_dtypes.bfloat16, np.float16, np.float32
 _log = logging.getLogger(__name__)
 
 
-def check_tensors(source: TensorSource, config: ModelConfig) -> None:
-    """Names, shapes and dtypes.
+def check_tensors(source: TensorSource, config: ModelConfig, *, mtp: bool = False) -> None:
+    """Names, shapes and dtypes; `mtp`: those of the layer for multi-token prediction too.
 
     Raises:
       CheckpointError: lists all tensors that are missing, surplus, of the wrong shape or of a dtype that can't be read.
     """
-    expected = expected_shapes(config)
+    expected = expected_shapes(config, mtp=mtp)
     found = set(source.names())
-    ignored = _ignored(found, config)
+    ignored = _ignored(found, config) - expected.keys()
     present = sorted(found & expected.keys())
     wrong = [
         f"{name}: expected {list(expected[name])}, got {list(source.shape(name))}"
@@ -53,7 +53,7 @@ def check_tensors(source: TensorSource, config: ModelConfig) -> None:
 
 
 def _ignored(names: set[str], config: ModelConfig) -> set[str]:
-    """Tensors that may be there and are not used.
+    """Tensors that may be there and need not be used.
 
     Multi-token prediction adds layers after the last one; only such a layer has `eh_proj`, so that the surplus layers
     of a wrong config.json stay an error.

@@ -55,9 +55,9 @@ def load_params(
     Raises:
       CheckpointError: the checkpoint's tensors are not those of `config`; nothing has been allocated.
     """
-    check_tensors(source, config)
-    begin = time.perf_counter()
     flat = dict(nnx.to_flat_state(declared))
+    check_tensors(source, config, mtp=any(path[0] == "mtp" for path in flat))
+    begin = time.perf_counter()
     targets = {path: Target.of(path, param, config, mesh) for path, param in flat.items()}
     arrays = _zeros([target for target in targets.values() if not target.whole])
     places = sum(1 for _ in _by_layer(targets.values(), config))
@@ -79,7 +79,7 @@ def load_params(
 def _by_layer(targets: Iterable[Target], config: ModelConfig) -> Iterator[tuple[Target, Place]]:
     """In the order of the files: layer by layer, what belongs to no layer first."""
     targets = list(targets)
-    for layer in (None, *range(config.num_layers)):
+    for layer in (None, *range(config.num_layers + 1)):  # the one behind the last is for multi-token prediction
         for target in targets:
             for place in target.places(layer):
                 yield target, place

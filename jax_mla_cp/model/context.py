@@ -28,13 +28,25 @@ class Build:
     ep_axes: tuple[str, ...] = (TP,)
     dtype: jnp.dtype = dataclasses.field(default_factory=lambda: jnp.dtype(jnp.float32))
     attention: Resolved = "xla"
+    mtp: bool = False
+    """With the checkpoint's first layer for multi-token prediction, which proposes drafts."""
 
     def __post_init__(self) -> None:
+        if self.mtp and not self.config.num_mtp_layers:
+            raise ConfigError(
+                "--speculative mtp: the model has no layer for multi-token prediction (config.json's "
+                "num_nextn_predict_layers). Use --speculative off."
+            )
         _check_divides(self.config, self.shape or MeshShape())
 
     @property
     def axes(self) -> Axes:
         return Axes(self.shape)
+
+    @property
+    def cache_layers(self) -> int:
+        """Layers that leave latents in the cache; the MTP layer's are behind the others'."""
+        return self.config.num_layers + self.mtp
 
     @property
     def padded_vocab(self) -> int:

@@ -70,15 +70,18 @@ requests = st.lists(
 )
 
 
-@given(requests, st.integers(1, 3), st.integers(1, 20), st.integers(1, 5), st.sampled_from([1, 3, 16]))
+@given(
+    requests, st.integers(1, 3), st.integers(1, 20), st.integers(1, 5), st.sampled_from([1, 3, 16]), st.integers(0, 4)
+)
 @settings(max_examples=150, deadline=None)
 def test_any_arrivals_and_aborts(
-    asked: list[tuple[int, int, int, int | None]], dp: int, chunk: int, running: int, page_size: int
+    asked: list[tuple[int, int, int, int | None]], dp: int, chunk: int, running: int, page_size: int, drafts: int
 ) -> None:
     """Drives the scheduler step by step: right tokens, all pages back, and progress in every step."""
     model = PageModel(
-        dp=dp, pages=-(-100 // page_size) + 2, page_size=page_size, max_running=running, prefill_chunk=chunk
-    )
+        dp=dp, pages=-(-100 // page_size) + 2, page_size=page_size, max_running=running, prefill_chunk=chunk,
+        draft_tokens=drafts,
+    )  # fmt: skip
     scheduler = Scheduler(
         groups=dp, pages_per_group=model.pages_per_group, page_size=page_size, max_running=running, prefill_chunk=chunk
     )
@@ -97,17 +100,20 @@ def test_any_arrivals_and_aborts(
                 aborted.add(i)
         planned = scheduler.schedule()
         assert any(planned) or not scheduler.busy, "requests wait and nothing runs"
-        for group, sampled in zip(planned, model.step([[s.work() for s in g] for g in planned]), strict=True):
-            for scheduled, result in zip(group, sampled, strict=True):
-                scheduler.advance(scheduled)
+        for group, outcomes in zip(planned, model.step([[s.work() for s in g] for g in planned]), strict=True):
+            for scheduled, outcome in zip(group, outcomes, strict=True):
                 request = scheduled.request
-                if result is not None:
+                scheduler.advance(scheduled, max(len(outcome.sampled) - 1, 0))
+                for result in outcome.sampled:
                     ends = result.token in STOP or len(request.tokens) + 1 == len(request.prompt) + request.max_tokens
                     if ends:
                         scheduler.remove(request)
                     request.append(
                         Token(result.token, "", 0, result.top_tokens, result.top_logprobs), "stop" if ends else None
                     )
+                    if ends:
+                        break
+                request.drafts = outcome.drafts[: max(request.left - 1, 0)]
         step += 1
         assert step < 2000, "no progress"
     for i, request in enumerate(made):
