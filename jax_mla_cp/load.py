@@ -56,7 +56,7 @@ def load(
     source: TensorSource
     tokenizer: Tokenizer | None
     if model is None:
-        config, source, tokenizer = default_model()
+        config, source, tokenizer = default_model(mtp=mtp)
     else:
         config = ModelConfig.from_dir(model)
         tokenizer = Tokenizer.from_dir(model, config.vocab_size)

@@ -21,15 +21,15 @@ BOS, EOS = 256, 257
 _SEED = 20240607
 
 
-def default_model() -> tuple[ModelConfig, ArraySource, Tokenizer]:
-    """Config, weights and tokenizer."""
+def default_model(*, mtp: bool = False) -> tuple[ModelConfig, ArraySource, Tokenizer]:
+    """Config, weights and tokenizer; `mtp`: with the weights of its layer for multi-token prediction."""
     config = model_config("tiny")
-    return config, ArraySource(random_weights(config, _SEED)), byte_tokenizer()
+    return config, ArraySource(random_weights(config, _SEED, mtp=mtp)), byte_tokenizer()
 
 
-def random_weights(config: ModelConfig, seed: int) -> dict[str, NDArray[np.float32]]:
+def random_weights(config: ModelConfig, seed: int, *, mtp: bool = False) -> dict[str, NDArray[np.float32]]:
     """Weights under Hugging Face names; each tensor depends on the seed and its name alone."""
-    return {name: _random(name, shape, seed) for name, shape in expected_shapes(config).items()}
+    return {name: _random(name, shape, seed) for name, shape in expected_shapes(config, mtp=mtp).items()}
 
 
 def _random(name: str, shape: tuple[int, ...], seed: int) -> NDArray[np.float32]:

@@ -1,0 +1,103 @@
+"""A small model with an MTP layer that is often, but not always, right; and an engine that runs requests on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import queue
+from collections.abc import Sequence
+
+import numpy as np
+from flax import nnx
+
+from jax_mla_cp.batch import Sampling
+from jax_mla_cp.checkpoint import ArraySource, load_params
+from jax_mla_cp.config import ModelConfig
+from jax_mla_cp.default_model import random_weights
+from jax_mla_cp.engine import Engine, Event, Finished, Request, Speculation, Token
+from jax_mla_cp.engine.engine import Steps
+from jax_mla_cp.engine.text import TextStream
+from jax_mla_cp.mesh import make_mesh, mesh_shape
+from jax_mla_cp.model.context import EP_CHOICES, Build
+from jax_mla_cp.model.decoder import Decoder
+from jax_mla_cp.model.handle import Model
+from jax_mla_cp.planner import Planner
+from jax_mla_cp.runner import Runner
+from tests.synthetic import CONFIG as SYNTHETIC
+
+CONFIG = dataclasses.replace(
+    SYNTHETIC, vocab_size=12, hidden_size=32, num_layers=2, num_heads=4, q_lora_rank=16, kv_lora_rank=16,
+    intermediate_size=32, moe_intermediate_size=16, num_mtp_layers=1,
+)  # fmt: skip
+PAGE, RUNNING, CHUNK = 4, 6, 10
+
+
+@functools.cache
+def weights(config: ModelConfig = CONFIG) -> dict[str, np.ndarray]:
+    """Under Hugging Face names. Tokens follow each other in a circle, unless the layers add something else to them; the MTP
+    layer sees the next token, and some of the state by way of random numbers, so that it is right now and then."""
+    made = dict(random_weights(config, 0, mtp=True))
+    rng = np.random.default_rng(3)
+    width = config.hidden_size
+    embed = np.linalg.qr(rng.normal(size=(width, config.vocab_size)))[0].T * np.sqrt(width)
+    made["model.embed_tokens.weight"] = embed
+    made["lm_head.weight"] = np.roll(embed, 1, axis=0) / np.sqrt(width)
+    noise = 2 * rng.normal(size=(width, width)) / np.sqrt(width)
+    made[f"model.layers.{config.num_layers}.eh_proj.weight"] = np.concatenate([np.eye(width), noise], axis=1)
+    return {name: value.astype(np.float32) for name, value in made.items()}
+
+
+def model(mesh: str | None = None, ep: str = "tp", config: ModelConfig = CONFIG, **build: object) -> Model:
+    on = None if mesh is None else make_mesh(mesh)
+    built = Build(config, None if on is None else mesh_shape(on), EP_CHOICES[ep], mtp=True, **build)  # type: ignore[arg-type]
+    return Model(load_params(ArraySource(weights(config)), nnx.state(Decoder(built)), config, on), built, on)
+
+
+def planner(model: Model, draft_tokens: int, *, running: int = RUNNING, max_len: int = 64, page: int = PAGE) -> Planner:
+    """With one program."""
+    made = Planner.create(
+        model, cache_tokens=running * max_len, page_size=page, max_requests=running, max_len=max_len,
+        prefill_chunk=CHUNK, form="absorbed", draft_tokens=draft_tokens,
+    )  # fmt: skip
+    return dataclasses.replace(made, buckets=made.buckets[-1:])
+
+
+def runner(model: Model, draft_tokens: int, *, running: int = RUNNING) -> Runner:
+    return Runner(planner(model, draft_tokens, running=running), prefill_chunk=CHUNK, max_running=running, max_model_len=64)
+
+
+@dataclasses.dataclass
+class Run:
+    """What an engine made of requests."""
+
+    tokens: list[list[int]]
+    logprobs: list[list[float]]
+    speculation: Speculation | None
+    idle: bool
+    """No page is lost."""
+
+
+def generate(
+    steps: Steps, prompts: Sequence[Sequence[int]], count: int | Sequence[int], how: Sequence[Sampling] | None = None
+) -> Run:
+    """`count` tokens for each prompt, greedy if not told `how`; all requests arrive at once."""
+    events: queue.Queue[tuple[int, Event]] = queue.Queue()
+    engine = Engine(steps)
+    counts = [count] * len(prompts) if isinstance(count, int) else count
+    for i, (prompt, most) in enumerate(zip(prompts, counts, strict=True)):
+        sampling = how[i] if how else Sampling(temperature=0)
+        text, emit = TextStream(None), functools.partial(lambda i, event: events.put((i, event)), i)
+        engine.submit(Request(list(prompt), most, sampling, frozenset(), text, emit))
+    engine.start()
+    run = Run([[] for _ in prompts], [[] for _ in prompts], None, False)
+    left = len(prompts)
+    while left:
+        i, event = events.get(timeout=120)
+        if isinstance(event, Token):
+            run.tokens[i].append(event.token)
+            run.logprobs[i].append(event.logprob)
+        else:
+            assert event == Finished("length", ""), event
+            left -= 1
+    engine.stop(timeout=60)
+    return dataclasses.replace(run, speculation=engine.speculation, idle=engine.idle)
