@@ -72,6 +72,11 @@ class BatchShape:
         """Places for sampled tokens, per request."""
         return 1 + self.draft_tokens
 
+    @property
+    def fresh(self) -> int:
+        """Most pages of a request that a step begins and does not fill: the last, and those that recycled drafts reach."""
+        return 1 + -(-max(self.draft_tokens - 1, 0) // self.cache.page_size)
+
     def __post_init__(self) -> None:
         if self.requests < 1 or self.requests % self.cp:
             raise ValueError(f"requests must be a positive multiple of cp={self.cp}, got {self.requests}.")
@@ -108,7 +113,7 @@ class Batch:
     positions: Any  # int32 [T]         P(("dp", "cp"))
     num_tokens: Any  # int32 [1]        P(("dp", "cp"))  tokens that exist; the rest of the buffer is padding
     slots: Any  # int32 [cp T]          P("dp")          where each rank's tokens go in the cache
-    fresh: Any  # int32 [max(2, I)]     P("dp")          pages to zero first
+    fresh: Any  # int32 [max(2, I ..)]  P("dp")          pages to zero first, `BatchShape.fresh` of each request
     page_table: Any  # int32 [I, W]     P("dp")
     key_pages: Any  # int32 [K / page]  P("dp")          pages of the packed keys, none without expanded rows
     num_keys: Any  # int32 [1]          P("dp")          keys that the packed ones reach to

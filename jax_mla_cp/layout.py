@@ -197,13 +197,14 @@ def _group(layout: Layout, shape: BatchShape, step: StepShape, *, embeds: bool) 
     p, cp, page_size, works, order = layout.plan, shape.cp, shape.cache.page_size, layout.works, layout.order
     tokens = step.tokens
     page_table = shape.cache.no_page(shape.requests * shape.table_width).reshape(shape.requests, -1)
-    fresh = shape.cache.no_page(max(2, shape.requests))  # of a single one, XLA's scatter may copy the cache
+    # Of a single one, XLA's scatter may copy the cache.
+    fresh = shape.cache.no_page(max(2, shape.requests * shape.fresh))
     for i, work in enumerate(works):
         end = work.cached + len(work.tokens)
-        reached, used = -(-_room(work, shape) // page_size), -(-end // page_size)
-        page_table[i, :reached] = work.pages[:reached]
-        if end % page_size and (used - 1) * page_size >= work.cached:
-            fresh[i] = work.pages[used - 1]
+        whole, used = end // page_size, -(-_room(work, shape) // page_size)
+        page_table[i, :used] = work.pages[:used]
+        begun = work.pages[max(whole, -(-work.cached // page_size)) : used]
+        fresh[i * shape.fresh :][: len(begun)] = begun
 
     # Each token's place in the buffers: its rank's, at its place within the rank.
     rank = np.repeat(np.arange(cp), p.rank_tokens)

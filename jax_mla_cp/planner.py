@@ -115,7 +115,8 @@ class Planner:
         shape = BatchShape(
             dp=mesh.dp,
             cp=mesh.cp,
-            requests=-(-max_requests // mesh.cp) * mesh.cp,
+            # Recycled drafts write one slot per request, and of a single slot, XLA's scatter may copy the cache.
+            requests=-(-max(max_requests, min(draft_tokens, 2)) // mesh.cp) * mesh.cp,
             table_width=-(-max_len // page_size),
             expanded_keys=0 if form == "absorbed" else packed_keys(keys, page_size),
             cache=layout,

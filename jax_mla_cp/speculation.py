@@ -94,7 +94,9 @@ def _inputs(
 ) -> LayerInputs:
     """One token of each request, at `position`: each rank computes its share, all write all latents.
 
-    Latents beyond a request's room are dropped; what is proposed from there is of no use to the request.
+    Latents beyond a request's room are dropped; what is proposed from there is of no use to the request. Pages that begin
+    within it have been zeroed by the pass over the step's tokens (here, XLA could do so before that pass's attention has read
+    the cache, and would copy it).
     """
     c, axes = decoder.build.config, decoder.build.axes
     total_pages, page_size, _ = shape
@@ -105,11 +107,8 @@ def _inputs(
         return lax.dynamic_slice_in_dim(values, axes.index(CP) * share, share)
 
     fits = position < room
-    outside = jnp.arange(requests + 1)  # of the array, each another one; one more: XLA may copy for a single one
     page = jnp.take_along_axis(batch.page_table, jnp.where(fits, position // page_size, 0)[:, None], axis=1)[:, 0]
-    slots = jnp.where(fits, page * page_size + position % page_size, total_pages * page_size + outside[:-1])
-    begins = jnp.append(fits & (position % page_size == 0), False)
-    fresh = jnp.where(begins, jnp.append(page, 0), total_pages + outside)
+    slots = jnp.where(fits, page * page_size + position % page_size, total_pages * page_size + jnp.arange(requests))
     exists = mine(room) > 0  # requests stand before places without one
     cos, sin = rope_angles(mine(position), c.qk_rope_head_dim, c.rope)
     number = jnp.arange(share)
@@ -120,6 +119,6 @@ def _inputs(
         request=number,
     )
     return dataclasses.replace(
-        decoder.inputs(batch), valid=exists, cos=cos, sin=sin, slots=slots, fresh=fresh, key_pages=batch.key_pages[:0],
-        absorbed=rows, row_pages=mine(batch.page_table), absorbed_tokens=share,
+        decoder.inputs(batch), valid=exists, cos=cos, sin=sin, slots=slots, fresh=batch.fresh[:0],
+        key_pages=batch.key_pages[:0], absorbed=rows, row_pages=mine(batch.page_table), absorbed_tokens=share,
     )  # fmt: skip

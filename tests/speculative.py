@@ -7,10 +7,12 @@ import functools
 import queue
 from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jax_mla_cp.batch import Sampling
+from jax_mla_cp.batch import Batch, Sampling
 from jax_mla_cp.checkpoint import ArraySource, load_params
 from jax_mla_cp.config import ModelConfig
 from jax_mla_cp.default_model import random_weights
@@ -23,13 +25,14 @@ from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.handle import Model
 from jax_mla_cp.planner import Planner
 from jax_mla_cp.runner import Runner
+from jax_mla_cp.step import put
 from tests.synthetic import CONFIG as SYNTHETIC
 
 CONFIG = dataclasses.replace(
-    SYNTHETIC, vocab_size=12, hidden_size=32, num_layers=2, num_heads=4, q_lora_rank=16, kv_lora_rank=16,
+    SYNTHETIC, vocab_size=12, hidden_size=32, num_layers=2, first_k_dense=0, num_heads=4, q_lora_rank=16, kv_lora_rank=16,
     intermediate_size=32, moe_intermediate_size=16, num_mtp_layers=1,
 )  # fmt: skip
-PAGE, RUNNING, CHUNK = 4, 6, 10
+PAGE, RUNNING, CHUNK = 4, 12, 10
 
 
 @functools.cache
@@ -42,7 +45,7 @@ def weights(config: ModelConfig = CONFIG) -> dict[str, np.ndarray]:
     embed = np.linalg.qr(rng.normal(size=(width, config.vocab_size)))[0].T * np.sqrt(width)
     made["model.embed_tokens.weight"] = embed
     made["lm_head.weight"] = np.roll(embed, 1, axis=0) / np.sqrt(width)
-    noise = 2 * rng.normal(size=(width, width)) / np.sqrt(width)
+    noise = rng.normal(size=(width, width)) / np.sqrt(width)
     made[f"model.layers.{config.num_layers}.eh_proj.weight"] = np.concatenate([np.eye(width), noise], axis=1)
     return {name: value.astype(np.float32) for name, value in made.items()}
 
@@ -53,17 +56,42 @@ def model(mesh: str | None = None, ep: str = "tp", config: ModelConfig = CONFIG,
     return Model(load_params(ArraySource(weights(config)), nnx.state(Decoder(built)), config, on), built, on)
 
 
-def planner(model: Model, draft_tokens: int, *, running: int = RUNNING, max_len: int = 64, page: int = PAGE) -> Planner:
-    """With one program."""
-    made = Planner.create(
-        model, cache_tokens=running * max_len, page_size=page, max_requests=running, max_len=max_len,
-        prefill_chunk=CHUNK, form="absorbed", draft_tokens=draft_tokens,
-    )  # fmt: skip
-    return dataclasses.replace(made, buckets=made.buckets[-1:])
+class OneProgram(Runner):
+    """A runner with one bucket, whose steps can be looked into."""
 
+    def __init__(self, model: Model, draft_tokens: int, *, page: int = PAGE, max_len: int = 64):
+        made = Planner.create(
+            model, cache_tokens=RUNNING * max_len, page_size=page, max_requests=RUNNING, max_len=max_len,
+            prefill_chunk=CHUNK, form="absorbed", draft_tokens=draft_tokens,
+        )  # fmt: skip
+        made = dataclasses.replace(made, buckets=made.buckets[-1:])
+        super().__init__(made, prefill_chunk=CHUNK, max_running=RUNNING, max_model_len=max_len)
 
-def runner(model: Model, draft_tokens: int, *, running: int = RUNNING) -> Runner:
-    return Runner(planner(model, draft_tokens, running=running), prefill_chunk=CHUNK, max_running=running, max_model_len=64)
+    @property
+    def program(self) -> jax.stages.Compiled:
+        return self._program(self.planner.steps[-1])
+
+    def propose(self, batch: Batch) -> np.ndarray:
+        """Runs a batch as it is: drafts [dp, I, d]."""
+        model = self.planner.model
+        sampled, self._pages = self.program(model, self._pages, put(model, batch))
+        return np.asarray(sampled.drafts).reshape(self.dp, -1, self.draft_tokens)
+
+    def poison(self) -> None:
+        """The whole cache becomes NaN."""
+        self._pages = jax.jit(lambda pages: pages * jnp.nan, donate_argnums=0)(self._pages)
+
+    def pages(self) -> np.ndarray:
+        return np.asarray(self._pages)
+
+    def latents(self, group: int, pages: Sequence[int]) -> list[np.ndarray]:
+        """[layers, tokens, R + r] in a dp group's pages, as each of its devices has them."""
+        cache, found = self.planner.shape.cache, []
+        for shard in self._pages.addressable_shards:
+            if (shard.index[0].start or 0) == group * cache.total_pages:
+                data = np.asarray(shard.data).reshape(cache.layers, cache.pages_per_layer, cache.page_size, -1)
+                found.append(data[:, list(pages)].reshape(cache.layers, -1, data.shape[-1]))
+        return found
 
 
 @dataclasses.dataclass
