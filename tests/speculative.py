@@ -5,26 +5,26 @@ from __future__ import annotations
 import dataclasses
 import functools
 import queue
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jax_mla_cp.batch import Batch, Sampling
+from jax_mla_cp.batch import Batch, Sampling, Work
 from jax_mla_cp.checkpoint import ArraySource, load_params
 from jax_mla_cp.config import ModelConfig
 from jax_mla_cp.default_model import random_weights
 from jax_mla_cp.engine import Engine, Event, Finished, Request, Speculation, Token
-from jax_mla_cp.engine.engine import Steps
 from jax_mla_cp.engine.text import TextStream
 from jax_mla_cp.mesh import make_mesh, mesh_shape
 from jax_mla_cp.model.context import EP_CHOICES, Build
 from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.handle import Model
 from jax_mla_cp.planner import Planner
-from jax_mla_cp.runner import Runner
+from jax_mla_cp.runner import Outcome, Runner
 from jax_mla_cp.step import put
 from tests.synthetic import CONFIG as SYNTHETIC
 
@@ -94,6 +94,23 @@ class OneProgram(Runner):
         return found
 
 
+class Watched:
+    """A runner whose works and outcomes are shown to `look`, which may change them, work by work."""
+
+    def __init__(self, steps: Runner, look: Callable[[Work, Outcome], object]):
+        self._steps, self._look = steps, look
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._steps, name)
+
+    def step(self, work: Sequence[Sequence[Work]]) -> list[list[Outcome]]:
+        outcomes = self._steps.step(work)
+        for works, results in zip(work, outcomes, strict=True):
+            for one, outcome in zip(works, results, strict=True):
+                self._look(one, outcome)
+        return outcomes
+
+
 @dataclasses.dataclass
 class Run:
     """What an engine made of requests."""
@@ -106,7 +123,10 @@ class Run:
 
 
 def generate(
-    steps: Steps, prompts: Sequence[Sequence[int]], count: int | Sequence[int], how: Sequence[Sampling] | None = None
+    steps: Runner | Watched,
+    prompts: Sequence[Sequence[int]],
+    count: int | Sequence[int],
+    how: Sequence[Sampling] | None = None,
 ) -> Run:
     """`count` tokens for each prompt, greedy if not told `how`; all requests arrive at once."""
     events: queue.Queue[tuple[int, Event]] = queue.Queue()

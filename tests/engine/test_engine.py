@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_mla_cp.batch import Sampling
+from jax_mla_cp.default_model import byte_tokenizer
 from jax_mla_cp.engine import Engine, EngineDead, Event, Failed, Finished, Request, Token
 from jax_mla_cp.engine.pages import Pages
 from jax_mla_cp.engine.scheduler import Scheduler
@@ -23,9 +24,13 @@ STOP = frozenset({3})
 class Asked:
     """A request and the events it got."""
 
-    def __init__(self, prompt: list[int], max_tokens: int, stop: frozenset[int] = frozenset()):
+    def __init__(
+        self, prompt: list[int], max_tokens: int, stop: frozenset[int] = frozenset(), text: TextStream | None = None
+    ):
         self.events: queue.Queue[Event] = queue.Queue()
-        self.request = Request(prompt, max_tokens, Sampling(temperature=0), stop, TextStream(None), self.events.put)
+        self.request = Request(
+            prompt, max_tokens, Sampling(temperature=0), stop, text or TextStream(None), self.events.put
+        )
 
     def result(self, timeout: float = 10) -> tuple[list[int], Event]:
         tokens = []
@@ -133,6 +138,49 @@ def test_many_threads(engine: Engine) -> None:
         assert tokens == continuation(a.request.prompt, a.request.max_tokens)
         assert end == Finished("length", "")
     until(lambda: engine.idle)
+
+
+def test_what_follows_an_end_within_a_run_is_dropped() -> None:
+    """Stop tokens, stop strings and max_tokens end a request wherever they fall among the drafts that hold."""
+    model = PageModel(draft_tokens=4)
+    engine = Engine(model)
+    engine.start()
+    for i in range(12):
+        prompt = [i, 2, 3] * (1 + i % 9)
+        want = continuation(prompt, 20)
+        bytes_only = [t for t in want[3:] if 32 <= t < 127]
+        stop = chr(bytes_only[-1])
+        asked = [
+            *(Asked(prompt, most) for most in range(1, 9)),
+            *(Asked(prompt, 20, frozenset({token})) for token in want[:8]),
+            Asked(prompt, 20, text=TextStream(byte_tokenizer(), [stop])),
+        ]
+        for a in asked:
+            engine.submit(a.request)
+        for most, a in enumerate(asked[:8], 1):
+            assert a.result() == (want[:most], Finished("length", ""))
+        for token, a in zip(want, asked[8:16], strict=False):
+            assert a.result() == (want[: want.index(token) + 1], Finished("stop", ""))
+        assert asked[-1].result()[0] == want[: want.index(ord(stop)) + 1]
+    until(lambda: engine.idle)
+    assert engine.speculation is not None
+    assert engine.speculation.drafted == sum(drafts * times for (drafts, _), times in model.held.items())
+    assert engine.speculation.accepted == sum(held * times for (_, held), times in model.held.items())
+    assert {(4, held) for held in range(5)} < set(model.held), "every number of drafts held"
+    engine.stop(5)
+
+
+def test_drafts_save_steps_and_fit_the_pages() -> None:
+    """The guesses about the last tokens would need pages that the request has not got."""
+    plain, speculating = PageModel(pages=16, page_size=4), PageModel(pages=16, page_size=4, draft_tokens=4)
+    for model in (plain, speculating):
+        engine = Engine(model)
+        engine.start()
+        asked = Asked([1] * 10, 55)  # 64 places
+        engine.submit(asked.request)
+        assert asked.result()[0] == continuation([1] * 10, 55)
+        engine.stop(5)
+    assert speculating.steps < 0.6 * plain.steps
 
 
 def test_a_new_request_joins_while_another_decodes(model: PageModel, engine: Engine) -> None:

@@ -16,7 +16,7 @@ from jax_mla_cp.config import ConfigError
 from jax_mla_cp.planner import Planner
 from jax_mla_cp.runner import Outcome
 from tests import reference
-from tests.speculative import CONFIG, PAGE, OneProgram, generate, model, weights
+from tests.speculative import CONFIG, PAGE, OneProgram, Watched, generate, model, weights
 from tests.test_cache import copies_of
 
 GREEDY = Sampling(temperature=0)
@@ -36,17 +36,11 @@ def test_greedy_tokens_are_the_same(mesh: str | None, ep: str, draft_tokens: int
     steps = runner(mesh, ep, draft_tokens)
     held: collections.Counter[int] = collections.Counter()
 
-    class Watched:
-        def __getattr__(self, name: str) -> object:
-            return getattr(steps, name)
+    def count(work: Work, outcome: Outcome) -> None:
+        if work.drafts == draft_tokens:
+            held[len(outcome.sampled) - 1] += 1
 
-        def step(self, work: Sequence[Sequence[Work]]) -> list[list[Outcome]]:
-            outcomes = steps.step(work)
-            for works, results in zip(work, outcomes, strict=True):
-                held.update(len(o.sampled) - 1 for w, o in zip(works, results, strict=True) if w.drafts == draft_tokens)
-            return outcomes
-
-    want, got = greedily(), generate(Watched(), PROMPTS, COUNTS)  # type: ignore[arg-type]
+    want, got = greedily(), generate(Watched(steps, count), PROMPTS, COUNTS)
     assert got.tokens == want.tokens
     for ours, theirs in zip(got.logprobs, want.logprobs, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
@@ -120,11 +114,14 @@ def test_stale_memory_reaches_no_output(mesh: str, ep: str, draft_tokens: int) -
     leaves no NaN in it: kernels may read a tile that reaches past a row's end."""
     steps = runner(mesh, ep, draft_tokens)
     steps.poison()
-    assert generate(steps, PROMPTS, COUNTS).tokens == greedily().tokens
-    stale = np.isnan(steps.pages()).reshape(len(steps.pages()), -1)
+
+    def look(work: Work, outcome: Outcome) -> None:
+        stale = np.isnan(steps.pages()).reshape(len(steps.pages()), -1)
+        assert stale.all(1).any() and not stale.all()
+        assert (stale.all(1) == stale.any(1)).all()
+
+    assert generate(Watched(steps, look), PROMPTS, COUNTS).tokens == greedily().tokens
     steps.reset()
-    assert stale.all(1).any() and not stale.all()
-    assert (stale.all(1) == stale.any(1)).all()
 
 
 def test_a_wrong_next_token_is_noticed() -> None:
@@ -186,22 +183,14 @@ def test_accepting_every_draft_is_noticed() -> None:
     """Negative control of the statistical test."""
     steps = runner(None, "tp", 2)
 
-    class Credulous:
-        def __getattr__(self, name: str) -> object:
-            return getattr(steps, name)
+    def believe(work: Work, outcome: Outcome) -> None:
+        if work.drafts:
+            last = outcome.sampled[-1]
+            guesses = list(work.tokens)[-work.drafts :]
+            outcome.sampled[:] = [*(dataclasses.replace(last, token=guess) for guess in guesses), last]
 
-        def step(self, work: Sequence[Sequence[Work]]) -> list[list[Outcome]]:
-            outcomes = steps.step(work)
-            for works, results in zip(work, outcomes, strict=True):
-                for w, outcome in zip(works, results, strict=True):
-                    if w.drafts:
-                        last = outcome.sampled[-1]
-                        guesses = list(w.tokens)[-w.drafts :]
-                        outcome.sampled[:] = [*(dataclasses.replace(last, token=g) for g in guesses), last]
-            return outcomes
-
-    count = 600
-    run = generate(Credulous(), [PROMPT] * count, 3, [Sampling(seed=seed) for seed in range(count)])  # type: ignore[arg-type]
+    how = [Sampling(seed=seed) for seed in range(600)]
+    run = generate(Watched(steps, believe), [PROMPT] * len(how), 3, how)
     assert p_value(np.array(run.tokens)) < 1e-9
 
 
