@@ -27,33 +27,47 @@ from jax_mla_cp.planner import Planner
 from jax_mla_cp.runner import Outcome, Runner
 from jax_mla_cp.step import put
 from tests.synthetic import CONFIG as SYNTHETIC
+from tests.synthetic import REAL_DIMS_CONFIG
 
 CONFIG = dataclasses.replace(
     SYNTHETIC, vocab_size=12, hidden_size=32, num_layers=2, first_k_dense=0, num_heads=4, q_lora_rank=16, kv_lora_rank=16,
     intermediate_size=32, moe_intermediate_size=16, num_mtp_layers=1,
 )  # fmt: skip
+REAL_DIMS: dict[str, Any] = {
+    "config": dataclasses.replace(REAL_DIMS_CONFIG, num_layers=2, first_k_dense=0, num_mtp_layers=1),
+    "dtype": jnp.dtype(jnp.bfloat16), "noise": 5.0,
+}  # fmt: skip
+"""A model for the kernels: far from ties, so that bfloat16 says the same in any batch; half of its drafts hold."""
+
 PAGE, RUNNING, CHUNK = 4, 12, 10
 
 
 @functools.cache
-def weights(config: ModelConfig = CONFIG) -> dict[str, np.ndarray]:
-    """Under Hugging Face names. Tokens follow each other in a circle, unless the layers add something else to them; the MTP
-    layer sees the next token, and some of the state by way of random numbers, so that it is right now and then."""
+def weights(config: ModelConfig = CONFIG, added: float = 1.0, noise: float = 1.0) -> dict[str, np.ndarray]:
+    """Under Hugging Face names. Tokens follow each other in a circle, unless the layers add something else to them, which
+    they do `added` times; the MTP layer sees the next token, and some of the state by way of random numbers, the `noise`, so
+    that it is right now and then."""
     made = dict(random_weights(config, 0, mtp=True))
     rng = np.random.default_rng(3)
     width = config.hidden_size
     embed = np.linalg.qr(rng.normal(size=(width, config.vocab_size)))[0].T * np.sqrt(width)
     made["model.embed_tokens.weight"] = embed
     made["lm_head.weight"] = np.roll(embed, 1, axis=0) / np.sqrt(width)
-    noise = rng.normal(size=(width, width)) / np.sqrt(width)
-    made[f"model.layers.{config.num_layers}.eh_proj.weight"] = np.concatenate([np.eye(width), noise], axis=1)
-    return {name: value.astype(np.float32) for name, value in made.items()}
+    mixed = noise * rng.normal(size=(width, width)) / np.sqrt(width)
+    made[f"model.layers.{config.num_layers}.eh_proj.weight"] = np.concatenate([np.eye(width), mixed], axis=1)
+    last = ("o_proj.weight", "down_proj.weight")
+    return {name: (added * value if name.endswith(last) else value).astype(np.float32) for name, value in made.items()}
 
 
-def model(mesh: str | None = None, ep: str = "tp", config: ModelConfig = CONFIG, **build: object) -> Model:
+def model(
+    mesh: str | None = None, ep: str = "tp", config: ModelConfig = CONFIG, added: float = 1.0, noise: float = 1.0,
+    **build: object,
+) -> Model:  # fmt: skip
     on = None if mesh is None else make_mesh(mesh)
     built = Build(config, None if on is None else mesh_shape(on), EP_CHOICES[ep], mtp=True, **build)  # type: ignore[arg-type]
-    return Model(load_params(ArraySource(weights(config)), nnx.state(Decoder(built)), config, on), built, on)
+    return Model(
+        load_params(ArraySource(weights(config, added, noise)), nnx.state(Decoder(built)), config, on), built, on
+    )
 
 
 class OneProgram(Runner):
