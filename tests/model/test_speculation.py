@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -198,6 +199,23 @@ def test_the_compiled_step_copies_no_cache() -> None:
     for mesh, ep, draft_tokens in MESHES:
         steps = runner(mesh, ep, draft_tokens)
         assert not copies_of(steps.program.as_text(), (steps.planner.shape.cache.total_pages, PAGE, CONFIG.latent_dim))
+
+
+def test_next_tokens_need_no_collective() -> None:
+    """What is gathered over cp: the model's latents, the MTP layer's twice (of the step, of recycled drafts), and what was
+    sampled; over tp: logits. What is scattered: states, where tokens are sampled after and where drafts come from."""
+    steps = runner(*MESHES[3])
+    shape, c = steps.planner.shape, CONFIG
+    text = steps.program.as_text()
+    gathers = re.findall(r"= (\w+\[[\d,]*\])\S* all-gather(?:-start)?\(", text)
+    tokens = 3 * steps.planner.buckets[-1]
+    latents = [f"f32[{tokens},{c.latent_dim}]"] * 2 + [f"f32[{shape.requests},{c.latent_dim}]"]
+    share = shape.requests // 3
+    logits = [f"f32[{n},{c.vocab_size}]" for n in (share * shape.samples, share, share)]
+    assert sorted(gathers) == sorted([*latents, *logits, f"s32[{shape.requests},{shape.samples}]"])
+    scatters = re.findall(r"= (\w+\[[\d,]*\])\S* reduce-scatter\(", text)
+    assert sorted(scatters) == sorted([f"f32[{n},{c.hidden_size}]" for n in (share, share * shape.samples)])
+    assert not re.search(r"all-to-all|collective-permute", text)
 
 
 def test_drafts_need_the_layer() -> None:
