@@ -77,6 +77,15 @@ class BatchShape:
         """Most pages of a request that a step begins and does not fill: the last, and those that recycled drafts reach."""
         return 1 + -(-max(self.draft_tokens - 1, 0) // self.cache.page_size)
 
+    def room(self, work: Work) -> int:
+        """Positions below it may be written for a work: its tokens', and, as far as the request has pages, those of the
+        drafts that the step recycles."""
+        end = work.cached + len(work.tokens)
+        if work.sampling is None:
+            return end
+        pages = min(len(work.pages), self.table_width)
+        return min(end + max(self.draft_tokens - 1, 0), pages * self.cache.page_size)
+
     def __post_init__(self) -> None:
         if self.requests < 1 or self.requests % self.cp:
             raise ValueError(f"requests must be a positive multiple of cp={self.cp}, got {self.requests}.")

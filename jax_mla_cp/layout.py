@@ -1,8 +1,7 @@
 """A step's requests -> all its arrays, on the host (NumPy).
 
 `lay_out` chooses the requests' form of attention and plans the zigzag over the cp ranks; `build` makes the arrays, with the
-page slot that each token's latent goes to. Everything that a device could read or write out of range is checked here, because
-JAX would clamp it silently.
+page slot that each token's latent goes to. The works have been checked before (jax_mla_cp/check.py).
 """
 
 from __future__ import annotations
@@ -54,19 +53,6 @@ class Layout:
         return self.num_absorbed < len(self.works)
 
 
-def check_works(works: Sequence[Work], shape: BatchShape, config: ModelConfig) -> None:
-    """What JAX would clamp or drop silently, refused before a device sees it.
-
-    Raises:
-      ValueError: a work of a dp group that doesn't fit the shape, the pages or the vocabulary.
-    """
-    if len(works) > shape.requests:
-        raise ValueError(f"a step takes at most {shape.requests} requests of a dp group, got {len(works)}.")
-    for i, work in enumerate(works):
-        _check(i, work, shape, config)
-    _check_pages(works, shape)
-
-
 def lay_out(works: Sequence[Work], shape: BatchShape, config: ModelConfig, *, expand: bool = True) -> Layout:
     """Chooses each work's form and plans the zigzag, for a dp group's works that `check_works` has passed.
 
@@ -108,78 +94,6 @@ def build(layouts: Sequence[Layout], shape: BatchShape, step: StepShape) -> Batc
     return groups[0] if len(groups) == 1 else jax.tree.map(lambda *arrays: np.concatenate(arrays), *groups)
 
 
-def _check(i: int, work: Work, shape: BatchShape, config: ModelConfig) -> None:
-    new, page_size = len(work.tokens), shape.cache.page_size
-    if new < 1 or work.cached < 0:
-        raise ValueError(f"work {i}: needs at least 1 token and cached >= 0, got {new} and {work.cached}.")
-    if work.cached + new > config.max_position:
-        raise ValueError(f"work {i}: {work.cached} + {new} tokens exceed the model's {config.max_position} positions.")
-    needed = -(-(work.cached + new) // page_size)
-    if not needed <= len(work.pages):
-        raise ValueError(
-            f"work {i}: {work.cached + new} tokens need {needed} pages of {page_size}, got {len(work.pages)}."
-        )
-    if needed > shape.table_width:
-        raise ValueError(f"work {i}: needs {needed} pages, the page table holds {shape.table_width}.")
-    ids = np.asarray(work.tokens)
-    if not np.issubdtype(ids.dtype, np.integer) or ids.ndim != 1:
-        raise ValueError(f"work {i}: tokens must be a list of token ids, got {ids.dtype} of shape {ids.shape}.")
-    if work.embeds is not None:
-        if np.shape(work.embeds) != (new, config.hidden_size):
-            raise ValueError(f"work {i}: embeds must be [{new}, {config.hidden_size}], got {np.shape(work.embeds)}.")
-        if shape.draft_tokens:
-            raise ValueError(f"work {i}: embeds can't be combined with draft_tokens: the MTP layer reads token ids.")
-    else:
-        _check_ids(i, ids, config)
-    _check_drafts(i, work, shape, config)
-
-
-def _check_ids(i: int, ids: NDArray[np.integer[Any]], config: ModelConfig) -> None:
-    if ids.min() < 0 or ids.max() >= config.vocab_size:
-        bad = int(ids[(ids < 0) | (ids >= config.vocab_size)][0])
-        raise ValueError(f"work {i}: token id {bad} is not in the vocabulary (0 to {config.vocab_size - 1}).")
-
-
-def _check_drafts(i: int, work: Work, shape: BatchShape, config: ModelConfig) -> None:
-    most = min(shape.draft_tokens, len(work.tokens) - 1)
-    if not 0 <= work.drafts <= most:
-        raise ValueError(
-            f"work {i}: drafts must be 0 to {most} (the planner's draft_tokens, and fewer than the tokens), "
-            f"got {work.drafts}."
-        )
-    if work.drafts and work.sampling is None:
-        raise ValueError(f"work {i}: drafts are verified by sampling; give sampling too.")
-    if work.next_token is not None:
-        if work.sampling is not None:
-            raise ValueError(f"work {i}: next_token is for tokens after which nothing is sampled.")
-        _check_ids(i, np.array([work.next_token]), config)
-
-
-def _check_pages(works: Sequence[Work], shape: BatchShape) -> None:
-    """Page ids are in range, and no page is written by two requests (reading one together is fine)."""
-    writer: dict[int, int] = {}
-    page_size, pages = shape.cache.page_size, shape.cache.pages_per_layer
-    for i, work in enumerate(works):
-        used = np.asarray(work.pages[: -(-_room(work, shape) // page_size)])
-        if used.min() < 0 or used.max() >= pages:
-            raise ValueError(f"work {i}: page ids must be 0 to {pages - 1}, got {used.min()} to {used.max()}.")
-        for page in used[work.cached // page_size :].tolist():
-            if writer.setdefault(page, i) != i:
-                raise ValueError(f"work {i}: page {page} is also written by work {writer[page]}.")
-        if len(set(used.tolist())) != len(used):
-            raise ValueError(f"work {i}: a page is listed twice.")
-
-
-def _room(work: Work, shape: BatchShape) -> int:
-    """Positions that a step may write, counted from 0: its tokens', and behind them those of the drafts that it proposes
-    from drafts, as far as the request has pages."""
-    end = work.cached + len(work.tokens)
-    if work.sampling is None:
-        return end
-    pages = min(len(work.pages), shape.table_width)
-    return min(end + max(shape.draft_tokens - 1, 0), pages * shape.cache.page_size)
-
-
 def packed_keys(keys: int, page_size: int) -> int:
     """Room for a request's keys: whole pages, and never less than up to the end of its last KV tile."""
     tiled = -(-keys // KEY_ALIGN) * KEY_ALIGN
@@ -201,7 +115,7 @@ def _group(layout: Layout, shape: BatchShape, step: StepShape, *, embeds: bool) 
     fresh = shape.cache.no_page(max(2, shape.requests * shape.fresh))
     for i, work in enumerate(works):
         end = work.cached + len(work.tokens)
-        whole, used = end // page_size, -(-_room(work, shape) // page_size)
+        whole, used = end // page_size, -(-shape.room(work) // page_size)
         page_table[i, :used] = work.pages[:used]
         begun = work.pages[max(whole, -(-work.cached // page_size)) : used]
         fresh[i * shape.fresh :][: len(begun)] = begun
@@ -325,5 +239,5 @@ def _speculation(works: Sequence[Work], shape: BatchShape) -> SpeculationArrays:
         known = len(work.tokens) - work.drafts
         drafts[i, : work.drafts] = work.tokens[known:]
         first[i] = work.cached + known - 1
-        room[i] = _room(work, shape)
+        room[i] = shape.room(work)
     return SpeculationArrays(drafts, first, room)

@@ -11,8 +11,9 @@ from jax_mla_cp import cache
 from jax_mla_cp.attention import fa3
 from jax_mla_cp.batch import Batch, BatchShape, StepShape, Work
 from jax_mla_cp.cache import CacheShape
+from jax_mla_cp.check import check_works
 from jax_mla_cp.config import ConfigError, Form
-from jax_mla_cp.layout import KEY_ALIGN, build, check_works, lay_out, packed_keys
+from jax_mla_cp.layout import KEY_ALIGN, build, lay_out, packed_keys
 from jax_mla_cp.mesh import mesh_shape
 from jax_mla_cp.model.handle import Model
 from jax_mla_cp.step import put

@@ -14,7 +14,8 @@ from jax_mla_cp import mesh, planner
 from jax_mla_cp.attention.form import use_expanded
 from jax_mla_cp.batch import Batch, BatchShape, Sampling, StepShape, Work
 from jax_mla_cp.cache import CacheShape
-from jax_mla_cp.layout import Layout, build, check_works, lay_out
+from jax_mla_cp.check import check_works
+from jax_mla_cp.layout import Layout, build, lay_out
 from jax_mla_cp.planner import _buckets
 from jax_mla_cp.presets import model_config
 from jax_mla_cp.zigzag import plan
