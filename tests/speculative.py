@@ -15,7 +15,7 @@ from flax import nnx
 
 from jax_mla_cp.batch import Batch, Sampling, Work
 from jax_mla_cp.checkpoint import ArraySource, load_params
-from jax_mla_cp.config import ModelConfig
+from jax_mla_cp.config import Form, ModelConfig
 from jax_mla_cp.default_model import random_weights
 from jax_mla_cp.engine import Engine, Event, Finished, Request, Speculation, Token
 from jax_mla_cp.engine.text import TextStream
@@ -70,25 +70,28 @@ def model(
     )
 
 
-class OneProgram(Runner):
-    """A runner with one bucket, whose steps can be looked into."""
+class OneBucket(Runner):
+    """A runner whose steps are of one size and can be looked into."""
 
-    def __init__(self, model: Model, draft_tokens: int, *, page: int = PAGE, max_len: int = 64):
+    def __init__(
+        self, model: Model, draft_tokens: int, *, page: int = PAGE, max_len: int = 64, form: Form = "absorbed"
+    ):
         made = Planner.create(
             model, cache_tokens=RUNNING * max_len, page_size=page, max_requests=RUNNING, max_len=max_len,
-            prefill_chunk=CHUNK, form="absorbed", draft_tokens=draft_tokens,
+            prefill_chunk=CHUNK, form=form, draft_tokens=draft_tokens,
         )  # fmt: skip
         made = dataclasses.replace(made, buckets=made.buckets[-1:])
         super().__init__(made, prefill_chunk=CHUNK, max_running=RUNNING, max_model_len=max_len)
 
     @property
     def program(self) -> jax.stages.Compiled:
+        """The largest: all of them with `form="absorbed"`, with "expanded" that with keys."""
         return self._program(self.planner.steps[-1])
 
     def propose(self, batch: Batch) -> np.ndarray:
         """Runs a batch as it is: drafts [dp, I, d]."""
         model = self.planner.model
-        sampled, self._pages = self.program(model, self._pages, put(model, batch))
+        sampled, self._pages = self._program(self.planner.step_of(batch))(model, self._pages, put(model, batch))
         return np.asarray(sampled.drafts).reshape(self.dp, -1, self.draft_tokens)
 
     def poison(self) -> None:

@@ -12,7 +12,7 @@ from jax_mla_cp.batch import StepShape
 from jax_mla_cp.config import ConfigError
 from jax_mla_cp.planner import Planner
 from jax_mla_cp.runner import compile_step
-from tests.speculative import REAL_DIMS, OneProgram, generate
+from tests.speculative import REAL_DIMS, OneBucket, generate
 from tests.speculative import model as speculative
 from tests.synthetic import REAL_DIMS_CONFIG, Driver, random_model, tempered
 from tests.test_cache import copies_of
@@ -59,8 +59,8 @@ def test_the_compiled_step_calls_each_form_and_copies_no_cache() -> None:
 def test_speculation_changes_no_token() -> None:
     """Verified drafts and recycled ones are calls of decode's kernel: in the layers' scan, in the MTP layer, once more there."""
     prompts = [[5, 1, 77, 30], [9]]
-    want = generate(OneProgram(speculative(**REAL_DIMS), 0, page=64), prompts, 9)
-    steps = OneProgram(speculative("tp=2,cp=2", attention="fa3", **REAL_DIMS), 2, page=64)
+    want = generate(OneBucket(speculative(**REAL_DIMS), 0, page=64), prompts, 9)
+    steps = OneBucket(speculative("tp=2,cp=2", attention="fa3", **REAL_DIMS), 2, page=64)
     got = generate(steps, prompts, 9)
     assert got.tokens == want.tokens
     assert got.speculation is not None and 0 < got.speculation.accepted < got.speculation.drafted

@@ -13,11 +13,11 @@ import pytest
 from scipy import stats
 
 from jax_mla_cp.batch import Sampling, Work
-from jax_mla_cp.config import ConfigError
+from jax_mla_cp.config import ConfigError, Form
 from jax_mla_cp.planner import Planner
 from jax_mla_cp.runner import Outcome
 from tests import reference
-from tests.speculative import CONFIG, PAGE, OneProgram, Watched, generate, model, weights
+from tests.speculative import CONFIG, PAGE, OneBucket, Watched, generate, model, weights
 from tests.test_cache import copies_of
 
 GREEDY = Sampling(temperature=0)
@@ -25,16 +25,27 @@ PROMPTS = [
     np.random.default_rng(i).integers(0, CONFIG.vocab_size, n).tolist() for i, n in enumerate((23, 7, 1, 4, 12, 2, 9))
 ]
 COUNTS = [24, 30, 1, 2, 27, 30, 19]
-MESHES = [("dp=2", "tp", 1), (None, "tp", 2), ("tp=2,cp=2", "tp,cp", 3), ("cp=3", "tp", 4)]
+MESHES = [
+    ("dp=2", "tp", 1, "absorbed"),
+    (None, "tp", 2, "absorbed"),
+    ("tp=2,cp=2", "tp,cp", 3, "expanded"),  # a request with 3 drafts is divided over the cp ranks
+    ("cp=3", "tp", 4, "absorbed"),
+]
+PARAMETERS = ("mesh", "ep", "draft_tokens", "form")
 
-runner = functools.cache(lambda mesh, ep, draft_tokens: OneProgram(model(mesh, ep), draft_tokens))
-greedily = functools.cache(lambda: generate(runner(None, "tp", 0), PROMPTS, COUNTS))
+
+@functools.cache
+def runner(mesh: str | None = None, ep: str = "tp", draft_tokens: int = 0, form: Form = "absorbed") -> OneBucket:
+    return OneBucket(model(mesh, ep), draft_tokens, form=form)
 
 
-@pytest.mark.parametrize(("mesh", "ep", "draft_tokens"), MESHES)
-def test_greedy_tokens_are_the_same(mesh: str | None, ep: str, draft_tokens: int) -> None:
+greedily = functools.cache(lambda: generate(runner(), PROMPTS, COUNTS))
+
+
+@pytest.mark.parametrize(PARAMETERS, MESHES)
+def test_greedy_tokens_are_the_same(mesh: str | None, ep: str, draft_tokens: int, form: Form) -> None:
     """Prompts in chunks beside decoding, page borders inside of drafts, requests that end within a run of them."""
-    steps = runner(mesh, ep, draft_tokens)
+    steps = runner(mesh, ep, draft_tokens, form)
     held: collections.Counter[int] = collections.Counter()
 
     def count(work: Work, outcome: Outcome) -> None:
@@ -61,7 +72,7 @@ def expected(tokens: tuple[int, ...], count: int) -> tuple[list[int], np.ndarray
     return drafts, np.concatenate([np.concatenate([layers, beyond], 1), result.latents[None]])
 
 
-def compare(steps: OneProgram, group: int, pages: Sequence[int], tokens: Sequence[int], drafts: Sequence[int]) -> None:
+def compare(steps: OneBucket, group: int, pages: Sequence[int], tokens: Sequence[int], drafts: Sequence[int]) -> None:
     """`tokens` and their successor have been seen; `drafts` proposed."""
     follows = int(reference.forward(CONFIG, weights(), tokens).logits[-1].argmax())
     want, latents = expected((*tokens, follows), len(drafts))
@@ -72,7 +83,7 @@ def compare(steps: OneProgram, group: int, pages: Sequence[int], tokens: Sequenc
         np.testing.assert_allclose(got[known], latents[known], atol=2e-5)
 
 
-def chunks(steps: OneProgram, *, shift: int = 0) -> tuple[np.ndarray, list[list[int]]]:
+def chunks(steps: OneBucket, *, shift: int = 0) -> tuple[np.ndarray, list[list[int]]]:
     """A prompt in two chunks, the second beside another prompt; the last step's drafts, and each one's pages."""
     steps.reset()
     long, short = PROMPTS[0][:15], PROMPTS[1]
@@ -87,10 +98,11 @@ def chunks(steps: OneProgram, *, shift: int = 0) -> tuple[np.ndarray, list[list[
     return drafts[-1], pages
 
 
-@pytest.mark.parametrize(("mesh", "ep", "draft_tokens"), MESHES)
-def test_latents_and_drafts_are_the_references(mesh: str | None, ep: str, draft_tokens: int) -> None:
+@pytest.mark.parametrize(PARAMETERS, MESHES)
+def test_latents_and_drafts_are_the_references(mesh: str | None, ep: str, draft_tokens: int, form: Form) -> None:
     """On every device. The latents of recycled states follow from the layer's whole output."""
-    steps = runner(mesh, ep, draft_tokens)
+    steps = runner(mesh, ep, draft_tokens, form)
+    assert (steps.planner.steps[-1].expanded_keys > 0) == (form == "expanded")
     drafts, pages = chunks(steps)
     compare(steps, steps.dp - 1, pages[1], PROMPTS[1], drafts[0])
     compare(steps, steps.dp - 1, pages[0], PROMPTS[0][:15], drafts[1])
@@ -98,7 +110,7 @@ def test_latents_and_drafts_are_the_references(mesh: str | None, ep: str, draft_
 
 def test_verified_tokens_leave_the_same_as_a_prompt() -> None:
     """A draft that holds and one that doesn't: what is proposed next is what would be for the tokens alone."""
-    steps = runner(None, "tp", 2)
+    steps = runner(*MESHES[1])
     _, pages = chunks(steps)
     true = list(PROMPTS[1])
     for _ in range(3):
@@ -109,11 +121,11 @@ def test_verified_tokens_leave_the_same_as_a_prompt() -> None:
     compare(steps, 0, pages[1], true[: length + 2], steps.propose(batch)[0, 0])
 
 
-@pytest.mark.parametrize(("mesh", "ep", "draft_tokens"), MESHES[2:])
-def test_stale_memory_reaches_no_output(mesh: str, ep: str, draft_tokens: int) -> None:
+@pytest.mark.parametrize(PARAMETERS, MESHES[2:])
+def test_stale_memory_reaches_no_output(mesh: str, ep: str, draft_tokens: int, form: Form) -> None:
     """NaN in every page at first. Whoever writes the first token of a page, drafts that don't hold and recycled ones too,
     leaves no NaN in it: kernels may read a tile that reaches past a row's end."""
-    steps = runner(mesh, ep, draft_tokens)
+    steps = runner(mesh, ep, draft_tokens, form)
     steps.poison()
 
     def look(work: Work, outcome: Outcome) -> None:
@@ -127,7 +139,7 @@ def test_stale_memory_reaches_no_output(mesh: str, ep: str, draft_tokens: int) -
 
 def test_a_wrong_next_token_is_noticed() -> None:
     """Negative control: every token's next one is its neighbour's."""
-    steps = runner("tp=2,cp=2", "tp,cp", 3)
+    steps = runner(*MESHES[2])
     drafts, pages = chunks(steps, shift=1)
     with pytest.raises(AssertionError):
         compare(steps, 0, pages[1], PROMPTS[1], drafts[0])
@@ -182,7 +194,7 @@ def test_sampled_tokens_are_the_same_for_the_same_seeds() -> None:
 
 def test_accepting_every_draft_is_noticed() -> None:
     """Negative control of the statistical test."""
-    steps = runner(None, "tp", 2)
+    steps = runner(*MESHES[1])
 
     def believe(work: Work, outcome: Outcome) -> None:
         if work.drafts:
@@ -196,8 +208,8 @@ def test_accepting_every_draft_is_noticed() -> None:
 
 
 def test_the_compiled_step_copies_no_cache() -> None:
-    for mesh, ep, draft_tokens in MESHES:
-        steps = runner(mesh, ep, draft_tokens)
+    for mesh, ep, draft_tokens, form in MESHES:
+        steps = runner(mesh, ep, draft_tokens, form)
         assert not copies_of(steps.program.as_text(), (steps.planner.shape.cache.total_pages, PAGE, CONFIG.latent_dim))
 
 
