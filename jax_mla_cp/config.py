@@ -80,6 +80,7 @@ class ModelConfig:
     topk_method: TopkMethod = "noaux_tc"
     """How the router scores and chooses experts: `model/moe.py`, `route`."""
     tie_word_embeddings: bool = False
+    num_mtp_layers: int = 0  # multi-token prediction; the first one is used, and only for speculation
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     weight_prefix: str = ""
@@ -215,6 +216,7 @@ class ModelConfig:
             rope=_rope(raw),
             topk_method=topk_method,
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            num_mtp_layers=raw.get("num_nextn_predict_layers") or raw.get("num_mtp_layers") or 0,
             bos_token_id=raw.get("bos_token_id"),
             eos_token_ids=_token_ids(raw.get("eos_token_id"), "eos_token_id"),
             weight_prefix=weight_prefix,

@@ -37,6 +37,7 @@ def load(
     weights: Weights = "auto",
     ep_axes: EpAxes = "auto",
     attention: Implementation = "auto",
+    mtp: bool = False,
     progress: bool | None = None,
 ) -> tuple[Model, Tokenizer | None]:
     """Loads a model onto a mesh made by `make_mesh`, or onto one device.
@@ -48,6 +49,7 @@ def load(
         and dequantised by every use; "auto": "fp8" on GPUs, else "bf16".
       ep_axes: the mesh axes that divide the experts; "auto" takes the fewest whose weights fit the memory.
       attention: "auto" is the fastest that runs here.
+      mtp: with the checkpoint's layer for multi-token prediction, for `Planner.create(.., draft_tokens=..)`.
       progress: a bar on stderr; None: if that is a terminal.
 
     Returns: the model, and its tokenizer, or None if the directory has none that `Tokenizer.from_dir` reads.
@@ -59,7 +61,7 @@ def load(
     config = ModelConfig.from_dir(directory)
     tokenizer = Tokenizer.from_dir(directory, config.vocab_size)
     source = SafetensorsSource(directory)
-    build = plan_build(config, mesh, dtype=dtype, weights=weights, ep_axes=ep_axes, attention=attention)
+    build = plan_build(config, mesh, dtype=dtype, weights=weights, ep_axes=ep_axes, attention=attention, mtp=mtp)
     return Model(
         load_params(source, nnx.state(Decoder(build)), config, mesh, progress=progress), build, mesh
     ), tokenizer
@@ -73,6 +75,7 @@ def plan_build(
     weights: Weights = "auto",
     ep_axes: EpAxes,
     attention: Implementation,
+    mtp: bool = False,
 ) -> Build:
     """Everything static about a model on a mesh, checked before any weight is read.
 
@@ -91,7 +94,7 @@ def plan_build(
     shape = None if mesh is None else mesh_shape(mesh)
     implementation = resolve_implementation(attention, config, dtype)
     builds = [
-        Build(config, shape, EP_CHOICES[name], jnp.dtype(dtype), implementation, fp8)
+        Build(config, shape, EP_CHOICES[name], jnp.dtype(dtype), implementation, fp8, mtp)
         for name in ([ep_axes] if ep_axes != "auto" else EP_CHOICES)
     ]
     room = device_memory() * _WEIGHTS_FRACTION

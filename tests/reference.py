@@ -79,6 +79,48 @@ def forward(config: ModelConfig, weights: Weights, tokens: Sequence[int] | NDArr
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class MtpResult:
+    """What the layer for multi-token prediction makes of one sequence."""
+
+    hidden: F64
+    """[S, D]: after its norm."""
+    logits: F64
+    """[S, V]: those of the token two places on."""
+    latents: F64
+    """[S, R + r], as in `Result`."""
+
+
+def mtp(config: ModelConfig, weights: Weights, hidden: F64, next_tokens: Sequence[int]) -> MtpResult:
+    """The layer behind the last one (arXiv:2412.19437, section 2.2), from position 0.
+
+    Args:
+      hidden: [S, D] states after the model's final norm, or of this layer's own.
+      next_tokens: [S] the token after each.
+    """
+    w = {name: np.asarray(value, np.float64) for name, value in weights.items()}
+    layer, eps = _below(w, f"model.layers.{config.num_layers}."), config.rms_norm_eps
+    embedded = rms_norm(w["model.embed_tokens.weight"][np.asarray(next_tokens)], layer["enorm.weight"], eps)
+    x = np.concatenate([embedded, rms_norm(hidden, layer["hnorm.weight"], eps)], -1) @ layer["eh_proj.weight"].T
+    attended, latents = _attention(config, layer, rms_norm(x, layer["input_layernorm.weight"], eps))
+    x = x + attended
+    x = x + _moe(config, _below(layer, "mlp."), rms_norm(x, layer["post_attention_layernorm.weight"], eps))[0]
+    out = rms_norm(x, layer["shared_head.norm.weight"], eps)
+    return MtpResult(out, out @ w["lm_head.weight"].T, latents)
+
+
+def propose(config: ModelConfig, weights: Weights, tokens: Sequence[int], count: int) -> tuple[list[int], MtpResult]:
+    """`count` guesses at what follows the tokens, each from the state before it; and the layer's last pass, over all."""
+    final = np.asarray(weights["model.norm.weight"], np.float64)
+    hidden = rms_norm(forward(config, weights, tokens[:-1]).hidden[-1], final, config.rms_norm_eps)
+    following = list(tokens[1:])
+    for _ in range(count):
+        result = mtp(config, weights, hidden, following)
+        following.append(int(result.logits[-1].argmax()))
+        hidden = np.concatenate([hidden, result.hidden[-1:]])
+    return following[len(tokens) - 1 :], result
+
+
 def attention_f64(q: ArrayLike, k: ArrayLike, v: ArrayLike, q_pos: ArrayLike, scale: float) -> F64:
     """Softmax attention by brute force: query i sees the keys at positions 0 to `q_pos[i]`.
 

@@ -33,9 +33,10 @@ def check_tensors(source: TensorSource, config: ModelConfig, targets: Sequence[T
         what is quantised only in part.
     """
     found = set(source.names())
-    expected: Tensors = {name: (shape, _FLOATS) for name, shape in expected_shapes(config).items()}
+    mtp = any(target.path.startswith("mtp.") for target in targets)
+    expected: Tensors = {name: (shape, _FLOATS) for name, shape in expected_shapes(config, mtp=mtp).items()}
     incomplete, plain = _expect_quantised(expected, found, config, targets)
-    ignored = _ignored(found, config)
+    ignored = _ignored(found, config) - expected.keys()
     vision = {name for name in found if config.weight_prefix and name.startswith(_VISION)}
     present = sorted(found & expected.keys())
     wrong = [
@@ -104,7 +105,7 @@ def _expect_quantised(
 
 
 def _ignored(names: set[str], config: ModelConfig) -> set[str]:
-    """Tensors that may be there and are not used.
+    """Tensors that may be there and need not be used.
 
     Multi-token prediction adds layers after the last one; only such a layer has `eh_proj`, so that the surplus layers
     of a wrong config.json stay an error.

@@ -57,10 +57,24 @@ def pieces(config: ModelConfig) -> dict[str, tuple[Piece, ...]]:
     for stack, (layers, mlp) in stacks.items():
         if layers:
             table |= {f"{stack}.{path}": made_of for path, made_of in (_attention(c) | mlp(c)).items()}
+    if c.num_mtp_layers:
+        table |= _mtp(c)
     return {
         path: tuple(dataclasses.replace(piece, name=c.weight_prefix + piece.name) for piece in made_of)
         for path, made_of in table.items()
     }
+
+
+def _mtp(c: ModelConfig) -> dict[str, tuple[Piece, ...]]:
+    """The first layer for multi-token prediction. Its own copies of embedding and head are not read."""
+    name, D = f"model.layers.{c.num_layers}.", c.hidden_size
+    mlp = _moe_mlp(c) if c.n_routed_experts else _dense_mlp(c)
+    return {
+        "mtp.embed_norm": (Piece(name + "enorm.weight", (D,), _same),),
+        "mtp.hidden_norm": (Piece(name + "hnorm.weight", (D,), _same),),
+        "mtp.project": (Piece(name + "eh_proj.weight", (D, 2 * D), np.transpose),),
+        "mtp.final_norm": (Piece(name + "shared_head.norm.weight", (D,), _same),),
+    } | {f"mtp.layer.{path}": made_of for path, made_of in (_attention(c) | mlp).items()}
 
 
 def _attention(c: ModelConfig) -> dict[str, tuple[Piece, ...]]:
@@ -148,20 +162,23 @@ def _same(w: NDArray[Any]) -> NDArray[Any]:
 
 def layers_of(path: str, config: ModelConfig) -> range | None:
     """The model's layers that the parameter `path` stacks; None if it belongs to no layer."""
-    match path.split(".")[0]:
-        case "dense":
+    match path.split("."):
+        case "dense", *_:
             return range(config.num_dense_layers)
-        case "moe":
+        case "moe", *_:
             return range(config.num_dense_layers, config.num_layers)
+        case "mtp", "layer", *_:
+            return range(config.num_layers, config.num_layers + 1)
         case _:
             return None
 
 
-def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a checkpoint of this model must have, with its shape there."""
+def expected_shapes(config: ModelConfig, *, mtp: bool = False) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a checkpoint of this model must have, with its shape there; `mtp`: the MTP layer's too."""
     return {
         piece.name.format(layer=layer, expert=expert): piece.stored
         for path, made_of in pieces(config).items()
+        if mtp or not path.startswith("mtp.")
         for layer in layers_of(path, config) or (None,)
         for piece in made_of
         for expert in range(config.n_routed_experts if piece.routed else 1)

@@ -77,7 +77,7 @@ def load_params(
 def _by_layer(targets: Iterable[Target], config: ModelConfig) -> Iterator[tuple[Target, Place]]:
     """In the order of the files: layer by layer, what belongs to no layer first."""
     targets = list(targets)
-    for layer in (None, *range(config.num_layers)):
+    for layer in (None, *range(config.num_layers + 1)):  # the one behind the last is for multi-token prediction
         for target in targets:
             for place in target.places(layer):
                 yield target, place

@@ -32,6 +32,8 @@ class Build:
     attention: Resolved = "xla"
     fp8: bool = False
     """Matrices that the checkpoint has quantised stay in FP8."""
+    mtp: bool = False
+    """With the checkpoint's first layer for multi-token prediction, which proposes drafts."""
 
     def __post_init__(self) -> None:
         if self.fp8 and self.config.quantization is None:
@@ -39,11 +41,21 @@ class Build:
                 "--weights fp8: the checkpoint is not quantised (its config.json has no quantization_config). "
                 "Use --weights auto."
             )
+        if self.mtp and not self.config.num_mtp_layers:
+            raise ConfigError(
+                "--speculative mtp: the model has no layer for multi-token prediction (config.json's "
+                "num_nextn_predict_layers). Use --speculative off."
+            )
         _check_divides(self.config, self.shape or MeshShape())
 
     @property
     def axes(self) -> Axes:
         return Axes(self.shape)
+
+    @property
+    def cache_layers(self) -> int:
+        """Layers that leave latents in the cache; the MTP layer's are behind the others'."""
+        return self.config.num_layers + self.mtp
 
     @property
     def padded_vocab(self) -> int:

@@ -105,6 +105,7 @@ def _serve(config: ServeConfig, listener: socket.socket) -> None:
         weights=config.weights,
         ep_axes=config.ep_axes,
         attention=config.attention,
+        mtp=config.speculative == "mtp",
     )
     log.info(
         "loaded %s: %s%s, experts over %s, attention in %s (%.1f s)",
@@ -121,6 +122,7 @@ def _serve(config: ServeConfig, listener: socket.socket) -> None:
         max_model_len=config.max_model_len,
         max_running=config.max_running,
         form=config.form,
+        draft_tokens=config.draft_tokens or 0,
     )
     log.info(
         "cache: %d pages of %d tokens per dp group; requests of at most %d tokens, %d at a time",

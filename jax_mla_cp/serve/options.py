@@ -17,6 +17,7 @@ from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.platform import Platform, default_compile_cache
 from jax_mla_cp.quantization import Weights
 
+Speculative = Literal["off", "mtp"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 _MOST = 2**31 - 1  # token and page counts live in int32 on the device
@@ -46,6 +47,10 @@ class ServeConfig:
     prefill_chunk: int = 2048
     max_model_len: int | None = None
     max_running: int = 32
+    speculative: Speculative = "off"
+    draft_tokens: int | None = None
+    """None: 1 with speculation. DeepSeek-V3's layer is trained to guess one token, and 85 to 90% of these are right
+    (arXiv:2412.19437, section 5.4.3); those after it are right less often, and each costs a pass of the layer."""
     seed: int | None = None
     warmup: bool = False
     compile_cache: str = "auto"
@@ -67,6 +72,10 @@ class ServeConfig:
             )
         if not self.compile_cache:
             raise ConfigError("--compile-cache: must be a directory, auto or off, got ''.")
+        if self.speculative == "off" and self.draft_tokens is not None:
+            raise ConfigError("--draft-tokens: without speculation there are no drafts. Add --speculative mtp.")
+        if self.speculative == "mtp" and self.draft_tokens is None:
+            object.__setattr__(self, "draft_tokens", 1)
         name = self.served_model_name or self._default_name()
         object.__setattr__(self, "served_model_name", name)
         if len(name) > 256 or not name.isprintable() or " " in name:
@@ -86,7 +95,7 @@ class ServeConfig:
 
 _CHOICES: dict[str, Any] = {
     "platform": Platform, "dtype": Dtype, "weights": Weights, "ep_axes": EpAxes, "attention": Implementation, "form": Form,
-    "log_level": LogLevel,
+    "speculative": Speculative, "log_level": LogLevel,
 }  # fmt: skip
 _WHOLE: dict[str, tuple[int, int]] = {
     "port": (0, 65535),
@@ -95,6 +104,7 @@ _WHOLE: dict[str, tuple[int, int]] = {
     "prefill_chunk": (1, _MOST),
     "max_model_len": (2, _MOST),  # a prompt token and a sampled one
     "max_running": (1, 4096),
+    "draft_tokens": (1, 4),
     "seed": (0, 2**63 - 1),
 }
 
@@ -111,7 +121,7 @@ def _one_of(name: str, value: object, allowed: Sequence[str]) -> None:
 
 
 def _whole(name: str, value: object, low: int, high: int) -> None:
-    if value is None and name in ("kv_pages", "max_model_len", "seed"):
+    if value is None and name in ("kv_pages", "max_model_len", "draft_tokens", "seed"):
         return
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise ConfigError(f"{_flag(name)}: must be a whole number from {low} to {high}, got {value!r}.")
@@ -232,6 +242,13 @@ def _parser() -> argparse.ArgumentParser:
     memory.add_argument("--max-model-len", metavar="N", type=_int_or_auto,
                         help="longest prompt and continuation; auto: the smaller of the model's and what the pages hold")  # fmt: skip
     memory.add_argument("--max-running", metavar="N", type=_int, help="most requests at a time (default: 32)")
+    speculation = p.add_argument_group("speculative decoding: the same answers, several tokens a step")
+    speculation.add_argument("--speculative", metavar="{off,mtp}",
+                             help="mtp: the checkpoint's layer for multi-token prediction guesses the next tokens, and the "
+                                  "model's next step keeps those that it would have said (default: off)")  # fmt: skip
+    speculation.add_argument("--draft-tokens", metavar="N", type=_int,
+                             help="guesses per request and step, 1 to 4; more than 1 pays if most of them are accepted, "
+                                  "which /health tells (default: 1)")  # fmt: skip
     start = p.add_argument_group("start")
     start.add_argument("--warmup", action=argparse.BooleanOptionalAction,
                        help="compile every program before serving, behind a progress bar; without, each at its first use")  # fmt: skip

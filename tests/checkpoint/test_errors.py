@@ -96,6 +96,19 @@ def test_a_softmax_router_has_no_bias() -> None:
         load(arrays(), config)
 
 
+def test_an_mtp_layer_that_is_asked_for_must_be_whole() -> None:
+    config = ModelConfig.from_hf({"model_type": "deepseek_v3", **hf.TINY, "num_nextn_predict_layers": 1})
+    asked = nnx.state(Decoder(Build(config, mtp=True)))
+    tensors = {name: np.ones(shape, np.float32) for name, shape in expected_shapes(config, mtp=True).items()}
+    load_params(ArraySource(tensors), asked, config, None)
+    del tensors["model.layers.3.eh_proj.weight"]
+    tensors["model.layers.3.hnorm.weight"] = np.ones(31, np.float32)
+    with pytest.raises(CheckpointError) as caught:
+        load_params(ArraySource(tensors), asked, config, None)
+    assert "1 missing:\n  model.layers.3.eh_proj.weight" in str(caught.value)
+    assert "model.layers.3.hnorm.weight: expected [32], got [31]" in str(caught.value)
+
+
 def test_tied_head_may_be_there() -> None:
     config = ModelConfig.from_hf({"model_type": "deepseek_v3", **hf.TINY, "tie_word_embeddings": True})
     tensors = arrays(config)
