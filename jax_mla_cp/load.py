@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jax_mla_cp.attention import resolve_implementation
-from jax_mla_cp.checkpoint import SafetensorsSource, load_params
+from jax_mla_cp.checkpoint import SafetensorsSource, is_converted, load_converted, load_params, open_converted
 from jax_mla_cp.config import ConfigError, Implementation, ModelConfig
 from jax_mla_cp.default_model import DIRECTORY
 from jax_mla_cp.mesh import mesh_shape
@@ -43,7 +43,8 @@ def load(
     """Loads a model onto a mesh made by `make_mesh`, or onto one device.
 
     Args:
-      model: a Hugging Face model directory; None is the built-in model (jax_mla_cp/default_model).
+      model: a Hugging Face model directory, or what `python -m jax_mla_cp.checkpoint convert` made of one; None is the
+        built-in model (jax_mla_cp/default_model).
       dtype: of weights, activations and cache; "auto" is float32 on CPU and bfloat16 on GPUs.
       weights: of a quantised checkpoint. "bf16": dequantised while loading, to `dtype`; "fp8": kept in FP8 in device memory,
         and dequantised by every use; "auto": "fp8" on GPUs, else "bf16".
@@ -58,13 +59,19 @@ def load(
       ConfigError: whatever does not fit: the directory, the config, the mesh, the checkpoint's tensors.
     """
     directory = DIRECTORY if model is None else Path(model)
+    # A converted checkpoint is checked, its config.json included, before anything in it is believed.
+    converted = open_converted(directory) if is_converted(directory) else None
     config = ModelConfig.from_dir(directory)
     tokenizer = Tokenizer.from_dir(directory, config.vocab_size)
-    source = SafetensorsSource(directory)
+    if converted:
+        weights = converted.keeps(weights)
     build = plan_build(config, mesh, dtype=dtype, weights=weights, ep_axes=ep_axes, attention=attention, mtp=mtp)
-    return Model(
-        load_params(source, nnx.state(Decoder(build)), config, mesh, progress=progress), build, mesh
-    ), tokenizer
+    declared = nnx.state(Decoder(build))
+    if converted:
+        params = load_converted(converted, declared, config, mesh, progress=progress)
+    else:
+        params = load_params(SafetensorsSource(directory), declared, config, mesh, progress=progress)
+    return Model(params, build, mesh), tokenizer
 
 
 def plan_build(

@@ -27,6 +27,8 @@ def _topology(options: Options) -> MeshShape | None:
     """The devices that the run takes part in; None: one real device."""
     if options.command in ("layer", "model") or options.full:
         return options.mesh
+    if options.command == "load" and options.platform == "cpu":
+        return options.mesh
     return None
 
 
@@ -38,14 +40,15 @@ def _run(options: Options, argv: list[str]) -> int:
     report = Report(options.command, argv, path=options.json)
     stopped = False
     try:
-        report.say("measuring what the device can do")
-        report.ceilings = measure_ceilings(small=options.platform == "cpu", samples=options.samples)
+        if options.command != "load":
+            report.say("measuring what the device can do")
+            report.ceilings = measure_ceilings(small=options.platform == "cpu", samples=options.samples)
         command = importlib.import_module(f"jax_mla_cp.bench.{options.command}")
         command.run(options, model_config(options.model), report)
     except KeyboardInterrupt:
         report.notes.append("stopped with Ctrl-C: the tables hold what was measured until then.")
         stopped = True
-    if options.platform == "cpu":
+    if options.platform == "cpu" and options.command != "load":
         report.notes.append("on a CPU: these numbers say that the program runs, and nothing else.")
     report.save()
     report.show()

@@ -14,7 +14,7 @@ from jax_mla_cp import presets
 from jax_mla_cp.config import ConfigError, Implementation
 from jax_mla_cp.mesh import MeshShape
 
-Command = Literal["attention", "layer", "model", "decode"]
+Command = Literal["attention", "layer", "model", "decode", "load"]
 FormName = Literal["expanded", "absorbed"]
 EpName = Literal["tp", "tp,cp", "tp,cp,dp"]
 WeightsName = Literal["bf16", "fp8"]
@@ -53,6 +53,8 @@ class Options:
     tokens: tuple[int, ...] = (1, 4)
     full: bool = False
     profile: Path | None = None
+    gb: int = 4
+    scratch: Path | None = None
 
     def __post_init__(self) -> None:
         _one_of("--platform", self.platform, ("cuda", "cpu"))
@@ -74,6 +76,7 @@ class Options:
             ("--long", self.long, 1, 1 << 24),
             ("--chunk", (self.chunk,), 1, 1 << 24),
             ("--tokens", self.tokens, 1, 64),
+            ("--gb", (self.gb,), 1, 10000),
         ):
             for value in values:
                 if not low <= value <= high:
@@ -84,6 +87,8 @@ class Options:
             )
         if self.json is not None and not self.json.absolute().parent.is_dir():
             raise ConfigError(f"--json {self.json}: the directory {self.json.parent} does not exist. Make it first.")
+        if self.scratch is not None and not self.scratch.is_dir():
+            raise ConfigError(f"--scratch {self.scratch}: is not a directory. Make it first.")
         if self.platform == "cpu":
             self._check_cpu()
 
@@ -116,12 +121,14 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "mesh": MeshShape(tp=8),
         "ep_axes": ("tp",),
     },
+    "load": {"mesh": MeshShape(tp=2, cp=2), "samples": 3},
 }
 _QUICK: dict[str, dict[str, Any]] = {
     "attention": {"seq": (128 * _K,), "cp": (4,), "samples": 3},
     "layer": {"ep_axes": ("tp",), "forms": ("expanded",), "samples": 3},
     "model": {"seq": (128 * _K,), "long": (), "ep_axes": ("tp",), "forms": ("expanded",), "layers": 8, "samples": 3},
     "decode": {"shapes": ((64, 8 * _K), (8, 128 * _K)), "heads": (16,), "tokens": (1,), "samples": 3},
+    "load": {"gb": 1, "samples": 1},
 }
 
 
@@ -235,6 +242,13 @@ and what they would have brought is random numbers. Their time comes from a link
 Calls go over different regions of the cache ("layers") within one program, so that no L2 cache serves them.
 
 {_METHOD}""",
+    "load": """examples:
+  python -m jax_mla_cp.bench load --platform cpu --json load.json
+  python -m jax_mla_cp.bench load --gb 40 --scratch /mnt/nvme
+
+method: a random bfloat16 checkpoint of --gb GB is written to a temporary directory, and converted. Both loaders load it in
+turns, once before anything counts; the median of --samples loads counts. Cold: its files were dropped from the page cache.
+GB/s are of the model's bytes; memory is the most anonymous memory that the process held, less what it held before.""",
 }
 
 
@@ -277,6 +291,8 @@ def _parser() -> argparse.ArgumentParser:
         "--seq", "--long", "--chunk", "--mesh", "--ep-axes", "--forms", "--layers")  # fmt: skip
     add(command("decode", "Attention of decoding requests, and with --full the whole decode step."),
         "--shapes", "--heads", "--tokens", "--full", "--layers", "--mesh", "--ep-axes")  # fmt: skip
+    add(command("load", "Loading a checkpoint, safetensors beside Orbax: time and the host's memory."),
+        "--gb", "--scratch", "--mesh")  # fmt: skip
     return p
 
 
@@ -300,5 +316,8 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "--shapes": {"metavar": "NxN,...", "type": _list(_shape), "help": "requests x context, e.g. 64x8K,8x128K"},
     "--tokens": {"metavar": "N,N,...", "type": _list(_number),
                  "help": "queries of a request: 1 decodes, 4 verify three drafts (default: 1,4)"},
+    "--gb": {"metavar": "N", "type": _number, "help": "size of the checkpoint, in GB (default: 4)"},
+    "--scratch": {"metavar": "DIR", "type": lambda t: Path(t).expanduser(),
+                  "help": "where it is written, twice (default: the system's temporary directory)"},
     "--full": {"action": "store_true", "help": "also the model's whole decode step, as one of the mesh's GPUs"},
 }  # fmt: skip

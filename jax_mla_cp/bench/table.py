@@ -24,7 +24,8 @@ from jax_mla_cp.bench.roofline import Ceilings, Cost
 _TITLES = {
     "ms": "ms", "n": "n", "tflops": "TFLOP/s", "gbs": "GB/s", "roof_ms": "roof ms", "fraction": "of roof",
     "seq": "tokens", "vs": "x faster", "ep_axes": "experts over", "args_gb": "held GB", "temp_gb": "temp GB",
-    "memory_gb": "run GB", "total_gb": "all layers GB",
+    "memory_gb": "run GB", "total_gb": "all layers GB", "load_gbs": "GB/s", "cpu_s": "CPU s",
+    "host_gb": "host GB", "peak": "of local shards",
 }  # fmt: skip
 _DIGITS = {"fraction": 3, "balance": 3, "gbs": 0, "n": 0}
 

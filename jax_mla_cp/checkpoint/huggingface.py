@@ -77,6 +77,11 @@ def _mtp(c: ModelConfig) -> dict[str, tuple[Piece, ...]]:
     } | {f"mtp.layer.{path}": made_of for path, made_of in (_attention(c) | mlp).items()}
 
 
+def mtp_marker(config: ModelConfig) -> str:
+    """The tensor that only a layer for multi-token prediction has: the first one's."""
+    return f"{config.weight_prefix}model.layers.{config.num_layers}.eh_proj.weight"
+
+
 def _attention(c: ModelConfig) -> dict[str, tuple[Piece, ...]]:
     layer = "model.layers.{layer}."
     attn = layer + "self_attn."

@@ -11,7 +11,6 @@ Quantised tensors go to the devices as they are stored; the update unpacks and d
 from __future__ import annotations
 
 import functools
-import logging
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -26,12 +25,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
 from jax_mla_cp.checkpoint.check import check_tensors
-from jax_mla_cp.checkpoint.progress import loading_bar
+from jax_mla_cp.checkpoint.progress import loading_bar, report_loaded
 from jax_mla_cp.checkpoint.source import TensorSource
 from jax_mla_cp.checkpoint.target import Decode, Operand, Place, Target
 from jax_mla_cp.config import ModelConfig
-
-_log = logging.getLogger(__name__)
 
 
 def load_params(
@@ -62,7 +59,7 @@ def load_params(
     flat = dict(nnx.to_flat_state(declared))
     targets = {path: Target.of(path, param, config, mesh) for path, param in flat.items()}
     names = check_tensors(source, config, list(targets.values()))
-    arrays = _zeros([target for target in targets.values() if not target.whole])
+    arrays = zeros([target for target in targets.values() if not target.whole])
     places = sum(1 for _ in _by_layer(targets.values(), config))
     with loading_bar(sum(t.nbytes for t in targets.values()), places, show=progress) as advance:
         for target, place in _by_layer(targets.values(), config):
@@ -70,7 +67,7 @@ def load_params(
             arrays[target.path] = jax.block_until_ready(array)  # else transfers queue up, and host memory with them
             advance(math.prod(place.shape) * target.dtype.itemsize)
     total = sum(array.nbytes for array in arrays.values())
-    _log.info("loaded %d tensors, %.2f GB, in %.1f s", len(names), total / 1e9, time.perf_counter() - begin)
+    report_loaded(len(names), total, time.perf_counter() - begin)
     return nnx.from_flat_state({path: param.replace(arrays[targets[path].path]) for path, param in flat.items()})
 
 
@@ -83,12 +80,14 @@ def _by_layer(targets: Iterable[Target], config: ModelConfig) -> Iterator[tuple[
                 yield target, place
 
 
-def _zeros(targets: list[Target]) -> dict[str, jax.Array]:
+def zeros(targets: list[Target]) -> dict[str, jax.Array]:
+    """The parameters, on their devices, before anything has been loaded."""
+
     def make() -> dict[str, jax.Array]:
         return {target.path: jnp.zeros(target.shape, target.dtype) for target in targets}
 
-    zeros: dict[str, jax.Array] = jax.jit(make, out_shardings={target.path: target.sharding for target in targets})()
-    return zeros
+    made: dict[str, jax.Array] = jax.jit(make, out_shardings={target.path: target.sharding for target in targets})()
+    return made
 
 
 def _write(
@@ -98,7 +97,7 @@ def _write(
     parts = tuple(_read(source, target, place, operand) for operand in operands)
     if parameter is None:
         return parts[0]
-    update = _updater(target.sharding, target.decode(operands))
+    update = updater(target.sharding, target.decode(operands))
     updated: jax.Array = update(parameter, parts, np.asarray(place.start, np.int32))
     return updated
 
@@ -122,7 +121,7 @@ def _read(source: TensorSource, target: Target, place: Place, operand: Operand) 
 
 
 @functools.cache
-def _updater(sharding: NamedSharding | None, decode: Decode) -> Any:
+def updater(sharding: NamedSharding | None, decode: Decode) -> Any:
     """Jitted `(parameter, operands, start) -> parameter`, in place; `start` counts within each device's own part."""
 
     def update(parameter: jax.Array, operands: tuple[jax.Array, ...], start: jax.Array) -> jax.Array:

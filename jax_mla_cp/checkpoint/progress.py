@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from collections.abc import Callable, Iterator
 
@@ -10,9 +11,13 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+_log = logging.getLogger(__name__)
+
 
 @contextlib.contextmanager
-def loading_bar(total_bytes: int, tensors: int, *, show: bool | None = None) -> Iterator[Callable[[int], None]]:
+def loading_bar(
+    total_bytes: int, tensors: int, *, show: bool | None = None, title: str = "loading weights"
+) -> Iterator[Callable[[int], None]]:
     """Yields `advance(nbytes)`, to be called once per tensor.
 
     Args:
@@ -20,7 +25,7 @@ def loading_bar(total_bytes: int, tensors: int, *, show: bool | None = None) -> 
     """
     wanted = sys.stderr.isatty() if show is None else show
     bar = Progress(
-        TextColumn("loading weights"),
+        TextColumn(title),
         BarColumn(),
         DownloadColumn(),
         TextColumn("tensor {task.fields[done]}/{task.fields[tensors]}"),
@@ -39,3 +44,10 @@ def loading_bar(total_bytes: int, tensors: int, *, show: bool | None = None) -> 
 
     with bar:
         yield advance
+
+
+def report_loaded(tensors: int, nbytes: int, seconds: float) -> None:
+    """Logs what a loader has done; the same line for every kind of checkpoint."""
+    _log.info(
+        "loaded %d tensors, %.2f GB, in %.1f s (%.2f GB/s)", tensors, nbytes / 1e9, seconds, nbytes / 1e9 / seconds
+    )

@@ -93,6 +93,7 @@ class SafetensorsSource:
 
     def __init__(self, directory: str | Path):
         directory = Path(directory)
+        self.files: list[Path] = [directory / SINGLE]
         self._entries: dict[str, _Entry] = {}
         if (directory / INDEX).is_file():
             self._add_shards(directory)
@@ -133,6 +134,7 @@ class SafetensorsSource:
                 f"--model {directory}: {len(absent)} of {len(shards)} files that {INDEX} names are missing: "
                 f"{', '.join(absent[:20])}. Download them again."
             )
+        self.files = [directory / shard for shard in shards]
         files = {shard: _map_file(directory / shard) for shard in shards}
         for name, shard in weight_map.items():
             if name not in files[shard]:

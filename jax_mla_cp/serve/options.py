@@ -199,8 +199,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     model = p.add_argument_group("model")
     model.add_argument("--model", metavar="DIR", type=lambda t: Path(t).expanduser(),
-                       help="Hugging Face model directory (config.json, *.safetensors, tokenizer.json); default: a built-in "
-                            "small model with a byte-level tokenizer and random weights")  # fmt: skip
+                       help="Hugging Face model directory (config.json, *.safetensors, tokenizer.json), or what `python -m "
+                            "jax_mla_cp.checkpoint convert` made of one; default: a built-in small model with a byte-level "
+                            "tokenizer and random weights")  # fmt: skip
     model.add_argument(
         "--served-model-name", metavar="NAME", help="what clients send as `model`; default: the directory's name"
     )

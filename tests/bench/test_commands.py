@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import pytest
 
-from jax_mla_cp.bench import attention, decode, layer, model, program
+from jax_mla_cp.bench import attention, decode, layer, load, model, program
 from jax_mla_cp.bench.options import Options
 from jax_mla_cp.bench.roofline import Ceilings
 from jax_mla_cp.bench.table import Report
@@ -130,6 +130,23 @@ def test_model() -> None:
     assert first[0]["ttft_compute_s"] == pytest.approx(first[0]["ms"] / 1e3 * 4 / 2)
 
 
+def test_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16, "q_lora_rank": 16,
+             "n_routed_experts": 8}  # fmt: skip
+    monkeypatch.setattr(load, "_RAW", load._RAW | sizes)
+    monkeypatch.setattr(load, "_GB", 12_000_000)
+    report = run(load, command="load", gb=1, mesh=MESH, scratch=tmp_path)
+    rows = [row for row in report.rows if row["table"] == "load"]
+    assert [(row["mesh"], row["cache"], row["what"]) for row in rows] == [
+        (mesh, cache, kind)
+        for mesh in ("no mesh", "tp=2,cp=2")
+        for cache in ("warm", "cold")
+        for kind in ("safetensors", "Orbax")
+    ]
+    assert 0.009 < report.rows[0]["gb"] <= 0.012, "what was asked for, in whole layers"
+    assert len(report.holds) == 4 * 3 and not list(tmp_path.iterdir())
+
+
 def bench(*flags: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}
     command = [sys.executable, "-m", "jax_mla_cp.bench", *flags]
@@ -168,7 +185,7 @@ def test_settings_that_cant_work(flags: list[str], message: str) -> None:
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", [(), ("attention",), ("layer",), ("model",), ("decode",)])
+@pytest.mark.parametrize("command", [(), ("attention",), ("layer",), ("model",), ("decode",), ("load",)])
 def test_help_teaches(command: tuple[str, ...]) -> None:
     done = bench(*command, "--help")
     assert done.returncode == 0 and "method:" in done.stdout

@@ -1,0 +1,157 @@
+"""python -m jax_mla_cp.checkpoint: convert and inspect. `--help` tells what they do."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn, get_args
+
+from jax_mla_cp.checkpoint.orbax import command
+from jax_mla_cp.checkpoint.source import CheckpointError
+from jax_mla_cp.config import ConfigError
+from jax_mla_cp.mesh import MeshShape
+from jax_mla_cp.quantization import Weights
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command. Exit code 0; 1 for a checkpoint that isn't sound; 2 for a setting that can't work; 130 after Ctrl-C."""
+    args = _parser().parse_args(argv)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of what it merges
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return _convert(args) if args.command == "convert" else _inspect(args)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, CheckpointError) else 2
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from jax_mla_cp.checkpoint.convert import convert
+
+    try:
+        done = convert(args.hf_dir, args.out, weights=args.weights, overwrite=args.overwrite)
+    except KeyboardInterrupt:
+        print(
+            f"\nstopped. What is written stays; go on with: {command(args.hf_dir, args.out)}",
+            file=sys.stderr,
+            flush=True,
+        )
+        return 130
+    written = done.pieces - done.kept
+    print(
+        f"{args.out}: complete, {done.nbytes / 1e9:.2f} GB, {done.pieces} pieces"
+        + (f" ({written} written now, {done.kept} were there)" if done.kept else "")
+        + f"\nserve it with: python -m jax_mla_cp.serve --model {args.out}"
+    )
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from jax_mla_cp.checkpoint.inspect import inspect, show
+
+    try:
+        report = inspect(args.directory, mesh=args.mesh, ep_axes=args.ep_axes, verify=args.verify)
+    except KeyboardInterrupt:
+        return 130
+    if args.json:
+        print(json.dumps(report, indent=1))
+    else:
+        show(report, tensors=args.tensors)
+    return int(bool(report["problems"]))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message.removeprefix('argument ')} (see --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _mesh(text: str) -> MeshShape:
+    try:
+        return MeshShape.parse(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("--mesh ")) from None
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
+_EPILOG = """examples:
+  python -m jax_mla_cp.checkpoint inspect DeepSeek-V3 --mesh tp=8,cp=4     what is in it, and what each device would hold
+  python -m jax_mla_cp.checkpoint convert DeepSeek-V3 DeepSeek-V3-orbax    to Orbax; Ctrl-C and again: it goes on
+  python -m jax_mla_cp.checkpoint inspect DeepSeek-V3-orbax --verify       reads every byte and checks its checksums
+  python -m jax_mla_cp.serve --model DeepSeek-V3-orbax --mesh tp=8,cp=4
+
+exit codes: 0; 1 for a checkpoint that isn't sound; 2 for a setting that can't work; 130 after Ctrl-C."""
+
+_CONVERT = """Converts a Hugging Face directory to an Orbax checkpoint that loads on any mesh, with a checksum for every
+part. OUT gets everything that a server needs: the weights in the checkpoint's own dtypes, config.json, the tokenizer."""
+
+_CONVERT_EPILOG = """Memory: the largest tensor and about 0.3 GB, whatever the model's size. Disk: as much as the weights.
+Interrupted (Ctrl-C, kill, a full disk), run the same command again: it writes what is missing. Run on a complete OUT, it
+writes files that are missing or of the wrong size, and copies config.json and the tokenizer again.
+
+layout of OUT: config.json and the tokenizer; jax_mla_cp.json, the manifest; weights/, an Orbax checkpoint of the model's
+parameters (orbax.checkpoint.v1.load reads it)."""
+
+_INSPECT = """Tells what a checkpoint holds, Hugging Face's or converted: parameters and bytes by dtype and by part of the
+model, whether all is there, and what each device of a mesh would keep. Reads headers only, unless --verify."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    p = _Parser(
+        prog="python -m jax_mla_cp.checkpoint",
+        description="Checkpoints: Hugging Face directories (safetensors), and what convert makes of them (Orbax).",
+        epilog=_EPILOG,
+        formatter_class=raw,
+        allow_abbrev=False,
+    )
+    commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    convert = commands.add_parser(
+        "convert", help="a Hugging Face directory to an Orbax checkpoint", description=_CONVERT, epilog=_CONVERT_EPILOG,
+        formatter_class=raw, allow_abbrev=False,
+    )  # fmt: skip
+    convert.add_argument("hf_dir", metavar="HF_DIR", type=_path, help="config.json and *.safetensors")
+    convert.add_argument("out", metavar="OUT", type=_path, help="new, empty, or begun by an earlier run")
+    convert.add_argument(
+        "--weights", choices=get_args(Weights), default="auto",
+        help="of a quantised checkpoint: fp8 (as auto) keeps its matrices in FP8, bf16 dequantises them",
+    )  # fmt: skip
+    convert.add_argument("--overwrite", action="store_true", help="throw away what an earlier conversion left in OUT")
+    inspect = commands.add_parser(
+        "inspect", help="what a checkpoint holds, and whether it is sound", description=_INSPECT, formatter_class=raw,
+        allow_abbrev=False,
+    )  # fmt: skip
+    inspect.add_argument("directory", metavar="DIR", type=_path, help="a Hugging Face directory, or what convert made")
+    inspect.add_argument("--mesh", metavar="AXES", type=_mesh, help="also what each device would hold, e.g. tp=8,cp=4")
+    inspect.add_argument(
+        "--ep-axes",
+        metavar='{tp,"tp,cp","tp,cp,dp"}',
+        default="tp",
+        help="what divides the experts on it (default: tp)",
+    )
+    inspect.add_argument(
+        "--tensors", action="store_true", help="a table of the tensors, those of all layers in one row"
+    )
+    inspect.add_argument("--verify", action="store_true",
+                         help="read everything: checksums (converted checkpoints have them), and numbers that are not finite")  # fmt: skip
+    inspect.add_argument("--json", action="store_true", help="everything as JSON, to stdout")
+    return p
+
+
+if __name__ == "__main__":
+    sys.exit(main())
