@@ -35,7 +35,7 @@ class Work:
     """One request's part of one step."""
 
     tokens: Sequence[int] | NDArray[np.integer[Any]]
-    """The new tokens, at positions `cached` and following."""
+    """The new tokens, at positions `cached` and following. The last `drafts` of them are guesses."""
     cached: int
     """Tokens whose latents are in the pages already."""
     pages: Sequence[int]
@@ -44,6 +44,10 @@ class Work:
     """None: nothing is sampled after these tokens (they end inside a prompt)."""
     embeds: NDArray[np.floating[Any]] | None = None
     """[len(tokens), D]: input embeddings in place of the tokens', for all requests of a step or for none."""
+    drafts: int = 0
+    """Guesses among the tokens: after the token before them and after each of them, a token is sampled."""
+    next_token: int | None = None
+    """The token that follows, for tokens that end inside a prompt; the MTP layer reads it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +64,27 @@ class BatchShape:
     """Keys that the expanded form has room for, a multiple of the page size; 0: every row is absorbed."""
     cache: CacheShape
     form: Form = "auto"
+    draft_tokens: int = 0
+    """Most drafts of a request, and how many the step proposes; 0: no speculation."""
+
+    @property
+    def samples(self) -> int:
+        """Places for sampled tokens, per request."""
+        return 1 + self.draft_tokens
+
+    @property
+    def fresh(self) -> int:
+        """Most pages of a request that a step begins and does not fill: the last, and those that recycled drafts reach."""
+        return 1 + -(-max(self.draft_tokens - 1, 0) // self.cache.page_size)
+
+    def room(self, work: Work) -> int:
+        """Positions below it may be written for a work: its tokens', and, as far as the request has pages, those of the
+        drafts that the step recycles."""
+        end = work.cached + len(work.tokens)
+        if work.sampling is None:
+            return end
+        pages = min(len(work.pages), self.table_width)
+        return min(end + max(self.draft_tokens - 1, 0), pages * self.cache.page_size)
 
     def __post_init__(self) -> None:
         if self.requests < 1 or self.requests % self.cp:
@@ -87,40 +112,53 @@ class StepShape:
 class Batch:
     """The arrays of a step. The comments give each one's shape on a device and how it is sharded.
 
-    `T` tokens of a rank's buffer, `I` requests, `W` pages of the longest one, `B = 2 I` rows, `K` expanded keys.
+    `T` tokens of a rank's buffer, `I` requests, `W` pages of the longest one, `B = 2 I` rows, `K` expanded keys, `d` drafts
+    of a request, `J = I (1 + d)` places for sampled tokens, request after request.
     """
 
     tokens: Any  # int32 [T]            P(("dp", "cp"))
+    next_tokens: Any  # int32 [T]       P(("dp", "cp"))  the token after each; -1: the step samples it, or nobody knows
     embeds: Any  # float [T, D] or None P(("dp", "cp"))
     positions: Any  # int32 [T]         P(("dp", "cp"))
     num_tokens: Any  # int32 [1]        P(("dp", "cp"))  tokens that exist; the rest of the buffer is padding
     slots: Any  # int32 [cp T]          P("dp")          where each rank's tokens go in the cache
-    fresh: Any  # int32 [max(2, I)]     P("dp")          pages to zero first
+    fresh: Any  # int32 [max(2, I ..)]  P("dp")          pages to zero first, `BatchShape.fresh` of each request
     page_table: Any  # int32 [I, W]     P("dp")
     key_pages: Any  # int32 [K / page]  P("dp")          pages of the packed keys, none without expanded rows
     num_keys: Any  # int32 [1]          P("dp")          keys that the packed ones reach to
     expanded: Rows  # int32 [B]         P(("dp", "cp"))
     absorbed: Rows  # int32 [B]         P(("dp", "cp"))
-    last_index: Any  # int32 [I]        P(("dp", "cp"))  where a request's last token is on this rank, or T
+    last_index: Any  # int32 [J]        P(("dp", "cp"))  where the tokens sampled after are on this rank, or T
     sampling: SamplingArrays
+    speculation: SpeculationArrays | None  # None: d = 0
     absorbed_tokens: int = dataclasses.field(metadata={"static": True})  # `StepShape.absorbed_tokens`
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingArrays:
-    """Per request, `I / cp` of them on a device: P(("dp", "cp"))."""
+    """Per place, the places of `I / cp` requests on a device: P(("dp", "cp"))."""
 
-    temperature: Any  # float32 [I]; 0 for requests that are not sampled
-    top_p: Any  # float32 [I]
-    top_k: Any  # int32 [I]
-    seed: Any  # uint32 [I, 2]
-    position: Any  # int32 [I]: the position of the token that is sampled
+    temperature: Any  # float32 [J]; 0 where nothing is sampled
+    top_p: Any  # float32 [J]
+    top_k: Any  # int32 [J]
+    seed: Any  # uint32 [J, 2]
+    position: Any  # int32 [J]: the position of the token that is sampled
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SpeculationArrays:
+    """Per request, the same on all cp ranks: P("dp")."""
+
+    drafts: Any  # int32 [I, d]: the guesses among the request's tokens; -1 where there is none
+    first: Any  # int32 [I]: the position of the first token that is sampled after
+    room: Any  # int32 [I]: positions below may be written; 0 for places without a request
 
 
 def batch_specs(batch: Batch) -> Batch:
     """A Batch of PartitionSpecs, with None where the batch has None."""
-    groups = {"slots", "fresh", "page_table", "key_pages", "num_keys"}
+    groups = {"slots", "fresh", "page_table", "key_pages", "num_keys", "speculation"}
 
     def spec(name: str) -> Any:
         axes = PartitionSpec(DP) if name in groups else PartitionSpec(TOKENS)

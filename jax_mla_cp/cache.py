@@ -22,7 +22,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int32
 
-from jax_mla_cp.config import ConfigError, ModelConfig
+from jax_mla_cp.config import ConfigError
 from jax_mla_cp.mesh import DP, mesh_shape
 
 PAGES_SPEC = PartitionSpec(DP)
@@ -69,22 +69,16 @@ class CacheShape:
         return self.total_slots + np.arange(count, dtype=np.int32)
 
 
-def create(config: ModelConfig, shape: CacheShape, dtype: jax.typing.DTypeLike, mesh: Mesh | None = None) -> jax.Array:
-    """An empty cache `[dp * layers * pages_per_layer, page_size, R + r]`, sharded P("dp").
-
-    Raises:
-      ConfigError: the shape has another number of layers than the model.
-    """
-    if shape.layers != config.num_layers:
-        raise ConfigError(f"cache: the model has {config.num_layers} layers, the cache shape {shape.layers}.")
-    full = (mesh_shape(mesh).dp * shape.total_pages, shape.page_size, config.latent_dim)
+def create(shape: CacheShape, latent_dim: int, dtype: jax.typing.DTypeLike, mesh: Mesh | None = None) -> jax.Array:
+    """An empty cache `[dp * layers * pages_per_layer, page_size, R + r]`, sharded P("dp")."""
+    full = (mesh_shape(mesh).dp * shape.total_pages, shape.page_size, latent_dim)
     sharding = None if mesh is None else NamedSharding(mesh, PAGES_SPEC)
     return jax.jit(lambda: jnp.zeros(full, dtype), out_shardings=sharding)()
 
 
-def page_bytes(config: ModelConfig, page_size: int, dtype: jax.typing.DTypeLike) -> int:
+def page_bytes(layers: int, page_size: int, latent_dim: int, dtype: jax.typing.DTypeLike) -> int:
     """Bytes that one page takes on a device, over all layers."""
-    return config.num_layers * page_size * config.latent_dim * jnp.dtype(dtype).itemsize
+    return layers * page_size * latent_dim * jnp.dtype(dtype).itemsize
 
 
 def write(

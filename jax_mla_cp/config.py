@@ -9,8 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from jax_mla_cp.quantization import Quantization
+
 Form = Literal["auto", "expanded", "absorbed"]
 Implementation = Literal["auto", "fa3", "xla"]
+TopkMethod = Literal["noaux_tc", "greedy", "group_limited_greedy"]
 
 
 class ConfigError(ValueError):
@@ -50,7 +53,7 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a DeepSeek-V3-style MLA model. Letters in comments are those of docs/architecture.md."""
+    """The shape of a DeepSeek-style MLA model (docs/models.md). Letters in comments are those of docs/architecture.md."""
 
     vocab_size: int
     hidden_size: int  # D
@@ -74,9 +77,16 @@ class ModelConfig:
     rms_norm_eps: float
     max_position: int
     rope: RopeConfig
+    topk_method: TopkMethod = "noaux_tc"
+    """How the router scores and chooses experts: `model/moe.py`, `route`."""
     tie_word_embeddings: bool = False
+    num_mtp_layers: int = 0  # multi-token prediction; the first one is used, and only for speculation
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    weight_prefix: str = ""
+    """Stands before every tensor's name in a checkpoint that holds more than this model."""
+    quantization: Quantization | None = None
+    """How the checkpoint stores its matrices; None: as plain numbers."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "kv_lora_rank", "qk_nope_head_dim",
@@ -86,24 +96,47 @@ class ModelConfig:
         if self.qk_rope_head_dim < 2 or self.qk_rope_head_dim % 2:
             raise ConfigError(f"config.json: qk_rope_head_dim must be even and positive, got {self.qk_rope_head_dim}.")
         if self.num_moe_layers:
-            if self.n_group < 1 or self.n_routed_experts % self.n_group:
+            self._check_routing()
+            packed = self.quantization.packed if self.quantization else 1
+            if self.hidden_size % packed or self.moe_intermediate_size % packed:
                 raise ConfigError(
-                    f"config.json: n_routed_experts={self.n_routed_experts} must be a multiple of n_group={self.n_group}."
+                    f"config.json: hidden_size={self.hidden_size} and moe_intermediate_size={self.moe_intermediate_size} must "
+                    f"be multiples of {packed}: so many of the experts' numbers are packed into one."
                 )
-            if not 1 <= self.topk_group <= self.n_group:
-                raise ConfigError(
-                    f"config.json: topk_group must be 1 to n_group={self.n_group}, got {self.topk_group}."
-                )
-            choosable = self.topk_group * (self.n_routed_experts // self.n_group)
-            if not 1 <= self.experts_per_token <= choosable:
-                raise ConfigError(
-                    f"config.json: num_experts_per_tok must be 1 to {choosable} (the experts of {self.topk_group} of "
-                    f"{self.n_group} groups), got {self.experts_per_token}."
-                )
-            if self.n_group > 1 and self.n_routed_experts // self.n_group < 2:
-                raise ConfigError(
-                    "config.json: a group's score is its two best experts' sum, so a group needs two experts."
-                )
+
+    def _check_routing(self) -> None:
+        if self.n_group < 1 or self.n_routed_experts % self.n_group:
+            raise ConfigError(
+                f"config.json: n_routed_experts={self.n_routed_experts} must be a multiple of n_group={self.n_group}."
+            )
+        if self.topk_method == "greedy" and self.n_group != 1:
+            raise ConfigError(
+                f"config.json: topk_method='greedy' knows no groups: n_group must be 1, got {self.n_group}. "
+                "With groups it is 'group_limited_greedy'."
+            )
+        if not 1 <= self.topk_group <= self.n_group:
+            raise ConfigError(f"config.json: topk_group must be 1 to n_group={self.n_group}, got {self.topk_group}.")
+        choosable = self.topk_group * (self.n_routed_experts // self.n_group)
+        if not 1 <= self.experts_per_token <= choosable:
+            raise ConfigError(
+                f"config.json: num_experts_per_tok must be 1 to {choosable} (the experts of {self.topk_group} of "
+                f"{self.n_group} groups), got {self.experts_per_token}."
+            )
+        if self.routing_bias and self.n_group > 1 and self.n_routed_experts // self.n_group < 2:
+            raise ConfigError(
+                "config.json: a group's score is its two best experts' sum, so a group needs two experts."
+            )
+        if self.norm_topk_prob and not self.routing_bias:
+            raise ConfigError(
+                f"config.json: norm_topk_prob=true with topk_method={self.topk_method!r} is not supported: DeepSeek's "
+                "code then leaves out routed_scaling_factor, transformers the normalisation, and no published model "
+                "says which is meant. This version runs norm_topk_prob=false."
+            )
+
+    @property
+    def routing_bias(self) -> bool:
+        """The checkpoint has `e_score_correction_bias`, which takes part in the choice of experts."""
+        return self.topk_method == "noaux_tc"
 
     @property
     def num_dense_layers(self) -> int:
@@ -142,11 +175,12 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> ModelConfig:
-        """Reads a Hugging Face config.json's contents, as transformers 4 or 5 writes them.
+        """Reads a Hugging Face config.json's contents, as transformers 4 or 5 writes them; of a multimodal model, the text part.
 
         Raises:
           ConfigError: a missing key, or a setting that this package does not implement.
         """
+        raw, weight_prefix = _text_part(raw)
         _refuse_unsupported(raw)
 
         def need(key: str) -> Any:
@@ -155,6 +189,8 @@ class ModelConfig:
             return raw[key]
 
         experts = raw.get("n_routed_experts", raw.get("num_local_experts")) or 0
+        topk_method = _topk_method(raw)
+        grouped = experts and topk_method != "greedy"  # which ignores the groups that a config may name
         return cls(
             vocab_size=need("vocab_size"),
             hidden_size=need("hidden_size"),
@@ -171,39 +207,93 @@ class ModelConfig:
             n_routed_experts=experts,
             n_shared_experts=raw.get("n_shared_experts") or 0,
             experts_per_token=need("num_experts_per_tok") if experts else 0,
-            n_group=raw.get("n_group") or 1,
-            topk_group=raw.get("topk_group") or 1,
-            norm_topk_prob=bool(raw.get("norm_topk_prob", True)),
-            routed_scaling_factor=float(raw.get("routed_scaling_factor") or 1.0),
+            n_group=need("n_group") if grouped else 1,
+            topk_group=need("topk_group") if grouped else 1,
+            norm_topk_prob=bool(raw.get("norm_topk_prob", topk_method == "noaux_tc")),
+            routed_scaling_factor=float(need("routed_scaling_factor")) if experts else 1.0,
             rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
             max_position=need("max_position_embeddings"),
             rope=_rope(raw),
+            topk_method=topk_method,
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            num_mtp_layers=raw.get("num_nextn_predict_layers") or raw.get("num_mtp_layers") or 0,
             bos_token_id=raw.get("bos_token_id"),
             eos_token_ids=_token_ids(raw.get("eos_token_id"), "eos_token_id"),
+            weight_prefix=weight_prefix,
+            quantization=_quantization(raw),
         )
 
 
 # What this package implements, for the keys whose other values would change the model's arithmetic.
 _ONLY: dict[str, tuple[Any, ...]] = {
-    "model_type": ("deepseek_v3", "kimi_k2"),
     "hidden_act": ("silu",),
     "attention_bias": (False,),
-    "scoring_func": ("sigmoid",),
-    "topk_method": ("noaux_tc",),
+    "mlp_bias": (False,),
     "moe_layer_freq": (1,),
-    "quantization_config": (),
 }
+
+_TEXT_MODELS = ("deepseek_v2", "deepseek_v3", "kimi_k2")
+
+# The scores that each way of choosing experts is defined for, by DeepSeek's modeling files and transformers.
+_SCORING: dict[TopkMethod, str] = {"noaux_tc": "sigmoid", "greedy": "softmax", "group_limited_greedy": "softmax"}
+
+
+def _text_part(raw: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
+    """The text model's own keys, and what its tensors' names begin with."""
+    if raw.get("model_type") != "kimi_k25":
+        return raw, ""
+    text = raw.get("text_config")
+    if not isinstance(text, Mapping):
+        raise ConfigError(
+            "config.json: model_type='kimi_k25' needs 'text_config', an object with the text model's keys, "
+            f"got {text!r}. This version runs the text part alone."
+        )
+    outside = {key: raw.get(key) for key in ("bos_token_id", "eos_token_id", "quantization_config")}
+    return outside | {key: value for key, value in text.items() if value is not None}, "language_model."
 
 
 def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
+    indexer = {key: value for key, value in raw.items() if key.startswith("index_") and value is not None}
+    if indexer or raw.get("model_type") == "deepseek_v32":
+        seen = {"model_type": raw.get("model_type")} | indexer
+        listed = ", ".join(f"{key}={value!r}" for key, value in seen.items())
+        raise ConfigError(
+            f"config.json: {listed}: the sparse attention of DeepSeek-V3.2, whose indexer picks the tokens that a query "
+            "sees, is not supported; this version runs attention over all tokens (DeepSeek-V2, V3, R1, Kimi K2)."
+        )
+    model_types = f"{', '.join(map(repr, _TEXT_MODELS))}, and 'kimi_k25' around one of them"
+    if raw.get("model_type") is None:
+        raise ConfigError(f"config.json: the key 'model_type' is missing; this version runs {model_types}.")
+    if raw["model_type"] not in _TEXT_MODELS:
+        raise ConfigError(
+            f"config.json: model_type={raw['model_type']!r} is not supported; this version runs {model_types}."
+        )
     for key, allowed in _ONLY.items():
         got = raw.get(key)
         if got is not None and got not in allowed:
-            can = " or ".join(repr(a) for a in allowed) or "no value"
+            can = " or ".join(repr(a) for a in allowed)
             raise ConfigError(f"config.json: {key}={got!r} is not supported; this version runs {can}.")
-    if raw.get("model_type") is None:
-        raise ConfigError("config.json: the key 'model_type' is missing; expected 'deepseek_v3' or 'kimi_k2'.")
+
+
+def _topk_method(raw: Mapping[str, Any]) -> TopkMethod:
+    # transformers 5 leaves both keys out where its class for the model has one way only.
+    v2 = raw["model_type"] == "deepseek_v2"
+    method = raw.get("topk_method") or ("greedy" if v2 else "noaux_tc")
+    scoring = raw.get("scoring_func") or ("softmax" if v2 else "sigmoid")
+    for known, score in _SCORING.items():
+        if (method, scoring) == (known, score):
+            return known
+    can = ", ".join(f"{score} with {known}" for known, score in _SCORING.items())
+    raise ConfigError(
+        f"config.json: scoring_func={scoring!r} with topk_method={method!r} is not supported; this version runs {can}."
+    )
+
+
+def _quantization(raw: Mapping[str, Any]) -> Quantization | None:
+    try:
+        return Quantization.from_hf(raw.get("quantization_config"))
+    except ValueError as error:
+        raise ConfigError(f"config.json: {error}") from None
 
 
 def _rope(raw: Mapping[str, Any]) -> RopeConfig:

@@ -1,8 +1,7 @@
 """A step's requests -> all its arrays, on the host (NumPy).
 
 `lay_out` chooses the requests' form of attention and plans the zigzag over the cp ranks; `build` makes the arrays, with the
-page slot that each token's latent goes to. Everything that a device could read or write out of range is checked here, because
-JAX would clamp it silently.
+page slot that each token's latent goes to. The works have been checked before (jax_mla_cp/check.py).
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from jax_mla_cp.attention.form import use_expanded
 from jax_mla_cp.attention.rows import Rows
-from jax_mla_cp.batch import Batch, BatchShape, SamplingArrays, StepShape, Work
+from jax_mla_cp.batch import Batch, BatchShape, SamplingArrays, SpeculationArrays, StepShape, Work
 from jax_mla_cp.config import ModelConfig
 from jax_mla_cp.zigzag import Plan, plan
 
@@ -54,19 +53,6 @@ class Layout:
         return self.num_absorbed < len(self.works)
 
 
-def check_works(works: Sequence[Work], shape: BatchShape, config: ModelConfig) -> None:
-    """What JAX would clamp or drop silently, refused before a device sees it.
-
-    Raises:
-      ValueError: a work of a dp group that doesn't fit the shape, the pages or the vocabulary.
-    """
-    if len(works) > shape.requests:
-        raise ValueError(f"a step takes at most {shape.requests} requests of a dp group, got {len(works)}.")
-    for i, work in enumerate(works):
-        _check(i, work, shape, config)
-    _check_pages(works, shape)
-
-
 def lay_out(works: Sequence[Work], shape: BatchShape, config: ModelConfig, *, expand: bool = True) -> Layout:
     """Chooses each work's form and plans the zigzag, for a dp group's works that `check_works` has passed.
 
@@ -75,7 +61,8 @@ def lay_out(works: Sequence[Work], shape: BatchShape, config: ModelConfig, *, ex
     room, expanded = shape.expanded_keys if expand else 0, []
     for i, work in enumerate(works):
         keys = packed_keys(work.cached + len(work.tokens), shape.cache.page_size)
-        if keys <= room and use_expanded(shape.form, config, shape.cp, len(work.tokens), work.cached):
+        prompt = len(work.tokens) - work.drafts  # a decoding request stays one, whatever its drafts
+        if keys <= room and use_expanded(shape.form, config, shape.cp, prompt, work.cached):
             expanded.append(i)
             room -= keys
     absorbed = np.setdiff1d(np.arange(len(works)), expanded)
@@ -107,45 +94,6 @@ def build(layouts: Sequence[Layout], shape: BatchShape, step: StepShape) -> Batc
     return groups[0] if len(groups) == 1 else jax.tree.map(lambda *arrays: np.concatenate(arrays), *groups)
 
 
-def _check(i: int, work: Work, shape: BatchShape, config: ModelConfig) -> None:
-    new, page_size = len(work.tokens), shape.cache.page_size
-    if new < 1 or work.cached < 0:
-        raise ValueError(f"work {i}: needs at least 1 token and cached >= 0, got {new} and {work.cached}.")
-    if work.cached + new > config.max_position:
-        raise ValueError(f"work {i}: {work.cached} + {new} tokens exceed the model's {config.max_position} positions.")
-    needed = -(-(work.cached + new) // page_size)
-    if not needed <= len(work.pages):
-        raise ValueError(
-            f"work {i}: {work.cached + new} tokens need {needed} pages of {page_size}, got {len(work.pages)}."
-        )
-    if needed > shape.table_width:
-        raise ValueError(f"work {i}: needs {needed} pages, the page table holds {shape.table_width}.")
-    ids = np.asarray(work.tokens)
-    if not np.issubdtype(ids.dtype, np.integer) or ids.ndim != 1:
-        raise ValueError(f"work {i}: tokens must be a list of token ids, got {ids.dtype} of shape {ids.shape}.")
-    if work.embeds is not None:
-        if np.shape(work.embeds) != (new, config.hidden_size):
-            raise ValueError(f"work {i}: embeds must be [{new}, {config.hidden_size}], got {np.shape(work.embeds)}.")
-    elif ids.min() < 0 or ids.max() >= config.vocab_size:
-        bad = int(ids[(ids < 0) | (ids >= config.vocab_size)][0])
-        raise ValueError(f"work {i}: token id {bad} is not in the vocabulary (0 to {config.vocab_size - 1}).")
-
-
-def _check_pages(works: Sequence[Work], shape: BatchShape) -> None:
-    """Page ids are in range, and no page is written by two requests (reading one together is fine)."""
-    writer: dict[int, int] = {}
-    page_size, pages = shape.cache.page_size, shape.cache.pages_per_layer
-    for i, work in enumerate(works):
-        used = np.asarray(work.pages[: -(-(work.cached + len(work.tokens)) // page_size)])
-        if used.min() < 0 or used.max() >= pages:
-            raise ValueError(f"work {i}: page ids must be 0 to {pages - 1}, got {used.min()} to {used.max()}.")
-        for page in used[work.cached // page_size :].tolist():
-            if writer.setdefault(page, i) != i:
-                raise ValueError(f"work {i}: page {page} is also written by work {writer[page]}.")
-        if len(set(used.tolist())) != len(used):
-            raise ValueError(f"work {i}: a page is listed twice.")
-
-
 def packed_keys(keys: int, page_size: int) -> int:
     """Room for a request's keys: whole pages, and never less than up to the end of its last KV tile."""
     tiled = -(-keys // KEY_ALIGN) * KEY_ALIGN
@@ -163,17 +111,19 @@ def _group(layout: Layout, shape: BatchShape, step: StepShape, *, embeds: bool) 
     p, cp, page_size, works, order = layout.plan, shape.cp, shape.cache.page_size, layout.works, layout.order
     tokens = step.tokens
     page_table = shape.cache.no_page(shape.requests * shape.table_width).reshape(shape.requests, -1)
-    fresh = shape.cache.no_page(max(2, shape.requests))  # of a single one, XLA's scatter may copy the cache
+    # Of a single one, XLA's scatter may copy the cache.
+    fresh = shape.cache.no_page(max(2, shape.requests * shape.fresh))
     for i, work in enumerate(works):
         end = work.cached + len(work.tokens)
-        used = -(-end // page_size)
+        whole, used = end // page_size, -(-shape.room(work) // page_size)
         page_table[i, :used] = work.pages[:used]
-        if end % page_size and (used - 1) * page_size >= work.cached:
-            fresh[i] = work.pages[used - 1]
+        begun = work.pages[max(whole, -(-work.cached // page_size)) : used]
+        fresh[i * shape.fresh :][: len(begun)] = begun
 
     # Each token's place in the buffers: its rank's, at its place within the rank.
     rank = np.repeat(np.arange(cp), p.rank_tokens)
-    place = rank * tokens + np.arange(len(rank)) - p.rank_start[rank]
+    on_rank = np.arange(len(rank)) - p.rank_start[rank]
+    place = rank * tokens + on_rank
     request = order[p.request]
     position = np.array([w.cached for w in works], np.int32)[request] + p.offset if works else p.offset
     slots = page_table[request, position // page_size] * page_size + position % page_size
@@ -190,11 +140,14 @@ def _group(layout: Layout, shape: BatchShape, step: StepShape, *, embeds: bool) 
         return empty
 
     key_pages, key_start, num_keys = _pack_keys(layout, page_table, shape, step.expanded_keys)
-    last_index = np.full((cp, shape.requests), tokens, np.int32)
-    last_index[p.last_rank, order] = p.last_index
+    sampled = p.offset - np.array([len(w.tokens) - 1 - w.drafts for w in works], np.int64)[request]
+    last = sampled >= 0
+    last_index = np.full((cp, shape.requests, shape.samples), tokens, np.int32)
+    last_index[rank[last], request[last], sampled[last]] = on_rank[last]
     absorbed = np.arange(len(works)) < layout.num_absorbed
     return Batch(
         tokens=spread([np.asarray(w.tokens, np.int32) for w in works], np.zeros(cp * tokens, np.int32)),
+        next_tokens=spread([_next_tokens(w) for w in works], np.zeros(cp * tokens, np.int32)),
         embeds=_embeds(works, spread, cp * tokens) if embeds and works else None,
         positions=at_place(position, np.zeros(cp * tokens, np.int32)),
         num_tokens=p.rank_tokens.astype(np.int32),
@@ -206,7 +159,8 @@ def _group(layout: Layout, shape: BatchShape, step: StepShape, *, embeds: bool) 
         expanded=_rows(layout, shape, ~absorbed, key_start),
         absorbed=_rows(layout, shape, absorbed, key_start),
         last_index=last_index.reshape(-1),
-        sampling=_sampling(works, shape.requests),
+        sampling=_sampling(works, shape),
+        speculation=_speculation(works, shape) if shape.draft_tokens else None,
         absorbed_tokens=step.absorbed_tokens,
     )
 
@@ -252,15 +206,38 @@ def _rows(layout: Layout, shape: BatchShape, chosen: NDArray[np.bool_], key_star
     return Rows(cu_q=cu_q.reshape(-1), kv_len=kv_len, kv_start=kv_start, request=request)
 
 
-def _sampling(works: Sequence[Work], size: int) -> SamplingArrays:
+def _next_tokens(work: Work) -> NDArray[np.int32]:
+    """[len(tokens)]: the token after each; -1 where the step samples it, whatever guess may follow."""
+    following = np.full(len(work.tokens), -1, np.int32)
+    known = len(work.tokens) - 1 - work.drafts
+    following[:known] = np.asarray(work.tokens)[1 : known + 1]
+    if work.next_token is not None:
+        following[-1] = work.next_token
+    return following
+
+
+def _sampling(works: Sequence[Work], shape: BatchShape) -> SamplingArrays:
+    size = (shape.requests, shape.samples)
     temperature, top_p = np.zeros(size, np.float32), np.ones(size, np.float32)
-    top_k, position, seed = np.zeros(size, np.int32), np.zeros(size, np.int32), np.zeros((size, 2), np.uint32)
+    top_k, position, seed = np.zeros(size, np.int32), np.zeros(size, np.int32), np.zeros((*size, 2), np.uint32)
     for i, work in enumerate(works):
         if work.sampling is None:
             continue
-        s = work.sampling
-        temperature[i] = s.temperature if s.temperature >= _GREEDY_BELOW else 0
-        top_p[i], top_k[i] = s.top_p, s.top_k
-        position[i] = work.cached + len(work.tokens)
-        seed[i] = (s.seed & 0xFFFFFFFF, (s.seed >> 32) & 0xFFFFFFFF)
-    return SamplingArrays(temperature, top_p, top_k, seed, position)
+        s, places = work.sampling, slice(work.drafts + 1)
+        temperature[i, places] = s.temperature if s.temperature >= _GREEDY_BELOW else 0
+        top_p[i, places], top_k[i, places] = s.top_p, s.top_k
+        position[i, places] = work.cached + len(work.tokens) - work.drafts + np.arange(work.drafts + 1)
+        seed[i, places] = (s.seed & 0xFFFFFFFF, (s.seed >> 32) & 0xFFFFFFFF)
+    return SamplingArrays(temperature.reshape(-1), top_p.reshape(-1), top_k.reshape(-1), seed.reshape(-1, 2),
+                          position.reshape(-1))  # fmt: skip
+
+
+def _speculation(works: Sequence[Work], shape: BatchShape) -> SpeculationArrays:
+    drafts = np.full((shape.requests, shape.draft_tokens), -1, np.int32)
+    first, room = np.zeros(shape.requests, np.int32), np.zeros(shape.requests, np.int32)
+    for i, work in enumerate(works):
+        known = len(work.tokens) - work.drafts
+        drafts[i, : work.drafts] = work.tokens[known:]
+        first[i] = work.cached + known - 1
+        room[i] = shape.room(work)
+    return SpeculationArrays(drafts, first, room)

@@ -11,22 +11,15 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jax_mla_cp.attention import resolve_implementation
-from jax_mla_cp.checkpoint import (
-    Converted,
-    SafetensorsSource,
-    TensorSource,
-    is_converted,
-    load_converted,
-    load_params,
-    open_converted,
-)
+from jax_mla_cp.checkpoint import SafetensorsSource, is_converted, load_converted, load_params, open_converted
 from jax_mla_cp.config import ConfigError, Implementation, ModelConfig
-from jax_mla_cp.default_model import default_model
+from jax_mla_cp.default_model import DIRECTORY
 from jax_mla_cp.mesh import mesh_shape
 from jax_mla_cp.model.context import EP_CHOICES, Build
 from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.handle import Model, weight_bytes
 from jax_mla_cp.platform import device_memory
+from jax_mla_cp.quantization import Weights
 from jax_mla_cp.tokenizer import Tokenizer
 
 EpAxes = Literal["auto", "tp", "tp,cp", "tp,cp,dp"]
@@ -41,47 +34,55 @@ def load(
     *,
     mesh: Mesh | None = None,
     dtype: Dtype = "auto",
+    weights: Weights = "auto",
     ep_axes: EpAxes = "auto",
     attention: Implementation = "auto",
+    mtp: bool = False,
     progress: bool | None = None,
 ) -> tuple[Model, Tokenizer | None]:
     """Loads a model onto a mesh made by `make_mesh`, or onto one device.
 
     Args:
       model: a Hugging Face model directory, or what `python -m jax_mla_cp.checkpoint convert` made of one; None is the
-        built-in model (random weights, byte-level tokenizer).
+        built-in model (jax_mla_cp/default_model).
       dtype: of weights, activations and cache; "auto" is float32 on CPU and bfloat16 on GPUs.
+      weights: of a quantised checkpoint. "bf16": dequantised while loading, to `dtype`; "fp8": kept in FP8 in device memory,
+        and dequantised by every use; "auto": "fp8" on GPUs, else "bf16".
       ep_axes: the mesh axes that divide the experts; "auto" takes the fewest whose weights fit the memory.
       attention: "auto" is the fastest that runs here.
+      mtp: with the checkpoint's layer for multi-token prediction, for `Planner.create(.., draft_tokens=..)`.
       progress: a bar on stderr; None: if that is a terminal.
 
-    Returns: the model, and its tokenizer, or None if the directory has no tokenizer.json.
+    Returns: the model, and its tokenizer, or None if the directory has none that `Tokenizer.from_dir` reads.
 
     Raises:
       ConfigError: whatever does not fit: the directory, the config, the mesh, the checkpoint's tensors.
     """
-    source: TensorSource | Converted
-    tokenizer: Tokenizer | None
-    if model is None:
-        config, source, tokenizer = default_model()
-    else:
-        directory = Path(model)
-        # A converted checkpoint is checked, its config.json included, before anything in it is believed.
-        converted = open_converted(directory) if is_converted(directory) else None
-        config = ModelConfig.from_dir(directory)
-        tokenizer = Tokenizer.from_dir(directory, config.vocab_size)
-        source = converted or SafetensorsSource(directory)
-    build = plan_build(config, mesh, dtype=dtype, ep_axes=ep_axes, attention=attention)
+    directory = DIRECTORY if model is None else Path(model)
+    # A converted checkpoint is checked, its config.json included, before anything in it is believed.
+    converted = open_converted(directory) if is_converted(directory) else None
+    config = ModelConfig.from_dir(directory)
+    tokenizer = Tokenizer.from_dir(directory, config.vocab_size)
+    if converted:
+        weights = converted.keeps(weights)
+    build = plan_build(config, mesh, dtype=dtype, weights=weights, ep_axes=ep_axes, attention=attention, mtp=mtp)
     declared = nnx.state(Decoder(build))
-    if isinstance(source, Converted):
-        params = load_converted(source, declared, config, mesh, progress=progress)
+    if converted:
+        params = load_converted(converted, declared, config, mesh, progress=progress)
     else:
-        params = load_params(source, declared, config, mesh, progress=progress)
+        params = load_params(SafetensorsSource(directory), declared, config, mesh, progress=progress)
     return Model(params, build, mesh), tokenizer
 
 
 def plan_build(
-    config: ModelConfig, mesh: Mesh | None, *, dtype: Dtype, ep_axes: EpAxes, attention: Implementation
+    config: ModelConfig,
+    mesh: Mesh | None,
+    *,
+    dtype: Dtype,
+    weights: Weights = "auto",
+    ep_axes: EpAxes,
+    attention: Implementation,
+    mtp: bool = False,
 ) -> Build:
     """Everything static about a model on a mesh, checked before any weight is read.
 
@@ -90,14 +91,17 @@ def plan_build(
     """
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ConfigError(f"--dtype must be auto, float32 or bfloat16, got {dtype!r}.")
+    if weights not in ("auto", "bf16", "fp8"):
+        raise ConfigError(f"--weights must be auto, bf16 or fp8, got {weights!r}.")
     if ep_axes != "auto" and ep_axes not in EP_CHOICES:
         raise ConfigError(f"--ep-axes must be auto, {' or '.join(EP_CHOICES)}, got {ep_axes!r}.")
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    fp8 = weights == "fp8" or (weights == "auto" and config.quantization is not None and jax.default_backend() == "gpu")
     shape = None if mesh is None else mesh_shape(mesh)
     implementation = resolve_implementation(attention, config, dtype)
     builds = [
-        Build(config, shape, EP_CHOICES[name], jnp.dtype(dtype), implementation)
+        Build(config, shape, EP_CHOICES[name], jnp.dtype(dtype), implementation, fp8, mtp)
         for name in ([ep_axes] if ep_axes != "auto" else EP_CHOICES)
     ]
     room = device_memory() * _WEIGHTS_FRACTION

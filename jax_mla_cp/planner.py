@@ -11,8 +11,9 @@ from jax_mla_cp import cache
 from jax_mla_cp.attention import fa3
 from jax_mla_cp.batch import Batch, BatchShape, StepShape, Work
 from jax_mla_cp.cache import CacheShape
+from jax_mla_cp.check import check_works
 from jax_mla_cp.config import ConfigError, Form
-from jax_mla_cp.layout import KEY_ALIGN, build, check_works, lay_out, packed_keys
+from jax_mla_cp.layout import KEY_ALIGN, build, lay_out, packed_keys
 from jax_mla_cp.mesh import mesh_shape
 from jax_mla_cp.model.handle import Model
 from jax_mla_cp.step import put
@@ -23,6 +24,9 @@ _ABSORBED_ONLY = 128
 """Tokens per rank up to which no row gains by the expanded form (attention/form.py: the crossover against a long prefix
 is at 209), so that these programs do without it. And what a program with expanded rows leaves for absorbed ones, decoding
 requests above all, without doing the absorbed form's products for the whole buffer."""
+
+MOST_DRAFT_TOKENS = 4
+"""The layer is trained to guess one token; what it guesses from its own guesses is right less and less often."""
 
 
 def token_buckets(most: int) -> tuple[int, ...]:
@@ -65,6 +69,7 @@ class Planner:
         max_len: int | None = None,
         prefill_chunk: int | None = None,
         form: Form = "auto",
+        draft_tokens: int = 0,
     ) -> Planner:
         """Fixes the shapes of all steps.
 
@@ -73,13 +78,18 @@ class Planner:
           page_size: tokens of a page.
           max_requests: requests in a step, per dp group.
           max_len: longest request, prompt and continuation; default: what the model and the cache allow.
-          prefill_chunk: most new tokens in a step of a dp group, not counting the single ones of decoding requests;
-            default: `max_len`.
-          form: of attention. "auto" decides by shape; the others are for all requests but those with a single new token.
+          prefill_chunk: most new tokens in a step of a dp group, not counting those of decoding requests (one, and
+            drafts); default: `max_len`.
+          form: of attention. "auto" decides by shape; the others are for all requests but decoding ones.
+          draft_tokens: drafts that a step proposes and verifies for each request, with the model's MTP layer; 0: none.
 
         Raises:
-          ConfigError: sizes that are not positive, or a `max_len` beyond the model or the cache.
+          ConfigError: sizes that are not positive, a `max_len` beyond the model or the cache, or drafts without MTP layer.
         """
+        if not 0 <= draft_tokens <= MOST_DRAFT_TOKENS:
+            raise ConfigError(f"draft_tokens must be 0 to {MOST_DRAFT_TOKENS}, got {draft_tokens}.")
+        if draft_tokens and not model.build.mtp:
+            raise ConfigError(f"draft_tokens={draft_tokens} needs the MTP layer: load the model with mtp=True.")
         sizes = {"cache_tokens": cache_tokens, "page_size": page_size, "max_requests": max_requests, "max_len": max_len}
         for name, value in {**sizes, "prefill_chunk": prefill_chunk}.items():
             if value is not None and value < 1:
@@ -92,7 +102,7 @@ class Planner:
         if form not in ("auto", "expanded", "absorbed"):
             raise ConfigError(f"form must be auto, expanded or absorbed, got {form!r}.")
         mesh = mesh_shape(model.mesh)
-        layout = CacheShape(model.config.num_layers, -(-cache_tokens // page_size), page_size)
+        layout = CacheShape(model.build.cache_layers, -(-cache_tokens // page_size), page_size)
         longest = min(model.config.max_position, layout.tokens)
         max_len = longest if max_len is None else max_len
         if max_len > longest:
@@ -106,17 +116,20 @@ class Planner:
         shape = BatchShape(
             dp=mesh.dp,
             cp=mesh.cp,
-            requests=-(-max_requests // mesh.cp) * mesh.cp,
+            # Recycled drafts write one slot per request, and of a single slot, XLA's scatter may copy the cache.
+            requests=-(-max(max_requests, min(draft_tokens, 2)) // mesh.cp) * mesh.cp,
             table_width=-(-max_len // page_size),
             expanded_keys=0 if form == "absorbed" else packed_keys(keys, page_size),
             cache=layout,
             form=form,
+            draft_tokens=draft_tokens,
         )
-        return cls(model, shape, _buckets(chunk, max_requests, mesh.cp))
+        return cls(model, shape, _buckets(chunk, max_requests, mesh.cp, shape.samples))
 
     def new_cache(self) -> jax.Array:
         """An empty cache of the planned size."""
-        return cache.create(self.model.config, self.shape.cache, self.model.build.dtype, self.model.mesh)
+        build = self.model.build
+        return cache.create(self.shape.cache, build.config.latent_dim, build.dtype, self.model.mesh)
 
     def batch(self, works: Sequence[Work] | Sequence[Sequence[Work]]) -> Batch:
         """The arrays of a step, on the devices. Work i of dp group g is in row `g * shape.requests + i` of its results.
@@ -183,8 +196,12 @@ class Planner:
         return StepShape(bucket, few if absorbed <= few else bucket, self.shape.expanded_keys)
 
 
-def _buckets(chunk: int, requests: int, cp: int) -> tuple[int, ...]:
-    """Per rank. The zigzag gives no rank more than 2 tokens over its share of a request, nor more than one request whole."""
-    uneven = 0 if cp == 1 else 2 * min(requests, chunk // (2 * cp)) + 2 * cp
-    largest = -(-(chunk + requests) // cp) + uneven
+def _buckets(chunk: int, requests: int, cp: int, decoded: int = 1) -> tuple[int, ...]:
+    """Per rank, for decoding requests with up to `decoded` tokens each.
+
+    The zigzag gives no rank more than 2 tokens over its share of a request that it divides, nor more than one request whole.
+    """
+    divided = chunk + (requests * decoded if decoded >= 2 * cp else 0)
+    uneven = 0 if cp == 1 else 2 * min(requests, divided // (2 * cp)) + 2 * cp
+    largest = -(-(chunk + requests * decoded) // cp) + uneven
     return tuple(sorted({-(-size // cp) for size in token_buckets(largest * cp)}))

@@ -1,7 +1,7 @@
 """The model configurations that ship with the package: `configs/*.json`, in Hugging Face's format.
 
-They give the published models' architecture. Their `quantization_config` is left out: the checkpoints are FP8, which
-`ModelConfig.from_hf` refuses for now.
+They give the published models' architecture. Their `quantization_config` is left out: how a checkpoint stores its weights is not
+what a preset is for.
 """
 
 from __future__ import annotations

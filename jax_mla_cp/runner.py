@@ -19,6 +19,7 @@ from jax_mla_cp.config import ConfigError, Form, ModelConfig
 from jax_mla_cp.model.handle import Model, weight_bytes
 from jax_mla_cp.planner import Planner
 from jax_mla_cp.platform import device_memory
+from jax_mla_cp.sampling import SampledArrays
 from jax_mla_cp.step import put, step
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,16 @@ class Sampled:
     logprob: float
     top_tokens: np.ndarray
     top_logprobs: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a step made of one work."""
+
+    sampled: list[Sampled]
+    """Nothing, if the work samples nothing; else the drafts that hold and the token after them."""
+    drafts: list[int]
+    """Guesses at the tokens that follow, for the request's next step."""
 
 
 class Runner:
@@ -57,6 +68,11 @@ class Runner:
         return self.planner.shape.dp
 
     @property
+    def draft_tokens(self) -> int:
+        """Most drafts of a request in a step; 0: no speculation."""
+        return self.planner.shape.draft_tokens
+
+    @property
     def page_size(self) -> int:
         return self.planner.shape.cache.page_size
 
@@ -68,11 +84,12 @@ class Runner:
         """A new, empty cache: after a step failed, the donated one may be gone."""
         self._pages = self.planner.new_cache()
 
-    def step(self, work: Sequence[Sequence[Work]]) -> list[list[Sampled | None]]:
-        """Runs one step and waits for it. None stands for works that sample nothing.
+    def step(self, work: Sequence[Sequence[Work]]) -> list[list[Outcome]]:
+        """Runs one step and waits for it.
 
         Args:
-          work: per dp group, at most `max_running` works; their new tokens, single ones aside, at most `prefill_chunk`.
+          work: per dp group, at most `max_running` works; their new tokens, those of decoding requests aside, at most
+            `prefill_chunk`.
 
         Raises:
           ValueError: a work that doesn't fit; nothing has run then.
@@ -80,16 +97,10 @@ class Runner:
         host = self.planner.host_batch(work)
         program = self._program(self.planner.step_of(host))
         sampled, self._pages = program(self.planner.model, self._pages, put(self.planner.model, host))
-        token, logprob, top_tokens, top_logprobs = (
-            np.asarray(x) for x in (sampled.token, sampled.logprob, sampled.top_tokens, sampled.top_logprobs)
-        )
+        arrays = jax.tree.map(np.asarray, sampled)
+        requests = self.planner.shape.requests
         return [
-            [
-                Sampled(int(token[row]), float(logprob[row]), top_tokens[row], top_logprobs[row])
-                if w.sampling
-                else None
-                for row, w in enumerate(works, start=group * self.planner.shape.requests)
-            ]
+            [_outcome(arrays, group * requests + i, w, self.planner.shape.samples) for i, w in enumerate(works)]
             for group, works in enumerate(work)
         ]
 
@@ -111,6 +122,19 @@ class Runner:
             self._programs[shape] = compile_step(self.planner, shape)
             log.debug("compiled %s in %.1f s", shape, time.perf_counter() - started)
         return self._programs[shape]
+
+
+def _outcome(arrays: SampledArrays, request: int, work: Work, samples: int) -> Outcome:
+    if work.sampling is None:
+        return Outcome([], [])
+    first = request * samples
+    drawn = [
+        Sampled(int(arrays.token[row]), float(arrays.logprob[row]), arrays.top_tokens[row], arrays.top_logprobs[row])
+        for row in range(first, first + work.drafts + 1)
+    ]
+    guesses = work.tokens[len(work.tokens) - work.drafts :]
+    held = next((n for n, guess in enumerate(guesses) if guess != drawn[n].token), work.drafts)
+    return Outcome(drawn[: held + 1], [] if arrays.drafts is None else arrays.drafts[request].tolist())
 
 
 def compile_step(planner: Planner, shape: StepShape) -> jax.stages.Compiled:
@@ -137,6 +161,7 @@ def create_runner(
     max_model_len: int | None,
     max_running: int,
     form: Form = "auto",
+    draft_tokens: int = 0,
 ) -> Runner:
     """Sizes the cache and makes the runner.
 
@@ -145,6 +170,7 @@ def create_runner(
         step's temporaries, but no more than `max_running` requests of the model's full length could fill.
       max_model_len: None: the smaller of the model's length and what the pages hold.
       max_running: requests at a time, per dp group.
+      draft_tokens: as in `Planner.create`.
 
     Raises:
       ConfigError: the pages asked for don't fit, or not even one does, or `max_model_len` is more than the pages hold.
@@ -155,7 +181,13 @@ def create_runner(
             f"--max-model-len {longest}: the model has {model.config.max_position} positions. Use at most that."
         )
     useful = max_running * -(-longest // page_size)
-    room = _pages_that_fit(model, longest, page_size, memory_fraction, prefill_chunk, max_running, form)
+    sizes: dict[str, Any] = {
+        "page_size": page_size, "max_requests": max_running, "prefill_chunk": prefill_chunk, "form": form,
+        "draft_tokens": draft_tokens,
+    }  # fmt: skip
+    # Told by compiling the largest steps for a cache of the smallest useful size.
+    probe = Planner.create(model, cache_tokens=longest, max_len=longest, **sizes)
+    room = _pages_that_fit(probe, memory_fraction)
     if kv_pages is None:
         kv_pages = min(useful, room)
         if kv_pages < 1:
@@ -175,10 +207,7 @@ def create_runner(
             "Use a smaller length or more --kv-pages."
         )
     longest = min(longest, held)
-    planner = Planner.create(
-        model, cache_tokens=held, page_size=page_size, max_requests=max_running, max_len=longest,
-        prefill_chunk=prefill_chunk, form=form,
-    )  # fmt: skip
+    planner = Planner.create(model, cache_tokens=held, max_len=longest, **sizes)
     return Runner(planner, prefill_chunk=prefill_chunk, max_running=max_running, max_model_len=longest)
 
 
@@ -188,23 +217,14 @@ def _temporaries(program: jax.stages.Compiled) -> int:
     return stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
 
 
-def _pages_that_fit(
-    model: Model, longest: int, page_size: int, fraction: float, chunk: int, running: int, form: Form
-) -> int:
-    """Pages that fit a device, told by compiling its largest steps for a cache of the smallest useful size."""
-    probe = Planner.create(
-        model,
-        cache_tokens=longest,
-        page_size=page_size,
-        max_requests=running,
-        max_len=longest,
-        prefill_chunk=chunk,
-        form=form,
-    )
+def _pages_that_fit(probe: Planner, fraction: float) -> int:
+    """Pages that fit a device beside what the planner's largest steps need."""
+    model = probe.model
     # The last has the most absorbed tokens, but only few of them take decode's kernel and its scratch (attention/fa3.py).
     largest = probe.steps[-1:] if model.build.attention == "xla" else probe.steps[-2:]
     needs = max(map(_temporaries, (compile_step(probe, shape) for shape in largest)))
     free = device_memory() * fraction - needs
     if jax.local_devices()[0].platform != "cpu":  # what is free on a CPU no longer holds the weights
         free -= weight_bytes(model.build)
-    return int(free // cache.page_bytes(model.config, page_size, model.build.dtype))
+    layout = probe.shape.cache
+    return int(free // cache.page_bytes(layout.layers, layout.page_size, model.config.latent_dim, model.build.dtype))

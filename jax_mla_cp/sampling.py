@@ -23,19 +23,21 @@ TOP_LOGPROBS = 20
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SampledArrays:
-    """Per request: the sampled token, its log-probability, and the most likely tokens with theirs.
+    """Per place for a sampled token (`J` of them, one per request without speculation): the token, its log-probability, and
+    the most likely tokens with theirs.
 
     Log-probabilities are those of the model, before temperature and truncation, in float32.
     """
 
-    token: Any  # int32 [I]
-    logprob: Any  # float32 [I]
-    top_tokens: Any  # int32 [I, min(20, V)]
-    top_logprobs: Any  # float32 [I, min(20, V)]
+    token: Any  # int32 [J]
+    logprob: Any  # float32 [J]
+    top_tokens: Any  # int32 [J, min(20, V)]
+    top_logprobs: Any  # float32 [J, min(20, V)]
+    drafts: Any = None  # int32 [I, d]: guesses at each request's following tokens; None without speculation
 
 
-def sample(logits: Float[Array, "I V"], how: SamplingArrays) -> SampledArrays:
-    """One token per request. Temperature 0 takes the most likely token, the first of equal ones."""
+def sample(logits: Float[Array, "J V"], how: SamplingArrays) -> SampledArrays:
+    """One token per place. Temperature 0 takes the most likely token, the first of equal ones."""
     logprobs = jax.nn.log_softmax(logits.astype(jnp.float32))
     greedy = jnp.argmax(logprobs, axis=-1).astype(jnp.int32)
     random = lax.cond((how.temperature > 0).any(), _draw, lambda *_: greedy, logprobs, how)
@@ -49,7 +51,7 @@ def sample(logits: Float[Array, "I V"], how: SamplingArrays) -> SampledArrays:
     )
 
 
-def _draw(logprobs: jax.Array, how: SamplingArrays) -> Int32[Array, " I"]:
+def _draw(logprobs: jax.Array, how: SamplingArrays) -> Int32[Array, " J"]:
     scaled = logprobs / jnp.where(how.temperature > 0, how.temperature, 1.0)[:, None]
     truncated = ((how.top_p < 1) | (how.top_k > 0)).any()
     everything = vary_like(jnp.ones(scaled.shape, jnp.bool_), scaled, how)
@@ -64,7 +66,7 @@ def _gumbel(seed: UInt32[Array, " 2"], position: Int32[Array, ""], vocab: int) -
     return jax.random.gumbel(key, (vocab,), jnp.float32)
 
 
-def _nucleus(scaled: Float[Array, "I V"], how: SamplingArrays) -> Bool[Array, "I V"]:
+def _nucleus(scaled: Float[Array, "J V"], how: SamplingArrays) -> Bool[Array, "J V"]:
     """The `top_k` most likely tokens, and of those the fewest whose probability reaches `top_p`."""
     order = jnp.argsort(-scaled, axis=-1, stable=True)
     ranked = jnp.take_along_axis(scaled, order, axis=-1)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -19,12 +20,15 @@ from jax_mla_cp.mesh import CP, TOKENS
 from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.handle import Model, param_specs
 from jax_mla_cp.sampling import SampledArrays, sample
+from jax_mla_cp.speculation import propose
 
 
 def forward(
     model: Model, pages: Float[Array, "pages page_size C"], batch: Batch
-) -> tuple[Float[Array, "I Vp"], jax.Array]:
+) -> tuple[Float[Array, "J Vp"], jax.Array]:
     """Runs a batch: logits after each request's last token, and the cache with the step's latents.
+
+    With `draft_tokens` d, a request has 1 + d rows: after its last token before the drafts, and after each of them.
 
     Jit it with the cache donated, `jax.jit(forward, donate_argnums=1)`, or every call copies the cache.
 
@@ -32,26 +36,36 @@ def forward(
       float32 logits, one row per place of the batch in its own order (see `Planner.batch`), padded vocabulary at -inf,
       sharded P(("dp", "cp")); and the cache, sharded as before.
     """
-    return _run(_last_logits, (PartitionSpec(TOKENS), PAGES_SPEC), model, pages, batch)
 
-
-def step(model: Model, pages: jax.Array, batch: Batch) -> tuple[SampledArrays, jax.Array]:
-    """`forward`, and a token sampled for each request."""
-
-    def run(decoder: Decoder, pages: jax.Array, batch: Batch) -> tuple[SampledArrays, jax.Array]:
-        logits, pages = _last_logits(decoder, pages, batch)
-        with jax.named_scope("sample"):
-            return sample(logits[:, : model.config.vocab_size], batch.sampling), pages
+    def run(decoder: Decoder, pages: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        hidden, pages = decoder(pages, batch)
+        return _last_logits(decoder, hidden, batch), pages
 
     return _run(run, (PartitionSpec(TOKENS), PAGES_SPEC), model, pages, batch)
 
 
-def _last_logits(decoder: Decoder, pages: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+def step(model: Model, pages: jax.Array, batch: Batch) -> tuple[SampledArrays, jax.Array]:
+    """`forward`, and a token sampled for each row of it; with speculation also the next drafts of each request."""
+
+    def run(decoder: Decoder, pages: jax.Array, batch: Batch) -> tuple[SampledArrays, jax.Array]:
+        hidden, pages = decoder(pages, batch)
+        logits = _last_logits(decoder, hidden, batch)
+        with jax.named_scope("sample"):
+            sampled = sample(logits[:, : model.config.vocab_size], batch.sampling)
+        if batch.speculation is not None:
+            with jax.named_scope("propose"):
+                drafts, pages = propose(decoder, hidden, pages, batch, sampled.token)
+                sampled = dataclasses.replace(sampled, drafts=drafts)
+        return sampled, pages
+
+    return _run(run, (PartitionSpec(TOKENS), PAGES_SPEC), model, pages, batch)
+
+
+def _last_logits(decoder: Decoder, hidden: jax.Array, batch: Batch) -> jax.Array:
     """Per device. Each cp rank brings the last tokens that it has; each gets the sum for its share of the requests."""
-    x, pages = decoder(pages, batch)
     with jax.named_scope("head"):
-        last = x.at[batch.last_index].get(mode="fill", fill_value=0)
-        return decoder.logits(decoder.build.axes.psum_scatter(last, CP)), pages
+        last = hidden.at[batch.last_index].get(mode="fill", fill_value=0)
+        return decoder.logits(decoder.build.axes.psum_scatter(last, CP))
 
 
 def _run(per_device: Callable[..., Any], out_specs: Any, model: Model, pages: jax.Array, batch: Batch) -> Any:

@@ -12,10 +12,20 @@ from unittest import mock
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, GenerationConfig, modeling_rope_utils
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    modeling_rope_utils,
+)
+from transformers.models.deepseek_v2 import modeling_deepseek_v2
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
+from transformers.models.kimi_k25 import Kimi_K25ForConditionalGeneration
 
 YARN: dict[str, Any] = {
     "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 256,
@@ -52,6 +62,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no_dense": {"first_k_dense_replace": 0},
     "old_config": {"old_config": True},
     "sharded": {"max_shard_size": "100KB"},
+    "v2": {
+        "model_type": "deepseek_v2", "topk_method": "group_limited_greedy", "norm_topk_prob": False,
+        "num_experts_per_tok": 3, "n_shared_experts": 2, "routed_scaling_factor": 16.0,
+        "rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+    },
+    "v2_lite": {
+        "model_type": "deepseek_v2", "topk_method": "greedy", "norm_topk_prob": False, "n_group": 1, "topk_group": 1,
+        "num_experts_per_tok": 3, "n_shared_experts": 2, "routed_scaling_factor": 1.0, "q_lora_rank": None,
+        "rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+    },
+    "k25": {
+        "model_type": "kimi_k25", "n_group": 1, "topk_group": 1, "num_experts_per_tok": 4,
+        "routed_scaling_factor": 2.827, "rms_norm_eps": 1e-5, "rope_parameters": YARN | {"rope_theta": 50000.0},
+    },
 }  # fmt: skip
 """What `make_checkpoint` takes, by name."""
 
@@ -62,6 +86,7 @@ def make_checkpoint(
     seed: int = 0,
     max_shard_size: str = "1GB",
     old_config: bool = False,
+    model_type: str = "deepseek_v3",
     **overrides: Any,
 ) -> tuple[dict[str, Any], Path]:
     """Writes a float32 checkpoint of about 0.3 M parameters with a byte-level tokenizer.
@@ -71,22 +96,58 @@ def make_checkpoint(
       seed: the weights follow from it and from the shapes alone.
       max_shard_size: as for `save_pretrained`; below the model's size, there are several files and an index.
       old_config: rewrite config.json in the style of transformers 4 and of DeepSeek's own files.
+      model_type: deepseek_v2, deepseek_v3 or kimi_k25.
       overrides: keys of config.json that replace those of `BASE`.
 
     Returns:
       The contents of config.json and the directory.
     """
     path = Path(directory)
-    config = DeepseekV3Config(**(BASE | overrides))
-    model = DeepseekV3ForCausalLM(config)
+    model: PreTrainedModel
+    if model_type == "deepseek_v2":
+        model = DeepseekV2ForCausalLM(DeepseekV2Config(**(BASE | overrides)))
+    else:
+        model = DeepseekV3ForCausalLM(DeepseekV3Config(**(BASE | overrides)))
     _randomise(model, seed)
     model.save_pretrained(path, max_shard_size=max_shard_size)
-    _write_tokenizer(path, config.vocab_size)
+    _write_tokenizer(path, model.config.vocab_size)
     raw: dict[str, Any] = json.loads((path / "config.json").read_text())
     if old_config:
         raw = old_style(raw)
         (path / "config.json").write_text(json.dumps(raw, indent=2))
+    if model_type == "kimi_k25":
+        raw = _wrap(path, raw, seed)
     return raw, path
+
+
+def _wrap(path: Path, raw: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Makes a DeepSeek-V3 checkpoint one of Kimi K2.5, in the layout in which that is published.
+
+    Not by transformers' own `save_pretrained`: its 5.23 renames the text model's `layers` to `blocks`, as if they were
+    the image encoder's, and so writes names that no other program reads. The image encoder is left as small as it gets.
+    """
+    width, patch = 16, 14
+    vision = {
+        "hidden_size": width, "intermediate_size": 2 * width, "num_attention_heads": 1, "num_hidden_layers": 1,
+        "patch_size": patch, "pos_emb_height": 4, "pos_emb_width": 4,
+    }  # fmt: skip
+    shapes = {
+        "vision_tower.patch_embed.proj.weight": (width, 3, patch, patch),
+        "vision_tower.encoder.blocks.0.wqkv.weight": (3 * width, width),
+        "mm_projector.pre_norm.weight": (width,),
+        "mm_projector.proj.2.weight": (BASE["hidden_size"], 4 * width),
+    }
+    rng = np.random.default_rng(seed)
+    tensors = {f"language_model.{name}": value for name, value in read_weights(path).items()}
+    tensors |= {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    outer = {
+        "model_type": "kimi_k25", "architectures": ["KimiK25ForConditionalGeneration"], "tie_word_embeddings": False,
+        "projection_hidden_size": width, "text_config": old_style(raw) | {"model_type": "kimi_k2"},
+        "vision_config": vision,
+    }  # fmt: skip
+    (path / "config.json").write_text(json.dumps(outer, indent=2))
+    return outer
 
 
 def make_variant(directory: str | Path, name: str) -> tuple[dict[str, Any], Path]:
@@ -99,11 +160,19 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
     return {name: value for file in sorted(Path(path).glob("*.safetensors")) for name, value in load_file(file).items()}
 
 
-def hf_model(path: str | Path, *, float64: bool = False) -> DeepseekV3ForCausalLM:
+_CLASSES: dict[str, type[PreTrainedModel]] = {
+    "deepseek_v2": DeepseekV2ForCausalLM,
+    "deepseek_v3": DeepseekV3ForCausalLM,
+    "kimi_k25": Kimi_K25ForConditionalGeneration,
+}
+
+
+def hf_model(path: str | Path, *, float64: bool = False) -> PreTrainedModel:
     """Loads a checkpoint for inference, in float32 or in float64 (see `in_float64`, which every `hf_*` applies)."""
     torch.set_num_threads(2)
     with in_float64() if float64 else contextlib.nullcontext():
-        model = DeepseekV3ForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+        kind = _CLASSES[json.loads((Path(path) / "config.json").read_text())["model_type"]]
+        model = kind.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
         # The plain loop over experts: the default may pick a grouped kernel, which need not exist in float64.
         model.set_experts_implementation("eager")
     # No stop tokens: `hf_generate` gives as many tokens as it was asked for.
@@ -114,20 +183,26 @@ def hf_model(path: str | Path, *, float64: bool = False) -> DeepseekV3ForCausalL
     return model
 
 
-def hf_logits(model: DeepseekV3ForCausalLM, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+def hf_logits(model: PreTrainedModel, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
     """[S] token ids to [S, V] logits."""
     with _running(model):
         return cast(np.ndarray, model(_batch(tokens), use_cache=False).logits[0].numpy())
 
 
-def hf_cache(model: DeepseekV3ForCausalLM, tokens: Sequence[int] | np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Per layer what [S] tokens leave in the cache: the normed latents [S, R] and the rotated shared keys [S, r]."""
+def hf_cache(model: PreTrainedModel, tokens: Sequence[int] | np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Per layer what [S] tokens leave in the cache: the normed latents [S, R] and the rotated shared keys [S, r].
+
+    The keys have the first components of all pairs first, as transformers' DeepSeek-V3 leaves them; its V2 does not.
+    """
     with _running(model):
         layers = model(_batch(tokens), use_cache=True).past_key_values.layers
-        return [(layer.keys[0, 0].numpy(), layer.values[0, 0].numpy()) for layer in layers]
+    pairs = [(layer.keys[0, 0].numpy(), layer.values[0, 0].numpy()) for layer in layers]
+    if isinstance(model, DeepseekV2ForCausalLM):
+        return [(latent, np.concatenate([key[:, 0::2], key[:, 1::2]], -1)) for latent, key in pairs]
+    return pairs
 
 
-def hf_generate(model: DeepseekV3ForCausalLM, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+def hf_generate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
     """`count` greedy tokens for each prompt, the prompt not included; one prompt at a time, stop tokens don't stop."""
     out = []
     for prompt in prompts:
@@ -141,19 +216,23 @@ def hf_generate(model: DeepseekV3ForCausalLM, prompts: Sequence[Sequence[int]], 
 
 @contextlib.contextmanager
 def in_float64() -> Iterator[None]:
-    """Makes transformers' DeepSeek-V3 compute in float64 throughout.
+    """Makes transformers' DeepSeek-V2 and V3 compute in float64 throughout.
 
-    `model.double()` alone does not: norms, router, softmax and rotary angles are cast to `torch.float32` by name. Here
-    that name means float64 in the two files that hold the model's arithmetic; the arithmetic itself stays theirs.
+    `model.double()` alone does not: norms, router, softmax and rotary angles are cast to `torch.float32` by name, or by
+    `Tensor.float`. Here these mean float64, the name in the files that hold the models' arithmetic; the arithmetic
+    itself stays theirs.
     """
     wide = types.ModuleType("torch")
     wide.__dict__.update(torch.__dict__, float32=torch.float64, float=torch.float64)
-    with mock.patch.object(modeling_deepseek_v3, "torch", wide), mock.patch.object(modeling_rope_utils, "torch", wide):
+    with contextlib.ExitStack() as stack:
+        for module in (modeling_deepseek_v2, modeling_deepseek_v3, modeling_rope_utils):
+            stack.enter_context(mock.patch.object(module, "torch", wide))
+        stack.enter_context(mock.patch.object(torch.Tensor, "float", torch.Tensor.double))
         yield
 
 
 @contextlib.contextmanager
-def _running(model: DeepseekV3ForCausalLM) -> Iterator[None]:
+def _running(model: PreTrainedModel) -> Iterator[None]:
     wide = model.dtype == torch.float64
     with torch.no_grad(), in_float64() if wide else contextlib.nullcontext():
         yield
@@ -163,7 +242,7 @@ def _batch(tokens: Sequence[int] | np.ndarray) -> torch.Tensor:
     return torch.as_tensor(np.asarray(tokens, np.int64))[None]
 
 
-def _randomise(model: DeepseekV3ForCausalLM, seed: int) -> None:
+def _randomise(model: PreTrainedModel, seed: int) -> None:
     # transformers' own start would hide errors: norms are 1, routing biases 0, and 0.02 keeps attention flat.
     rng = np.random.default_rng(seed)
     values = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n.endswith("correction_bias")}

@@ -17,7 +17,7 @@ if _TIMEOUT not in os.environ.get("XLA_FLAGS", ""):
 import jax  # noqa: E402
 
 if TYPE_CHECKING:
-    from transformers import DeepseekV3ForCausalLM
+    from transformers import PreTrainedModel
 
 jax.config.update("jax_num_cpu_devices", 32)
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -54,13 +54,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tupl
 @pytest.fixture(scope="session")
 def transformers_model(
     checkpoint: Callable[[str], tuple[dict[str, Any], Path]],
-) -> Callable[[str], DeepseekV3ForCausalLM]:
+) -> Callable[[str], PreTrainedModel]:
     """Gives transformers' float32 model of a variant; for `hf_logits`, `hf_cache` and `hf_generate`."""
     from tests.checkpoints import hf_model
 
-    loaded: dict[str, DeepseekV3ForCausalLM] = {}
+    loaded: dict[str, PreTrainedModel] = {}
 
-    def get(name: str) -> DeepseekV3ForCausalLM:
+    def get(name: str) -> PreTrainedModel:
         if name not in loaded:
             loaded[name] = hf_model(checkpoint(name)[1])
         return loaded[name]

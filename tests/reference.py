@@ -1,6 +1,6 @@
-"""DeepSeek-V3 in float64 NumPy: what every other implementation here is measured against.
+"""DeepSeek-V2 and V3 in float64 NumPy: what every other implementation here is measured against.
 
-Written from the equations (arXiv:2412.19437, section 2.1; YaRN: arXiv:2309.00071) for one sequence at a time, with
+Written from the equations (arXiv:2405.04434 and 2412.19437, section 2; YaRN: arXiv:2309.00071) for one sequence at a time, with
 loops where a loop reads best. It shares no code with `jax_mla_cp` but `ModelConfig`'s fields, and works on a
 checkpoint's own names and shapes.
 
@@ -49,7 +49,7 @@ def forward(config: ModelConfig, weights: Weights, tokens: Sequence[int] | NDArr
       weights: a checkpoint's tensors by their Hugging Face names, `[out, in]`, of any float type.
       tokens: [S] ids below the vocabulary's size.
     """
-    w = {name: np.asarray(value, np.float64) for name, value in weights.items()}
+    w = {n: np.asarray(value, np.float64) for n, value in _below(weights, config.weight_prefix).items()}
     x = w["model.embed_tokens.weight"][np.asarray(tokens)]
     hidden, latents, experts, margins = [x], [], [], []
     for i in range(config.num_layers):
@@ -77,6 +77,48 @@ def forward(config: ModelConfig, weights: Weights, tokens: Sequence[int] | NDArr
         experts=np.stack(experts) if experts else np.zeros((*empty, config.experts_per_token), np.int64),
         router_margin=np.stack(margins) if margins else np.zeros(empty),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class MtpResult:
+    """What the layer for multi-token prediction makes of one sequence."""
+
+    hidden: F64
+    """[S, D]: after its norm."""
+    logits: F64
+    """[S, V]: those of the token two places on."""
+    latents: F64
+    """[S, R + r], as in `Result`."""
+
+
+def mtp(config: ModelConfig, weights: Weights, hidden: F64, next_tokens: Sequence[int]) -> MtpResult:
+    """The layer behind the last one (arXiv:2412.19437, section 2.2), from position 0.
+
+    Args:
+      hidden: [S, D] states after the model's final norm, or of this layer's own.
+      next_tokens: [S] the token after each.
+    """
+    w = {name: np.asarray(value, np.float64) for name, value in weights.items()}
+    layer, eps = _below(w, f"model.layers.{config.num_layers}."), config.rms_norm_eps
+    embedded = rms_norm(w["model.embed_tokens.weight"][np.asarray(next_tokens)], layer["enorm.weight"], eps)
+    x = np.concatenate([embedded, rms_norm(hidden, layer["hnorm.weight"], eps)], -1) @ layer["eh_proj.weight"].T
+    attended, latents = _attention(config, layer, rms_norm(x, layer["input_layernorm.weight"], eps))
+    x = x + attended
+    x = x + _moe(config, _below(layer, "mlp."), rms_norm(x, layer["post_attention_layernorm.weight"], eps))[0]
+    out = rms_norm(x, layer["shared_head.norm.weight"], eps)
+    return MtpResult(out, out @ w["lm_head.weight"].T, latents)
+
+
+def propose(config: ModelConfig, weights: Weights, tokens: Sequence[int], count: int) -> tuple[list[int], MtpResult]:
+    """`count` guesses at what follows the tokens, each from the state before it; and the layer's last pass, over all."""
+    final = np.asarray(weights["model.norm.weight"], np.float64)
+    hidden = rms_norm(forward(config, weights, tokens[:-1]).hidden[-1], final, config.rms_norm_eps)
+    following = list(tokens[1:])
+    for _ in range(count):
+        result = mtp(config, weights, hidden, following)
+        following.append(int(result.logits[-1].argmax()))
+        hidden = np.concatenate([hidden, result.hidden[-1:]])
+    return following[len(tokens) - 1 :], result
 
 
 def attention_f64(q: ArrayLike, k: ArrayLike, v: ArrayLike, q_pos: ArrayLike, scale: float) -> F64:
@@ -194,8 +236,13 @@ def _mlp(w: Weights, x: F64) -> F64:
 
 def _moe(config: ModelConfig, w: Weights, x: F64) -> tuple[F64, NDArray[np.int64], F64]:
     """`[S, D]` to the experts' sum, the experts chosen `[S, K]` and the choice's margin `[S]`."""
-    scores = 1 / (1 + np.exp(-x @ w["gate.weight"].T))
-    chosen, margin = choose_experts(config, scores + w["gate.e_score_correction_bias"])
+    logits = x @ w["gate.weight"].T
+    if config.topk_method == "noaux_tc":
+        scores = 1 / (1 + np.exp(-logits))
+        chosen, margin = choose_experts(config, scores + w["gate.e_score_correction_bias"])
+    else:
+        scores = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+        chosen, margin = choose_experts(config, scores)
     out = _mlp(_below(w, "shared_experts."), x) if config.n_shared_experts else np.zeros_like(x)
     for s, experts in enumerate(chosen):
         # The bias takes part in the choice only.
@@ -208,12 +255,13 @@ def _moe(config: ModelConfig, w: Weights, x: F64) -> tuple[F64, NDArray[np.int64
 
 
 def choose_experts(config: ModelConfig, biased: F64) -> tuple[NDArray[np.int64], F64]:
-    """The best experts of the best groups: biased scores `[S, E]` to ascending ids `[S, K]` and margins `[S]`."""
+    """The best experts of the best groups: scores `[S, E]`, V3's biased, to ascending ids `[S, K]` and margins `[S]`."""
     size = config.n_routed_experts // config.n_group
+    # A group is as good as its two best experts together, in DeepSeek-V2 as its best expert.
+    counted = 2 if config.topk_method == "noaux_tc" else 1
     chosen, margins = [], []
     for row in biased:
-        # A group is as good as its two best experts together.
-        group_scores = np.array([np.sort(group)[-2:].sum() for group in row.reshape(config.n_group, size)])
+        group_scores = np.array([np.sort(group)[-counted:].sum() for group in row.reshape(config.n_group, size)])
         groups, group_margin = _best(group_scores, config.topk_group)
         # -inf, not 0: biased scores may be negative, and an expert of another group must never be chosen.
         allowed = np.full_like(row, -np.inf)

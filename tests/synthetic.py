@@ -38,8 +38,8 @@ REAL_DIMS_CONFIG = dataclasses.replace(
 def random_model(mesh: str | None = None, ep: str = "tp", config: ModelConfig = CONFIG, **build: object) -> Model:
     """A model whose weights depend on the config alone: what only pads a shape for the mesh is zero."""
     on = None if mesh is None else make_mesh(mesh)
-    real = dict(_shapes(Build(config)))
     built = Build(config, None if on is None else mesh_shape(on), EP_CHOICES[ep], **build)  # type: ignore[arg-type]
+    real = dict(_shapes(Build(config, mtp=built.mtp)))
 
     def fill(path: tuple[object, ...], param: nnx.Param) -> nnx.Param:
         name = jax.tree_util.keystr(path)

@@ -14,7 +14,8 @@ from jax_mla_cp import mesh, planner
 from jax_mla_cp.attention.form import use_expanded
 from jax_mla_cp.batch import Batch, BatchShape, Sampling, StepShape, Work
 from jax_mla_cp.cache import CacheShape
-from jax_mla_cp.layout import Layout, build, check_works, lay_out
+from jax_mla_cp.check import check_works
+from jax_mla_cp.layout import Layout, build, lay_out
 from jax_mla_cp.planner import _buckets
 from jax_mla_cp.presets import model_config
 from jax_mla_cp.zigzag import plan
@@ -23,8 +24,8 @@ from tests.synthetic import CONFIG
 PAGE = 8
 
 
-def shape(cp: int, requests: int, form: str = "auto", expanded_keys: int = 1664) -> BatchShape:
-    return BatchShape(1, cp, -(-requests // cp) * cp, 16, expanded_keys, CacheShape(3, 200, PAGE), form)  # type: ignore[arg-type]
+def shape(cp: int, requests: int, form: str = "auto", expanded_keys: int = 1664, drafts: int = 0) -> BatchShape:
+    return BatchShape(1, cp, -(-requests // cp) * cp, 16, expanded_keys, CacheShape(3, 200, PAGE), form, drafts)  # type: ignore[arg-type]
 
 
 def fit(layout: Layout, at: BatchShape, spare: int = 0) -> StepShape:
@@ -120,17 +121,93 @@ def test_sampling_goes_with_its_request() -> None:
     assert batch.sampling.temperature.tolist() == [1, 1, 0, 0]
 
 
+@st.composite
+def speculating(draw: st.DrawFn) -> tuple[list[Work], int]:
+    """Prompts' chunks and ends, decoding requests with drafts, and how many drafts there may be."""
+    most = draw(st.integers(1, 4))
+    works = []
+    for work in make_works(draw(requests)):
+        drafts = draw(st.integers(0, min(most, len(work.tokens) - 1)))
+        follows = draw(st.one_of(st.none(), st.integers(0, CONFIG.vocab_size - 1)))
+        if draw(st.booleans()):
+            works.append(dataclasses.replace(work, drafts=drafts))
+        else:
+            works.append(dataclasses.replace(work, sampling=None, next_token=follows))
+    return works, most
+
+
+@given(speculating(), st.integers(1, 5))
+@settings(deadline=None)
+def test_every_token_goes_with_its_next_one(case: tuple[list[Work], int], cp: int) -> None:
+    """Next tokens are permuted like the tokens; what is sampled after is where the plan put it."""
+    works, most = case
+    at = shape(cp, len(works), drafts=most)
+    check_works(works, at, CONFIG)
+    layout = lay_out(works, at, CONFIG)
+    size = layout.tokens + 2
+    batch = build([layout], at, fit(layout, at, spare=2))
+    owner = {page: i for i, work in enumerate(works) for page in work.pages}
+    seen = 0
+    for k in range(cp):
+        for t in range(k * size, k * size + int(batch.num_tokens[k])):
+            work = works[owner[int(batch.slots[t]) // PAGE]]
+            offset = int(batch.positions[t]) - work.cached
+            known = len(work.tokens) - 1 - work.drafts
+            end = -1 if work.next_token is None else work.next_token
+            assert batch.next_tokens[t] == (work.tokens[offset + 1] if offset < known else end)
+            seen += 1
+    assert seen == sum(len(work.tokens) for work in works)
+    last = batch.last_index.reshape(cp, -1, 1 + most)
+    sampling = {name: value.reshape(-1, 1 + most, *value.shape[1:]) for name, value in vars(batch.sampling).items()}
+    assert batch.speculation is not None
+    for i, work in enumerate(works):
+        first = work.cached + len(work.tokens) - 1 - work.drafts
+        assert batch.speculation.first[i] == first
+        guesses = [*work.tokens[len(work.tokens) - work.drafts :], *[-1] * (most - work.drafts)]
+        assert batch.speculation.drafts[i].tolist() == guesses
+        for j in range(1 + most):
+            (ranks,) = np.nonzero(last[:, i, j] < size)
+            assert len(ranks) == (j <= work.drafts)
+            for rank in ranks:
+                assert batch.positions[rank * size + last[rank, i, j]] == first + j
+            drawn = work.sampling is not None and j <= work.drafts
+            assert sampling["position"][i, j] == (first + j + 1 if drawn else 0)
+            assert sampling["temperature"][i, j] == drawn
+            assert sampling["seed"][i, j, 0] == (i if drawn else 0)
+
+
+def test_recycled_drafts_may_be_written_as_far_as_the_request_has_pages() -> None:
+    """Pages that they begin are zeroed with the step's own."""
+    at = shape(1, 4, drafts=4)
+    works = make_works([(3, 4), (1, 7), (2, 13), (8, 0)])
+    works = [dataclasses.replace(work, pages=[*work.pages, 150 + i]) for i, work in enumerate(works)]
+    works[2] = dataclasses.replace(works[2], pages=works[2].pages[:2])
+    works[3] = dataclasses.replace(works[3], sampling=None, next_token=5)
+    check_works(works, at, CONFIG)
+    batch = build([lay_out(works, at, CONFIG)], at, StepShape(32, 32, at.expanded_keys))
+    assert batch.speculation is not None
+    assert batch.speculation.room.tolist() == [10, 11, 16, 8]
+    fresh = [int(page) for page in batch.fresh if page < at.cache.total_pages]
+    assert fresh == [150, 151]
+    reached = [[int(page) for page in row if page < at.cache.total_pages] for row in batch.page_table]
+    assert reached == [list(works[0].pages), list(works[1].pages), list(works[2].pages), list(works[3].pages[:1])]
+
+
 @given(
-    st.integers(1, 9), st.integers(1, 300), st.lists(st.integers(1, 120), min_size=1, max_size=20), st.integers(1, 40)
+    st.integers(1, 9),
+    st.integers(1, 300),
+    st.lists(st.integers(1, 120), min_size=1, max_size=20),
+    st.integers(1, 40),
+    st.integers(1, 5),
 )
-def test_the_largest_bucket_holds_any_step(cp: int, chunk: int, lengths: list[int], running: int) -> None:
-    """Whatever the scheduler may put together: prompts of up to `chunk` tokens in all, and single tokens."""
+def test_the_largest_bucket_holds_any_step(cp: int, chunk: int, lengths: list[int], running: int, decoded: int) -> None:
+    """Whatever the scheduler may put together: prompts of up to `chunk` tokens in all, and decoding requests."""
     taken: list[int] = []
     for length in lengths[:running]:
         if (count := min(length, chunk - sum(taken))) > 0:
             taken.append(count)
-    new = taken + [1] * (running - len(taken))
-    assert plan(new, [0] * len(new), cp=cp).rank_tokens.max() <= _buckets(chunk, running, cp)[-1]
+    new = taken + [decoded] * (running - len(taken))
+    assert plan(new, [0] * len(new), cp=cp).rank_tokens.max() <= _buckets(chunk, running, cp, decoded)[-1]
 
 
 def test_doctest() -> None:
@@ -181,12 +258,24 @@ GOOD = Work([1, 2, 3], 6, [4, 5])
         ([dataclasses.replace(GOOD, cached=126, pages=range(17))], "the page table holds 16"),
         ([dataclasses.replace(GOOD, cached=510, pages=range(65))], "exceed the model's 512 positions"),
         ([dataclasses.replace(GOOD, embeds=np.zeros((2, 64)))], r"embeds must be \[3, 64\]"),
+        ([dataclasses.replace(GOOD, drafts=3, sampling=Sampling())], "drafts must be 0 to 2 .* got 3"),
+        ([dataclasses.replace(GOOD, drafts=1)], "drafts are verified by sampling"),
+        ([dataclasses.replace(GOOD, next_token=1, sampling=Sampling())], "next_token is for tokens after which"),
+        ([dataclasses.replace(GOOD, next_token=250)], "token id 250"),
+        ([dataclasses.replace(GOOD, embeds=np.zeros((3, 64)))], "embeds can't be combined with draft_tokens"),
+        (
+            [
+                dataclasses.replace(GOOD, sampling=Sampling(), pages=[4, 5, 6]),
+                dataclasses.replace(GOOD, cached=1, pages=[6]),
+            ],
+            "page 6 is also written by work 0",
+        ),
         ([dataclasses.replace(GOOD, pages=[2 * i, 2 * i + 1]) for i in range(9)], "at most 8 requests"),
     ],
 )
 def test_refuses(works: list[Work], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_works(works, shape(2, 8), CONFIG)
+        check_works(works, shape(2, 8, drafts=12), CONFIG)
 
 
 def test_form_follows_the_arithmetic() -> None:

@@ -36,10 +36,25 @@ def test_both_styles_read_the_same() -> None:
     [
         ({"model_type": "llama"}, "model_type='llama' is not supported"),
         ({"model_type": None}, "'model_type' is missing"),
+        ({"model_type": "deepseek_vl_v2", "text_config": {}}, "model_type='deepseek_vl_v2' is not supported"),
+        ({"model_type": "deepseek_v32"}, "model_type='deepseek_v32': the sparse attention of DeepSeek-V3.2"),
+        ({"index_topk": 2048, "index_n_heads": 64}, "index_topk=2048, index_n_heads=64: the sparse attention"),
+        ({"model_type": "kimi_k25"}, "needs 'text_config', .* got None"),
+        ({"model_type": "kimi_k25", "text_config": {"model_type": "kimi_linear"}}, "model_type='kimi_linear' is not"),
         ({"hidden_size": None}, "'hidden_size' is missing"),
-        ({"scoring_func": "softmax"}, "scoring_func"),
+        (
+            {"scoring_func": "softmax"},
+            "scoring_func='softmax' with topk_method='noaux_tc' is not .* softmax with greedy",
+        ),
+        ({"topk_method": "greedy"}, "scoring_func='sigmoid' with topk_method='greedy' is not"),
+        ({"scoring_func": "sqrtsoftplus"}, "scoring_func='sqrtsoftplus'"),
+        ({"model_type": "deepseek_v2", "scoring_func": "sigmoid"}, "scoring_func='sigmoid' with topk_method='greedy'"),
+        ({"model_type": "deepseek_v2"}, "norm_topk_prob=true with topk_method='greedy' is not supported"),
+        ({"moe_layer_freq": 2}, "moe_layer_freq=2"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"n_group": None}, "'n_group' is missing"),
         ({"attention_bias": True}, "attention_bias"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "weight_block_size=None"),
         ({"n_group": 3}, "multiple of n_group=3"),
         ({"topk_group": 5}, "topk_group must be 1 to n_group=4"),
         ({"num_experts_per_tok": 5}, "num_experts_per_tok must be 1 to 4"),
@@ -51,6 +66,50 @@ def test_both_styles_read_the_same() -> None:
 def test_configs_that_cant_run(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ModelConfig.from_hf(raw(**change))
+
+
+def test_deepseek_v2_routes_by_its_own_keys() -> None:
+    v2 = raw(model_type="deepseek_v2", norm_topk_prob=False, topk_method="group_limited_greedy", num_experts_per_tok=3)
+    read = ModelConfig.from_hf(v2)
+    assert (read.topk_method, read.n_group, read.topk_group, read.routing_bias) == ("group_limited_greedy", 4, 2, False)
+    assert ModelConfig.from_hf(v2 | {"scoring_func": "softmax"}) == read
+    lite = ModelConfig.from_hf(v2 | {"topk_method": "greedy"})  # whose groups mean nothing: five experts may be chosen
+    assert (lite.topk_method, lite.n_group, lite.topk_group) == ("greedy", 1, 1)
+    assert ModelConfig.from_hf(v2 | {"topk_method": "greedy", "num_experts_per_tok": 5}).experts_per_token == 5
+    with pytest.raises(ConfigError, match="num_experts_per_tok must be 1 to 4"):
+        ModelConfig.from_hf(v2 | {"num_experts_per_tok": 5})
+    singles = ModelConfig.from_hf(v2 | {"n_group": 8, "topk_group": 3})  # a group's score is one expert's
+    assert singles.n_group == singles.n_routed_experts
+    with pytest.raises(ConfigError, match="topk_method='greedy' knows no groups: n_group must be 1, got 4"):
+        dataclasses.replace(read, topk_method="greedy")
+
+
+def test_the_text_part_of_kimi_k25() -> None:
+    text = old_style(raw(dtype="float32", model_type="kimi_k2", rms_norm_eps=1e-5))
+    alone = ModelConfig.from_hf(text)
+    wrapped = {"model_type": "kimi_k25", "text_config": text, "vision_config": {"hidden_size": 1}, "rms_norm_eps": 1e-6}
+    assert ModelConfig.from_hf(wrapped) == dataclasses.replace(alone, weight_prefix="language_model.")
+    del text["eos_token_id"]
+    assert ModelConfig.from_hf(wrapped | {"eos_token_id": 7}).eos_token_ids == (7,)
+    quantized = {"quantization_config": {"quant_method": "compressed-tensors"}}
+    for place in (wrapped | quantized, wrapped | {"text_config": text | quantized}):  # the published file: inside
+        with pytest.raises(ConfigError, match="quantization_config"):
+            ModelConfig.from_hf(place)
+
+
+def test_published_configs() -> None:
+    """What is particular to each, from the configs that ship."""
+    lite, v2, v3, k2, k25 = map(
+        presets.model_config, ("deepseek_v2_lite", "deepseek_v2", "deepseek_v3", "kimi_k2", "kimi_k25")
+    )
+    assert [c.topk_method for c in (lite, v2, v3)] == ["greedy", "group_limited_greedy", "noaux_tc"]
+    assert (lite.q_lora_rank, lite.n_group, v2.n_group, v2.topk_group, v2.routed_scaling_factor) == (None, 1, 8, 3, 16)
+    # YaRN's temperature squared: 0.0707 ln 40 + 1 and 0.1 ln 40 + 1; cos and sin are not scaled in either.
+    assert lite.softmax_scale == pytest.approx(192**-0.5 * 1.26080**2, rel=1e-5) == v2.softmax_scale
+    assert v3.softmax_scale == pytest.approx(192**-0.5 * 1.36889**2, rel=1e-5)
+    assert {c.rope.amplitude for c in (lite, v2, v3, k2, k25)} == {1.0}
+    assert (k2.num_heads, k2.n_routed_experts, k2.rope.beta_fast, k2.rope.factor) == (64, 384, 1, 32)
+    assert (k25.rope.beta_fast, k25.rope.factor, k25.rms_norm_eps, k25.max_position) == (32, 64, 1e-5, 262144)
 
 
 def test_stop_tokens_are_the_union(tmp_path: Path) -> None:

@@ -1,70 +1,82 @@
-"""The built-in model: a fixed model whatever the mesh, with a byte-level tokenizer, that does not repeat one token."""
+"""The built-in model: small enough for the package, the same on every mesh, and it has learnt what its card says."""
 
 from __future__ import annotations
 
-import jax.numpy as jnp
-import numpy as np
-from flax import nnx
+import random
 
-from jax_mla_cp.checkpoint import expected_shapes, load_params
+import numpy as np
+import pytest
+
+import jax_mla_cp as mla
 from jax_mla_cp.config import ModelConfig
-from jax_mla_cp.default_model import BOS, EOS, byte_tokenizer, default_model, random_weights
-from jax_mla_cp.mesh import make_mesh, mesh_shape
-from jax_mla_cp.model.context import Build
-from jax_mla_cp.model.decoder import Decoder
-from jax_mla_cp.model.handle import Model
+from jax_mla_cp.default_model import DIRECTORY
+from jax_mla_cp.eval.passkey import Passkey
 from tests.synthetic import Driver
 
-
-def load(mesh: str | None = None, ep: tuple[str, ...] = ("tp",)) -> Model:
-    config, source, _ = default_model()
-    on = None if mesh is None else make_mesh(mesh)
-    build = Build(config, None if on is None else mesh_shape(on), ep, jnp.dtype(jnp.float32))
-    return Model(load_params(source, nnx.state(Decoder(build)), config, on), build, on)
+FILLER = "The file is opened for reading. If it does not exist, an exception is raised.\n"
 
 
-def continuation(model: Model, text: str, length: int) -> tuple[list[int], np.ndarray]:
-    driver = Driver(model)
+@pytest.fixture(scope="module")
+def drivers() -> dict[str | None, Driver]:
+    return {mesh: Driver(mla.load(mesh=mesh and mla.make_mesh(mesh))[0], page_size=64, max_len=1024)
+            for mesh in (None, "tp=2,cp=2")}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> mla.Tokenizer:
+    found = mla.Tokenizer.from_dir(DIRECTORY, ModelConfig.from_dir(DIRECTORY).vocab_size)
+    assert found is not None
+    return found
+
+
+def greedy(driver: Driver, prompt: list[int], count: int) -> tuple[list[int], np.ndarray]:
+    """Tokens, and the logits that the first of them is from."""
     request = driver.request()
-    logits = driver.step([(request, byte_tokenizer().encode(text))])
-    first, tokens = logits[0], [int(logits[0].argmax())]
-    while len(tokens) < length:
-        tokens.append(int(driver.step([(request, tokens[-1:])])[0].argmax()))
+    logits = first = driver.step([(request, prompt)])[0]
+    tokens = [int(logits.argmax())]
+    while len(tokens) < count:
+        logits = driver.step([(request, tokens[-1:])])[0]
+        tokens.append(int(logits.argmax()))
     return tokens, first
 
 
-def test_tokens_are_bytes() -> None:
-    tokenizer = byte_tokenizer()
-    for text in ("", "hello", "héllo wörld 你好 😀", "\x00\x7f\n "):
-        assert tokenizer.encode(text) == [BOS, *text.encode()]
-        assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.encode("<|eos|>") == [BOS, EOS]
-    assert tokenizer.decode(range(258, 320)) == ""
+def test_it_is_small_and_carries_its_card() -> None:
+    assert sum(path.stat().st_size for path in DIRECTORY.iterdir() if path.is_file()) < 24e6
+    assert "Model card" in (DIRECTORY / "README.md").read_text()
+    config = ModelConfig.from_dir(DIRECTORY)
+    heads = (config.kv_lora_rank, config.qk_rope_head_dim, config.qk_nope_head_dim, config.v_head_dim)
+    assert heads == (512, 64, 128, 128), "FlashAttention-3's"
+    assert config.num_mtp_layers == 1 and config.rope.yarn and config.n_group == 4
 
 
-def test_config_and_tokenizer_agree() -> None:
-    config, _, tokenizer = default_model()
-    assert (config.bos_token_id, config.eos_token_ids) == (BOS, (EOS,))
-    assert max(tokenizer.encode("\xff<|eos|>")) < config.vocab_size
+def test_special_tokens_and_digits(tokenizer: mla.Tokenizer) -> None:
+    assert tokenizer.encode("a")[0] == 0
+    assert len(tokenizer.encode("48213")) == 1 + 5
+    ids = tokenizer.encode_chat([{"role": "user", "content": "Hi"}])
+    assert ids[:2] == [0, 2] and ids[-1] == 3 and ids.count(0) == 1
+    text = "def f(x):\n    return x ** 2  # héllo 你好 😀\n"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_weights_are_fixed_and_depend_on_their_name_alone() -> None:
-    config, source, _ = default_model()
-    again = random_weights(config, seed=20240607)
-    assert again.keys() == expected_shapes(config).keys()
-    for name, values in again.items():
-        assert values.dtype == np.float32
-        np.testing.assert_array_equal(values, source.read(name))
-    fewer = ModelConfig(**{**vars(config), "num_layers": config.num_layers - 1})
-    for name, values in random_weights(fewer, seed=20240607).items():
-        np.testing.assert_array_equal(values, again[name])
+def test_finds_a_passkey_wherever_it_is(drivers: dict[str | None, Driver], tokenizer: mla.Tokenizer) -> None:
+    rng = random.Random(5)
+    for depth in (0, 7, 22):
+        key, other = Passkey.random(rng), Passkey.random(rng)
+        lines = [FILLER] * 24
+        lines[depth] = f"{key.fact()}\n"
+        lines[12] = f"{other.fact()}\n"
+        prompt = tokenizer.encode("".join(lines) + key.question())
+        found, logits = greedy(drivers[None], prompt, 6)
+        assert tokenizer.decode(found).strip() == key.key
+        sharded, sharded_logits = greedy(drivers["tp=2,cp=2"], prompt, 6)
+        assert sharded == found
+        np.testing.assert_allclose(sharded_logits, logits, atol=1e-4 * np.abs(logits).max(), rtol=0)
 
 
-def test_greedy_text_moves_and_is_the_same_on_a_mesh() -> None:
-    plain = load()
-    tokens, logits = continuation(plain, "Once upon a time", 32)
-    assert len(set(tokens)) > 8
-    assert tokens != continuation(plain, "Once upon a tide", 32)[0]
-    sharded, sharded_logits = continuation(load("cp=2,tp=4", ("cp", "tp")), "Once upon a time", 32)
-    assert sharded == tokens
-    np.testing.assert_allclose(sharded_logits, logits, atol=1e-5 * np.abs(logits).max(), rtol=0)
+def test_text_goes_on_with_words(drivers: dict[str | None, Driver], tokenizer: mla.Tokenizer) -> None:
+    known = set((FILLER + "Return a new list of the items in an iterable").lower().split())
+    tokens, _ = greedy(drivers[None], tokenizer.encode("Return the number of"), 24)
+    text = tokenizer.decode(tokens)
+    assert text.isascii() and sum(c.isalpha() or c.isspace() for c in text) > 0.7 * len(text)
+    assert "pass key" not in text
+    assert known & set(text.lower().split())

@@ -21,7 +21,7 @@ from jax_mla_cp.checkpoint import expected_shapes
 from jax_mla_cp.config import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ["deepseek_r1", "deepseek_v3", "kimi_k2", "tiny"]
+NAMES = ["deepseek_r1", "deepseek_v2", "deepseek_v2_lite", "deepseek_v3", "kimi_k2", "kimi_k25", "tiny"]
 COMPILER = next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
 VARIABLES = ("JAX_MLA_CP_CUDA", "CXX", "CC", "CUDACXX", "CUDA_HOME", "CUDA_PATH", "FA3_SOURCE_DIR")
 
@@ -83,14 +83,20 @@ def test_source_tree_has_every_preset() -> None:
     assert presets.names() == NAMES
 
 
-@pytest.mark.parametrize(("name", "billions"), [("deepseek_v3", 671.0), ("deepseek_r1", 671.0), ("kimi_k2", 1026.4)])
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("deepseek_v2", 235.7), ("deepseek_v2_lite", 15.7), ("deepseek_v3", 671.0), ("deepseek_r1", 671.0),
+        ("kimi_k2", 1026.4), ("kimi_k25", 1026.4),
+    ],
+)  # fmt: skip
 def test_preset_has_the_published_size(name: str, billions: float) -> None:
     shapes = expected_shapes(presets.model_config(name)).values()
     assert sum(math.prod(shape) for shape in shapes) / 1e9 == pytest.approx(billions, abs=0.1)
 
 
 def test_unknown_preset_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"'nosuch' does not exist.*deepseek_r1, deepseek_v3, kimi_k2, tiny"):
+    with pytest.raises(ConfigError, match=f"'nosuch' does not exist; there are {', '.join(NAMES)}"):
         presets.model_config("nosuch")
 
 
@@ -128,7 +134,7 @@ def test_wheel_works_from_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     location, heads, extension = json.loads(done.stdout)
     assert Path(location).is_relative_to(site)
-    assert heads == {"deepseek_r1": 128, "deepseek_v3": 128, "kimi_k2": 64, "tiny": 8}
+    assert heads == dict(zip(NAMES, (128, 128, 16, 128, 64, 64, 8), strict=True))
     assert extension is (COMPILER is not None)
 
 

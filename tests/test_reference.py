@@ -124,12 +124,29 @@ def _config(**changes: Any) -> Callable[[ModelConfig], ModelConfig]:
         pytest.param("one_group", _rope(beta_fast=32.0), id="beta_fast"),
         pytest.param("one_group", _rope(theta=10000.0), id="theta"),
         pytest.param("v3", _rope(factor=4.1), id="factor"),
+        pytest.param("v2", _config(topk_method="greedy", n_group=1, topk_group=1), id="v2_greedy"),
+        pytest.param("v2", _config(topk_group=1, experts_per_token=2), id="v2_topk_group"),
+        pytest.param(
+            "v2_lite", _config(topk_method="group_limited_greedy", n_group=4, topk_group=2), id="v2_lite_groups"
+        ),
+        pytest.param("v2_lite", _rope(mscale_all_dim=1.0), id="v2_lite_mscale_all_dim"),
+        pytest.param("k25", _config(rms_norm_eps=1e-6), id="k25_eps"),
+        pytest.param("k25", _rope(theta=10000.0), id="k25_theta"),
     ],
 )
 def test_control_config(case: Callable[[str], Case], name: str, change: Callable[[ModelConfig], ModelConfig]) -> None:
     c = case(name)
     assert c.error() < TOLERANCE
     assert c.error(config=change(c.config)) > 100 * TOLERANCE
+
+
+def test_control_v2_group_scores(case: Callable[[str], Case], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group's score in DeepSeek-V2 is its best expert's; the sum of two, as in V3, chooses other groups."""
+    c = case("v2")
+    best_two = dataclasses.replace(c.config, topk_method="noaux_tc")
+    choose = reference.choose_experts
+    monkeypatch.setattr(reference, "choose_experts", lambda config, scores: choose(best_two, scores))
+    assert c.error() > 100 * TOLERANCE
 
 
 def test_control_eps_of_compressed_norms(case: Callable[[str], Case], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +163,7 @@ def test_control_mask_with_zero(case: Callable[[str], Case], monkeypatch: pytest
     assert c.error() > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["v3", "no_q_lora", "two_groups", "tied"])
+@pytest.mark.parametrize("name", ["v3", "no_q_lora", "two_groups", "tied", "v2"])
 def test_control_every_tensor_counts(case: Callable[[str], Case], name: str) -> None:
     c = case(name)
     ignored = []

@@ -9,18 +9,24 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_mla_cp.model.quantised import fp8_bytes
+
 _BLOCK = 1 << 26  # numbers at a time, so that their float32 intermediates stay small
 
 
 def fill(out: jax.Array, key: jax.Array, scale: float = 1.0) -> jax.Array:
-    """`out` with N(0, scale^2) in it, a block of rows at a time. Traceable; donate `out`, and nothing is held twice."""
+    """`out` with N(0, scale^2) in it, a block of rows at a time. Traceable; donate `out`, and nothing is held twice.
+
+    uint8 stands for float8_e4m3fn, as in model/quantised.py.
+    """
     rows, width = math.prod(out.shape[:-1]), out.shape[-1]
     block = max(1, min(rows, _BLOCK // width))
 
     def step(i: jax.Array, flat: jax.Array) -> jax.Array:
         part = jax.random.normal(jax.random.fold_in(key, i), (block, width), jnp.float32) * scale
         at = jnp.minimum(i * block, rows - block)  # the last block is moved back into the array
-        return lax.dynamic_update_slice_in_dim(flat, part.astype(out.dtype), at, 0)
+        cast = fp8_bytes(jnp.clip(part, -448, 448)) if out.dtype == jnp.uint8 else part.astype(out.dtype)
+        return lax.dynamic_update_slice_in_dim(flat, cast, at, 0)
 
     return lax.fori_loop(0, -(-rows // block), step, out.reshape(rows, width)).reshape(out.shape)
 

@@ -15,7 +15,7 @@ from flax import nnx
 
 from jax_mla_cp.bench.mla_parts import mla_parts, time_part
 from jax_mla_cp.bench.moe_parts import expert_parts
-from jax_mla_cp.bench.options import EpName, FormName, Options
+from jax_mla_cp.bench.options import EpName, FormName, Options, WeightsName
 from jax_mla_cp.bench.profile import time_by_scope
 from jax_mla_cp.bench.program import (
     Program,
@@ -59,8 +59,9 @@ def run(options: Options, config: ModelConfig, report: Report) -> None:
             expert_parts(options, config, report, seq, held=held)
             clean_up()
             for ep in options.ep_axes:
-                _moe(options, config, report, seq, ep, layers)
-                clean_up()
+                for weights in options.weights:
+                    _moe(options, config, report, seq, ep, weights, layers)
+                    clean_up()
 
 
 class MlaOnly(nnx.Module):
@@ -86,12 +87,19 @@ class NoAttention(nnx.Module):
 
 
 def _only(
-    options: Options, config: ModelConfig, seq: int, ep: EpName, form: FormName, stack: str, layers: int
+    options: Options,
+    config: ModelConfig,
+    seq: int,
+    ep: EpName,
+    form: FormName,
+    weights: WeightsName,
+    stack: str,
+    layers: int,
 ) -> Program:
     """The program of `layers` layers that do one thing only."""
     dense = stack == "dense"
     part = with_layers(config, layers if dense else 0, 0 if dense else layers, seq)
-    build = make_build(part, options.mesh, ep, options.dtype, options.attention)
+    build = make_build(part, options.mesh, ep, options.dtype, options.attention, fp8=weights == "fp8")
     layer: Any = getattr(Decoder(build), stack)
     if dense:
         layer = MlaOnly(layer.mla)
@@ -117,11 +125,11 @@ def _mla(
             roofs.append(row["ms"] if part.at_its_own_rate else row["roof_ms"])
             alone.append(row["ms"])
 
-    def whole() -> dict[str, Any]:
-        program = _only(options, config, seq, "tp", form, "dense", layers)
+    def whole(weights: WeightsName) -> dict[str, Any]:
+        program = _only(options, config, seq, "tp", form, weights, "dense", layers)
         timing = program.time(options.samples)
         ms = timing.seconds * 1e3 / layers
-        _profile(options, report, program, f"{table}: time by scope", layers)
+        _profile(options, report, program, f"{table}, {weights}: time by scope", layers)
         row = timing.row() | {"ms": ms} | program.memory
         if len(roofs) == len(parts):
             row |= {
@@ -132,17 +140,29 @@ def _mla(
             }
         return row
 
-    row = report.row(table, "the whole layer", whole, **facts)
-    if held:
-        seen = row.get("to_sum") if row else None
-        report.hold(f"MLA layer, {form}, {seq} tokens, {mesh}: time / sum of its rooflines", seen, at_most=_HOLD_MLA)
+    for weights in options.weights:
+        row = report.row(table, "the whole layer", functools.partial(whole, weights), **facts, weights=weights)
+        clean_up()
+        if held and weights == "bf16":
+            seen = row.get("to_sum") if row else None
+            report.hold(
+                f"MLA layer, {form}, {seq} tokens, {mesh}: time / sum of its rooflines", seen, at_most=_HOLD_MLA
+            )
 
 
-def _moe(options: Options, config: ModelConfig, report: Report, seq: int, ep: EpName, layers: int) -> None:
+def _moe(
+    options: Options,
+    config: ModelConfig,
+    report: Report,
+    seq: int,
+    ep: EpName,
+    weights: WeightsName,
+    layers: int,
+) -> None:
     """The whole MoE layer, with random routing and with the worst one for this rank."""
     c, tp = config, options.mesh.tp
     tokens = seq // options.mesh.cp
-    facts = {"seq": seq, "mesh": str(options.mesh), "ep_axes": ep, "dtype": options.dtype}
+    facts = {"seq": seq, "mesh": str(options.mesh), "ep_axes": ep, "dtype": options.dtype, "weights": weights}
     table = f"MoE layer, {seq} tokens"
     built: list[Program] = []
 
@@ -152,10 +172,10 @@ def _moe(options: Options, config: ModelConfig, report: Report, seq: int, ep: Ep
         return Cost(flops=expert * (rows + shared) + 2.0 * tokens * c.hidden_size * c.n_routed_experts)
 
     def random() -> dict[str, Any]:
-        program = _only(options, c, seq, ep, options.forms[0], "moe", layers)
+        program = _only(options, c, seq, ep, options.forms[0], weights, "moe", layers)
         built.append(program)
         timing = program.time(options.samples)
-        _profile(options, report, program, f"{table}, experts over {ep}: time by scope", layers)
+        _profile(options, report, program, f"{table}, experts over {ep}, {weights}: time by scope", layers)
         return _per_layer(report, program, timing.row(), layers, cost(tokens * c.experts_per_token / tp))
 
     def skewed() -> dict[str, Any]:

@@ -17,6 +17,7 @@ from jax_mla_cp.mesh import MeshShape
 Command = Literal["attention", "layer", "model", "decode", "load"]
 FormName = Literal["expanded", "absorbed"]
 EpName = Literal["tp", "tp,cp", "tp,cp,dp"]
+WeightsName = Literal["bf16", "fp8"]
 
 _CPU_TOKENS = 8192
 """More than this in one row would take a CPU minutes."""
@@ -44,6 +45,7 @@ class Options:
     cp: tuple[int, ...] = (4, 8)
     mesh: MeshShape = dataclasses.field(default_factory=lambda: MeshShape(tp=8, cp=4))
     ep_axes: tuple[EpName, ...] = ("tp", "tp,cp")
+    weights: tuple[WeightsName, ...] = ("bf16",)
     layers: int | None = None
     long: tuple[int, ...] = ()
     chunk: int = 65536
@@ -63,6 +65,8 @@ class Options:
             _one_of("--forms", form, get_args(FormName))
         for ep in self.ep_axes:
             _one_of("--ep-axes", ep, get_args(EpName))
+        for weights in self.weights:
+            _one_of("--weights", weights, get_args(WeightsName))
         for flag, values, low, high in (
             ("--samples", (self.samples,), 1, 1000),
             ("--seq", self.seq, 1, 1 << 24),
@@ -213,6 +217,7 @@ _EPILOG: dict[str, str] = {
     "layer": f"""examples:
   python -m jax_mla_cp.bench layer --json layer.json
   python -m jax_mla_cp.bench layer --forms expanded --ep-axes tp --profile /tmp/trace
+  python -m jax_mla_cp.bench layer --seq 128K,128 --ep-axes tp --weights bf16,fp8      prefill, and few tokens as in decoding
   python -m jax_mla_cp.bench layer --platform cpu --model tiny --seq 1K      try it without a GPU
 
 The GPU runs as the first of the mesh's: JAX's mocked topology compiles the real program, collectives take no time
@@ -281,7 +286,7 @@ def _parser() -> argparse.ArgumentParser:
     add(command("attention", "FlashAttention-3, unsharded and every rank of a cp group in turn, beside cuDNN."),
         "--seq", "--heads", "--cp", "--forms")  # fmt: skip
     add(command("layer", "A rank's MLA and MoE layers of a full-size model, whole and in parts."),
-        "--seq", "--mesh", "--ep-axes", "--forms", "--layers", "--profile")  # fmt: skip
+        "--seq", "--mesh", "--ep-axes", "--forms", "--weights", "--layers", "--profile")  # fmt: skip
     add(command("model", "A rank's whole model: time to first token, memory, communication."),
         "--seq", "--long", "--chunk", "--mesh", "--ep-axes", "--forms", "--layers")  # fmt: skip
     add(command("decode", "Attention of decoding requests, and with --full the whole decode step."),
@@ -302,6 +307,8 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "--mesh": {"metavar": "AXES", "type": _mesh, "help": "the GPUs that are mocked, e.g. tp=8,cp=4"},
     "--ep-axes": {"metavar": "AXES", "nargs": "+", "type": str,
                   "help": 'what divides the experts, one or several: tp "tp,cp"'},
+    "--weights": {"metavar": "NAME,NAME", "type": _list(str),
+                  "help": "of the whole layers: bf16 (--dtype's), fp8 (kept so, dequantised by every use) (default: bf16)"},
     "--layers": {"metavar": "N", "type": _number,
                  "help": "layers that really run (default: layer 4, model as many as fit, decode 4)"},
     "--profile": {"metavar": "DIR", "type": lambda t: Path(t).expanduser(),

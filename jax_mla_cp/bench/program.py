@@ -26,6 +26,7 @@ from jax_mla_cp.model.context import EP_CHOICES
 from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.handle import Model, param_specs
 from jax_mla_cp.planner import Planner
+from jax_mla_cp.quantization import Quantization
 from jax_mla_cp.step import forward
 
 PAGE_SIZE = 64
@@ -36,16 +37,20 @@ def is_mocked() -> bool:
     return jax.local_device_count() < jax.device_count()
 
 
-def make_build(config: ModelConfig, mesh: MeshShape, ep_axes: str, dtype: str, attention: Implementation) -> MockBuild:
-    """What the model is built with, as `load.plan_build` would.
+def make_build(
+    config: ModelConfig, mesh: MeshShape, ep_axes: str, dtype: str, attention: Implementation, *, fp8: bool = False
+) -> MockBuild:
+    """What the model is built with, as `load.plan_build` would; with `fp8`, of a checkpoint as DeepSeek publishes them.
 
     Raises:
       ConfigError: the attention asked for can't run here.
     """
     resolved = resolve_implementation(attention, config, dtype)
+    if fp8:
+        config = dataclasses.replace(config, quantization=Quantization("fp8", (128, 128)))
     return mock_build(
         mocked=is_mocked(), config=config, shape=mesh, ep_axes=EP_CHOICES[ep_axes], dtype=jnp.dtype(dtype),
-        attention=resolved,
+        attention=resolved, fp8=fp8,
     )  # fmt: skip
 
 

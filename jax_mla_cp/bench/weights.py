@@ -18,11 +18,12 @@ from jax_mla_cp.mesh import mesh_shape
 from jax_mla_cp.model.context import Build
 
 _FAVOUR = 10.0  # more than any score: sigmoids are below 1
+_FP8_SCALE = 2.0**-10  # of matrices in FP8: what is stored then uses e4m3's range as a real checkpoint's does
 
 
 @dataclasses.dataclass(frozen=True)
 class _Parameter:
-    """What is made for one parameter: N(mean, scale^2), or the mean alone."""
+    """What is made for one parameter: N(mean, scale^2), or the mean alone; uint8 is FP8's bytes."""
 
     name: str
     shape: tuple[int, ...]
@@ -63,16 +64,20 @@ def random_params(module: nnx.Module, mesh: Mesh) -> Any:
 def favour_first_rank(params: Any, build: Build, mesh: Mesh) -> Any:
     """The same weights, with a router that prefers the experts of the first device of the expert group.
 
-    Every token takes as many of them as the choice of groups allows: the worst case for that device.
+    Every token takes as many of them as the choice of groups allows: the worst case for that device. Where the router has
+    no bias to prefer them with, all scores are made equal, and of equal ones the first are chosen.
     """
     experts = build.padded_experts // build.axes.size(build.ep_axes)
 
     def replace(path: tuple[Any, ...], leaf: nnx.Variable[Any]) -> nnx.Variable[Any]:
-        if not _name(path).endswith("mlp.bias"):
+        name, value = _name(path), leaf.get_value()
+        if name.endswith("mlp.bias"):
+            new = (jnp.arange(value.shape[-1]) < experts) * _FAVOUR
+        elif name.endswith("mlp.router") and not build.config.routing_bias:
+            new = jnp.zeros(())
+        else:
             return leaf
-        value = leaf.get_value()
-        bias = (jnp.arange(value.shape[-1]) < experts) * _FAVOUR
-        local = jnp.broadcast_to(bias, value.shape).astype(value.dtype)
+        local = jnp.broadcast_to(new, value.shape).astype(value.dtype)
         return leaf.replace(replicated(local, mesh))
 
     return jax.tree_util.tree_map_with_path(replace, params, is_leaf=_is_variable)
@@ -106,6 +111,9 @@ def _make(parameters: tuple[_Parameter, ...], shards: list[jax.Array], seeds: ja
 def _parameter(path: tuple[Any, ...], leaf: nnx.Variable[Any]) -> _Parameter:
     name, value = _name(path), leaf.get_value()
     parts = name.split(".")
+    in_fp8 = value.dtype == jnp.uint8
+    if in_fp8:
+        parts.pop()  # "q"
     inner = value.shape[1:] if parts[0] in ("dense", "moe") else value.shape  # without the layers
     if parts[0] == "moe" and parts[-2:] in (["mlp", "gate_up"], ["mlp", "down"]):
         inner = inner[1:]  # without the experts
@@ -117,6 +125,10 @@ def _parameter(path: tuple[Any, ...], leaf: nnx.Variable[Any]) -> _Parameter:
         scale = 0.0
     elif parts[-1] == "embed":
         scale = 1.0
+    elif parts[-1] == "scale":
+        mean, scale = _FP8_SCALE, 0.0
+    elif in_fp8:
+        scale /= _FP8_SCALE
     return _Parameter(name, value.shape, jnp.dtype(value.dtype), leaf.get_metadata("spec"), mean, scale)
 
 

@@ -10,12 +10,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 from jax_mla_cp.checkpoint.orbax import command
 from jax_mla_cp.checkpoint.source import CheckpointError
 from jax_mla_cp.config import ConfigError
 from jax_mla_cp.mesh import MeshShape
+from jax_mla_cp.quantization import Weights
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +39,7 @@ def _convert(args: argparse.Namespace) -> int:
     from jax_mla_cp.checkpoint.convert import convert
 
     try:
-        done = convert(args.hf_dir, args.out, overwrite=args.overwrite)
+        done = convert(args.hf_dir, args.out, weights=args.weights, overwrite=args.overwrite)
     except KeyboardInterrupt:
         print(
             f"\nstopped. What is written stays; go on with: {command(args.hf_dir, args.out)}",
@@ -126,6 +127,10 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     convert.add_argument("hf_dir", metavar="HF_DIR", type=_path, help="config.json and *.safetensors")
     convert.add_argument("out", metavar="OUT", type=_path, help="new, empty, or begun by an earlier run")
+    convert.add_argument(
+        "--weights", choices=get_args(Weights), default="auto",
+        help="of a quantised checkpoint: fp8 (as auto) keeps its matrices in FP8, bf16 dequantises them",
+    )  # fmt: skip
     convert.add_argument("--overwrite", action="store_true", help="throw away what an earlier conversion left in OUT")
     inspect = commands.add_parser(
         "inspect", help="what a checkpoint holds, and whether it is sound", description=_INSPECT, formatter_class=raw,

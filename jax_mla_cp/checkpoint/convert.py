@@ -17,7 +17,7 @@ import itertools
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from orbax.checkpoint import v1 as ocp
 
 from jax_mla_cp.checkpoint.check import check_tensors
+from jax_mla_cp.checkpoint.huggingface import mtp_marker
 from jax_mla_cp.checkpoint.orbax import MANIFEST, WEIGHTS, Converted, StoredArray, command, is_converted, sha256_files
 from jax_mla_cp.checkpoint.progress import loading_bar
 from jax_mla_cp.checkpoint.source import INDEX, CheckpointError, SafetensorsSource
@@ -36,6 +37,7 @@ from jax_mla_cp.checkpoint.target import Place, Target
 from jax_mla_cp.config import ConfigError, ModelConfig
 from jax_mla_cp.model.context import Build
 from jax_mla_cp.model.decoder import Decoder
+from jax_mla_cp.quantization import Weights
 
 _IN_FLIGHT = 256 << 20
 """Bytes that are being written while the next piece is made."""
@@ -54,10 +56,13 @@ class Summary:
     """Of the whole checkpoint."""
 
 
-def convert(source: Path, out: Path, *, overwrite: bool = False, progress: bool | None = None) -> Summary:
+def convert(
+    source: Path, out: Path, *, weights: Weights = "auto", overwrite: bool = False, progress: bool | None = None
+) -> Summary:
     """Converts the Hugging Face directory `source` to `out`, or goes on with what an earlier run began.
 
     Args:
+      weights: of a quantised checkpoint: "fp8" keeps it so, "bf16" dequantises it; "auto" keeps it.
       overwrite: delete what an earlier conversion, of whatever source, left in `out`.
       progress: as `load_params`.
 
@@ -69,8 +74,9 @@ def convert(source: Path, out: Path, *, overwrite: bool = False, progress: bool 
     _check_directories(source, out, overwrite=overwrite)
     config = ModelConfig.from_dir(source)
     tensors = SafetensorsSource(source)
-    check_tensors(tensors, config)
-    targets, arrays = _plan(tensors, config)
+    if weights == "auto" and not overwrite and (out / MANIFEST).exists():
+        weights = Converted.read(out).weights  # goes on as it was begun
+    targets, arrays = _plan(tensors, config, weights)
     begun = Converted(out, False, str(source.resolve()), _fingerprint(source, tensors), arrays, {})
     with _alone(out):
         if overwrite:
@@ -91,31 +97,36 @@ def convert(source: Path, out: Path, *, overwrite: bool = False, progress: bool 
     return done
 
 
-def _plan(tensors: SafetensorsSource, config: ModelConfig) -> tuple[list[Target], dict[str, StoredArray]]:
-    """The parameters without a mesh, each in the dtype of the tensors that it is made of."""
-    targets, arrays = [], {}
-    for path, param in nnx.to_flat_state(nnx.state(Decoder(Build(config)))):
-        target = Target.of(path, param, config, None)
-        target = dataclasses.replace(target, dtype=_stored_dtype(tensors, target))
+def _plan(
+    tensors: SafetensorsSource, config: ModelConfig, weights: Weights
+) -> tuple[list[Target], dict[str, StoredArray]]:
+    """The parameters without a mesh, each in the dtype of the tensors that it is made of; dequantised, in bfloat16."""
+    fp8 = weights == "fp8" or (weights == "auto" and config.quantization is not None)
+    mtp = bool(config.num_mtp_layers) and mtp_marker(config) in set(tensors.names())
+    declared = dict(
+        nnx.to_flat_state(nnx.state(Decoder(Build(config, dtype=jnp.dtype(jnp.bfloat16), fp8=fp8, mtp=mtp))))
+    )
+    targets = [Target.of(path, param, config, None) for path, param in declared.items()]
+    names = check_tensors(tensors, config, targets)
+    arrays = {}
+    for i, (target, param) in enumerate(zip(targets, declared.values(), strict=True)):
+        targets[i] = target = dataclasses.replace(target, dtype=_stored_dtype(tensors, names, target))
         divided = [i for i, axis in enumerate(param.get_metadata("spec")) if axis and i >= target.leading]
-        targets.append(target)
         arrays[target.path] = StoredArray.of(
             target.path, target.shape, target.dtype, target.leading, divided[0] if divided else None
         )
     return targets, arrays
 
 
-def _stored_dtype(tensors: SafetensorsSource, target: Target) -> np.dtype[Any]:
-    """The one that holds all the parameter's tensors exactly; mostly they have the same."""
-    names = {
-        place.piece.name.format(layer=layer, expert=place.slot)
-        for layer in target.layers or (None,)
-        for place in target.places(layer)
-    }
-    dtypes = sorted({tensors.dtype(name) for name in names}, key=str)
-    result = dtypes[0]
-    for dtype in dtypes[1:]:
-        result = jnp.promote_types(result, dtype)
+def _stored_dtype(tensors: SafetensorsSource, names: Set[str], target: Target) -> np.dtype[Any]:
+    """The one that holds all the parameter's tensors exactly; mostly they have the same. What is decoded has its own."""
+    result = None
+    for layer in target.layers or (None,):
+        for place in target.places(layer):
+            if target.holds or len(target.operands(place, names)) > 1:
+                return target.dtype
+            dtype = tensors.dtype(place.tensor(place.slot))
+            result = dtype if result is None else jnp.promote_types(result, dtype)
     return np.dtype(result)
 
 
@@ -223,10 +234,10 @@ def _write(
     checkpoint: Converted,
     progress: bool | None,
 ) -> Summary:
-    pieces = [piece for layer in (None, *range(config.num_layers)) for t in targets for piece in _pieces(t, layer)]
+    pieces = [piece for layer in (None, *range(config.num_layers + 1)) for t in targets for piece in _pieces(t, layer)]
     stores = {array.name: array.open(checkpoint.directory / WEIGHTS) for array in checkpoint.arrays.values()}
     writing: collections.deque[tuple[int, ts.WriteFutures]] = collections.deque()
-    kept = 0
+    names, kept = set(tensors.names()), 0
     with loading_bar(checkpoint.nbytes, len(pieces), show=progress, title="converting") as advance:
 
         def wait() -> None:
@@ -241,7 +252,7 @@ def _write(
                     kept += 1
                     advance(piece.nbytes)
                     continue
-                value = piece.read(tensors)
+                value = piece.read(tensors, names)
                 place = stores[array.name][piece.at]
                 writing.append((value.nbytes, place.write(value, can_reference_source_data_indefinitely=True)))
                 while sum(nbytes for nbytes, _ in writing) > _IN_FLIGHT:
@@ -268,10 +279,9 @@ class _Piece:
     def nbytes(self) -> int:
         return math.prod(self.target.shape[self.target.leading :]) * self.target.dtype.itemsize
 
-    def read(self, tensors: SafetensorsSource) -> NDArray[Any]:
+    def read(self, tensors: SafetensorsSource, names: Set[str]) -> NDArray[Any]:
         leading = self.target.leading
-        parts = [self.target.part(tensors, place, tuple((0, size) for size in place.shape)) for place in self.places]
-        parts = [part.reshape(part.shape[leading:]) for part in parts]
+        parts = [self._part(tensors, names, place) for place in self.places]
         if len(parts) == 1:
             return parts[0]
         whole = np.empty(self.target.shape[leading:], self.target.dtype)
@@ -279,6 +289,17 @@ class _Piece:
             start = place.start[leading:]
             whole[tuple(slice(at, at + size) for at, size in zip(start, part.shape, strict=True))] = part
         return whole
+
+    def _part(self, tensors: SafetensorsSource, names: Set[str], place: Place) -> NDArray[Any]:
+        target, operands = self.target, self.target.operands(place, names)
+        stored = [
+            target.part(tensors, place, operand, tuple((0, size) for size in operand.shape(place)))
+            for operand in operands
+        ]
+        decode = target.decode(operands)
+        plain = len(stored) == 1 and decode.packed_dim is None
+        value = stored[0] if plain else np.asarray(decode(*map(jnp.asarray, stored)))
+        return value.reshape(value.shape[target.leading :])
 
 
 def _pieces(target: Target, layer: int | None) -> list[_Piece]:

@@ -31,7 +31,11 @@ class Piece:
     stored: tuple[int, ...]
     """Shape in the checkpoint."""
     view: View
-    """From the stored layout to the parameter's; a NumPy view where that can be."""
+    """From the stored layout to the parameter's; a NumPy view where that can be.
+
+    Of a quantised matrix it also takes the scales, which have fewer elements along the dimensions that `Declare.matrix` calls
+    `blocks`: those it must not divide.
+    """
     at: tuple[slice, ...] = ()
     """The part of the parameter that it fills; () is all of it."""
 
@@ -53,7 +57,29 @@ def pieces(config: ModelConfig) -> dict[str, tuple[Piece, ...]]:
     for stack, (layers, mlp) in stacks.items():
         if layers:
             table |= {f"{stack}.{path}": made_of for path, made_of in (_attention(c) | mlp(c)).items()}
-    return table
+    if c.num_mtp_layers:
+        table |= _mtp(c)
+    return {
+        path: tuple(dataclasses.replace(piece, name=c.weight_prefix + piece.name) for piece in made_of)
+        for path, made_of in table.items()
+    }
+
+
+def _mtp(c: ModelConfig) -> dict[str, tuple[Piece, ...]]:
+    """The first layer for multi-token prediction. Its own copies of embedding and head are not read."""
+    name, D = f"model.layers.{c.num_layers}.", c.hidden_size
+    mlp = _moe_mlp(c) if c.n_routed_experts else _dense_mlp(c)
+    return {
+        "mtp.embed_norm": (Piece(name + "enorm.weight", (D,), _same),),
+        "mtp.hidden_norm": (Piece(name + "hnorm.weight", (D,), _same),),
+        "mtp.project": (Piece(name + "eh_proj.weight", (D, 2 * D), np.transpose),),
+        "mtp.final_norm": (Piece(name + "shared_head.norm.weight", (D,), _same),),
+    } | {f"mtp.layer.{path}": made_of for path, made_of in (_attention(c) | mlp).items()}
+
+
+def mtp_marker(config: ModelConfig) -> str:
+    """The tensor that only a layer for multi-token prediction has: the first one's."""
+    return f"{config.weight_prefix}model.layers.{config.num_layers}.eh_proj.weight"
 
 
 def _attention(c: ModelConfig) -> dict[str, tuple[Piece, ...]]:
@@ -73,11 +99,13 @@ def _attention(c: ModelConfig) -> dict[str, tuple[Piece, ...]]:
 
     def query(name: str, inputs: int) -> tuple[Piece, ...]:
         stored = (N * (h + r), inputs)
-        return (Piece(attn + name, stored, lambda w: halves(w.reshape(N, h + r, inputs)).transpose(2, 0, 1)),)
+        return (Piece(attn + name, stored, lambda w: halves(w.reshape(N, h + r, -1)).transpose(2, 0, 1)),)
 
     def up(take: slice) -> tuple[Piece, ...]:
         stored = (N * (h + v), R)
-        return (Piece(attn + "kv_b_proj.weight", stored, lambda w: w.reshape(N, h + v, R)[:, take].transpose(2, 0, 1)),)
+        return (
+            Piece(attn + "kv_b_proj.weight", stored, lambda w: w.reshape(N, h + v, -1)[:, take].transpose(2, 0, 1)),
+        )
 
     table = {
         "attn_norm": (Piece(layer + "input_layernorm.weight", (D,), _same),),
@@ -86,7 +114,7 @@ def _attention(c: ModelConfig) -> dict[str, tuple[Piece, ...]]:
         "mla.kv_norm": (Piece(attn + "kv_a_layernorm.weight", (R,), _same),),
         "mla.w_uk": up(slice(0, h)),
         "mla.w_uv": up(slice(h, h + v)),
-        "mla.o": (Piece(attn + "o_proj.weight", (D, N * v), lambda w: w.reshape(D, N, v).transpose(1, 2, 0)),),
+        "mla.o": (Piece(attn + "o_proj.weight", (D, N * v), lambda w: w.reshape(-1, N, v).transpose(1, 2, 0)),),
     }
     if c.q_lora_rank is None:
         return table | {"mla.q": query("q_proj.weight", D)}
@@ -119,13 +147,14 @@ def _moe_mlp(c: ModelConfig) -> dict[str, tuple[Piece, ...]]:
     D, E, F = c.hidden_size, c.n_routed_experts, c.moe_intermediate_size
     table = {
         "mlp.router": (Piece(mlp + "gate.weight", (E, D), np.transpose),),
-        "mlp.bias": (Piece(mlp + "gate.e_score_correction_bias", (E,), _same),),
         "mlp.gate_up": (  # [D, 2 F] of one expert
             Piece(expert + "gate_proj.weight", (F, D), np.transpose, np.s_[:, :F]),
             Piece(expert + "up_proj.weight", (F, D), np.transpose, np.s_[:, F:]),
         ),
         "mlp.down": (Piece(expert + "down_proj.weight", (D, F), np.transpose),),
     }
+    if c.routing_bias:
+        table["mlp.bias"] = (Piece(mlp + "gate.e_score_correction_bias", (E,), _same),)
     if c.n_shared_experts:
         shared = _mlp(mlp + "shared_experts.", D, c.n_shared_experts * F)
         table |= {f"mlp.shared.{path}": made for path, made in shared.items()}
@@ -138,20 +167,23 @@ def _same(w: NDArray[Any]) -> NDArray[Any]:
 
 def layers_of(path: str, config: ModelConfig) -> range | None:
     """The model's layers that the parameter `path` stacks; None if it belongs to no layer."""
-    match path.split(".")[0]:
-        case "dense":
+    match path.split("."):
+        case "dense", *_:
             return range(config.num_dense_layers)
-        case "moe":
+        case "moe", *_:
             return range(config.num_dense_layers, config.num_layers)
+        case "mtp", "layer", *_:
+            return range(config.num_layers, config.num_layers + 1)
         case _:
             return None
 
 
-def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a checkpoint of this model must have, with its shape there."""
+def expected_shapes(config: ModelConfig, *, mtp: bool = False) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a checkpoint of this model must have, with its shape there; `mtp`: the MTP layer's too."""
     return {
         piece.name.format(layer=layer, expert=expert): piece.stored
         for path, made_of in pieces(config).items()
+        if mtp or not path.startswith("mtp.")
         for layer in layers_of(path, config) or (None,)
         for piece in made_of
         for expert in range(config.n_routed_experts if piece.routed else 1)

@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from flax import nnx
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.filesize import decimal
@@ -24,11 +26,16 @@ from jax_mla_cp.checkpoint.check import check_tensors
 from jax_mla_cp.checkpoint.orbax import Converted, command, is_converted
 from jax_mla_cp.checkpoint.progress import loading_bar
 from jax_mla_cp.checkpoint.source import CheckpointError, SafetensorsSource
+from jax_mla_cp.checkpoint.target import Target
 from jax_mla_cp.config import ConfigError, ModelConfig
 from jax_mla_cp.mesh import MeshShape
+from jax_mla_cp.model.context import EP_CHOICES, Build
+from jax_mla_cp.model.decoder import Decoder
+from jax_mla_cp.model.handle import weight_bytes
 
 T = TypeVar("T")
 
+_MODEL_DTYPES = ("bfloat16", "float16", "float32")
 _BLOCK = 1 << 24  # numbers checked at a time
 _GROUPS = {
     "routed experts": r"experts\.\d+\.|moe\.mlp\.(gate_up|down)",
@@ -89,7 +96,8 @@ def inspect(
         tensors = [_Tensor(name, source.shape(name), source.dtype(name)) for name in source.names()]
         files = len(source.files)
         if config:
-            _found(problems, lambda: check_tensors(hf, config))
+            targets = [Target.of(path, param, config, None) for path, param in _declared(config)]
+            _found(problems, lambda: check_tensors(hf, config, targets))
     report: dict[str, Any] = {
         "directory": str(directory),
         "kind": "Orbax" if isinstance(source, Converted) else "Hugging Face",
@@ -148,6 +156,10 @@ def show(report: dict[str, Any], *, tensors: bool) -> None:
         console.print("no problems found")
 
 
+def _declared(config: ModelConfig) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    yield from nnx.to_flat_state(nnx.state(Decoder(Build(config))))
+
+
 def _found(problems: list[str], look: Callable[[], T]) -> T | None:
     """What `look` finds; an error of it becomes a problem."""
     try:
@@ -187,16 +199,14 @@ def _tensor_rows(tensors: list[_Tensor]) -> list[dict[str, Any]]:
 
 def _per_device(config: ModelConfig, mesh: MeshShape, ep_axes: str, tensors: list[_Tensor]) -> dict[str, Any]:
     """What the loader would put on each device of a mesh, in the dtype that most of the checkpoint has."""
-    import jax.numpy as jnp
-
-    from jax_mla_cp.model.context import EP_CHOICES, Build
-    from jax_mla_cp.model.handle import weight_bytes
-
     if ep_axes not in EP_CHOICES:
         raise ConfigError(f"--ep-axes must be {' or '.join(EP_CHOICES)}, got {ep_axes!r}.")
-    dtype = next(iter(_sums(tensors, lambda t: t.dtype.name)))
-    build = Build(config, mesh, EP_CHOICES[ep_axes], jnp.dtype(dtype))
-    return {"mesh": str(mesh), "ep_axes": ep_axes, "dtype": dtype, "bytes": weight_bytes(build)}
+    kinds = _sums([t for t in tensors if t.dtype.name in _MODEL_DTYPES], lambda t: t.dtype.name)
+    dtype = next(iter(kinds), "bfloat16")
+    fp8 = config.quantization is not None and not any(t.name == "moe.mlp.down" for t in tensors)
+    build = Build(config, mesh, EP_CHOICES[ep_axes], jnp.dtype(dtype), fp8=fp8)
+    stored = f"{dtype} and FP8" if fp8 else dtype
+    return {"mesh": str(mesh), "ep_axes": ep_axes, "dtype": stored, "bytes": weight_bytes(build)}
 
 
 def _verify(source: Converted | SafetensorsSource, tensors: list[_Tensor], problems: list[str]) -> dict[str, Any]:
@@ -248,6 +258,8 @@ def _not_finite(values: NDArray[Any]) -> int:
     if values.dtype == ml_dtypes.bfloat16:  # NumPy's own loop over bfloat16 takes ten times as long
         exponent = np.uint16(0x7F80)
         return int(np.count_nonzero((np.ascontiguousarray(values).view(np.uint16) & exponent) == exponent))
+    if values.dtype == ml_dtypes.float8_e4m3fn:  # has no infinity, and one NaN of either sign
+        return int(np.count_nonzero((np.ascontiguousarray(values).view(np.uint8) & 0x7F) == 0x7F))
     if values.dtype.kind in "iub":
         return 0
     return int(values.size - np.count_nonzero(np.isfinite(values)))

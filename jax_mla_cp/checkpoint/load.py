@@ -4,11 +4,14 @@ A parameter that one tensor fills is made from it directly. The others (stacked 
 allocated once, as zeros, and each tensor is written into its place by a compiled update that donates the parameter.
 So the host never holds more than one tensor besides the arrays themselves, and a process reads only what its own
 devices keep. Experts are divided between devices: one update writes the j-th expert of every device.
+
+Quantised tensors go to the devices as they are stored; the update unpacks and dequantises them, unless they stay so.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -24,7 +27,7 @@ from numpy.typing import NDArray
 from jax_mla_cp.checkpoint.check import check_tensors
 from jax_mla_cp.checkpoint.progress import loading_bar, report_loaded
 from jax_mla_cp.checkpoint.source import TensorSource
-from jax_mla_cp.checkpoint.target import Place, Target
+from jax_mla_cp.checkpoint.target import Decode, Operand, Place, Target
 from jax_mla_cp.config import ModelConfig
 
 
@@ -52,29 +55,26 @@ def load_params(
     Raises:
       CheckpointError: the checkpoint's tensors are not those of `config`; nothing has been allocated.
     """
-    check_tensors(source, config)
     begin = time.perf_counter()
     flat = dict(nnx.to_flat_state(declared))
     targets = {path: Target.of(path, param, config, mesh) for path, param in flat.items()}
+    names = check_tensors(source, config, list(targets.values()))
     arrays = zeros([target for target in targets.values() if not target.whole])
     places = sum(1 for _ in _by_layer(targets.values(), config))
     with loading_bar(sum(t.nbytes for t in targets.values()), places, show=progress) as advance:
         for target, place in _by_layer(targets.values(), config):
-            array = _read(source, target, place)
-            nbytes = array.nbytes
-            if not target.whole:
-                array = updater(target.sharding)(arrays[target.path], array, np.asarray(place.start, np.int32))
+            array = _write(source, target, place, target.operands(place, names), arrays.get(target.path))
             arrays[target.path] = jax.block_until_ready(array)  # else transfers queue up, and host memory with them
-            advance(nbytes)
+            advance(math.prod(place.shape) * target.dtype.itemsize)
     total = sum(array.nbytes for array in arrays.values())
-    report_loaded(len(list(source.names())), total, time.perf_counter() - begin)
+    report_loaded(len(names), total, time.perf_counter() - begin)
     return nnx.from_flat_state({path: param.replace(arrays[targets[path].path]) for path, param in flat.items()})
 
 
 def _by_layer(targets: Iterable[Target], config: ModelConfig) -> Iterator[tuple[Target, Place]]:
     """In the order of the files: layer by layer, what belongs to no layer first."""
     targets = list(targets)
-    for layer in (None, *range(config.num_layers)):
+    for layer in (None, *range(config.num_layers + 1)):  # the one behind the last is for multi-token prediction
         for target in targets:
             for place in target.places(layer):
                 yield target, place
@@ -86,33 +86,46 @@ def zeros(targets: list[Target]) -> dict[str, jax.Array]:
     def make() -> dict[str, jax.Array]:
         return {target.path: jnp.zeros(target.shape, target.dtype) for target in targets}
 
-    zeros: dict[str, jax.Array] = jax.jit(make, out_shardings={target.path: target.sharding for target in targets})()
-    return zeros
+    made: dict[str, jax.Array] = jax.jit(make, out_shardings={target.path: target.sharding for target in targets})()
+    return made
 
 
-def _read(source: TensorSource, target: Target, place: Place) -> jax.Array:
-    """What goes to `place`, as a global array [1?, ranks?, *inner] divided like the parameter."""
+def _write(
+    source: TensorSource, target: Target, place: Place, operands: tuple[Operand, ...], parameter: jax.Array | None
+) -> jax.Array:
+    """The parameter, donated, with what goes to `place`; without one, what goes there is the parameter."""
+    parts = tuple(_read(source, target, place, operand) for operand in operands)
+    if parameter is None:
+        return parts[0]
+    update = updater(target.sharding, target.decode(operands))
+    updated: jax.Array = update(parameter, parts, np.asarray(place.start, np.int32))
+    return updated
+
+
+def _read(source: TensorSource, target: Target, place: Place, operand: Operand) -> jax.Array:
+    """An operand of what goes to `place`, as a global array [1?, ranks?, *inner] divided like the parameter."""
+    shape = operand.shape(place)
     parts: dict[tuple[tuple[int, int], ...], NDArray[Any]] = {}  # replicas share one copy
 
     def part(index: tuple[slice, ...] | None) -> NDArray[Any]:
-        index = index or (slice(None),) * len(place.shape)
-        bounds = tuple(i.indices(size)[:2] for i, size in zip(index, place.shape, strict=True))
+        index = index or (slice(None),) * len(shape)
+        bounds = tuple(i.indices(size)[:2] for i, size in zip(index, shape, strict=True))
         if bounds not in parts:
-            parts[bounds] = target.part(source, place, bounds)
+            parts[bounds] = target.part(source, place, operand, bounds)
         return parts[bounds]
 
     if target.sharding is None:
         alone: jax.Array = jax.device_put(part(None))
         return alone
-    return jax.make_array_from_callback(place.shape, target.sharding, part)
+    return jax.make_array_from_callback(shape, target.sharding, part)
 
 
 @functools.cache
-def updater(sharding: NamedSharding | None) -> Any:
-    """Jitted `(parameter, part, start) -> parameter`, in place; `start` counts within each device's own part."""
+def updater(sharding: NamedSharding | None, decode: Decode) -> Any:
+    """Jitted `(parameter, operands, start) -> parameter`, in place; `start` counts within each device's own part."""
 
-    def update(parameter: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
-        return lax.dynamic_update_slice(parameter, part, list(start))
+    def update(parameter: jax.Array, operands: tuple[jax.Array, ...], start: jax.Array) -> jax.Array:
+        return lax.dynamic_update_slice(parameter, decode(*operands), list(start))
 
     if sharding is not None:
         specs = (sharding.spec, sharding.spec, PartitionSpec())

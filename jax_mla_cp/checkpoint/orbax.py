@@ -24,12 +24,14 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tensorstore as ts
 
 from jax_mla_cp.checkpoint.source import CheckpointError
+from jax_mla_cp.config import ConfigError
+from jax_mla_cp.quantization import Weights
 
 LAYOUT = 1
 """Raised whenever a reader of the old layout would misread the new one."""
@@ -173,6 +175,24 @@ class Converted:
     @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.arrays.values())
+
+    @property
+    def weights(self) -> Literal["bf16", "fp8"]:
+        """How its matrices are stored, in the words of `--weights`."""
+        return "fp8" if any(name.endswith(".q") for name in self.arrays) else "bf16"
+
+    def keeps(self, weights: Weights) -> Weights:
+        """What `--weights` comes to for it: a conversion is read as it is.
+
+        Raises:
+          ConfigError: it was converted to the other kind.
+        """
+        if weights not in ("auto", self.weights):
+            raise ConfigError(
+                f"--weights {weights}: {self.directory} was converted with {self.weights} weights. Use --weights auto, or "
+                f"convert again: {command(self.source, self.directory)} --weights {weights} --overwrite"
+            )
+        return self.weights
 
     def problems(self) -> list[str]:
         """Every file that is missing, of the wrong size or, unless it is a chunk, changed; "PATH: what is wrong"."""

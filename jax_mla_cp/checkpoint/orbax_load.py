@@ -27,7 +27,7 @@ from jax_mla_cp.checkpoint.load import updater, zeros
 from jax_mla_cp.checkpoint.orbax import Converted
 from jax_mla_cp.checkpoint.progress import loading_bar, report_loaded
 from jax_mla_cp.checkpoint.source import CheckpointError
-from jax_mla_cp.checkpoint.target import Target
+from jax_mla_cp.checkpoint.target import Decode, Target
 from jax_mla_cp.config import ModelConfig
 
 _BLOCK = 32 << 20
@@ -111,7 +111,8 @@ def load_converted(
                 raise checkpoint.read_error(error) from error
             nbytes, path = array.nbytes, block.target.path
             if not block.whole:
-                array = updater(block.target.sharding)(arrays[path], array, np.asarray(block.start, np.int32))
+                update = updater(block.target.sharding, Decode(block.target.dtype))
+                array = update(arrays[path], (array,), np.asarray(block.start, np.int32))
             arrays[path] = jax.block_until_ready(array)  # else transfers queue up, and host memory with them
             reading.popleft()
             advance(nbytes)
@@ -128,7 +129,8 @@ def _check(targets: list[Target], checkpoint: Converted) -> None:
     """Names and shapes; a declared parameter may be padded, to a multiple of the devices that divide it."""
     wanted, stored = {t.path: t for t in targets}, checkpoint.arrays
     wrong = [f"{name}: missing" for name in sorted(wanted.keys() - stored.keys())]
-    wrong += [f"{name}: surplus" for name in sorted(stored.keys() - wanted.keys())]
+    # The layer for multi-token prediction is stored where there is one, and read where it is asked for.
+    wrong += [f"{name}: surplus" for name in sorted(stored.keys() - wanted.keys()) if not name.startswith("mtp.")]
     for name in sorted(wanted.keys() & stored.keys()):
         target, got = wanted[name], stored[name].shape
         local = target.sharding.shard_shape(target.shape) if target.sharding else target.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Literal, Protocol
 from jax_mla_cp.batch import Work
 from jax_mla_cp.engine.request import Failed, Request, Token
 from jax_mla_cp.engine.scheduler import Scheduled, Scheduler
-from jax_mla_cp.runner import Sampled
+from jax_mla_cp.runner import Outcome, Sampled
 
 log = logging.getLogger(__name__)
 
@@ -27,14 +28,33 @@ class Steps(Protocol):
     def dp(self) -> int: ...
 
     @property
+    def draft_tokens(self) -> int: ...
+
+    @property
     def page_size(self) -> int: ...
 
     @property
     def pages_per_group(self) -> int: ...
 
-    def step(self, work: Sequence[Sequence[Work]]) -> list[list[Sampled | None]]: ...
+    def step(self, work: Sequence[Sequence[Work]]) -> list[list[Outcome]]: ...
 
     def reset(self) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Speculation:
+    """Drafts since the start: how many were verified, and how many of them were what the model sampled."""
+
+    drafted: int = 0
+    accepted: int = 0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """0 before the first draft."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    def __str__(self) -> str:
+        return f"{self.accepted} of {self.drafted} drafts accepted ({self.acceptance_rate:.0%})"
 
 
 class EngineDead(RuntimeError):
@@ -59,6 +79,8 @@ class Engine:
         self._stopping = False
         self._dead: str | None = None
         self._failures = 0
+        self.speculation: Speculation | None = Speculation() if runner.draft_tokens else None
+        """None: the engine runs without speculation."""
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
     @property
@@ -119,6 +141,8 @@ class Engine:
             self._dead = f"the engine's loop failed ({type(error).__name__})"
         finally:
             self._fail_all(self._dead or "The server is stopping.")
+            if self.speculation:
+                log.info("speculation: %s", self.speculation)
 
     def _receive(self) -> bool:
         """Takes in what has been submitted and aborted, and waits for work; False at the end."""
@@ -140,31 +164,42 @@ class Engine:
             self._recover()
             return
         self._failures = 0
-        for group, sampled in zip(step, results, strict=True):
-            for scheduled, result in zip(group, sampled, strict=True):
-                self._scheduler.advance(scheduled)
-                if result is not None:
-                    self._append_or_fail(scheduled.request, result)
+        for group, outcomes in zip(step, results, strict=True):
+            for scheduled, outcome in zip(group, outcomes, strict=True):
+                self._take(scheduled, outcome)
 
-    def _append_or_fail(self, request: Request, sampled: Sampled) -> None:
-        """What goes wrong with one request's text is no other request's concern."""
+    def _take(self, scheduled: Scheduled, outcome: Outcome) -> None:
+        request, held = scheduled.request, max(len(outcome.sampled) - 1, 0)
+        if self.speculation and outcome.sampled:
+            before = self.speculation
+            self.speculation = Speculation(before.drafted + len(request.drafts), before.accepted + held)
+        self._scheduler.advance(scheduled, held)
+        for sampled in outcome.sampled:
+            if not self._append_or_fail(request, sampled):
+                return  # what else was sampled follows the end
+        request.drafts = outcome.drafts[: max(request.left - 1, 0)]
+
+    def _append_or_fail(self, request: Request, sampled: Sampled) -> bool:
+        """Whether the request goes on. What goes wrong with one request's text is no other request's concern."""
         try:
-            self._append(request, sampled)
+            return self._append(request, sampled)
         except Exception:
             log.exception("a request's output could not be made")
             self._fail(request, "The request's output could not be made.")
+            return False
 
-    def _append(self, request: Request, sampled: Sampled) -> None:
+    def _append(self, request: Request, sampled: Sampled) -> bool:
         ends = sampled.token in request.stop_tokens
         text = "" if ends else request.text.push(sampled.token)
         reason: Literal["stop", "length"] | None = None
         if ends or request.text.stopped:
             reason = "stop"
-        elif len(request.tokens) + 1 == len(request.prompt) + request.max_tokens:
+        elif request.left == 1:
             reason = "length"
         if reason:  # pages first: whoever is told of the end may look at them
             self._scheduler.remove(request)
         request.append(Token(sampled.token, text, sampled.logprob, sampled.top_tokens, sampled.top_logprobs), reason)
+        return reason is None
 
     def _recover(self) -> None:
         """After a step that failed the donated cache may be gone: every admitted request fails, the waiting ones go on."""

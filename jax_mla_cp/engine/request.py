@@ -59,11 +59,18 @@ class Request:
     """The prompt and what has been sampled."""
     computed: int = 0
     """Tokens whose latents are in the pages."""
+    drafts: list[int] = dataclasses.field(default_factory=list)
+    """Guesses at the tokens that follow `tokens`, verified by the next step."""
     pages: list[int] = dataclasses.field(default_factory=list)
     group: int = -1
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
+
+    @property
+    def left(self) -> int:
+        """Tokens that may still be sampled."""
+        return len(self.prompt) + self.max_tokens - len(self.tokens)
 
     @property
     def reserved(self) -> int:

@@ -3,6 +3,7 @@
 Every decoding request takes part in every step of its dp group; what is left of the step, up to `prefill_chunk` tokens,
 goes to prompts in the order of their arrival, so that a long prompt is prefilled in pieces between decode steps. A request
 is admitted when its dp group has pages for all of it, prompt and continuation: an admitted request never has to wait.
+Drafts need no pages of their own: there are never more than would fit if all of them held.
 """
 
 from __future__ import annotations
@@ -17,17 +18,18 @@ from jax_mla_cp.engine.request import Request
 
 @dataclasses.dataclass(frozen=True)
 class Scheduled:
-    """A request's part of a step: its next `count` tokens."""
+    """A request's part of a step: its next `count` tokens, and its drafts if they are the last ones."""
 
     request: Request
     count: int
 
     def work(self) -> Work:
         r = self.request
-        samples = r.computed + self.count == len(r.tokens)
-        return Work(
-            r.tokens[r.computed : r.computed + self.count], r.computed, r.pages, r.sampling if samples else None
-        )
+        end = r.computed + self.count
+        tokens = r.tokens[r.computed : end]
+        if end < len(r.tokens):
+            return Work(tokens, r.computed, r.pages, next_token=r.tokens[end])
+        return Work(tokens + r.drafts, r.computed, r.pages, r.sampling, drafts=len(r.drafts))
 
 
 class Scheduler:
@@ -53,9 +55,9 @@ class Scheduler:
             self.waiting.popleft()
         return [self._group(running) for running in self.running]
 
-    def advance(self, scheduled: Scheduled) -> None:
-        """The step with these tokens is done."""
-        scheduled.request.computed += scheduled.count
+    def advance(self, scheduled: Scheduled, held: int = 0) -> None:
+        """The step with these tokens is done, and the first `held` of their drafts are tokens now."""
+        scheduled.request.computed += scheduled.count + held
 
     def remove(self, request: Request) -> None:
         """Forgets a request, finished or aborted, and frees its pages. Unknown requests are ignored."""

@@ -14,6 +14,8 @@ from jaxtyping import Array, Bool, Float, Int32
 from jax_mla_cp.attention import Resolved, Rows
 from jax_mla_cp.config import ConfigError, ModelConfig
 from jax_mla_cp.mesh import CP, DP, TP, Axes, MeshShape
+from jax_mla_cp.model.quantised import Fp8
+from jax_mla_cp.quantization import Quantization
 
 EP_CHOICES: dict[str, tuple[str, ...]] = {"tp": (TP,), "tp,cp": (CP, TP), "tp,cp,dp": (DP, CP, TP)}
 """--ep-axes -> the mesh axes that divide the experts, slowest first."""
@@ -28,13 +30,32 @@ class Build:
     ep_axes: tuple[str, ...] = (TP,)
     dtype: jnp.dtype = dataclasses.field(default_factory=lambda: jnp.dtype(jnp.float32))
     attention: Resolved = "xla"
+    fp8: bool = False
+    """Matrices that the checkpoint has quantised stay in FP8."""
+    mtp: bool = False
+    """With the checkpoint's first layer for multi-token prediction, which proposes drafts."""
 
     def __post_init__(self) -> None:
+        if self.fp8 and self.config.quantization is None:
+            raise ConfigError(
+                "--weights fp8: the checkpoint is not quantised (its config.json has no quantization_config). "
+                "Use --weights auto."
+            )
+        if self.mtp and not self.config.num_mtp_layers:
+            raise ConfigError(
+                "--speculative mtp: the model has no layer for multi-token prediction (config.json's "
+                "num_nextn_predict_layers). Use --speculative off."
+            )
         _check_divides(self.config, self.shape or MeshShape())
 
     @property
     def axes(self) -> Axes:
         return Axes(self.shape)
+
+    @property
+    def cache_layers(self) -> int:
+        """Layers that leave latents in the cache; the MTP layer's are behind the others'."""
+        return self.config.num_layers + self.mtp
 
     @property
     def padded_vocab(self) -> int:
@@ -71,12 +92,12 @@ class Declare:
     """Declares parameters: their shape and dtype, and beside them, as `spec`, how a mesh divides them.
 
     The values are `jax.ShapeDtypeStruct`s until a checkpoint is loaded. With `layers`, every parameter gets a leading
-    dimension of that many layers, for `lax.scan`: each layer sees its own slice, or, of a `whole` parameter, all of it.
+    dimension of that many layers, for `lax.scan`: each layer sees its own slice, or, of `experts`, all of it.
     XLA copies the slice that a kernel of ours is given, which for experts would be gigabytes a layer.
     """
 
-    def __init__(self, dtype: jnp.dtype, layers: int | None = None):
-        self.dtype = dtype
+    def __init__(self, build: Build, layers: int | None = None):
+        self.build = build
         self.layers = layers
 
     def __call__(
@@ -84,11 +105,52 @@ class Declare:
         *shape: int,
         spec: tuple[str | tuple[str, ...] | None, ...] = (),
         dtype: jnp.dtype | None = None,
-        whole: bool = False,
+        experts: bool = False,
+    ) -> nnx.Param[Any]:
+        return self._param(shape, spec, dtype or self.build.dtype, experts)
+
+    def matrix(
+        self,
+        *shape: int,
+        blocks: tuple[int, ...],
+        spec: tuple[str | tuple[str, ...] | None, ...] = (),
+        experts: bool = False,
+    ) -> nnx.Param[Any] | Fp8:
+        """A matrix that a checkpoint may have quantised: [inputs, ...outputs], of experts [E, inputs, outputs].
+
+        Args:
+          blocks: the dimensions along which its scales stay one per block; the last one is of outputs, others of inputs.
+            Not one that the mesh divides, or that is a part of the stored one, as heads are: blocks would be cut.
+        """
+        quantization = self.build.config.quantization
+        if quantization is None or (quantization.experts_only and not experts):
+            return self._param(shape, spec, self.build.dtype, experts)
+        sizes = _block_sizes(len(shape), blocks, quantization)
+        if not self.build.fp8:
+            return self._param(shape, spec, self.build.dtype, experts, sizes)
+        scales = tuple(-(-size // block) for size, block in zip(shape, sizes, strict=True))
+        q = self._param(shape, spec, jnp.dtype(jnp.uint8), experts, sizes)
+        return Fp8(
+            q, self._param(scales, spec, jnp.dtype(quantization.scale_dtype), experts, sizes), sizes, self.build.dtype
+        )
+
+    def _param(
+        self,
+        shape: tuple[int, ...],
+        spec: tuple[str | tuple[str, ...] | None, ...],
+        dtype: jnp.dtype,
+        experts: bool,
+        blocks: tuple[int, ...] = (),
     ) -> nnx.Param[Any]:
         if self.layers is not None:
-            shape, spec = (self.layers, *shape), (None, *spec)
-        return nnx.Param(jax.ShapeDtypeStruct(shape, dtype or self.dtype), spec=PartitionSpec(*spec), whole=whole)
+            shape, spec, blocks = (self.layers, *shape), (None, *spec), (1, *blocks) if blocks else ()
+        value = jax.ShapeDtypeStruct(shape, dtype)
+        return nnx.Param(value, spec=PartitionSpec(*spec), whole=experts, blocks=blocks)
+
+
+def _block_sizes(dims: int, blocks: tuple[int, ...], quantization: Quantization) -> tuple[int, ...]:
+    outputs, inputs = quantization.block
+    return tuple((outputs if dim == dims - 1 else inputs) if dim in blocks else 1 for dim in range(dims))
 
 
 @jax.tree_util.register_dataclass

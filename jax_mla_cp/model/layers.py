@@ -65,8 +65,8 @@ class Mlp(nnx.Module):
     """Gated MLP, `down(silu(gate x) * up x)`, its width over tp. Returns this rank's part of the sum."""
 
     def __init__(self, declare: Declare, hidden: int, width: int):
-        self.gate_up = declare(hidden, 2, width, spec=(None, None, TP))
-        self.down = declare(width, hidden, spec=(TP, None))
+        self.gate_up = declare.matrix(hidden, 2, width, spec=(None, None, TP), blocks=(0,))
+        self.down = declare.matrix(width, hidden, spec=(TP, None), blocks=(1,))
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
         gate_up = jnp.einsum("td,dgf->tgf", x, self.gate_up[...])

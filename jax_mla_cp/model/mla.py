@@ -36,16 +36,16 @@ class Mla(nnx.Module):
         self.build = build
         q_dim = c.qk_nope_head_dim + c.qk_rope_head_dim
         if c.q_lora_rank is None:
-            self.q = declare(c.hidden_size, c.num_heads, q_dim, spec=(None, TP, None))
+            self.q = declare.matrix(c.hidden_size, c.num_heads, q_dim, spec=(None, TP, None), blocks=(0,))
         else:
-            self.q_a = declare(c.hidden_size, c.q_lora_rank)
+            self.q_a = declare.matrix(c.hidden_size, c.q_lora_rank, blocks=(0,))
             self.q_norm = declare(c.q_lora_rank)
-            self.q_b = declare(c.q_lora_rank, c.num_heads, q_dim, spec=(None, TP, None))
-        self.kv_a = declare(c.hidden_size, c.latent_dim)
+            self.q_b = declare.matrix(c.q_lora_rank, c.num_heads, q_dim, spec=(None, TP, None), blocks=(0,))
+        self.kv_a = declare.matrix(c.hidden_size, c.latent_dim, blocks=(0,))
         self.kv_norm = declare(c.kv_lora_rank)
-        self.w_uk = declare(c.kv_lora_rank, c.num_heads, c.qk_nope_head_dim, spec=(None, TP, None))
-        self.w_uv = declare(c.kv_lora_rank, c.num_heads, c.v_head_dim, spec=(None, TP, None))
-        self.o = declare(c.num_heads, c.v_head_dim, c.hidden_size, spec=(TP, None, None))
+        self.w_uk = declare.matrix(c.kv_lora_rank, c.num_heads, c.qk_nope_head_dim, spec=(None, TP, None), blocks=(0,))
+        self.w_uv = declare.matrix(c.kv_lora_rank, c.num_heads, c.v_head_dim, spec=(None, TP, None), blocks=(0,))
+        self.o = declare.matrix(c.num_heads, c.v_head_dim, c.hidden_size, spec=(TP, None, None), blocks=(2,))
 
     def __call__(
         self,

@@ -1,4 +1,4 @@
-"""Mixture of experts: DeepSeek-V3's router (arXiv:2412.19437, section 2.1.2) and experts divided over the mesh.
+"""Mixture of experts: the routers of DeepSeek-V2 and V3, and experts divided over the mesh.
 
 No token is ever dropped, and the cost follows the rows that exist. Tokens are replicated over tp already, so experts over
 tp alone exchange nothing: every rank computes its own experts' part of each token and the layer's psum adds them up.
@@ -18,6 +18,7 @@ from jax_mla_cp.mesh import TP
 from jax_mla_cp.model.context import Build, Declare
 from jax_mla_cp.model.experts import apply_experts
 from jax_mla_cp.model.layers import Mlp
+from jax_mla_cp.model.quantised import Fp8
 from jax_mla_cp.numerics import einsum_float32
 
 # At a time, gathered ones: with the windows of `apply_experts` it bounds the buffers. 32K, and what a bucket is above it.
@@ -32,11 +33,14 @@ class Moe(nnx.Module):
         self.build = build
         wide = jnp.dtype(jnp.float32)
         self.router = declare(c.hidden_size, c.n_routed_experts, dtype=wide)
-        self.bias = declare(c.n_routed_experts, dtype=wide)
+        if c.routing_bias:
+            self.bias = declare(c.n_routed_experts, dtype=wide)
         experts = build.padded_experts
         width, spec = c.moe_intermediate_size, (build.ep_axes, None, None)
-        self.gate_up = declare(experts, c.hidden_size, 2 * width, spec=spec, whole=True)
-        self.down = declare(experts, width, c.hidden_size, spec=spec, whole=True)
+        # Gate and up lie side by side: where gate ends within a block, its scales are one per column.
+        side_by_side = (1, 2) if c.quantization and width % c.quantization.block[0] == 0 else (1,)
+        self.gate_up = declare.matrix(experts, c.hidden_size, 2 * width, spec=spec, experts=True, blocks=side_by_side)
+        self.down = declare.matrix(experts, width, c.hidden_size, spec=spec, experts=True, blocks=(1, 2))
         if c.n_shared_experts:
             self.shared = Mlp(declare, c.hidden_size, c.n_shared_experts * c.moe_intermediate_size)
 
@@ -45,7 +49,8 @@ class Moe(nnx.Module):
     ) -> Float[Array, "T D"]:
         """`layer`: which of a stack's layers this is; the experts' weights are the whole stack's."""
         with jax.named_scope("router"):
-            expert, weight = route(x, self.router[...], self.bias[...], self.build.config)
+            bias = self.bias[...] if self.build.config.routing_bias else None
+            expert, weight = route(x, self.router[...], bias, self.build.config)
             expert = jnp.where(valid[:, None], expert, self.build.padded_experts)  # padding goes to no expert
         out = self._routed(x, expert, weight, layer)
         if self.build.config.n_shared_experts:
@@ -59,12 +64,13 @@ class Moe(nnx.Module):
         axes = self.build.axes
         tokens = len(x)
         slices = -(-tokens * axes.size(gather_over) // _MOST_TOKENS)
+        experts = self._weights(layer)
 
         def one(part: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
             if not gather_over:
-                return self._experts(*part, layer)
+                return self._experts(*part, *experts)
             x, expert, weight = (axes.all_gather(p, gather_over) for p in part)
-            return axes.psum_scatter(self._experts(x, expert, weight, layer), gather_over)
+            return axes.psum_scatter(self._experts(x, expert, weight, *experts), gather_over)
 
         if slices == 1:
             return one((x, expert, weight))
@@ -78,32 +84,62 @@ class Moe(nnx.Module):
         out = lax.map(one, (split(x, 0), split(expert, nobody), split(weight, 0)))
         return out.reshape(slices * size, -1)[:tokens]
 
+    def _weights(self, layer: jax.Array | int) -> tuple[Float[Array, "G D 2F"], Float[Array, "G F D"], jax.Array | int]:
+        """This device's experts' `gate_up` and `down`, and the number of the layer's first expert in them.
+
+        The whole stack's, as no slice of it may be made for a kernel. Or, where they stay in FP8, the layer's, made for its
+        products: of DeepSeek-V3 at tp=8 that is 2.8 GB, which the next layer's take the place of.
+        """
+        first = layer * self._local
+        if isinstance(self.gate_up, Fp8) and isinstance(self.down, Fp8):
+            with jax.named_scope("dequantise"):
+                return self.gate_up.experts(first, self._local), self.down.experts(first, self._local), 0
+        return lax.collapse(self.gate_up[...], 0, -2), lax.collapse(self.down[...], 0, -2), first
+
+    @property
+    def _local(self) -> int:
+        """Experts of a device."""
+        return self.build.padded_experts // self.build.axes.size(self.build.ep_axes)
+
     def _experts(
-        self, x: Float[Array, "M D"], expert: Int32[Array, "M k"], weight: Float[Array, "M k"], layer: jax.Array | int
+        self,
+        x: Float[Array, "M D"],
+        expert: Int32[Array, "M k"],
+        weight: Float[Array, "M k"],
+        gate_up: Float[Array, "G D 2F"],
+        down: Float[Array, "G F D"],
+        first: jax.Array | int,
     ) -> Float[Array, "M D"]:
         """What this device's experts add to each token."""
-        ep, local = self.build.ep_axes, self.down.shape[-3]
+        ep, local = self.build.ep_axes, self._local
         mine = expert - self.build.axes.index(ep) * local
-        gate_up, down = (lax.collapse(w[...], 0, -2) for w in (self.gate_up, self.down))  # [layers * E, ..]
         return apply_experts(
-            x, mine, weight, gate_up, down, experts=local, first=layer * local, shares=self.build.axes.size(ep)
+            x, mine, weight, gate_up, down, experts=local, first=first, shares=self.build.axes.size(ep)
         )
 
 
 def route(
-    x: Float[Array, "T D"], router: Float[Array, "D E"], bias: Float[Array, " E"], config: ModelConfig
+    x: Float[Array, "T D"], router: Float[Array, "D E"], bias: Float[Array, " E"] | None, config: ModelConfig
 ) -> tuple[Int32[Array, "T k"], Float[Array, "T k"]]:
     """Each token's experts and their weights, in float32 at full precision: a rounded score is another expert.
 
-    Scores are sigmoids. The bias only chooses: of the groups, the `topk_group` with the largest sum of two best biased
-    scores; among their experts the k best. Weights are the unbiased scores (modeling_deepseek.py of DeepSeek-V3, MoEGate).
+    - `noaux_tc` (MoEGate of DeepSeek-V3's modeling_deepseek.py; arXiv:2412.19437, section 2.1.2): scores are sigmoids.
+      The bias only chooses: of the groups, the `topk_group` with the largest sum of two best biased scores; among
+      their experts the k best. Weights are the unbiased scores.
+    - `group_limited_greedy` (MoEGate of DeepSeek-V2's; arXiv:2405.04434, section 2.2.2): scores are a softmax over all
+      experts, there is no bias, and a group is as good as its best expert.
+    - `greedy` (DeepSeek-V2-Lite): the same without groups.
+
+    Experts of other groups are masked with -inf. DeepSeek-V2's code has 0 there, which is the same: its scores are
+    positive, and one that rounds to 0 weighs nothing, whichever expert it is of.
     """
     c = config
-    scores = jax.nn.sigmoid(_logits(x, router))
-    choice = scores + bias
+    logits = _logits(x, router)
+    scores = jax.nn.softmax(logits, axis=-1) if bias is None else jax.nn.sigmoid(logits)
+    choice = scores if bias is None else scores + bias
     if c.n_group > 1:
         grouped = choice.reshape(*choice.shape[:-1], c.n_group, -1)
-        best = _best(grouped, 2)
+        best = _best(grouped, 1 if bias is None else 2)
         group_score = jnp.take_along_axis(grouped, best, axis=-1).sum(-1)
         kept = jax.nn.one_hot(_best(group_score, c.topk_group), c.n_group, dtype=jnp.bool_).any(-2)
         choice = jnp.where(kept[..., None], grouped, -jnp.inf).reshape(choice.shape)

@@ -102,13 +102,16 @@ def _serve(config: ServeConfig, listener: socket.socket) -> None:
         config.model,
         mesh=make_mesh(config.mesh),
         dtype=config.dtype,
+        weights=config.weights,
         ep_axes=config.ep_axes,
         attention=config.attention,
+        mtp=config.speculative == "mtp",
     )
     log.info(
-        "loaded %s: %s, experts over %s, attention in %s (%.1f s)",
+        "loaded %s: %s%s, experts over %s, attention in %s (%.1f s)",
         config.model or "the built-in model (random weights: what it says is noise)",
-        model.build.dtype, ",".join(model.build.ep_axes), _ATTENTION[model.build.attention], time.perf_counter() - started,
+        model.build.dtype, ", weights in FP8" if model.build.fp8 else "", ",".join(model.build.ep_axes),
+        _ATTENTION[model.build.attention], time.perf_counter() - started,
     )  # fmt: skip
     runner = create_runner(
         model,
@@ -119,6 +122,7 @@ def _serve(config: ServeConfig, listener: socket.socket) -> None:
         max_model_len=config.max_model_len,
         max_running=config.max_running,
         form=config.form,
+        draft_tokens=config.draft_tokens or 0,
     )
     log.info(
         "cache: %d pages of %d tokens per dp group; requests of at most %d tokens, %d at a time",

@@ -22,8 +22,18 @@ log = logging.getLogger(__name__)
 _BODY_LIMIT = 16 << 20  # bytes: a prompt of a million token ids, and room
 
 
+class Acceptance(BaseModel):
+    """Drafts of speculative decoding since the start."""
+
+    drafted: int
+    accepted: int
+    acceptance_rate: float
+
+
 class Health(BaseModel):
     status: str
+    speculation: Acceptance | None = None
+    """Left out without speculation."""
 
 
 def create_app(served: Served) -> FastAPI:
@@ -58,11 +68,15 @@ def create_app(served: Served) -> FastAPI:
                            param="model", code="model_not_found")  # fmt: skip
         return card
 
-    @app.get("/health")
+    @app.get("/health", response_model_exclude_none=True)
     async def health() -> Health:
         if not served.engine.alive:
             raise ApiError(503, "The engine has stopped; the server's log says why.", code="engine_dead")
-        return Health(status="ok")
+        now = served.engine.speculation
+        if now is None:
+            return Health(status="ok")
+        counts = Acceptance(drafted=now.drafted, accepted=now.accepted, acceptance_rate=now.acceptance_rate)
+        return Health(status="ok", speculation=counts)
 
     @app.get("/version")
     async def get_version() -> dict[str, str]:

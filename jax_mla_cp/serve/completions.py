@@ -190,9 +190,7 @@ def tokenize(served: Served, body: CompletionRequest) -> list[list[int]]:
     if not 1 <= len(prompts) <= MAX_PROMPTS:
         raise ApiError(400, f"prompt: 1 to {MAX_PROMPTS} prompts are allowed, got {len(prompts)}.", param="prompt")
     if body.stops() and served.tokenizer is None:
-        raise ApiError(
-            400, "stop: this model has no tokenizer.json, so its output has no text to stop at.", param="stop"
-        )
+        raise ApiError(400, "stop: this model has no tokenizer, so its output has no text to stop at.", param="stop")
     return [_tokenize(served, body, prompt) for prompt in prompts]
 
 

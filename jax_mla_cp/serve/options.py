@@ -15,7 +15,9 @@ from jax_mla_cp.config import ConfigError, Form, Implementation
 from jax_mla_cp.load import Dtype, EpAxes
 from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.platform import Platform, default_compile_cache
+from jax_mla_cp.quantization import Weights
 
+Speculative = Literal["off", "mtp"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 _MOST = 2**31 - 1  # token and page counts live in int32 on the device
@@ -35,6 +37,7 @@ class ServeConfig:
     mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
     platform: Platform = "auto"
     dtype: Dtype = "auto"
+    weights: Weights = "auto"
     ep_axes: EpAxes = "auto"
     attention: Implementation = "auto"
     form: Form = "auto"
@@ -44,6 +47,10 @@ class ServeConfig:
     prefill_chunk: int = 2048
     max_model_len: int | None = None
     max_running: int = 32
+    speculative: Speculative = "off"
+    draft_tokens: int | None = None
+    """None: 1 with speculation. DeepSeek-V3's layer is trained to guess one token, and 85 to 90% of these are right
+    (arXiv:2412.19437, section 5.4.3); those after it are right less often, and each costs a pass of the layer."""
     seed: int | None = None
     warmup: bool = False
     compile_cache: str = "auto"
@@ -65,6 +72,10 @@ class ServeConfig:
             )
         if not self.compile_cache:
             raise ConfigError("--compile-cache: must be a directory, auto or off, got ''.")
+        if self.speculative == "off" and self.draft_tokens is not None:
+            raise ConfigError("--draft-tokens: without speculation there are no drafts. Add --speculative mtp.")
+        if self.speculative == "mtp" and self.draft_tokens is None:
+            object.__setattr__(self, "draft_tokens", 1)
         name = self.served_model_name or self._default_name()
         object.__setattr__(self, "served_model_name", name)
         if len(name) > 256 or not name.isprintable() or " " in name:
@@ -83,8 +94,8 @@ class ServeConfig:
 
 
 _CHOICES: dict[str, Any] = {
-    "platform": Platform, "dtype": Dtype, "ep_axes": EpAxes, "attention": Implementation, "form": Form,
-    "log_level": LogLevel,
+    "platform": Platform, "dtype": Dtype, "weights": Weights, "ep_axes": EpAxes, "attention": Implementation, "form": Form,
+    "speculative": Speculative, "log_level": LogLevel,
 }  # fmt: skip
 _WHOLE: dict[str, tuple[int, int]] = {
     "port": (0, 65535),
@@ -93,6 +104,7 @@ _WHOLE: dict[str, tuple[int, int]] = {
     "prefill_chunk": (1, _MOST),
     "max_model_len": (2, _MOST),  # a prompt token and a sampled one
     "max_running": (1, 4096),
+    "draft_tokens": (1, 4),
     "seed": (0, 2**63 - 1),
 }
 
@@ -109,7 +121,7 @@ def _one_of(name: str, value: object, allowed: Sequence[str]) -> None:
 
 
 def _whole(name: str, value: object, low: int, high: int) -> None:
-    if value is None and name in ("kv_pages", "max_model_len", "seed"):
+    if value is None and name in ("kv_pages", "max_model_len", "draft_tokens", "seed"):
         return
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise ConfigError(f"{_flag(name)}: must be a whole number from {low} to {high}, got {value!r}.")
@@ -195,6 +207,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     model.add_argument("--dtype", metavar="{auto,float32,bfloat16}",
                        help="of weights, activations and cache; auto: float32 on CPU, bfloat16 on GPUs")  # fmt: skip
+    model.add_argument("--weights", metavar="{auto,bf16,fp8}",
+                       help="of a quantised checkpoint; bf16: dequantised while loading, to --dtype (so also to float32); fp8: "
+                            "kept in FP8, half the memory, dequantised by every use; auto: fp8 on GPUs, else bf16")  # fmt: skip
     devices = p.add_argument_group("devices")
     devices.add_argument("--mesh", metavar="AXES",
                          help="tp=8,cp=4[,dp=2] in any order; tp divides heads, cp the tokens of a step, dp the requests; an "
@@ -228,6 +243,13 @@ def _parser() -> argparse.ArgumentParser:
     memory.add_argument("--max-model-len", metavar="N", type=_int_or_auto,
                         help="longest prompt and continuation; auto: the smaller of the model's and what the pages hold")  # fmt: skip
     memory.add_argument("--max-running", metavar="N", type=_int, help="most requests at a time (default: 32)")
+    speculation = p.add_argument_group("speculative decoding: the same answers, several tokens a step")
+    speculation.add_argument("--speculative", metavar="{off,mtp}",
+                             help="mtp: the checkpoint's layer for multi-token prediction guesses the next tokens, and the "
+                                  "model's next step keeps those that it would have said (default: off)")  # fmt: skip
+    speculation.add_argument("--draft-tokens", metavar="N", type=_int,
+                             help="guesses per request and step, 1 to 4; more than 1 pays if most of them are accepted, "
+                                  "which /health tells (default: 1)")  # fmt: skip
     start = p.add_argument_group("start")
     start.add_argument("--warmup", action=argparse.BooleanOptionalAction,
                        help="compile every program before serving, behind a progress bar; without, each at its first use")  # fmt: skip

@@ -94,6 +94,7 @@ def test_layer(mocked: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     report = run(
         layer, command="layer", model="tiny", seq=(600,), mesh=MESH, forms=("expanded",) if mocked else ("absorbed",),
         ep_axes=("tp,cp",) if mocked else ("tp",), layers=2, profile=None if mocked else tmp_path,
+        weights=("bf16", "fp8") if mocked else ("bf16",),
     )  # fmt: skip
     whole = next(row for row in report.rows if row["what"] == "the whole layer")
     assert whole["to_sum"] == pytest.approx(whole["ms"] / whole["roof_ms"])
@@ -101,6 +102,10 @@ def test_layer(mocked: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     names = {row["what"] for row in report.rows}
     assert {"q_a", "q_b", "kv_a", "o", "cache write", "router", "the whole layer, random routing"} <= names
     assert "the whole layer, all tokens to this rank's experts" in names
+    if mocked:
+        layers = [row for row in report.rows if row["what"].startswith("the whole layer")]
+        assert [row["weights"] for row in layers] == ["bf16", "fp8", "bf16", "bf16", "fp8", "fp8"]
+        assert layers[4]["args_gb"] < 0.7 * layers[2]["args_gb"], "the experts take half the memory"
     if not mocked:
         scopes = {row["what"] for row in report.rows if "time by scope" in row["table"]}
         assert {"mla/latent", "mla/output"} <= scopes

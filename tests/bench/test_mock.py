@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
@@ -66,6 +67,17 @@ def test_with_real_collectives_the_program_is_the_true_one(mesh: str, ep: str) -
     assert np.abs(mocked - want).max() > 0.1 * np.abs(want).max(), "negative control: stand-ins are other numbers"
 
 
+def test_weights_in_fp8() -> None:
+    """The same spread, in the range of e4m3, and no NaN."""
+    params = make_model(make_build(model_config("tiny"), MESH, "tp", "bfloat16", "xla", fp8=True)).params
+    for path, fan_in in ((("mlp", "gate_up"), 128), (("mla", "q_b"), model_config("tiny").q_lora_rank)):
+        kept = params["moe"][path[0]][path[1]]
+        stored = np.asarray(kept["q"].get_value()).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+        assert np.isfinite(stored).all() and 20 < np.abs(stored).max() <= 448
+        values = stored * np.asarray(kept["scale"].get_value()).max()
+        assert fan_in is not None and abs(values.std() * fan_in**0.5 - 1) < 0.03
+
+
 def test_weights_and_the_worst_routing() -> None:
     config = model_config("tiny")
     model = make_model(make_build(config, MESH, "tp", "bfloat16", "xla"))
@@ -85,3 +97,15 @@ def test_weights_and_the_worst_routing() -> None:
     x = jax.random.normal(jax.random.key(0), (50, 128), jnp.bfloat16)
     chosen, _ = route(x, skewed["router"].get_value()[0], skewed["bias"].get_value()[0], config)
     assert (np.asarray(chosen) < 4).all(), "all four of a token's experts are among the first rank's four"
+
+
+def test_the_worst_routing_without_a_bias() -> None:
+    """DeepSeek-V2's router has none: equal scores, of which the first are chosen."""
+    config = dataclasses.replace(model_config("tiny"), topk_method="group_limited_greedy", norm_topk_prob=False)
+    model = make_model(make_build(config, MESH, "tp", "bfloat16", "xla"))
+    assert model.mesh is not None
+    router = favour_first_rank(model.params, model.build, model.mesh)["moe"]["mlp"]["router"].get_value()
+    x = jax.random.normal(jax.random.key(0), (50, 128), jnp.bfloat16)
+    chosen, weight = route(x, router[0], None, config)
+    np.testing.assert_array_equal(chosen, np.broadcast_to(np.arange(4), (50, 4)))
+    np.testing.assert_allclose(weight, 2.5 / 16, rtol=1e-6)

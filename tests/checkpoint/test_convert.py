@@ -57,10 +57,10 @@ def chunks(out: Path) -> dict[str, bytes]:
 def stop_after(pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
     real, read = converting._Piece.read, iter(range(pieces))
 
-    def stopping(self: Any, tensors: Any) -> Any:
+    def stopping(self: Any, *of: Any) -> Any:
         if next(read, None) is None:
             raise KeyboardInterrupt
-        return real(self, tensors)
+        return real(self, *of)
 
     monkeypatch.setattr(converting._Piece, "read", stopping)
 

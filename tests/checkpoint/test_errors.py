@@ -62,6 +62,53 @@ def test_surplus_layers_are_an_error_and_mtp_layers_are_not(caplog: pytest.LogCa
     assert sum("ignored 3 tensors" in record.message for record in caplog.records) == 1
 
 
+def test_vision_tensors_of_a_multimodal_checkpoint_are_skipped(caplog: pytest.LogCaptureFixture) -> None:
+    """Kimi K2.5's, by their published names, and only where the text part is one of several."""
+    wrapped = ModelConfig.from_hf({"model_type": "kimi_k25", "text_config": {"model_type": "kimi_k2", **hf.TINY}})
+    tensors = arrays(wrapped)
+    assert all(name.startswith(("language_model.model.", "language_model.lm_head.")) for name in tensors)
+    vision = (
+        "vision_tower.encoder.blocks.0.wqkv.bias",
+        "vision_tower.patch_embed.proj.weight",
+        "mm_projector.proj.0.bias",
+    )
+    images = {name: np.ones(3, np.float32) for name in vision}
+    with caplog.at_level("INFO"):
+        load(tensors | images, wrapped)
+    assert "ignored 3 tensors of the image encoder (vision_tower.*, mm_projector.*)" in caplog.text
+    for name in ("audio_tower.x", "model.norm.weight"):
+        with pytest.raises(CheckpointError, match=f"1 surplus:\n  {name}"):
+            load(tensors | images | {name: np.ones(3, np.float32)}, wrapped)
+    with pytest.raises(CheckpointError, match="3 surplus:\n  mm_projector"):
+        load(arrays() | images)
+    del tensors["language_model.lm_head.weight"]
+    with pytest.raises(CheckpointError, match=r"1 missing:\n  language_model.lm_head.weight"):
+        load(tensors, wrapped)
+
+
+def test_a_softmax_router_has_no_bias() -> None:
+    routing = {"model_type": "deepseek_v2", "norm_topk_prob": False, "topk_method": "group_limited_greedy"}
+    config = ModelConfig.from_hf(hf.TINY | routing)
+    tensors = arrays(config)
+    assert not any(name.endswith("e_score_correction_bias") for name in tensors)
+    load(tensors, config)
+    with pytest.raises(CheckpointError, match=r"2 surplus:\n  model.layers.1.mlp.gate.e_score_correction_bias"):
+        load(arrays(), config)
+
+
+def test_an_mtp_layer_that_is_asked_for_must_be_whole() -> None:
+    config = ModelConfig.from_hf({"model_type": "deepseek_v3", **hf.TINY, "num_nextn_predict_layers": 1})
+    asked = nnx.state(Decoder(Build(config, mtp=True)))
+    tensors = {name: np.ones(shape, np.float32) for name, shape in expected_shapes(config, mtp=True).items()}
+    load_params(ArraySource(tensors), asked, config, None)
+    del tensors["model.layers.3.eh_proj.weight"]
+    tensors["model.layers.3.hnorm.weight"] = np.ones(31, np.float32)
+    with pytest.raises(CheckpointError) as caught:
+        load_params(ArraySource(tensors), asked, config, None)
+    assert "1 missing:\n  model.layers.3.eh_proj.weight" in str(caught.value)
+    assert "model.layers.3.hnorm.weight: expected [32], got [31]" in str(caught.value)
+
+
 def test_tied_head_may_be_there() -> None:
     config = ModelConfig.from_hf({"model_type": "deepseek_v3", **hf.TINY, "tie_word_embeddings": True})
     tensors = arrays(config)

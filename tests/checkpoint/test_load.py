@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,15 @@ from tests.checkpoint import hf
 
 
 def load(
-    source: TensorSource, config: ModelConfig, mesh: str | None, ep: tuple[str, ...] = ("tp",), dtype: Any = jnp.float32
+    source: TensorSource,
+    config: ModelConfig,
+    mesh: str | None,
+    ep: tuple[str, ...] = ("tp",),
+    dtype: Any = jnp.float32,
+    mtp: bool = False,
 ) -> tuple[Build, dict[str, jax.Array]]:
     on = make_mesh(mesh) if mesh else None
-    build = Build(config, mesh_shape(on) if on else None, ep, jnp.dtype(dtype))
+    build = Build(config, mesh_shape(on) if on else None, ep, jnp.dtype(dtype), mtp=mtp)
     state = load_params(source, nnx.state(Decoder(build)), config, on)
     for path, param in nnx.to_flat_state(state):
         if on:
@@ -129,3 +135,30 @@ def test_progress_bar_is_drawn_when_asked_for(tiny: Path, capsys: pytest.Capture
     assert capsys.readouterr().err == ""
     load_params(SafetensorsSource(tiny), declared, config, None, progress=True)
     assert "loading weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("mesh", "ep"), [(None, ("tp",)), ("cp=2,tp=4", ("cp", "tp"))])
+def test_the_mtp_layer(tmp_path: Path, mesh: str | None, ep: tuple[str, ...]) -> None:
+    """Its layer is read as the same tensors are as a model's last layer; copies of embedding and head are not read."""
+    deeper = ModelConfig.from_dir(hf.write(tmp_path, num_hidden_layers=4))
+    config = dataclasses.replace(deeper, num_layers=3, num_mtp_layers=1)
+    source = SafetensorsSource(tmp_path)
+    arrays = {name: source.read(name) for name in source.names()}
+    rng = np.random.default_rng(0)
+    own = {"enorm": (32,), "hnorm": (32,), "eh_proj": (32, 64), "shared_head.norm": (32,)}
+    copies = {"embed_tokens": (98, 32), "shared_head.head": (98, 32)}
+    for name, shape in (own | copies).items():
+        arrays[f"model.layers.3.{name}.weight"] = rng.normal(size=shape).astype(np.float32)
+    _, want = load(ArraySource({name: arrays[name] for name in source.names()}), deeper, mesh, ep)
+    _, params = load(ArraySource(arrays), config, mesh, ep, mtp=True)
+    assert {path for path in params if path.startswith("mtp.layer.")} == {
+        path.replace("moe.", "mtp.layer.") for path in want if path.startswith("moe.")
+    }
+    for path, value in params.items():
+        if path.startswith("mtp.layer."):
+            np.testing.assert_array_equal(value[0], want[path.replace("mtp.layer.", "moe.")][-1], err_msg=path)
+    for path, name in (("embed_norm", "enorm"), ("hidden_norm", "hnorm"), ("final_norm", "shared_head.norm")):
+        np.testing.assert_array_equal(params[f"mtp.{path}"], arrays[f"model.layers.3.{name}.weight"])
+    np.testing.assert_array_equal(params["mtp.project"], arrays["model.layers.3.eh_proj.weight"].T)
+    _, without = load(ArraySource(arrays), config, mesh, ep)
+    assert without.keys() == {path for path in params if not path.startswith("mtp.")}

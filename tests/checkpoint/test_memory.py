@@ -1,4 +1,4 @@
-"""Peak anonymous host memory while loading: the local shards and one tensor."""
+"""Peak anonymous host memory while loading: the local shards and one tensor, also of a quantised checkpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from jax_mla_cp.checkpoint import expected_shapes
 from jax_mla_cp.checkpoint.convert import convert
 from jax_mla_cp.config import ModelConfig
-from tests.checkpoint import hf
+from tests.checkpoint import hf, quantise
 
 RAW = {
     "model_type": "deepseek_v3", **hf.TINY, "vocab_size": 4096, "hidden_size": 1024, "num_hidden_layers": 4,
@@ -29,6 +29,8 @@ from pathlib import Path
 import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_compilation_cache_dir", sys.argv[5])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 from flax import nnx
 from jax_mla_cp.checkpoint import SafetensorsSource, load_converted, load_params, open_converted, orbax_load
 from jax_mla_cp.config import ModelConfig
@@ -42,7 +44,7 @@ def anonymous():
 
 config = ModelConfig.from_dir(sys.argv[1])
 mesh = make_mesh("tp=4") if sys.argv[2] == "mesh" else None
-declared = nnx.state(Decoder(Build(config, mesh_shape(mesh) if mesh else None)))
+declared = nnx.state(Decoder(Build(config, mesh_shape(mesh) if mesh else None, fp8=sys.argv[4] == "True")))
 
 if sys.argv[3] == "blocks":  # as on GPUs
     orbax_load.block_bytes, orbax_load._IN_FLIGHT = (lambda device: 2 << 20), 8 << 20
@@ -54,7 +56,7 @@ def load():
         params = load_converted(open_converted(Path(sys.argv[1])), declared, config, mesh)
     return jax.block_until_ready(params)
 
-load()  # compiles; what the compiler keeps is not the loader's
+load()  # compiles; what the compiler takes and keeps is not the loader's
 gc.collect()
 ctypes.CDLL("libc.so.6").malloc_trim(0)  # else freed memory would count as held before, and hide a copy
 before = peak = anonymous()
@@ -74,32 +76,50 @@ print(peak - before, local)
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A checkpoint, and its conversion."""
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A checkpoint in float32, the same in FP8, and the first one converted."""
     root = tmp_path_factory.mktemp("memory")
-    source = root / "hf"
-    source.mkdir()
-    (source / "config.json").write_text(json.dumps(RAW))
     shapes = expected_shapes(ModelConfig.from_hf(RAW))
-    save_file({name: np.ones(shape, np.float32) for name, shape in shapes.items()}, source / "model.safetensors")
-    convert(source, root / "out", progress=False)
-    return source, root / "out"
+    tensors = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    for stored in ("float32", "fp8"):
+        (root / stored).mkdir()
+        raw = RAW | ({"quantization_config": quantise.FP8_CONFIG} if stored == "fp8" else {})
+        (root / stored / "config.json").write_text(json.dumps(raw))
+        weights = quantise.to_fp8(tensors) if stored == "fp8" else tensors
+        save_file(weights, root / stored / "model.safetensors")
+    convert(root / "float32", root / "converted", progress=False)
+    return {name: root / name for name in ("float32", "fp8", "converted")}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
-@pytest.mark.parametrize("mesh", ["mesh", "none"])
-@pytest.mark.parametrize("kind", ["safetensors", "converted", "blocks"])
-def test_peak_is_the_shards_and_one_tensor(made: tuple[Path, Path], mesh: str, kind: str) -> None:
-    source, out = made
-    size = (source / "model.safetensors").stat().st_size
-    largest = max(4 * int(np.prod(shape)) for shape in expected_shapes(ModelConfig.from_hf(RAW)).values())
-    assert size > 150e6 > 8 * largest
+@pytest.mark.parametrize(
+    ("mesh", "stored", "kind"),
+    [
+        ("mesh", "float32", "safetensors"),
+        ("none", "float32", "safetensors"),
+        ("mesh", "float32", "converted"),
+        ("none", "float32", "converted"),
+        ("mesh", "float32", "blocks"),
+        ("none", "float32", "blocks"),
+        ("mesh", "fp8", "safetensors"),
+        ("mesh", "fp8", "safetensors to bf16"),
+    ],
+)
+def test_peak_is_the_shards_and_one_tensor(
+    made: dict[str, Path], tmp_path: Path, mesh: str, stored: str, kind: str
+) -> None:
+    path = made[stored if kind.startswith("safetensors") else "converted"]
+    size = (made[stored] / "model.safetensors").stat().st_size
+    shapes = expected_shapes(ModelConfig.from_hf(RAW))
+    largest = max(4 * int(np.prod(shape)) for shape in shapes.values())
+    assert sum(4 * int(np.prod(shape)) for shape in shapes.values()) > 150e6 > 8 * largest
 
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # the loader's memory, not what malloc keeps for later
-    command = [sys.executable, "-c", CHILD, str(source if kind == "safetensors" else out), mesh, kind]
+    fp8 = stored == "fp8" and kind == "safetensors"
+    command = [sys.executable, "-c", CHILD, str(path), mesh, kind.split()[0], str(fp8), str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
     assert run.returncode == 0, run.stderr
     peak, local = map(int, run.stdout.split())
-    assert local >= 0.98 * size
-    # Neither the file nor a whole parameter is held a second time; the rest is a compilation and Python's own.
-    assert peak < local + largest + 24e6, f"peak {peak / 1e6:.0f} MB, local shards {local / 1e6:.0f} MB"
+    assert local >= 0.98 * size and (local < 1.1 * size or kind.endswith("bf16"))
+    # Neither the file nor a whole parameter is held a second time; the rest is Python's own.
+    assert peak < local + largest + 8e6, f"peak {peak / 1e6:.0f} MB, local shards {local / 1e6:.0f} MB"

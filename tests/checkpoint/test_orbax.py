@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ import torch
 from flax import nnx
 from jax.sharding import NamedSharding
 from orbax.checkpoint import v1 as ocp
+from safetensors.torch import save_file
 
 import jax_mla_cp as mla
 from jax_mla_cp.checkpoint import (
@@ -35,7 +37,9 @@ from jax_mla_cp.config import ModelConfig
 from jax_mla_cp.mesh import make_mesh, mesh_shape
 from jax_mla_cp.model.context import Build
 from jax_mla_cp.model.decoder import Decoder
-from tests.checkpoint import hf
+from jax_mla_cp.quantization import FP8
+from tests.checkpoint import hf, test_quantised
+from tests.random_weights import random_weights
 
 
 @pytest.fixture(scope="module")
@@ -214,3 +218,34 @@ def test_each_process_reads_only_its_shards(pair: tuple[Path, Path], tmp_path: P
     ]
     errors = [worker.communicate(timeout=300)[1].decode() for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], errors
+
+
+@pytest.mark.parametrize("weights", ["auto", "bf16"])
+@pytest.mark.parametrize("kind", ["fp8", "int4"])
+def test_quantised_checkpoints_and_the_mtp_layer(tmp_path: Path, kind: str, weights: Literal["auto", "bf16"]) -> None:
+    """Kept in FP8 or dequantised while converting: what the loader makes of the Hugging Face directory."""
+    raw = test_quantised.RAGGED | {"num_nextn_predict_layers": 1}
+    quantization, to, _ = test_quantised.KINDS[kind]
+    config = ModelConfig.from_hf(raw | {"quantization_config": quantization})
+    tensors = to(random_weights(config, 3, mtp=True))
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/config.json").write_text(json.dumps(raw | {"quantization_config": quantization}))
+    save_file({n: torch.from_numpy(t.view(np.uint8)).view(torch.float8_e4m3fn) if t.dtype == FP8
+               else torch.from_numpy(t.view(np.int16)).view(torch.bfloat16) if t.dtype == ml_dtypes.bfloat16
+               else torch.from_numpy(t) for n, t in tensors.items()}, tmp_path / "hf/model.safetensors")  # fmt: skip
+    out = tmp_path / "out"
+    convert(tmp_path / "hf", out, weights=weights, progress=False)
+    kept = "fp8" if weights == "auto" else "bf16"
+    assert open_converted(out).weights == kept
+    for mtp, dtype in ((True, "bfloat16"), (False, "float32" if kept == "fp8" else "bfloat16")):
+        arguments: dict[str, Any] = {"mesh": make_mesh("tp=2,cp=2"), "dtype": dtype, "mtp": mtp, "progress": False}
+        got, _ = mla.load(out, **arguments)
+        want, _ = mla.load(tmp_path / "hf", weights=kept, **arguments)
+        assert got.build == want.build
+        assert_same(got.params, want.params)
+    assert convert(tmp_path / "hf", out, progress=False).kept > 0, "it goes on as it was begun"
+    other: Literal["bf16", "fp8"] = "bf16" if kept == "fp8" else "fp8"
+    with pytest.raises(
+        mla.ConfigError, match=f"--weights {other}: .* was converted with {kept} weights.*--weights {other}"
+    ):
+        mla.load(out, weights=other)

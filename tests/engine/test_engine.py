@@ -15,6 +15,7 @@ from jax_mla_cp.engine import Engine, EngineDead, Event, Failed, Finished, Reque
 from jax_mla_cp.engine.pages import Pages
 from jax_mla_cp.engine.scheduler import Scheduler
 from jax_mla_cp.engine.text import TextStream
+from tests.byte_tokenizer import byte_tokenizer
 from tests.engine.standin import PageModel, continuation
 
 STOP = frozenset({3})
@@ -23,9 +24,13 @@ STOP = frozenset({3})
 class Asked:
     """A request and the events it got."""
 
-    def __init__(self, prompt: list[int], max_tokens: int, stop: frozenset[int] = frozenset()):
+    def __init__(
+        self, prompt: list[int], max_tokens: int, stop: frozenset[int] = frozenset(), text: TextStream | None = None
+    ):
         self.events: queue.Queue[Event] = queue.Queue()
-        self.request = Request(prompt, max_tokens, Sampling(temperature=0), stop, TextStream(None), self.events.put)
+        self.request = Request(
+            prompt, max_tokens, Sampling(temperature=0), stop, text or TextStream(None), self.events.put
+        )
 
     def result(self, timeout: float = 10) -> tuple[list[int], Event]:
         tokens = []
@@ -70,15 +75,18 @@ requests = st.lists(
 )
 
 
-@given(requests, st.integers(1, 3), st.integers(1, 20), st.integers(1, 5), st.sampled_from([1, 3, 16]))
+@given(
+    requests, st.integers(1, 3), st.integers(1, 20), st.integers(1, 5), st.sampled_from([1, 3, 16]), st.integers(0, 4)
+)
 @settings(max_examples=150, deadline=None)
 def test_any_arrivals_and_aborts(
-    asked: list[tuple[int, int, int, int | None]], dp: int, chunk: int, running: int, page_size: int
+    asked: list[tuple[int, int, int, int | None]], dp: int, chunk: int, running: int, page_size: int, drafts: int
 ) -> None:
     """Drives the scheduler step by step: right tokens, all pages back, and progress in every step."""
     model = PageModel(
-        dp=dp, pages=-(-100 // page_size) + 2, page_size=page_size, max_running=running, prefill_chunk=chunk
-    )
+        dp=dp, pages=-(-100 // page_size) + 2, page_size=page_size, max_running=running, prefill_chunk=chunk,
+        draft_tokens=drafts,
+    )  # fmt: skip
     scheduler = Scheduler(
         groups=dp, pages_per_group=model.pages_per_group, page_size=page_size, max_running=running, prefill_chunk=chunk
     )
@@ -97,17 +105,20 @@ def test_any_arrivals_and_aborts(
                 aborted.add(i)
         planned = scheduler.schedule()
         assert any(planned) or not scheduler.busy, "requests wait and nothing runs"
-        for group, sampled in zip(planned, model.step([[s.work() for s in g] for g in planned]), strict=True):
-            for scheduled, result in zip(group, sampled, strict=True):
-                scheduler.advance(scheduled)
+        for group, outcomes in zip(planned, model.step([[s.work() for s in g] for g in planned]), strict=True):
+            for scheduled, outcome in zip(group, outcomes, strict=True):
                 request = scheduled.request
-                if result is not None:
+                scheduler.advance(scheduled, max(len(outcome.sampled) - 1, 0))
+                for result in outcome.sampled:
                     ends = result.token in STOP or len(request.tokens) + 1 == len(request.prompt) + request.max_tokens
                     if ends:
                         scheduler.remove(request)
                     request.append(
                         Token(result.token, "", 0, result.top_tokens, result.top_logprobs), "stop" if ends else None
                     )
+                    if ends:
+                        break
+                request.drafts = outcome.drafts[: max(request.left - 1, 0)]
         step += 1
         assert step < 2000, "no progress"
     for i, request in enumerate(made):
@@ -127,6 +138,49 @@ def test_many_threads(engine: Engine) -> None:
         assert tokens == continuation(a.request.prompt, a.request.max_tokens)
         assert end == Finished("length", "")
     until(lambda: engine.idle)
+
+
+def test_what_follows_an_end_within_a_run_is_dropped() -> None:
+    """Stop tokens, stop strings and max_tokens end a request wherever they fall among the drafts that hold."""
+    model = PageModel(draft_tokens=4)
+    engine = Engine(model)
+    engine.start()
+    for i in range(12):
+        prompt = [i, 2, 3] * (1 + i % 9)
+        want = continuation(prompt, 20)
+        bytes_only = [t for t in want[3:] if 32 <= t < 127]
+        stop = chr(bytes_only[-1])
+        asked = [
+            *(Asked(prompt, most) for most in range(1, 9)),
+            *(Asked(prompt, 20, frozenset({token})) for token in want[:8]),
+            Asked(prompt, 20, text=TextStream(byte_tokenizer(), [stop])),
+        ]
+        for a in asked:
+            engine.submit(a.request)
+        for most, a in enumerate(asked[:8], 1):
+            assert a.result() == (want[:most], Finished("length", ""))
+        for token, a in zip(want, asked[8:16], strict=False):
+            assert a.result() == (want[: want.index(token) + 1], Finished("stop", ""))
+        assert asked[-1].result()[0] == want[: want.index(ord(stop)) + 1]
+    until(lambda: engine.idle)
+    assert engine.speculation is not None
+    assert engine.speculation.drafted == sum(drafts * times for (drafts, _), times in model.held.items())
+    assert engine.speculation.accepted == sum(held * times for (_, held), times in model.held.items())
+    assert {(4, held) for held in range(5)} < set(model.held), "every number of drafts held"
+    engine.stop(5)
+
+
+def test_drafts_save_steps_and_fit_the_pages() -> None:
+    """The guesses about the last tokens would need pages that the request has not got."""
+    plain, speculating = PageModel(pages=16, page_size=4), PageModel(pages=16, page_size=4, draft_tokens=4)
+    for model in (plain, speculating):
+        engine = Engine(model)
+        engine.start()
+        asked = Asked([1] * 10, 55)  # 64 places
+        engine.submit(asked.request)
+        assert asked.result()[0] == continuation([1] * 10, 55)
+        engine.stop(5)
+    assert speculating.steps < 0.6 * plain.steps
 
 
 def test_a_new_request_joins_while_another_decodes(model: PageModel, engine: Engine) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jax_mla_cp.default_model import byte_tokenizer
 from jax_mla_cp.engine.text import TextStream
+from tests.byte_tokenizer import byte_tokenizer
 
 texts = st.text(alphabet="ab€😀", max_size=20)
 

@@ -84,7 +84,7 @@ def test_windows_and_unwritten_rows_change_no_bit(tokens: int, monkeypatch: pyte
 def test_moe_as_on_cpu(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     config = dataclasses.replace(CONFIG, hidden_size=256, moe_intermediate_size=128)
     build = Build(config, dtype=jnp.dtype(jnp.bfloat16))
-    graph, state = nnx.split(Moe(Declare(build.dtype), build))
+    graph, state = nnx.split(Moe(Declare(build), build))
     rng = np.random.default_rng(4)
     state = jax.tree.map(lambda s: rng.normal(size=s.shape, scale=s.shape[-1] ** -0.5).astype(s.dtype), state)
     x = rng.normal(size=(tokens, 256)).astype(jnp.bfloat16)

@@ -12,6 +12,8 @@ from jax_mla_cp.batch import StepShape
 from jax_mla_cp.config import ConfigError
 from jax_mla_cp.planner import Planner
 from jax_mla_cp.runner import compile_step
+from tests.speculative import REAL_DIMS, OneBucket, generate
+from tests.speculative import model as speculative
 from tests.synthetic import REAL_DIMS_CONFIG, Driver, random_model, tempered
 from tests.test_cache import copies_of
 
@@ -52,6 +54,18 @@ def test_the_compiled_step_calls_each_form_and_copies_no_cache() -> None:
     calls = re.findall(r'custom_call_target="(mla_\w+)"', text)
     assert sorted(calls) == ["mla_decode"] * 2 + ["mla_prefill_expanded"] * 2
     assert not copies_of(text, driver.pages.shape)
+
+
+def test_speculation_changes_no_token() -> None:
+    """Verified drafts and recycled ones are calls of decode's kernel: in the layers' scan, in the MTP layer, once more there."""
+    prompts = [[5, 1, 77, 30], [9]]
+    want = generate(OneBucket(speculative(**REAL_DIMS), 0, page=64), prompts, 9)
+    steps = OneBucket(speculative("tp=2,cp=2", attention="fa3", **REAL_DIMS), 2, page=64)
+    got = generate(steps, prompts, 9)
+    assert got.tokens == want.tokens
+    assert got.speculation is not None and 0 < got.speculation.accepted < got.speculation.drafted
+    calls = re.findall(r'custom_call_target="(mla_\w+)"', steps.program.as_text())
+    assert calls == ["mla_decode"] * 3
 
 
 def test_absorbed_rows_have_their_own_part_of_a_step() -> None:

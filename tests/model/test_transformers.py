@@ -1,7 +1,8 @@
-"""Parity with transformers' DeepseekV3ForCausalLM, in float32, on small random checkpoints that it wrote."""
+"""Parity with transformers' DeepSeek-V2, V3 and Kimi K2.5, in float32, on small random checkpoints that it wrote."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,15 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import torch
+from transformers import DeepseekV2Config
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 
 import jax_mla_cp as mla
+from jax_mla_cp.model.moe import route
 from tests.checkpoints import hf_cache, hf_generate, hf_logits, read_weights
 from tests.reference import forward as reference
-from tests.synthetic import Driver, Request
+from tests.synthetic import CONFIG, Driver, Request
 
 Checkpoints = Callable[[str], tuple[dict[str, Any], Path]]
 
@@ -33,7 +38,17 @@ CASES = [
     ("all_dense", "tp=2,cp=2", "auto", "auto"),
     ("no_dense", "cp=4", "tp,cp", "auto"),
     ("sharded", "tp=4,cp=8", "auto", "auto"),
+    ("v2", "tp=2,cp=3", "tp,cp", "expanded"),
+    ("v2_lite", "dp=2,tp=2,cp=2", "tp,cp,dp", "absorbed"),
+    ("k25", "tp=4,cp=2", "tp,cp", "auto"),
 ]
+
+
+SOFTMAX: dict[str, dict[str, Any]] = {
+    "greedy": {"topk_method": "greedy", "n_group": 1, "topk_group": 1},
+    "group_limited_greedy": {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
+}
+"""The softmax routers, for the eight experts of these models."""
 
 
 def prompts(vocab: int, lengths: tuple[int, ...], seed: int = 7) -> list[list[int]]:
@@ -63,10 +78,9 @@ def test_logits_and_latents(
     checkpoint: Checkpoints,
     transformers_model: Callable[[str], Any],
 ) -> None:
-    config, path = checkpoint(variant)
     hf = transformers_model(variant)
-    model, _ = mla.load(path, mesh=mla.make_mesh(mesh) if mesh else None, dtype="float32", ep_axes=ep)
-    texts = prompts(config["vocab_size"], (150, 9, 1, 33))
+    model, _ = mla.load(checkpoint(variant)[1], mesh=mla.make_mesh(mesh) if mesh else None, dtype="float32", ep_axes=ep)
+    texts = prompts(model.config.vocab_size, (150, 9, 1, 33))
     driver = Driver(model, form=form)
     requests, got = play(driver, texts)
     for request, logits in zip(requests, got, strict=True):
@@ -105,6 +119,71 @@ def test_a_model_with_one_wrong_number_is_noticed(
     requests, got = play(Driver(model), texts)
     want = hf_logits(transformers_model("v3"), requests[0].tokens)[-1]
     assert np.abs(got[0] - want).max() > 1e-3 * np.abs(want).max()
+
+
+@pytest.mark.parametrize(
+    ("variant", "change"),
+    [
+        ("v2", SOFTMAX["greedy"]),
+        ("v2_lite", SOFTMAX["group_limited_greedy"]),
+        ("k25", {"routed_scaling_factor": 2.5}),
+    ],
+)
+def test_one_device_is_the_model_and_no_relative_of_it(
+    variant: str, change: dict[str, Any], checkpoint: Checkpoints, transformers_model: Callable[[str], Any]
+) -> None:
+    """Both oracles, and as a negative control one of them as another member of the family with the same weights."""
+    path = checkpoint(variant)[1]
+    model, _ = mla.load(path, dtype="float32")
+    driver, tokens = Driver(model), prompts(model.config.vocab_size, (33,))[0]
+    got = driver.step([(driver.request(), tokens)])[0]
+
+    def error(want: np.ndarray) -> float:
+        return float(np.abs(got - want).max() / np.abs(want).max())
+
+    assert error(hf_logits(transformers_model(variant), tokens)[-1]) < 1e-4
+    weights = read_weights(path)
+    assert error(reference(model.config, weights, tokens).logits[-1]) < 1e-5
+    other = dataclasses.replace(model.config, **change)
+    assert error(reference(other, weights, tokens).logits[-1]) > 1e-2
+
+
+@pytest.mark.parametrize("spread", [1, 100])
+@pytest.mark.parametrize("method", SOFTMAX)
+def test_softmax_routers_are_those_of_transformers(method: str, spread: float) -> None:
+    """Weights expert by expert: logits may be so far apart that chosen scores are 0, and then any expert may be chosen.
+
+    transformers masks the scores of other groups with 0, `route` with -inf: the same, also where kept ones are 0.
+    """
+    rng = np.random.default_rng(0)
+    x, router = (rng.normal(size=s).astype(np.float32) for s in [(200, 64), (64, 8)])
+    router *= spread / 8
+
+    def by_expert(expert: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        assert all(len(set(row)) == 3 for row in expert)
+        out = np.zeros((len(x), 8), np.float32)
+        np.put_along_axis(out, expert, weight, axis=1)
+        return out
+
+    def ours(method: str) -> np.ndarray:
+        config = dataclasses.replace(CONFIG, norm_topk_prob=False, experts_per_token=3, **SOFTMAX[method])
+        return by_expert(*map(np.asarray, route(x, router, None, config)))
+
+    gate = DeepseekV2TopkRouter(
+        DeepseekV2Config(
+            hidden_size=64, n_routed_experts=8, num_experts_per_tok=3, routed_scaling_factor=2.5, **SOFTMAX[method]
+        )
+    )
+    gate.weight.data.copy_(torch.from_numpy(router.T))
+    with torch.no_grad():
+        _, weight, expert = gate(torch.from_numpy(x))
+    want = by_expert(expert.numpy(), weight.numpy())
+    np.testing.assert_allclose(ours(method), want, atol=1e-5)
+    if spread == 100:
+        assert ((want > 0).sum(1) < 3).any(), "chosen scores of 0 occur"
+    else:  # negative control
+        (other,) = SOFTMAX.keys() - {method}
+        assert np.abs(ours(other) - want).max() > 0.1
 
 
 @pytest.mark.parametrize("mesh", [None, "tp=2,cp=4", "dp=2,cp=3"])

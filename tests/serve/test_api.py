@@ -14,10 +14,10 @@ import openai
 import pytest
 import uvicorn
 
-from jax_mla_cp.default_model import byte_tokenizer
 from jax_mla_cp.engine import Engine
 from jax_mla_cp.serve.app import create_app
 from jax_mla_cp.serve.completions import Served
+from tests.byte_tokenizer import byte_tokenizer
 from tests.engine.standin import VOCAB, PageModel, continuation
 
 MAX_LEN = 600
@@ -25,8 +25,8 @@ TOKENIZER = byte_tokenizer()
 
 
 class Server:
-    def __init__(self) -> None:
-        self.model = PageModel(pages=400, max_running=8)
+    def __init__(self, draft_tokens: int = 0) -> None:
+        self.model = PageModel(pages=400, max_running=8, draft_tokens=draft_tokens)
         self.engine = Engine(self.model)
         # 259 ids, so that BOS (256) is one; the stand-in's answers are below 251. Token 3 is its end of sequence.
         served = Served("tiny", self.engine, TOKENIZER, 259, MAX_LEN, (3,), None)
@@ -243,6 +243,24 @@ def test_a_failed_step_is_a_500_and_the_server_goes_on(server: Server, client: o
     assert client.completions.create(model="tiny", prompt=[1], max_tokens=5).choices[0].text
     assert httpx.get(f"{server.url}/health").status_code == 200
     until_idle(server)
+
+
+def test_drafts_change_no_answer_and_are_counted() -> None:
+    server = Server(draft_tokens=3)
+    server.start()
+    try:
+        none_yet = {"drafted": 0, "accepted": 0, "acceptance_rate": 0.0}
+        assert httpx.get(f"{server.url}/health").json() == {"status": "ok", "speculation": none_yet}
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        answer = client.completions.create(model="tiny", prompt=[1, 2], max_tokens=40, logprobs=1)
+        want = continuation([1, 2], 40, frozenset({3}))
+        assert answer.choices[0].text == text_of(want)
+        assert answer.choices[0].logprobs is not None and len(answer.choices[0].logprobs.tokens or []) == len(want)
+        counts = httpx.get(f"{server.url}/health").json()["speculation"]
+        assert 0 < counts["accepted"] < counts["drafted"]
+        assert counts["acceptance_rate"] == counts["accepted"] / counts["drafted"]
+    finally:
+        server.stop()
 
 
 def test_health_tells_that_the_engine_is_dead() -> None:

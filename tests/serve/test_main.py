@@ -69,6 +69,27 @@ def test_the_built_in_model_answers_eight_at_once(tiny: str) -> None:
     assert httpx.get(f"{tiny}/health").status_code == 200
 
 
+def test_speculation_changes_no_answer(tiny: str) -> None:
+    """On one device, with drafts, and prompts in chunks: the same greedy tokens."""
+    flags = ("--speculative", "mtp", "--draft-tokens", "2", "--prefill-chunk", "26", "--max-running", "2",
+             "--max-model-len", "128", "--form", "absorbed")  # fmt: skip
+    process = start(*flags)
+    try:
+        clients = [openai.OpenAI(base_url=f"{url}/v1", api_key="none") for url in (tiny, url_of(process))]
+        prompts = [[t * t % 256 for t in range(length)] for length in (3, 70)]
+        arguments: dict[str, Any] = {
+            "model": clients[0].models.list().data[0].id, "prompt": prompts, "max_tokens": 16, "temperature": 0,
+        }  # fmt: skip
+        want, got = ([c.text for c in client.completions.create(**arguments).choices] for client in clients)
+        assert got == want
+        counts = httpx.get(f"{clients[1].base_url}".removesuffix("v1/") + "health").json()["speculation"]
+        assert counts["drafted"] > 0
+    finally:
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert f"{counts['accepted']} of {counts['drafted']} drafts accepted" in " ".join(errors.split())
+
+
 def test_a_checkpoint_that_transformers_wrote(
     checkpoint: Checkpoints, transformers_model: Callable[[str], Any]
 ) -> None:
@@ -121,7 +142,11 @@ BAD = [
     (["--platform", "cuda"], "finds no GPU"),
     (["--ep-axes", "cp"], "--ep-axes"),
     (["--dtype", "float16"], "--dtype"),
+    (["--weights", "int8"], "--weights: must be one of auto | bf16 | fp8"),
     (["--compile-cache", "/proc/nothing"], "can't be written"),
+    (["--draft-tokens", "2"], "Add --speculative mtp"),
+    (["--speculative", "mtp", "--draft-tokens", "5"], "from 1 to 4"),
+    (["--speculative", "ntp"], "Did you mean mtp"),
     (["--mseh", "tp=1"], "Did you mean --mesh"),
 ]
 

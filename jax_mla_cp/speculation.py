@@ -1,0 +1,124 @@
+"""Speculative decoding: which drafts hold, and the MTP layer's next ones. Per device, after the model and the sampler.
+
+A step's new tokens of a decoding request are the last sampled one and `n <= d` drafts. The model runs over all of them, and
+the sampler draws a token after each, from the model's distribution there and with the key of (seed, position) that it would
+have used anyway. Drafts hold as long as they are what was drawn; the first drawn token that differs takes its draft's place,
+and if all hold, the last drawn one comes on top: 1 to n + 1 tokens a step.
+
+Why no probability is compared: a draft is an argmax, so its proposal distribution is a point. Rejection sampling
+(arXiv:2211.17192, section 2.3) accepts a draft x with probability min(1, p(x) / 1) = p(x), and otherwise draws from p without
+x. Drawing y from p and accepting if y = x does the same: y = x happens with probability p(x), and y given y != x is
+distributed as p without x. It is independent of how x came about, because x follows from tokens before it, whose random
+numbers are others. So the output has the model's distribution; and since y is the token that would have been drawn without
+drafts, it is even the same output, up to ties that floating point breaks in another way.
+
+The MTP layer runs over the whole step's buffer, prompts and drafts alike, with the plan that the model's layers ran with:
+its latents must be in the cache before it can guess. It needs the token after each, of which the plan brings those that are
+known; the others have just been drawn. Behind a draft that does not hold, latents are of tokens that do not exist: no
+row's `kv_len` reaches them before later steps have written over them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int32
+
+from jax_mla_cp.attention.rows import Rows
+from jax_mla_cp.batch import Batch
+from jax_mla_cp.mesh import CP
+from jax_mla_cp.model.context import LayerInputs
+from jax_mla_cp.model.decoder import Decoder
+from jax_mla_cp.model.layers import rope_angles
+
+
+def propose(
+    decoder: Decoder,
+    hidden: Float[Array, "T D"],
+    pages: Float[Array, "pages page_size C"],
+    batch: Batch,
+    sampled: Int32[Array, " J/cp"],
+) -> tuple[Int32[Array, "I/cp d"], Float[Array, "pages page_size C"]]:
+    """Drafts for each request of this rank's share, and the cache with the MTP layer's latents.
+
+    Args:
+      hidden: the model's states after the final norm.
+      sampled: the tokens drawn in this step, of this rank's share of the requests.
+    """
+    axes, spec = decoder.build.axes, batch.speculation
+    assert spec is not None
+    most = spec.drafts.shape[1]
+    drawn = axes.all_gather(sampled.reshape(-1, 1 + most), CP)
+    held = accepted(drawn, spec.drafts)
+    state, pages = decoder.mtp(decoder.embed_tokens(_next_tokens(batch, drawn)), hidden, pages, decoder.inputs(batch))
+    at = jnp.take_along_axis(batch.last_index.reshape(-1, 1 + most), held[:, None], axis=1)[:, 0]
+    state = axes.psum_scatter(state.at[at].get(mode="fill", fill_value=0), CP)
+    draft = _best(decoder, state)
+    if most == 1:
+        return draft[:, None], pages
+
+    def again(
+        carry: tuple[jax.Array, jax.Array, jax.Array], ahead: jax.Array
+    ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array]:
+        state, draft, pages = carry
+        inputs = _inputs(decoder, batch, spec.first + held + ahead, spec.room, pages.shape)
+        state, pages = decoder.mtp(decoder.embed_tokens(draft), state, pages, inputs)
+        draft = _best(decoder, state)
+        return (state, draft, pages), draft
+
+    (_, _, pages), more = lax.scan(again, (state, draft, pages), jnp.arange(1, most))
+    return jnp.concatenate([draft[None], more]).T, pages
+
+
+def accepted(drawn: Int32[Array, "I 1+d"], drafts: Int32[Array, "I d"]) -> Int32[Array, " I"]:
+    """How many drafts of each request hold: those before the first that is not what was drawn in its place."""
+    return jnp.cumprod(drawn[:, :-1] == drafts, axis=1, dtype=jnp.int32).sum(1)
+
+
+def _next_tokens(batch: Batch, drawn: Int32[Array, "I 1+d"]) -> Int32[Array, " T"]:
+    """The token after each of this rank's; behind the first draft that does not hold, of no meaning."""
+    filled = batch.next_tokens.at[batch.last_index].set(drawn.reshape(-1), mode="drop")
+    return jnp.where(batch.next_tokens < 0, filled, batch.next_tokens)
+
+
+def _best(decoder: Decoder, state: Float[Array, "I/cp D"]) -> Int32[Array, " I/cp"]:
+    with jax.named_scope("head"):
+        return jnp.argmax(decoder.logits(state), axis=-1).astype(jnp.int32)
+
+
+def _inputs(
+    decoder: Decoder, batch: Batch, position: Int32[Array, " I"], room: Int32[Array, " I"], shape: tuple[int, ...]
+) -> LayerInputs:
+    """One token of each request, at `position`: each rank computes its share, all write all latents.
+
+    Latents beyond a request's room are dropped; what is proposed from there is of no use to the request. Pages that begin
+    within it have been zeroed by the pass over the step's tokens (here, XLA could do so before that pass's attention has read
+    the cache, and would copy it).
+    """
+    c, axes = decoder.build.config, decoder.build.axes
+    total_pages, page_size, _ = shape
+    requests = len(position)
+    share = requests // axes.size(CP)
+
+    def mine(values: jax.Array) -> jax.Array:
+        return lax.dynamic_slice_in_dim(values, axes.index(CP) * share, share)
+
+    fits = position < room
+    page = jnp.take_along_axis(batch.page_table, jnp.where(fits, position // page_size, 0)[:, None], axis=1)[:, 0]
+    slots = jnp.where(fits, page * page_size + position % page_size, total_pages * page_size + jnp.arange(requests))
+    exists = mine(room) > 0  # requests stand before places without one
+    cos, sin = rope_angles(mine(position), c.qk_rope_head_dim, c.rope)
+    number = jnp.arange(share)
+    rows = Rows(
+        cu_q=jnp.minimum(jnp.arange(share + 1), exists.sum()),
+        kv_len=jnp.where(exists, mine(jnp.minimum(position + 1, room)), 0),
+        kv_start=jnp.zeros_like(number),
+        request=number,
+    )
+    return dataclasses.replace(
+        decoder.inputs(batch), valid=exists, cos=cos, sin=sin, slots=slots, fresh=batch.fresh[:0],
+        key_pages=batch.key_pages[:0], absorbed=rows, row_pages=mine(batch.page_table), absorbed_tokens=share,
+    )  # fmt: skip

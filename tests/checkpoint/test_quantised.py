@@ -1,0 +1,238 @@
+"""FP8 and INT4 checkpoints against the same ones dequantised by NumPy (tests/checkpoint/quantise.py) and loaded as plain."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+
+from jax_mla_cp.checkpoint import ArraySource, CheckpointError, load_params
+from jax_mla_cp.config import ConfigError, ModelConfig
+from jax_mla_cp.mesh import make_mesh, mesh_shape
+from jax_mla_cp.model.context import Build
+from jax_mla_cp.model.decoder import Decoder
+from jax_mla_cp.model.quantised import unpack_int4
+from jax_mla_cp.quantization import Quantization
+from tests.checkpoint import quantise
+from tests.checkpoints import BASE
+
+# Nothing is a multiple of 128. Heads of 56 query rows and 72 rows of keys and values straddle blocks, and so do the 16 roped
+# rows behind 120 latents.
+RAGGED: dict[str, Any] = {
+    "model_type": "deepseek_v3", **BASE, "vocab_size": 300, "num_hidden_layers": 2, "hidden_size": 160, "intermediate_size": 280,
+    "moe_intermediate_size": 96, "num_attention_heads": 4, "n_routed_experts": 6, "n_group": 2, "topk_group": 1,
+    "q_lora_rank": 136, "kv_lora_rank": 120, "qk_rope_head_dim": 16, "qk_nope_head_dim": 40, "v_head_dim": 32,
+}  # fmt: skip
+WHOLE = RAGGED | {"moe_intermediate_size": 128}
+"""Gate's columns end with a block, so that scales of gate and up stay one per block both ways."""
+NO_Q_LORA = RAGGED | {"q_lora_rank": None, "rope_interleave": False}
+K25 = {"model_type": "kimi_k25", "text_config": RAGGED}
+"""Its tensors' names have a prefix."""
+
+Quantise = Callable[[quantise.Tensors], quantise.Tensors]
+KINDS: dict[str, tuple[dict[str, Any], Quantise, Quantise]] = {
+    "fp8": (quantise.FP8_CONFIG, quantise.to_fp8, quantise.from_fp8),
+    "int4": (quantise.INT4_CONFIG, quantise.to_int4, quantise.from_int4),
+}
+
+
+def quantised(raw: dict[str, Any], kind: str) -> tuple[ModelConfig, quantise.Tensors]:
+    config = ModelConfig.from_hf(raw | {"quantization_config": KINDS[kind][0]})
+    return config, KINDS[kind][1](quantise.random_tensors(config))
+
+
+def load(
+    tensors: quantise.Tensors, config: ModelConfig, mesh: str | None = None, ep: tuple[str, ...] = ("tp",), **build: Any
+) -> dict[str, jax.Array]:
+    """The parameters by path; of those that stay in FP8, q and scale."""
+    on = make_mesh(mesh) if mesh else None
+    built = Build(config, mesh_shape(on) if on else None, ep, **build)
+    state = load_params(ArraySource(tensors), nnx.state(Decoder(built)), config, on)
+    return {".".join(map(str, path)): param.get_value() for path, param in nnx.to_flat_state(state)}
+
+
+@pytest.mark.parametrize(
+    ("raw", "mesh", "ep", "kind"),
+    [
+        (RAGGED, "tp=4,cp=2", ("cp", "tp"), "fp8"),  # 6 experts, and 2 of padding
+        (RAGGED, "tp=4,cp=2", ("cp", "tp"), "int4"),
+        (K25, None, ("tp",), "int4"),
+        (WHOLE, "tp=2,cp=2", ("tp",), "fp8"),
+        (NO_Q_LORA, None, ("tp",), "fp8"),
+    ],
+    ids=["ragged", "int4", "int4 of Kimi K2.5", "whole", "no q_lora"],
+)
+def test_every_device_has_the_numbers_of_the_dequantised_checkpoint(
+    raw: dict[str, Any], mesh: str | None, ep: tuple[str, ...], kind: str
+) -> None:
+    """Bit by bit, dequantised while loading or later."""
+    config, tensors = quantised(raw, kind)
+    want = load(KINDS[kind][2](tensors), dataclasses.replace(config, quantization=None), mesh, ep)
+    at_load = load(tensors, config, mesh, ep)
+    kept = load(tensors, config, mesh, ep, fp8=True)
+    assert at_load.keys() == want.keys()
+    in_fp8 = {path.removesuffix(".q") for path in kept if path.endswith(".q")} - {"dense.mla", "moe.mla"}
+    assert in_fp8 == {path for path in want if may_be_fp8(path, kind)}
+    for path, value in want.items():
+        for i, shard in enumerate(value.addressable_shards):
+            message = f"{path} on {shard.device}"
+            np.testing.assert_array_equal(at_load[path].addressable_shards[i].data, shard.data, err_msg=message)
+            if path in in_fp8:
+                q, scale = (kept[f"{path}.{part}"].addressable_shards[i].data for part in ("q", "scale"))
+                got = by_numpy(q, scale, 128 if kind == "fp8" else 32)
+            else:
+                got = kept[path].addressable_shards[i].data
+            np.testing.assert_array_equal(got, shard.data, err_msg=message)
+
+
+def may_be_fp8(path: str, kind: str) -> bool:
+    if path in ("moe.mlp.gate_up", "moe.mlp.down"):
+        return True
+    stack, _, rest = path.partition(".")
+    return kind == "fp8" and stack in ("dense", "moe") and not any(word in rest for word in ("norm", "router", "bias"))
+
+
+def by_numpy(q: Any, scale: Any, block: int) -> np.ndarray:
+    scale = np.asarray(scale).astype(np.float32)
+    for dim, size in enumerate(q.shape):
+        if scale.shape[dim] != size:
+            scale = np.repeat(scale, block, axis=dim).take(range(size), axis=dim)
+    assert q.dtype == np.uint8
+    return np.asarray(q).view(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale
+
+
+def test_scales_of_experts_stay_one_per_block() -> None:
+    """The bulk of the memory: 4 bytes for 128 x 128 numbers. Of the others, 4 bytes for 128."""
+    kept = load(*reversed(quantised(WHOLE, "fp8")), fp8=True)
+    assert kept["moe.mlp.gate_up.scale"].shape == (1, 6, 2, 2)
+    assert kept["moe.mlp.down.scale"].shape == (1, 6, 1, 2)
+    assert kept["moe.mla.q_b.scale"].shape == (1, 2, 4, 56)
+    assert kept["moe.mla.o.scale"].shape == (1, 4, 32, 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rounded_once(kind: str) -> None:
+    """q * scale in float32, and then bfloat16."""
+    config, tensors = quantised(RAGGED, kind)
+    plain = dataclasses.replace(config, quantization=None)
+    want = load(KINDS[kind][2](tensors), plain, dtype=jnp.dtype(jnp.bfloat16))
+    got = load(tensors, config, dtype=jnp.dtype(jnp.bfloat16))
+    for path, value in want.items():
+        np.testing.assert_array_equal(got[path], value, err_msg=path)
+
+
+def test_a_scale_the_wrong_way_round_is_another_matrix() -> None:
+    """Negative control: scales of 2 x 2 blocks, transposed."""
+    config, tensors = quantised(RAGGED, "fp8")
+    name = "model.layers.0.self_attn.q_a_proj.weight_scale_inv"
+    assert tensors[name].shape == (2, 2)
+    want = load(tensors, config)["dense.mla.q_a"]
+    got = load(tensors | {name: tensors[name].T.copy()}, config)["dense.mla.q_a"]
+    assert np.abs(got - want).max() > 0.02 * np.abs(want).max()
+
+
+def test_layers_may_differ_when_dequantised() -> None:
+    """`modules_to_not_convert` names one layer: it is plain there, which FP8 in memory can't be."""
+    config, tensors = quantised(RAGGED, "fp8")
+    plain = quantise.from_fp8(tensors)
+    name = "model.layers.1.self_attn.o_proj.weight"
+    mixed = {k: v for k, v in tensors.items() if k != f"{name}_scale_inv"} | {name: plain[name]}
+    np.testing.assert_array_equal(load(mixed, config)["moe.mla.o"], load(tensors, config)["moe.mla.o"])
+    with pytest.raises(CheckpointError, match=rf"1 not quantised, which --weights fp8 asks for .*\n  {name}"):
+        load(mixed, config, fp8=True)
+
+
+def change(kind: str, edit: Callable[[quantise.Tensors], Any]) -> str:
+    config, tensors = quantised(RAGGED, kind)
+    tensors = {name: value.copy() for name, value in tensors.items()}
+    edit(tensors)
+    with pytest.raises(CheckpointError) as caught:
+        load(tensors, config)
+    return str(caught.value)
+
+
+Q_A = "model.layers.0.self_attn.q_a_proj.weight"
+EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
+
+
+def test_errors_name_the_tensor() -> None:
+    assert f"{Q_A}: float8_e4m3fn, not bfloat16" in change("fp8", lambda t: t.pop(f"{Q_A}_scale_inv"))
+    message = change("fp8", lambda t: t.update({Q_A: t[Q_A].astype(np.float32)}))
+    assert f"{Q_A}: float32, not float8_e4m3fn" in message
+    message = change("fp8", lambda t: t.update({Q_A: t[Q_A].astype(ml_dtypes.float8_e5m2)}))
+    assert f"{Q_A}: float8_e5m2, not float8_e4m3fn" in message
+    message = change("fp8", lambda t: t.update({f"{Q_A}_scale_inv": np.ones((1, 1), np.float32)}))
+    assert f"{Q_A}_scale_inv: expected [2, 2], got [1, 1]" in message
+    norm = "model.layers.0.input_layernorm.weight_scale_inv"
+    assert f"1 surplus:\n  {norm}" in change("fp8", lambda t: t.update({norm: np.ones((2, 1), np.float32)}))
+    message = change("fp8", lambda t: t[f"{Q_A}_scale_inv"].fill(np.nan))
+    assert message.startswith(f"{Q_A}_scale_inv: a scale is NaN")
+    message = change("fp8", lambda t: t.update({EXPERT: t.pop(f"{EXPERT}_scale_inv") @ np.ones((2, 160), np.float32)}))
+    assert "quantised for some experts of a layer only:\n  model.layers.1.mlp.experts.*.up_proj.weight" in message
+
+    assert f"1 missing:\n  {EXPERT}_scale" in change("int4", lambda t: t.pop(f"{EXPERT}_scale"))
+    assert f"1 missing:\n  {EXPERT}_packed" in change("int4", lambda t: t.pop(f"{EXPERT}_packed"))
+    message = change("int4", lambda t: t.update({f"{EXPERT}_shape": np.array([96, 152])}))
+    assert message == f"{EXPERT}_shape: expected [96, 160], got [96, 152]."
+
+
+def test_unpacked_as_packed() -> None:
+    """All sixteen numbers, in all eight places, with the sign bit of the int32 set and not."""
+    values = np.random.default_rng(0).permutation(np.repeat(np.arange(-8, 8), 8)).reshape(2, 64)
+    packed = np.zeros((2, 8), np.uint32)
+    for i in range(64):
+        packed[:, i // 8] |= ((values[:, i] + 8).astype(np.uint32)) << np.uint32(4 * (i % 8))
+    np.testing.assert_array_equal(unpack_int4(jnp.asarray(packed.view(np.int32)), 1), values)
+    np.testing.assert_array_equal(unpack_int4(jnp.asarray(packed.view(np.int32)).T, 0), values.T)
+
+
+def int4(**weights: Any) -> dict[str, Any]:
+    groups = quantise.INT4_CONFIG["config_groups"]
+    return {"config_groups": {"group_0": groups["group_0"] | {"weights": groups["group_0"]["weights"] | weights}}}
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "message"),
+    [
+        (quantise.FP8_CONFIG, {"quant_method": "awq"}, "quant_method='awq'"),
+        (quantise.FP8_CONFIG, {"fmt": "e5m2"}, "fmt='e5m2' .* reads e4m3"),
+        (quantise.FP8_CONFIG, {"activation_scheme": "static"}, "activation_scheme='static'"),
+        (quantise.FP8_CONFIG, {"weight_block_size": None}, "weight_block_size=None .* per tensor"),
+        (quantise.FP8_CONFIG, {"expert_dtype": "fp4"}, "expert_dtype='fp4'"),
+        (quantise.INT4_CONFIG, {"format": "nvfp4-pack-quantized"}, "format='nvfp4-pack-quantized'"),
+        (quantise.INT4_CONFIG, {"config_groups": {}}, "config_groups={}"),
+        (quantise.INT4_CONFIG, {"kv_cache_scheme": {}}, "kv_cache_scheme={}"),
+        (quantise.INT4_CONFIG, int4(num_bits=8), r"group_0.weights.num_bits=8 .* reads 4"),
+        (quantise.INT4_CONFIG, int4(symmetric=False), "symmetric=False"),
+        (quantise.INT4_CONFIG, int4(actorder="group"), "actorder='group'"),
+        (quantise.INT4_CONFIG, int4(strategy="channel"), "strategy='channel'"),
+        (quantise.INT4_CONFIG, int4(group_size=12), "group_size=12 .* multiple of 8"),
+    ],
+)
+def test_formats_that_cant_be_read(base: dict[str, Any], changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"config.json: quantization_config.*{message}"):
+        ModelConfig.from_hf(RAGGED | {"quantization_config": base | changes})
+
+
+def test_formats_that_can() -> None:
+    def read(config: dict[str, Any]) -> Quantization | None:
+        return ModelConfig.from_hf(RAGGED | {"quantization_config": config}).quantization
+
+    assert read(quantise.FP8_CONFIG) == Quantization("fp8", (128, 128))
+    newer = {
+        "scale_fmt": "ue8m0",
+        "modules_to_not_convert": ["lm_head"],
+    }  # how scales were rounded is nothing to a reader
+    assert read(quantise.FP8_CONFIG | newer) == Quantization("fp8", (128, 128))
+    assert read(quantise.INT4_CONFIG) == Quantization("int4", (1, 32))
+    with pytest.raises(ConfigError, match="moe_intermediate_size=92 must be multiples of 8"):
+        ModelConfig.from_hf(RAGGED | {"moe_intermediate_size": 92, "quantization_config": quantise.INT4_CONFIG})
+    with pytest.raises(ConfigError, match="--weights fp8: the checkpoint is not quantised"):
+        Build(ModelConfig.from_hf(RAGGED), fp8=True)

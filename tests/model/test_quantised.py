@@ -1,0 +1,202 @@
+"""Models whose weights stay in FP8: their logits, their memory, and what the compiled step makes of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jax_mla_cp as mla
+from jax_mla_cp import presets
+from jax_mla_cp.config import ConfigError
+from jax_mla_cp.mesh import MeshShape
+from jax_mla_cp.model import moe
+from jax_mla_cp.model.context import Build
+from jax_mla_cp.model.decoder import Decoder
+from jax_mla_cp.model.handle import Model, weight_bytes
+from jax_mla_cp.planner import Planner
+from jax_mla_cp.quantization import Quantization
+from jax_mla_cp.runner import compile_step
+from tests.checkpoint import quantise
+from tests.checkpoints import BASE, make_checkpoint, read_weights
+from tests.synthetic import Driver
+
+# Nothing is a multiple of 128, heads straddle blocks (see tests/checkpoint/test_quantised.py).
+RAGGED: dict[str, Any] = {
+    "vocab_size": 300, "hidden_size": 160, "intermediate_size": 280, "moe_intermediate_size": 96, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "n_routed_experts": 8, "q_lora_rank": 136, "kv_lora_rank": 120, "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 40, "v_head_dim": 32,
+}  # fmt: skip
+PROMPT = np.random.default_rng(0).integers(0, 300, 240).tolist()
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One model: as it was, quantised, and dequantised again by NumPy."""
+    base = tmp_path_factory.mktemp("quantised")
+    _, original = make_checkpoint(base / "original", **RAGGED)
+    tensors = read_weights(original)
+    paths = {"original": original}
+    for kind, to, back, config in (
+        ("fp8", quantise.to_fp8, quantise.from_fp8, quantise.FP8_CONFIG),
+        ("int4", quantise.to_int4, quantise.from_int4, quantise.INT4_CONFIG),
+    ):
+        stored = to(tensors)
+        paths[kind] = quantise.write(base / kind, original, stored, config)
+        paths[f"{kind} dequantised"] = quantise.write(base / f"{kind}_plain", original, back(stored), None)
+    return paths
+
+
+@pytest.fixture
+def routes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[np.ndarray]]:
+    """What the router of each layer chose, step after step."""
+    seen: list[np.ndarray] = []
+    real = moe.route
+
+    def route(*args: Any) -> Any:
+        chosen = real(*args)
+        jax.debug.callback(lambda expert: seen.append(np.sort(expert, axis=-1)), chosen[0], ordered=True)
+        return chosen
+
+    monkeypatch.setattr(moe, "route", route)
+    jax.clear_caches()
+    yield seen
+    jax.clear_caches()
+
+
+def play(model: Model) -> np.ndarray:
+    """A long prompt, which expands, beside a short one, which is absorbed; in one program."""
+    driver = Driver(model, chunk=512)
+    return driver.step([(driver.request(), PROMPT), (driver.request(), PROMPT[:40])])
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoints: dict[str, Path]) -> dict[str, np.ndarray]:
+    """The logits of the checkpoints that NumPy dequantised."""
+    return {
+        kind: play(mla.load(checkpoints[f"{kind} dequantised"], dtype="float32", weights="bf16")[0])
+        for kind in ("fp8", "int4")
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "mesh", "weights"),
+    [
+        ("fp8", None, "fp8"),
+        ("fp8", "tp=2,cp=2", "fp8"),
+        ("fp8", "tp=2,cp=2", "bf16"),
+        ("int4", "tp=2,cp=2", "fp8"),
+        ("int4", None, "bf16"),
+    ],
+)
+def test_logits_are_those_of_the_dequantised_checkpoint(
+    kind: str, mesh: str | None, weights: Any, checkpoints: dict[str, Path], expected: dict[str, np.ndarray]
+) -> None:
+    on = mla.make_mesh(mesh) if mesh else None
+    model, _ = mla.load(checkpoints[kind], dtype="float32", mesh=on, weights=weights)
+    assert model.build.fp8 == (weights == "fp8")
+    want = expected[kind]
+    np.testing.assert_allclose(play(model), want, atol=1e-5 * np.abs(want).max(), rtol=0)
+
+
+def test_routing(checkpoints: dict[str, Path], routes: list[np.ndarray]) -> None:
+    """FP8 and the dequantised checkpoint choose the same experts; the original, other numbers, not always."""
+
+    def chosen(name: str, weights: Any = "auto") -> np.ndarray:
+        routes.clear()
+        model, _ = mla.load(checkpoints[name], dtype="float32", weights=weights)
+        driver = Driver(model)
+        jax.block_until_ready(driver.step([(driver.request(), PROMPT)]))
+        jax.effects_barrier()
+        return np.stack(routes)[:, : len(PROMPT)]
+
+    want = chosen("fp8 dequantised")
+    assert want.shape == (2, len(PROMPT), 2)
+    np.testing.assert_array_equal(chosen("fp8", "fp8"), want)
+    for kind in ("fp8", "int4"):
+        same = (chosen(f"{kind} dequantised") == chosen("original")).all(-1).mean()
+        print(f"{kind}: {same:.1%} of (layer, token) pairs have the experts of the unquantised model")
+        assert 0.6 < same < 1
+
+
+def test_wrong_scales_are_noticed(
+    checkpoints: dict[str, Path], expected: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    """Negative control: the scales of one matrix the wrong way round."""
+    tensors = quantise.to_fp8(read_weights(checkpoints["original"]))
+    name = "model.layers.1.self_attn.q_a_proj.weight_scale_inv"
+    assert tensors[name].shape == (2, 2)
+    tensors[name] = tensors[name].T
+    path = quantise.write(tmp_path / "wrong", checkpoints["original"], tensors, quantise.FP8_CONFIG)
+    wrong, _ = mla.load(path, dtype="float32", weights="fp8")
+    assert np.abs(play(wrong) - expected["fp8"]).max() > 1e-3 * np.abs(expected["fp8"]).max()
+
+
+def test_what_weights_auto_takes(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def kept(name: str, weights: Any = "auto") -> bool:
+        from jax_mla_cp.load import plan_build
+
+        config = mla.ModelConfig.from_dir(checkpoints[name])
+        return plan_build(config, None, dtype="float32", weights=weights, ep_axes="auto", attention="xla").fp8
+
+    assert [kept(name) for name in ("original", "fp8", "int4")] == [False, False, False]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert [kept(name) for name in ("original", "fp8", "int4")] == [False, True, True]
+    assert not kept("fp8", "bf16")
+    with pytest.raises(ConfigError, match="--weights fp8: the checkpoint is not quantised"):
+        kept("original", "fp8")
+    with pytest.raises(ConfigError, match="--weights must be auto, bf16 or fp8, got 'int8'"):
+        kept("fp8", "int8")
+
+
+def test_weight_bytes_are_those_of_the_arrays(checkpoints: dict[str, Path]) -> None:
+    mesh = mla.make_mesh("tp=2,cp=2")
+    for weights, small in (("fp8", {"uint8", "float32"}), ("bf16", {"float32"})):
+        model, _ = mla.load(checkpoints["fp8"], dtype="float32", mesh=mesh, weights=weights)  # type: ignore[arg-type]
+        leaves = jax.tree.leaves(model.params)
+        assert {leaf.dtype.name for leaf in leaves} == small
+        assert weight_bytes(model.build) == sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
+
+
+def test_memory_of_deepseek_v3() -> None:
+    """The table of docs/checkpoints.md, in GB of a device at tp=8."""
+
+    def size(name: str, quantization: Quantization | None, fp8: bool) -> float:
+        config = dataclasses.replace(presets.model_config(name), quantization=quantization)
+        return weight_bytes(Build(config, MeshShape(tp=8), dtype=jnp.dtype(jnp.bfloat16), fp8=fp8)) / 1e9
+
+    blocks, groups = Quantization("fp8", (128, 128)), Quantization("int4", (1, 32))
+    assert size("deepseek_v3", blocks, True) == pytest.approx(85.4, abs=0.05)
+    assert size("deepseek_v3", blocks, False) == size("deepseek_v3", None, False) == pytest.approx(169.8, abs=0.05)
+    assert size("kimi_k2", groups, True) == pytest.approx(139.9, abs=0.05)
+    assert size("kimi_k2", groups, False) == pytest.approx(258.8, abs=0.05)
+
+
+def test_the_step_dequantises_a_layer_at_a_time() -> None:
+    """Temporaries have the size of a layer, and no float array has the size of a stack of them."""
+    raw = {
+        "model_type": "deepseek_v3",
+        **BASE,
+        **RAGGED,
+        "num_hidden_layers": 9,
+        "quantization_config": quantise.FP8_CONFIG,
+    }
+    c = mla.ModelConfig.from_hf(raw)
+    build = Build(c, fp8=True)
+    model = Model(nnx.state(Decoder(build)), build, None)  # shapes are enough to compile for
+    planner = Planner.create(model, cache_tokens=32, page_size=16)
+    program = compile_step(planner, planner.steps[-1])
+    stats: Any = program.memory_analysis()
+    experts = 4 * c.n_routed_experts * 3 * c.hidden_size * c.moe_intermediate_size  # of a layer, in float32
+    assert experts < stats.temp_size_in_bytes < 3 * experts, "of 8 layers"
+    text = program.as_text()
+    assert re.search(r"u8\[8,8,160,192\]", text), "the stack of gate_up is there, in bytes"
+    assert not re.search(r"(f32|f16|bf16|f8e4m3fn)\[(8,8|64),160,192\]", text)

@@ -1,0 +1,168 @@
+"""A small model with an MTP layer that is often, but not always, right; and an engine that runs requests on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import queue
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jax_mla_cp.batch import Batch, Sampling, Work
+from jax_mla_cp.checkpoint import ArraySource, load_params
+from jax_mla_cp.config import Form, ModelConfig
+from jax_mla_cp.engine import Engine, Event, Finished, Request, Speculation, Token
+from jax_mla_cp.engine.text import TextStream
+from jax_mla_cp.mesh import make_mesh, mesh_shape
+from jax_mla_cp.model.context import EP_CHOICES, Build
+from jax_mla_cp.model.decoder import Decoder
+from jax_mla_cp.model.handle import Model
+from jax_mla_cp.planner import Planner
+from jax_mla_cp.runner import Outcome, Runner
+from jax_mla_cp.step import put
+from tests.random_weights import random_weights
+from tests.synthetic import CONFIG as SYNTHETIC
+from tests.synthetic import REAL_DIMS_CONFIG
+
+CONFIG = dataclasses.replace(
+    SYNTHETIC, vocab_size=12, hidden_size=32, num_layers=2, first_k_dense=0, num_heads=4, q_lora_rank=16, kv_lora_rank=16,
+    intermediate_size=32, moe_intermediate_size=16, num_mtp_layers=1,
+)  # fmt: skip
+REAL_DIMS: dict[str, Any] = {
+    "config": dataclasses.replace(REAL_DIMS_CONFIG, num_layers=2, first_k_dense=0, num_mtp_layers=1),
+    "dtype": jnp.dtype(jnp.bfloat16), "noise": 5.0,
+}  # fmt: skip
+"""A model for the kernels: far from ties, so that bfloat16 says the same in any batch; half of its drafts hold."""
+
+PAGE, RUNNING, CHUNK = 4, 12, 10
+
+
+@functools.cache
+def weights(config: ModelConfig = CONFIG, added: float = 1.0, noise: float = 1.0) -> dict[str, np.ndarray]:
+    """Under Hugging Face names. Tokens follow each other in a circle, unless the layers add something else to them, which
+    they do `added` times; the MTP layer sees the next token, and some of the state by way of random numbers, the `noise`, so
+    that it is right now and then."""
+    made = dict(random_weights(config, 0, mtp=True))
+    rng = np.random.default_rng(3)
+    width = config.hidden_size
+    embed = np.linalg.qr(rng.normal(size=(width, config.vocab_size)))[0].T * np.sqrt(width)
+    made["model.embed_tokens.weight"] = embed
+    made["lm_head.weight"] = np.roll(embed, 1, axis=0) / np.sqrt(width)
+    mixed = noise * rng.normal(size=(width, width)) / np.sqrt(width)
+    made[f"model.layers.{config.num_layers}.eh_proj.weight"] = np.concatenate([np.eye(width), mixed], axis=1)
+    last = ("o_proj.weight", "down_proj.weight")
+    return {name: (added * value if name.endswith(last) else value).astype(np.float32) for name, value in made.items()}
+
+
+def model(
+    mesh: str | None = None, ep: str = "tp", config: ModelConfig = CONFIG, added: float = 1.0, noise: float = 1.0,
+    **build: object,
+) -> Model:  # fmt: skip
+    on = None if mesh is None else make_mesh(mesh)
+    built = Build(config, None if on is None else mesh_shape(on), EP_CHOICES[ep], mtp=True, **build)  # type: ignore[arg-type]
+    return Model(
+        load_params(ArraySource(weights(config, added, noise)), nnx.state(Decoder(built)), config, on), built, on
+    )
+
+
+class OneBucket(Runner):
+    """A runner whose steps are of one size and can be looked into."""
+
+    def __init__(
+        self, model: Model, draft_tokens: int, *, page: int = PAGE, max_len: int = 64, form: Form = "absorbed"
+    ):
+        made = Planner.create(
+            model, cache_tokens=RUNNING * max_len, page_size=page, max_requests=RUNNING, max_len=max_len,
+            prefill_chunk=CHUNK, form=form, draft_tokens=draft_tokens,
+        )  # fmt: skip
+        made = dataclasses.replace(made, buckets=made.buckets[-1:])
+        super().__init__(made, prefill_chunk=CHUNK, max_running=RUNNING, max_model_len=max_len)
+
+    @property
+    def program(self) -> jax.stages.Compiled:
+        """The largest: all of them with `form="absorbed"`, with "expanded" that with keys."""
+        return self._program(self.planner.steps[-1])
+
+    def propose(self, batch: Batch) -> np.ndarray:
+        """Runs a batch as it is: drafts [dp, I, d]."""
+        model = self.planner.model
+        sampled, self._pages = self._program(self.planner.step_of(batch))(model, self._pages, put(model, batch))
+        return np.asarray(sampled.drafts).reshape(self.dp, -1, self.draft_tokens)
+
+    def poison(self) -> None:
+        """The whole cache becomes NaN."""
+        self._pages = jax.jit(lambda pages: pages * jnp.nan, donate_argnums=0)(self._pages)
+
+    def pages(self) -> np.ndarray:
+        return np.asarray(self._pages)
+
+    def latents(self, group: int, pages: Sequence[int]) -> list[np.ndarray]:
+        """[layers, tokens, R + r] in a dp group's pages, as each of its devices has them."""
+        cache, found = self.planner.shape.cache, []
+        for shard in self._pages.addressable_shards:
+            if (shard.index[0].start or 0) == group * cache.total_pages:
+                data = np.asarray(shard.data).reshape(cache.layers, cache.pages_per_layer, cache.page_size, -1)
+                found.append(data[:, list(pages)].reshape(cache.layers, -1, data.shape[-1]))
+        return found
+
+
+class Watched:
+    """A runner whose works and outcomes are shown to `look`, which may change them, work by work."""
+
+    def __init__(self, steps: Runner, look: Callable[[Work, Outcome], object]):
+        self._steps, self._look = steps, look
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._steps, name)
+
+    def step(self, work: Sequence[Sequence[Work]]) -> list[list[Outcome]]:
+        outcomes = self._steps.step(work)
+        for works, results in zip(work, outcomes, strict=True):
+            for one, outcome in zip(works, results, strict=True):
+                self._look(one, outcome)
+        return outcomes
+
+
+@dataclasses.dataclass
+class Run:
+    """What an engine made of requests."""
+
+    tokens: list[list[int]]
+    logprobs: list[list[float]]
+    speculation: Speculation | None
+    idle: bool
+    """No page is lost."""
+
+
+def generate(
+    steps: Runner | Watched,
+    prompts: Sequence[Sequence[int]],
+    count: int | Sequence[int],
+    how: Sequence[Sampling] | None = None,
+) -> Run:
+    """`count` tokens for each prompt, greedy if not told `how`; all requests arrive at once."""
+    events: queue.Queue[tuple[int, Event]] = queue.Queue()
+    engine = Engine(steps)
+    counts = [count] * len(prompts) if isinstance(count, int) else count
+    for i, (prompt, most) in enumerate(zip(prompts, counts, strict=True)):
+        sampling = how[i] if how else Sampling(temperature=0)
+        text, emit = TextStream(None), functools.partial(lambda i, event: events.put((i, event)), i)
+        engine.submit(Request(list(prompt), most, sampling, frozenset(), text, emit))
+    engine.start()
+    run = Run([[] for _ in prompts], [[] for _ in prompts], None, False)
+    left = len(prompts)
+    while left:
+        i, event = events.get(timeout=120)
+        if isinstance(event, Token):
+            run.tokens[i].append(event.token)
+            run.logprobs[i].append(event.logprob)
+        else:
+            assert event == Finished("length", ""), event
+            left -= 1
+    engine.stop(timeout=60)
+    return dataclasses.replace(run, speculation=engine.speculation, idle=engine.idle)
