@@ -6,10 +6,12 @@ import queue
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+
 from jax_mla_cp import platform
 from jax_mla_cp.batch import Sampling
 from jax_mla_cp.bench.table import versions
-from jax_mla_cp.config import ModelConfig
+from jax_mla_cp.config import ConfigError, ModelConfig
 from jax_mla_cp.default_model import DIRECTORY
 from jax_mla_cp.engine import Engine, Event, Failed, Finished, Request
 from jax_mla_cp.engine.text import TextStream
@@ -18,7 +20,7 @@ from jax_mla_cp.eval.score import token_logprobs
 from jax_mla_cp.eval.target import TargetError
 from jax_mla_cp.load import load
 from jax_mla_cp.mesh import make_mesh
-from jax_mla_cp.runner import create_runner
+from jax_mla_cp.runner import Runner, create_runner
 from jax_mla_cp.serve.options import ServeConfig
 from jax_mla_cp.tokenizer import Tokenizer, require_tokenizer
 
@@ -66,8 +68,6 @@ class InProcess:
         self._max_len = max_len
 
     def facts(self) -> dict[str, Any]:
-        import jax
-
         build = self._model.build
         return {
             "model": self._serve.served_model_name,
@@ -75,7 +75,7 @@ class InProcess:
             "devices": self._serve.mesh.devices,
             "mesh": str(self._serve.mesh),
             "dtype": str(build.dtype),
-            "weights": self._serve.weights,
+            "weights": "fp8" if build.fp8 else str(build.dtype),
             "ep_axes": ",".join(build.ep_axes),
             "attention": build.attention,
             "form": self._serve.form,
@@ -84,17 +84,7 @@ class InProcess:
         }
 
     def answer(self, prompts: Sequence[Prompt], max_tokens: int, done: Callable[[int, int, str], None]) -> None:
-        runner = create_runner(
-            self._model,
-            page_size=self._serve.page_size,
-            kv_pages=None,
-            memory_fraction=self._serve.memory_fraction,
-            prefill_chunk=self._serve.prefill_chunk,
-            max_model_len=self._max_len,
-            max_running=_RUNNING,
-            form=self._serve.form,
-        )
-        engine = Engine(runner)
+        engine = Engine(self._runner())
         events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
         for index, prompt in enumerate(prompts):
             engine.submit(self._request(prompt, max_tokens, lambda event, i=index: events.put((i, event))))  # type: ignore[misc]
@@ -112,6 +102,24 @@ class InProcess:
                     done(index, len(prompts[index].tokens), texts[index])
         finally:
             engine.stop()
+
+    def _runner(self) -> Runner:
+        try:
+            return create_runner(
+                self._model,
+                page_size=self._serve.page_size,
+                kv_pages=None,
+                memory_fraction=self._serve.memory_fraction,
+                prefill_chunk=self._serve.prefill_chunk,
+                max_model_len=self._max_len,
+                max_running=_RUNNING,
+                form=self._serve.form,
+            )
+        except ConfigError as error:
+            raise ConfigError(
+                f"--lengths: a prompt and answer of {self._max_len} tokens can't be run on these devices. Use shorter ones, "
+                f"or more devices. ({error})"
+            ) from error
 
     def _request(self, prompt: Prompt, max_tokens: int, emit: Callable[[Event], None]) -> Request:
         return Request(

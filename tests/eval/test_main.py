@@ -52,6 +52,16 @@ def test_a_model_that_fails_ends_the_run_with_what_it_has(
     assert "not complete" in capsys.readouterr().out
 
 
+def test_prompts_that_dont_fit_the_devices_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(in_process.platform, "setup", lambda *_: "cpu")
+    monkeypatch.setattr("jax_mla_cp.runner.device_memory", lambda: 2**20)
+    with pytest.raises(SystemExit, match="2"):
+        main(["--lengths", "512", "--depths", "2", "--perplexity-tokens", "0", "--compile-cache", "off"])
+    assert "--lengths: a prompt and answer of 519 tokens can't be run on these devices" in capsys.readouterr().err
+
+
 BAD = [
     (["--lengths", "1"], "--lengths: must be whole numbers from 2 to"),
     (["--lengths", "30"], "--lengths: fact and question take"),
