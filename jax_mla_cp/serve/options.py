@@ -208,8 +208,8 @@ def add_model_flags(p: argparse.ArgumentParser) -> None:
     model = p.add_argument_group("model")
     model.add_argument("--model", metavar="DIR", type=lambda t: Path(t).expanduser(),
                        help="Hugging Face model directory (config.json, *.safetensors, tokenizer.json), or what `python -m "
-                            "jax_mla_cp.checkpoint convert` made of one; default: a built-in small model with a byte-level "
-                            "tokenizer and random weights")  # fmt: skip
+                            "jax_mla_cp.checkpoint convert` made of one; default: the small model that comes with the "
+                            "program")  # fmt: skip
     model.add_argument(
         "--served-model-name", metavar="NAME", help="what clients send as `model`; default: the directory's name"
     )
