@@ -43,7 +43,7 @@ _RAW: dict[str, Any] = {
     "first_k_dense_replace": 1, "num_attention_heads": 16, "q_lora_rank": 768, "kv_lora_rank": 512,
     "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "intermediate_size": 8192,
     "moe_intermediate_size": 1024, "n_routed_experts": 32, "n_shared_experts": 1, "num_experts_per_tok": 4,
-    "n_group": 4, "topk_group": 2, "max_position_embeddings": 4096,
+    "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "max_position_embeddings": 4096,
 }  # fmt: skip
 _GB = 10**9
 _SHARD = 1 << 30  # bytes of a safetensors file

@@ -41,6 +41,7 @@ from jax_mla_cp.quantization import Weights
 
 _IN_FLIGHT = 256 << 20
 """Bytes that are being written while the next piece is made."""
+_LOCK = f".{MANIFEST}.lock"
 _COPIED = (".json", ".jinja", ".model", ".txt")
 _COPIED_NAMES = ("LICENSE", "NOTICE")
 
@@ -90,10 +91,13 @@ def convert(
             done = _write(tensors, config, targets, begun, progress)
             _remove_leftovers(begun)
             copied = _copy_settings(source, out)
-            files = sha256_files(out, copied + _tree_files(begun))
+            tree = [str(path.relative_to(out)) for path in _tree_files(out / WEIGHTS)]
+            files = sha256_files(out, copied + tree)
             dataclasses.replace(begun, complete=True, files=files).write()
+        except ConfigError:
+            raise
         except (OSError, ValueError) as error:
-            raise _write_error(error, source, out) from error
+            raise _failed(error, source, out) from error
     return done
 
 
@@ -152,7 +156,8 @@ def _check_directories(source: Path, out: Path, *, overwrite: bool) -> None:
         raise ConfigError(f"OUT {out}: is a file. Name another directory.")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if any(out.iterdir()) and not (out / MANIFEST).exists() and not (overwrite and is_converted(out)):
+        foreign = any(not path.name.startswith(f".{MANIFEST}") for path in out.iterdir())
+        if foreign and not (out / MANIFEST).exists() and not (overwrite and is_converted(out)):
             raise ConfigError(
                 f"OUT {out}: is not empty, and not a converted checkpoint that could be continued. Name another directory."
             )
@@ -164,15 +169,19 @@ def _check_directories(source: Path, out: Path, *, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """Holds a lock on the directory, which ends with the process."""
-    held = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise ConfigError(f"OUT {out}: another process is converting to it. Wait for it, or end it.") from None
-    finally:
-        os.close(held)
+    """Holds a lock on a file in the directory. A process that is killed leaves the file, but not the lock."""
+    path = out / _LOCK
+    with path.open("w") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(
+                f"OUT {out}: another process is converting to it ({error.strerror}). Wait for it, or end it."
+            ) from error
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _check_same(old: Converted, new: Converted, source: Path, out: Path) -> None:
@@ -194,8 +203,8 @@ def _check_room(checkpoint: Converted) -> None:
     free = shutil.disk_usage(checkpoint.directory).free
     if missing > free:
         raise CheckpointError(
-            f"OUT {checkpoint.directory}: needs {missing / 1e9:.2f} GB more, its disk has {free / 1e9:.2f} GB free. Make room, or name a "
-            "directory on another disk."
+            f"OUT {checkpoint.directory}: needs {missing / 1e9:.2f} GB more, its disk has {free / 1e9:.2f} GB free. "
+            "Make room, or name a directory on another disk."
         )
 
 
@@ -205,11 +214,9 @@ def _delete(out: Path) -> None:
 
 
 def _make_tree(checkpoint: Converted) -> None:
-    """The Orbax checkpoint without its chunks, all at once: by its being there, a later run knows that it is whole."""
-    final = checkpoint.directory / WEIGHTS
-    new = final.with_suffix(".new")
-    if final.is_dir():
-        return
+    """The Orbax checkpoint without its chunks. Made again by every run, whatever became of it."""
+    weights = checkpoint.directory / WEIGHTS
+    new = weights.with_suffix(".new")
     shutil.rmtree(new, ignore_errors=True)
     tree: dict[str, Any] = {}
     for array in checkpoint.arrays.values():
@@ -224,7 +231,11 @@ def _make_tree(checkpoint: Converted) -> None:
         ocp.save(new.absolute(), tree)
     for array in checkpoint.arrays.values():
         array.open(new, create=True)
-    os.rename(new, final)
+    for path in _tree_files(new):
+        target = weights / path.relative_to(new)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
+    shutil.rmtree(new)
 
 
 def _write(
@@ -321,11 +332,10 @@ def _remove_leftovers(checkpoint: Converted) -> None:
             path.unlink(missing_ok=True)
 
 
-def _tree_files(checkpoint: Converted) -> list[str]:
-    """What the Orbax checkpoint has beside its chunks, relative to the directory."""
-    weights = checkpoint.directory / WEIGHTS
+def _tree_files(weights: Path) -> list[Path]:
+    """What an Orbax checkpoint has beside its chunks."""
     others = [*weights.glob("*"), *weights.glob("state/*"), *weights.glob("state/*/*")]
-    return [str(path.relative_to(checkpoint.directory)) for path in others if path.is_file()]
+    return [path for path in others if path.is_file()]
 
 
 def _copy_settings(source: Path, out: Path) -> list[str]:
@@ -342,7 +352,8 @@ def _copy_settings(source: Path, out: Path) -> list[str]:
     return names
 
 
-def _write_error(error: Exception, source: Path, out: Path) -> CheckpointError:
+def _failed(error: Exception, source: Path, out: Path) -> CheckpointError:
+    """For what the system or TensorStore says while a conversion runs."""
     full = getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
-    what = "its disk is full" if full else f"can't be written: {error}"
+    what = "its disk is full" if full else f"stopped by an error: {error}"
     return CheckpointError(f"OUT {out}: {what}. What is written stays; go on with: {command(source, out)}")

@@ -38,13 +38,14 @@ T = TypeVar("T")
 _MODEL_DTYPES = ("bfloat16", "float16", "float32")
 _BLOCK = 1 << 24  # numbers checked at a time
 _GROUPS = {
-    "routed experts": r"experts\.\d+\.|moe\.mlp\.(gate_up|down)",
-    "shared experts": r"shared",
+    "routed experts": r"\.experts\.\d+\.|(moe|mtp\.layer)\.mlp\.(gate_up|down)",
+    "shared experts": r"shared_experts|\.shared\.",
     "router": r"mlp\.gate\.|mlp\.router|mlp\.bias",
     "norms": r"norm",
     "attention": r"self_attn|\.mla\.",
     "dense MLP": r"mlp",
     "embedding and head": r"embed|head",
+    "multi-token prediction": r"eh_proj|mtp\.project",
 }
 """Parts of the model by names, Hugging Face's or ours; the first that fits."""
 
@@ -220,8 +221,9 @@ def _verify(source: Converted | SafetensorsSource, tensors: list[_Tensor], probl
                 _stored_blocks(source, tensor) if isinstance(source, Converted) else _blocks(source.read(tensor.name))
             )
             for block in blocks:
-                if isinstance(block, CheckpointError):
-                    problems.append(str(block))
+                if isinstance(block, str):
+                    if not any(block.partition(": ")[0] in problem for problem in problems):
+                        problems.append(block)
                     continue
                 bad += _not_finite(block)
                 total += block.nbytes
@@ -232,20 +234,20 @@ def _verify(source: Converted | SafetensorsSource, tensors: list[_Tensor], probl
     return {"bytes": total, "seconds": seconds, "gb_per_s": total / 1e9 / seconds, "checksums": converted}
 
 
-def _stored_blocks(checkpoint: Converted, tensor: _Tensor) -> Iterator[NDArray[Any] | CheckpointError]:
-    """Chunk by chunk."""
+def _stored_blocks(checkpoint: Converted, tensor: _Tensor) -> Iterator[NDArray[Any] | str]:
+    """Chunk by chunk; what can't be read, as what is wrong with it."""
     array = checkpoint.arrays[tensor.name]
     try:
         store = checkpoint.open(tensor.name)
     except CheckpointError as error:
-        yield error
+        yield str(error)
         return
     for starts in itertools.product(*map(range, (0,) * len(array.shape), array.shape, array.chunk)):
         part = tuple(slice(at, min(at + n, size)) for at, n, size in zip(starts, array.chunk, array.shape, strict=True))
         try:
             yield store[part].read().result()
         except ValueError as error:
-            yield checkpoint.read_error(error)
+            yield checkpoint.read_problem(error)
 
 
 def _blocks(values: NDArray[Any]) -> Iterator[NDArray[Any]]:

@@ -125,7 +125,10 @@ def updater(sharding: NamedSharding | None, decode: Decode) -> Any:
     """Jitted `(parameter, operands, start) -> parameter`, in place; `start` counts within each device's own part."""
 
     def update(parameter: jax.Array, operands: tuple[jax.Array, ...], start: jax.Array) -> jax.Array:
-        return lax.dynamic_update_slice(parameter, decode(*operands), list(start))
+        # As bits: XLA:CPU updates bfloat16 in float32, to which it converts the whole parameter and back, for every tensor.
+        bits = jnp.dtype(f"uint{8 * parameter.dtype.itemsize}")
+        whole, part = (lax.bitcast_convert_type(x, bits) for x in (parameter, decode(*operands)))
+        return lax.bitcast_convert_type(lax.dynamic_update_slice(whole, part, list(start)), parameter.dtype)
 
     if sharding is not None:
         specs = (sharding.spec, sharding.spec, PartitionSpec())

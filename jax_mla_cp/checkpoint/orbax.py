@@ -236,11 +236,15 @@ class Converted:
 
     def read_error(self, error: ValueError) -> CheckpointError:
         """What TensorStore says of a chunk that it can't read, as an error that names the file."""
+        return self.error([self.read_problem(error)])
+
+    def read_problem(self, error: ValueError) -> str:
+        """The same in a line: "PATH: what is wrong"."""
         text = str(error)
         file = re.search(r'local file "([^"]+)"', text)
         if "Digest mismatch" in text:
-            text = "its checksum is wrong. Delete it"
-        return self.error([f"{file[1] if file else self.directory / WEIGHTS}: {text}"])
+            text = "its checksum is wrong; delete it before the repair"
+        return f"{file[1] if file else self.directory / WEIGHTS}: {text}"
 
 
 def is_converted(directory: Path) -> bool:

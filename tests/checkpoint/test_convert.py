@@ -142,9 +142,12 @@ def test_complete_is_left_alone_and_repaired(source: Path, out: Path) -> None:
     done = convert(source, out, progress=False)
     assert done.kept == done.pieces
     (out / "weights/state/head/c/0/0").unlink()
-    (out / "config.json").write_text("{")
+    for name in ("config.json", "weights/state/_METADATA", "weights/state/embed/zarr.json"):
+        (out / name).write_text("{")
+    (out / "weights/_CHECKPOINT_METADATA").unlink()
     done = convert(source, out, progress=False)
     assert done.kept == done.pieces - 1
+    mla.load(out, progress=False)
     open_converted(out)
     assert chunks(out) == before
 
