@@ -43,7 +43,7 @@ class ServeConfig:
     form: Form = "auto"
     page_size: int = 64
     kv_pages: int | None = None
-    memory_fraction: float = 0.9
+    memory_fraction: float | None = None
     prefill_chunk: int = 2048
     max_model_len: int | None = None
     max_running: int = 32
@@ -64,8 +64,9 @@ class ServeConfig:
             _one_of(name, getattr(self, name), get_args(kind))
         for name, (low, high) in _WHOLE.items():
             _whole(name, getattr(self, name), low, high)
-        if not (math.isfinite(self.memory_fraction) and 0 < self.memory_fraction <= 1):
-            raise ConfigError(f"--memory-fraction: must be above 0 and at most 1, got {self.memory_fraction}. Try 0.9.")
+        fraction = self.memory_fraction
+        if fraction is not None and not (math.isfinite(fraction) and 0 < fraction <= 1):
+            raise ConfigError(f"--memory-fraction: must be above 0 and at most 1, got {fraction}. Try 0.9.")
         if not self.host.strip():
             raise ConfigError(
                 "--host: must be an address or a host name, got ''. Use 127.0.0.1, or 0.0.0.0 for all interfaces."
@@ -253,7 +254,8 @@ def _add_server_flags(p: argparse.ArgumentParser) -> None:
         "--kv-pages", metavar="N", type=_int_or_auto, help="pages of the cache; auto: what --memory-fraction allows"
     )
     memory.add_argument("--memory-fraction", metavar="F", type=_float,
-                        help="share of a device's memory for weights, temporaries and cache (default: 0.9)")  # fmt: skip
+                        help="share of a device's memory for weights, temporaries and cache (default: 0.9 of a GPU's, half of "
+                             "the RAM that is free, which virtual CPU devices share)")  # fmt: skip
     memory.add_argument("--max-model-len", metavar="N", type=_int_or_auto,
                         help="longest prompt and continuation; auto: the smaller of the model's and what the pages hold")  # fmt: skip
     memory.add_argument("--max-running", metavar="N", type=_int, help="most requests at a time (default: 32)")
