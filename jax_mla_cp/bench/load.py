@@ -216,10 +216,10 @@ def _anonymous() -> int:
 
 
 def _drop_from_page_cache(directory: Path) -> None:
-    os.sync()
-    gc.collect()  # a mapped file stays
+    gc.collect()  # what is mapped stays
     for path in directory.rglob("*"):
         if path.is_file():
             file = os.open(path, os.O_RDONLY)
+            os.fsync(file)  # what is not on the disk stays too
             os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(file)

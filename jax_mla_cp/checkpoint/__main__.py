@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import signal
 import sys
 from collections.abc import Sequence
@@ -22,7 +21,6 @@ from jax_mla_cp.quantization import Weights
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Exit code 0; 1 for a checkpoint that isn't sound; 2 for a setting that can't work; 130 after Ctrl-C."""
     args = _parser().parse_args(argv)
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of what it merges
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         return _convert(args) if args.command == "convert" else _inspect(args)

@@ -14,6 +14,7 @@ import errno
 import fcntl
 import hashlib
 import itertools
+import logging
 import math
 import os
 import shutil
@@ -227,7 +228,7 @@ def _make_tree(checkpoint: Converted) -> None:
         node[last] = np.zeros((1,) * len(array.shape), array.dtype)
     context = ocp.Context()
     context.array.saving.use_ocdbt = False  # a directory for each array, in which TensorStore can replace it
-    with context:
+    with context, _without_warnings():
         ocp.save(new.absolute(), tree)
     for array in checkpoint.arrays.values():
         array.open(new, create=True)
@@ -236,6 +237,18 @@ def _make_tree(checkpoint: Converted) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, target)
     shutil.rmtree(new)
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Orbax warns that there is nothing to merge, as it should be."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _write(

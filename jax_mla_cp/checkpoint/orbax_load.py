@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+import mmap
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -200,9 +201,7 @@ def _read(store: ts.TensorStore, bounds: Bounds) -> tuple[NDArray[Any], ts.Write
     """A buffer, and what fills it with the stored part; the rest is padding, and zero."""
     shape = tuple(end - begin for begin, end in bounds)
     there = tuple(max(min(end, size) - begin, 0) for (begin, end), size in zip(bounds, store.shape, strict=True))
-    buffer = _aligned(shape, store.dtype.numpy_dtype)
-    if there != shape:
-        buffer.fill(0)
+    buffer = _buffer(shape, store.dtype.numpy_dtype)
     if not all(there):
         return buffer, None
     stored = store[tuple(slice(begin, begin + size) for (begin, _), size in zip(bounds, there, strict=True))]
@@ -210,12 +209,15 @@ def _read(store: ts.TensorStore, bounds: Bounds) -> tuple[NDArray[Any], ts.Write
     return buffer, into.write(stored[ts.d[:].translate_to[0]])
 
 
-def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """JAX takes over an array on a CPU as it is if it begins at a multiple of 64 bytes, and copies it otherwise."""
-    nbytes = math.prod(shape) * dtype.itemsize
-    memory = np.empty(nbytes + 64, np.uint8)
-    at = -memory.ctypes.data % 64
-    return memory[at : at + nbytes].view(dtype).reshape(shape)
+def _buffer(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Zeros, aligned so that JAX takes them over on a CPU as they are, which it does at multiples of 64 bytes.
+
+    Not NumPy's memory: NumPy asks for huge pages, and in a memory full of page cache, as after reading a checkpoint, Linux
+    may move pages about for seconds to make room for them.
+    """
+    count = math.prod(shape)
+    memory = mmap.mmap(-1, max(count * dtype.itemsize, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(memory, dtype, count).reshape(shape)
 
 
 def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
