@@ -18,7 +18,7 @@ from jax_mla_cp.cache import PAGES_SPEC
 from jax_mla_cp.config import ConfigError, Form, ModelConfig
 from jax_mla_cp.model.handle import Model, weight_bytes
 from jax_mla_cp.planner import Planner
-from jax_mla_cp.platform import device_memory
+from jax_mla_cp.platform import default_memory_fraction, device_memory
 from jax_mla_cp.sampling import SampledArrays
 from jax_mla_cp.step import put, step
 
@@ -156,7 +156,7 @@ def create_runner(
     *,
     page_size: int,
     kv_pages: int | None,
-    memory_fraction: float,
+    memory_fraction: float | None,
     prefill_chunk: int,
     max_model_len: int | None,
     max_running: int,
@@ -168,6 +168,7 @@ def create_runner(
     Args:
       kv_pages: pages per dp group; None: what `memory_fraction` of a device leaves after the weights and the largest
         step's temporaries, but no more than `max_running` requests of the model's full length could fill.
+      memory_fraction: None: `platform.default_memory_fraction`.
       max_model_len: None: the smaller of the model's length and what the pages hold.
       max_running: requests at a time, per dp group.
       draft_tokens: as in `Planner.create`.
@@ -175,6 +176,8 @@ def create_runner(
     Raises:
       ConfigError: the pages asked for don't fit, or not even one does, or `max_model_len` is more than the pages hold.
     """
+    if memory_fraction is None:
+        memory_fraction = default_memory_fraction()
     longest = model.config.max_position if max_model_len is None else max_model_len
     if longest > model.config.max_position:
         raise ConfigError(

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
@@ -21,6 +23,9 @@ from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.handle import Model, param_specs
 from jax_mla_cp.sampling import SampledArrays, sample
 from jax_mla_cp.speculation import propose
+
+_SCORED_AT_ONCE = 256
+"""Tokens whose logits `score` has in memory at a time: of 129K words, 132 MB."""
 
 
 def forward(
@@ -57,6 +62,31 @@ def step(model: Model, pages: jax.Array, batch: Batch) -> tuple[SampledArrays, j
                 drafts, pages = propose(decoder, hidden, pages, batch, sampled.token)
                 sampled = dataclasses.replace(sampled, drafts=drafts)
         return sampled, pages
+
+    return _run(run, (PartitionSpec(TOKENS), PAGES_SPEC), model, pages, batch)
+
+
+def score(model: Model, pages: jax.Array, batch: Batch) -> tuple[Float[Array, " T"], jax.Array]:
+    """Runs a batch: the log-probability of each token's next one, and the cache with the step's latents.
+
+    Returns:
+      float32, in the places of `batch.next_tokens`; it means nothing where that is -1 or there is no token.
+    """
+
+    def run(decoder: Decoder, pages: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        hidden, pages = decoder(pages, batch)
+        tokens = hidden.shape[0]
+        size = min(_SCORED_AT_ONCE, tokens)
+
+        def block(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+            hidden, token = inputs
+            logprobs = jax.nn.log_softmax(decoder.logits(hidden))
+            return jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
+
+        with jax.named_scope("score"):
+            hidden = jnp.pad(hidden, ((0, -tokens % size), (0, 0))).reshape(-1, size, hidden.shape[1])
+            following = jnp.pad(batch.next_tokens, (0, -tokens % size)).reshape(-1, size)
+            return lax.map(block, (hidden, following)).reshape(-1)[:tokens], pages
 
     return _run(run, (PartitionSpec(TOKENS), PAGES_SPEC), model, pages, batch)
 

@@ -19,6 +19,7 @@ import pytest
 from jax_mla_cp import presets
 from jax_mla_cp.checkpoint import expected_shapes
 from jax_mla_cp.config import ConfigError
+from jax_mla_cp.default_model import DIRECTORY
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ["deepseek_r1", "deepseek_v2", "deepseek_v2_lite", "deepseek_v3", "kimi_k2", "kimi_k25", "tiny"]
@@ -110,8 +111,13 @@ def check_contents(wheel: Path, extensions: int) -> None:
     configs = {f"jax_mla_cp/configs/{path.name}" for path in (ROOT / "configs").iterdir()}
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "jax_mla_cp").rglob("*.py*")}
     sources = {name for name in sources if name.endswith((".py", ".pyi"))}
+    data = {"jax_mla_cp/py.typed", "jax_mla_cp/eval/heldout.txt.xz"} | {
+        f"jax_mla_cp/default_model/{path.name}"
+        for path in DIRECTORY.iterdir()
+        if path.suffix in (".json", ".md", ".safetensors")
+    }
     package = {name for name in inside if ".dist-info/" not in name}
-    assert package == configs | sources | {"jax_mla_cp/py.typed"} | objects
+    assert package == configs | sources | data | objects
     licences = {name.partition("/licenses/")[2] for name in inside if "/licenses/" in name}
     assert licences == {"LICENSE", "THIRD_PARTY_NOTICES.md"}
 

@@ -109,7 +109,7 @@ def _serve(config: ServeConfig, listener: socket.socket) -> None:
     )
     log.info(
         "loaded %s: %s%s, experts over %s, attention in %s (%.1f s)",
-        config.model or "the built-in model (random weights: what it says is noise)",
+        config.model or "the built-in model (it finds passkeys and continues technical English, no more)",
         model.build.dtype, ", weights in FP8" if model.build.fp8 else "", ",".join(model.build.ep_axes),
         _ATTENTION[model.build.attention], time.perf_counter() - started,
     )  # fmt: skip

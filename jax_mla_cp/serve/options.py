@@ -43,7 +43,7 @@ class ServeConfig:
     form: Form = "auto"
     page_size: int = 64
     kv_pages: int | None = None
-    memory_fraction: float = 0.9
+    memory_fraction: float | None = None
     prefill_chunk: int = 2048
     max_model_len: int | None = None
     max_running: int = 32
@@ -64,8 +64,9 @@ class ServeConfig:
             _one_of(name, getattr(self, name), get_args(kind))
         for name, (low, high) in _WHOLE.items():
             _whole(name, getattr(self, name), low, high)
-        if not (math.isfinite(self.memory_fraction) and 0 < self.memory_fraction <= 1):
-            raise ConfigError(f"--memory-fraction: must be above 0 and at most 1, got {self.memory_fraction}. Try 0.9.")
+        fraction = self.memory_fraction
+        if fraction is not None and not (math.isfinite(fraction) and 0 < fraction <= 1):
+            raise ConfigError(f"--memory-fraction: must be above 0 and at most 1, got {fraction}. Try 0.9.")
         if not self.host.strip():
             raise ConfigError(
                 "--host: must be an address or a host name, got ''. Use 127.0.0.1, or 0.0.0.0 for all interfaces."
@@ -127,7 +128,7 @@ def _whole(name: str, value: object, low: int, high: int) -> None:
         raise ConfigError(f"{_flag(name)}: must be a whole number from {low} to {high}, got {value!r}.")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Errors in one line, like those of the checks behind it."""
 
     def error(self, message: str) -> NoReturn:
@@ -189,7 +190,7 @@ endpoints:
 
 
 def _parser() -> argparse.ArgumentParser:
-    p = _Parser(
+    p = Parser(
         prog="python -m jax_mla_cp.serve",
         description="Serves an MLA model with prefill context parallelism, for OpenAI clients.",
         epilog=_EPILOG,
@@ -197,11 +198,19 @@ def _parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,  # the defaults are ServeConfig's
         allow_abbrev=False,
     )
+    add_model_flags(p)
+    _add_server_flags(p)
+    return p
+
+
+def add_model_flags(p: argparse.ArgumentParser) -> None:
+    """The flags that say what model runs on what devices and in what steps, fields of `ServeConfig`: other programs have
+    them too."""
     model = p.add_argument_group("model")
     model.add_argument("--model", metavar="DIR", type=lambda t: Path(t).expanduser(),
                        help="Hugging Face model directory (config.json, *.safetensors, tokenizer.json), or what `python -m "
-                            "jax_mla_cp.checkpoint convert` made of one; default: a built-in small model with a byte-level "
-                            "tokenizer and random weights")  # fmt: skip
+                            "jax_mla_cp.checkpoint convert` made of one; default: the small model that comes with the "
+                            "program")  # fmt: skip
     model.add_argument(
         "--served-model-name", metavar="NAME", help="what clients send as `model`; default: the directory's name"
     )
@@ -225,21 +234,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     devices.add_argument("--form", metavar="{auto,expanded,absorbed}",
                          help="of MLA attention: over per-head keys or over latents; auto: by each request's shape")  # fmt: skip
-    memory = p.add_argument_group("memory and schedule, each per dp group")
-    memory.add_argument(
+    steps = p.add_argument_group("steps")
+    steps.add_argument(
         "--page-size",
         metavar="N",
         type=_int,
         help="tokens of a cache page; FlashAttention-3 needs a multiple of 64 (default: 64)",
     )
+    steps.add_argument("--prefill-chunk", metavar="N", type=_int,
+                       help="most prompt tokens of a dp group in a step; longer prompts take several, with decoding in between "
+                            "(default: 2048)")  # fmt: skip
+    steps.add_argument("--compile-cache", metavar="{auto,off,DIR}",
+                       help=f"where compiled programs are kept (default: {default_compile_cache()})")  # fmt: skip
+
+
+def _add_server_flags(p: argparse.ArgumentParser) -> None:
+    memory = p.add_argument_group("memory and schedule, each per dp group")
     memory.add_argument(
         "--kv-pages", metavar="N", type=_int_or_auto, help="pages of the cache; auto: what --memory-fraction allows"
     )
     memory.add_argument("--memory-fraction", metavar="F", type=_float,
-                        help="share of a device's memory for weights, temporaries and cache (default: 0.9)")  # fmt: skip
-    memory.add_argument("--prefill-chunk", metavar="N", type=_int,
-                        help="most prompt tokens in a step; longer prompts take several, with decoding in between "
-                             "(default: 2048)")  # fmt: skip
+                        help="share of a device's memory for weights, temporaries and cache (default: 0.9 of a GPU's, half of "
+                             "the RAM that is free, which virtual CPU devices share)")  # fmt: skip
     memory.add_argument("--max-model-len", metavar="N", type=_int_or_auto,
                         help="longest prompt and continuation; auto: the smaller of the model's and what the pages hold")  # fmt: skip
     memory.add_argument("--max-running", metavar="N", type=_int, help="most requests at a time (default: 32)")
@@ -253,8 +269,6 @@ def _parser() -> argparse.ArgumentParser:
     start = p.add_argument_group("start")
     start.add_argument("--warmup", action=argparse.BooleanOptionalAction,
                        help="compile every program before serving, behind a progress bar; without, each at its first use")  # fmt: skip
-    start.add_argument("--compile-cache", metavar="{auto,off,DIR}",
-                       help=f"where compiled programs are kept (default: {default_compile_cache()})")  # fmt: skip
     start.add_argument("--seed", metavar="N", type=_int,
                        help="the seed of requests that carry none (default: a fresh one each)")  # fmt: skip
     http = p.add_argument_group("HTTP")
@@ -263,4 +277,3 @@ def _parser() -> argparse.ArgumentParser:
     http.add_argument(
         "--log-level", metavar="{debug,info,warning,error}", help="default: info; prompts and answers are never logged"
     )
-    return p

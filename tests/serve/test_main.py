@@ -18,6 +18,10 @@ import httpx
 import openai
 import pytest
 
+from jax_mla_cp.config import ModelConfig
+from jax_mla_cp.default_model import DIRECTORY
+from jax_mla_cp.eval.heldout import heldout_text
+from jax_mla_cp.eval.passkey import Passkey
 from jax_mla_cp.serve.completions import token_name
 from jax_mla_cp.tokenizer import Tokenizer
 from tests.checkpoints import hf_generate
@@ -37,6 +41,12 @@ def url_of(process: subprocess.Popen[str]) -> str:
     match = re.search(r"ready in \d+ s: (http://\S+)/v1", line)
     assert match, f"{line}{process.stderr.read()}"
     return match[1]
+
+
+def built_in_tokenizer() -> Tokenizer:
+    tokenizer = Tokenizer.from_dir(DIRECTORY, ModelConfig.from_dir(DIRECTORY).vocab_size)
+    assert tokenizer is not None
+    return tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +74,23 @@ def test_the_built_in_model_answers_eight_at_once(tiny: str) -> None:
         answers = list(pool.map(both, [1, 7, 30, 100, 500, 1000, 2000, 3000]))
     for streamed, whole in answers:
         assert streamed == whole, "the same seed gives the same text in any batch"
-    text = client.completions.create(model=model, prompt="Context parallelism is", max_tokens=8, temperature=0)
-    assert text.usage is not None and text.usage.prompt_tokens == 23
+    prompt = "Context parallelism is"
+    text = client.completions.create(model=model, prompt=prompt, max_tokens=8, temperature=0)
+    assert text.usage is not None and text.usage.prompt_tokens == len(built_in_tokenizer().encode(prompt))
     assert httpx.get(f"{tiny}/health").status_code == 200
+
+
+def test_a_passkey_in_8k_tokens(tiny: str) -> None:
+    client = openai.OpenAI(base_url=f"{tiny}/v1", api_key="none", max_retries=0, timeout=300)
+    key, wrong = Passkey("amber falcon", "48213"), Passkey("amber otter", "90577")
+    lines = heldout_text().splitlines()
+    length = len(built_in_tokenizer().encode("\n".join(lines[:400]))) / 400
+    lines = lines[: int(8100 / length)]
+    lines[len(lines) // 3], lines[len(lines) // 2] = key.fact(), wrong.fact()
+    prompt = "\n".join([*lines, key.question()])
+    answer = client.completions.create(model="jax-mla-cp-tiny", prompt=prompt, max_tokens=6, temperature=0)
+    assert answer.usage is not None and 7000 < answer.usage.prompt_tokens < 9500
+    assert answer.choices[0].text.strip() == "48213"
 
 
 def test_speculation_changes_no_answer(tiny: str) -> None:
@@ -136,9 +160,9 @@ BAD = [
     (["--prefill-chunk", "0"], "--prefill-chunk"),
     (["--memory-fraction", "1.5"], "at most 1"),
     (["--kv-pages", "99999999"], "Use at most that many"),
-    (["--max-model-len", "9000"], "8192 positions"),
+    (["--max-model-len", "30000"], "20480 positions"),
     (["--max-model-len", "500", "--kv-pages", "2"], "2 pages of 64 hold 128 tokens"),
-    (["--attention", "fa3"], "--attention fa3: its kernels are for kv_lora_rank=512, the model has 32"),
+    (["--attention", "fa3"], "--attention fa3: its kernels are for bfloat16, the model runs in float32"),
     (["--platform", "cuda"], "finds no GPU"),
     (["--ep-axes", "cp"], "--ep-axes"),
     (["--dtype", "float16"], "--dtype"),

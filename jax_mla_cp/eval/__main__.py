@@ -1,0 +1,129 @@
+"""python -m jax_mla_cp.eval: `--help` tells what it measures and how."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from jax_mla_cp.config import ConfigError
+from jax_mla_cp.default_model import DIRECTORY
+from jax_mla_cp.eval.heldout import heldout_text
+from jax_mla_cp.eval.options import Options, parse
+from jax_mla_cp.eval.picture import draw
+from jax_mla_cp.eval.prompts import Prompt, Text, even_depths
+from jax_mla_cp.eval.report import Report
+from jax_mla_cp.eval.target import CannotScore, Target, TargetError
+from jax_mla_cp.serve.options import fail
+from jax_mla_cp.tokenizer import Tokenizer, require_tokenizer
+
+_ANSWER_TOKENS = 7
+"""A space, five digits and one character more, if every one is a token: a longer number is seen to be another one."""
+_ANY_VOCAB = 2**31
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the evaluation. Exit code 0; 1 if the model or the server failed; 2 for a setting that can't work; 130 after Ctrl-C."""
+    options = parse(argv)
+    try:
+        return _run(options, sys.argv[1:] if argv is None else argv)
+    except ConfigError as error:
+        fail(error)
+    except KeyboardInterrupt:
+        print("\nstopped.", file=sys.stderr)
+        return 130
+
+
+def _run(options: Options, argv: Sequence[str]) -> int:
+    # What is refused is refused before anything is loaded.
+    longest, tokenizer = _limits(options)
+    text = Text(tokenizer, _read(options))
+    prompts = [
+        text.prompt(length, depth, options.seed)
+        for length in sorted(options.lengths)
+        for depth in even_depths(options.depths)
+    ]
+    windows = text.windows(options.perplexity_tokens, longest)
+    target = _target(options, tokenizer)
+    report = Report(prompts, argv)
+    report.facts = {**target.facts(), "text": str(options.text or "held-out documentation"), "seed": options.seed}
+    code = 0
+    try:
+        _measure(target, prompts, windows, report)
+    except KeyboardInterrupt:
+        report.stopped, code = "stopped with Ctrl-C", 130
+    except TargetError as error:
+        report.stopped, code = str(error), 1
+    report.show(Console(width=None if sys.stdout.isatty() else 160, highlight=False))
+    if options.json is not None:
+        report.save(options.json)
+    if options.picture is not None:
+        draw(report, options.picture)
+    return code
+
+
+def _limits(options: Options) -> tuple[int, Tokenizer]:
+    """The most tokens of a window, and the tokenizer that counts them.
+
+    Raises:
+      ConfigError: a prompt would be longer than the model can read, or there is no tokenizer.
+    """
+    if options.base_url is not None:
+        return _ANY_VOCAB, require_tokenizer(Tokenizer.from_dir(options.tokenizer or DIRECTORY, _ANY_VOCAB))
+    from jax_mla_cp.eval.in_process import config_and_tokenizer
+
+    config, tokenizer = config_and_tokenizer(options.serve)
+    most = config.max_position - _ANSWER_TOKENS
+    if (longest := max(options.lengths, default=0)) > most:
+        raise ConfigError(
+            f"--lengths {longest}: the model has {config.max_position} positions, of which the answer takes "
+            f"{_ANSWER_TOKENS}. Use lengths of at most {most}, e.g. --lengths 512,{most}."
+        )
+    return config.max_position, tokenizer
+
+
+def _read(options: Options) -> str:
+    if options.text is None:
+        return heldout_text()
+    try:
+        return options.text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--text {options.text}: can't be read as UTF-8 text: {error}") from error
+
+
+def _target(options: Options, tokenizer: Tokenizer) -> Target:
+    if options.base_url is not None:
+        from jax_mla_cp.eval.server import Server
+
+        return Server(options.base_url, tokenizer, name=options.served_model_name, timeout=options.timeout)
+    from jax_mla_cp.eval.in_process import InProcess
+
+    return InProcess(options.serve, max(options.lengths, default=0) + _ANSWER_TOKENS)
+
+
+def _measure(target: Target, prompts: Sequence[Prompt], windows: Sequence[Sequence[int]], report: Report) -> None:
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        if windows:
+            task = progress.add_task("perplexity", total=len(windows))
+            try:
+                report.scored(target.logprobs(windows, lambda: progress.advance(task)))
+            except CannotScore as error:
+                report.no_perplexity = str(error)
+        if prompts:
+            task = progress.add_task("passkeys", total=len(prompts))
+
+            def done(index: int, prompt_tokens: int, text: str) -> None:
+                row = report.answered(index, prompt_tokens, text)
+                state = f"passkeys: {row.length} tokens, depth {row.depth:.2f}"
+                progress.update(task, advance=1, description=state)
+
+            target.answer(prompts, _ANSWER_TOKENS, done)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

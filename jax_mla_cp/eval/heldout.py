@@ -1,0 +1,13 @@
+"""The text that prompts and perplexity are made of unless the user gives one: documentation that the built-in model was
+not trained on."""
+
+from __future__ import annotations
+
+import lzma
+from importlib import resources
+
+
+def heldout_text() -> str:
+    """About 300 KB of plain technical English."""
+    packed = resources.files("jax_mla_cp.eval") / "heldout.txt.xz"
+    return lzma.decompress(packed.read_bytes()).decode()

@@ -1,0 +1,145 @@
+"""The evaluated model in this process: the server's own engine and step, without HTTP."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from jax_mla_cp import platform
+from jax_mla_cp.batch import Sampling
+from jax_mla_cp.bench.table import versions
+from jax_mla_cp.config import ConfigError, ModelConfig
+from jax_mla_cp.default_model import DIRECTORY
+from jax_mla_cp.engine import Engine, Event, Failed, Finished, Request
+from jax_mla_cp.engine.text import TextStream
+from jax_mla_cp.eval.prompts import Prompt
+from jax_mla_cp.eval.score import token_logprobs
+from jax_mla_cp.eval.target import TargetError
+from jax_mla_cp.load import load
+from jax_mla_cp.mesh import make_mesh
+from jax_mla_cp.runner import Runner, create_runner
+from jax_mla_cp.serve.options import ServeConfig
+from jax_mla_cp.tokenizer import Tokenizer, require_tokenizer
+
+_RUNNING = 2
+"""Requests at a time, per dp group: one decodes beside the next one's prefill."""
+
+
+def config_and_tokenizer(serve: ServeConfig) -> tuple[ModelConfig, Tokenizer]:
+    """What can be known before the weights are loaded.
+
+    Raises:
+      ConfigError: the directory's config.json or tokenizer can't be used.
+    """
+    directory = serve.model or DIRECTORY
+    config = ModelConfig.from_dir(directory)
+    return config, require_tokenizer(Tokenizer.from_dir(directory, config.vocab_size))
+
+
+class InProcess:
+    """A loaded model. Implements `jax_mla_cp.eval.target.Target`."""
+
+    def __init__(self, serve: ServeConfig, max_len: int):
+        """Sets up the devices, before JAX's first use, and loads the weights.
+
+        Args:
+          max_len: tokens of the longest prompt and its answer.
+
+        Raises:
+          ConfigError: as `platform.setup` and `load`.
+        """
+        platform.setup(serve.platform, serve.mesh.devices)
+        if serve.compile_cache != "off":
+            auto = serve.compile_cache == "auto"
+            platform.enable_compile_cache(platform.default_compile_cache() if auto else serve.compile_cache)
+        self._serve = serve
+        self._model, tokenizer = load(
+            serve.model,
+            mesh=make_mesh(serve.mesh),
+            dtype=serve.dtype,
+            weights=serve.weights,
+            ep_axes=serve.ep_axes,
+            attention=serve.attention,
+        )
+        self._tokenizer = require_tokenizer(tokenizer)
+        self._max_len = max_len
+
+    def facts(self) -> dict[str, Any]:
+        build = self._model.build
+        return {
+            "model": self._serve.served_model_name,
+            "device": jax.devices()[0].device_kind,
+            "devices": self._serve.mesh.devices,
+            "mesh": str(self._serve.mesh),
+            "dtype": str(build.dtype),
+            "weights": "fp8" if build.fp8 else str(build.dtype),
+            "ep_axes": ",".join(build.ep_axes),
+            "attention": build.attention,
+            "form": self._serve.form,
+            "prefill_chunk": self._serve.prefill_chunk,
+            "versions": versions(),
+        }
+
+    def answer(self, prompts: Sequence[Prompt], max_tokens: int, done: Callable[[int, int, str], None]) -> None:
+        engine = Engine(self._runner())
+        events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
+        for index, prompt in enumerate(prompts):
+            engine.submit(self._request(prompt, max_tokens, lambda event, i=index: events.put((i, event))))  # type: ignore[misc]
+        texts = [""] * len(prompts)
+        left = len(prompts)
+        engine.start()
+        try:
+            while left:
+                index, event = events.get()
+                if isinstance(event, Failed):
+                    raise TargetError(f"{event.message} The log above says why.")
+                texts[index] += event.text
+                if isinstance(event, Finished):
+                    left -= 1
+                    done(index, len(prompts[index].tokens), texts[index])
+        finally:
+            engine.stop()
+
+    def _runner(self) -> Runner:
+        try:
+            return create_runner(
+                self._model,
+                page_size=self._serve.page_size,
+                kv_pages=None,
+                memory_fraction=self._serve.memory_fraction,
+                prefill_chunk=self._serve.prefill_chunk,
+                max_model_len=self._max_len,
+                max_running=_RUNNING,
+                form=self._serve.form,
+            )
+        except ConfigError as error:
+            raise ConfigError(
+                f"--lengths: a prompt and answer of {self._max_len} tokens can't be run on these devices. Use shorter ones, "
+                f"or more devices. ({error})"
+            ) from error
+
+    def _request(self, prompt: Prompt, max_tokens: int, emit: Callable[[Event], None]) -> Request:
+        return Request(
+            prompt=prompt.tokens,
+            max_tokens=max_tokens,
+            sampling=Sampling(temperature=0),
+            stop_tokens=frozenset(self._model.config.eos_token_ids),
+            text=TextStream(self._tokenizer),
+            emit=emit,
+        )
+
+    def logprobs(self, windows: Sequence[Sequence[int]], done: Callable[[], None]) -> list[float]:
+        found: list[float] = []
+        for values in token_logprobs(
+            self._model,
+            windows,
+            page_size=self._serve.page_size,
+            prefill_chunk=self._serve.prefill_chunk,
+            form=self._serve.form,
+        ):
+            found += values.tolist()
+            done()
+        return found

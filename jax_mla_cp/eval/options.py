@@ -1,0 +1,170 @@
+"""The evaluation's flags: one frozen `Options`, checked as far as that goes without a device or a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from jax_mla_cp.config import ConfigError
+from jax_mla_cp.mesh import MeshShape
+from jax_mla_cp.serve.options import Parser, ServeConfig, add_model_flags, fail
+
+_K = 1024
+_PICTURES = (".png", ".pdf", ".svg")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is asked for. A field is the flag of the same name.
+
+    Raises:
+      ConfigError: a value out of bounds, in one line that starts with the flag.
+    """
+
+    serve: ServeConfig = dataclasses.field(default_factory=ServeConfig)
+    """The flags that the server has too: what runs in process."""
+    base_url: str | None = None
+    """The server to ask; None: in process."""
+    served_model_name: str | None = None
+    """Which of that server's models; None: the only one."""
+    tokenizer: Path | None = None
+    lengths: tuple[int, ...] = (512, _K, 2 * _K, 4 * _K, 8 * _K, 16 * _K)
+    depths: int = 10
+    perplexity_tokens: int = 8 * _K
+    text: Path | None = None
+    seed: int = 0
+    timeout: float = 600.0
+    """Seconds that a server may take for one prompt."""
+    picture: Path | None = None
+    json: Path | None = None
+
+    def __post_init__(self) -> None:
+        for flag, values, low, high in (
+            ("--lengths", self.lengths, 2, 1 << 24),
+            ("--depths", (self.depths,), 2, 1000),
+            ("--perplexity-tokens", (self.perplexity_tokens,) if self.perplexity_tokens else (), 2, 1 << 24),
+            ("--seed", (self.seed,), 0, 2**63 - 1),
+        ):
+            for value in values:
+                if not low <= value <= high:
+                    raise ConfigError(f"{flag}: must be whole numbers from {low} to {high}, got {value}.")
+        if len(set(self.lengths)) < len(self.lengths):
+            raise ConfigError(f"--lengths: each once, got {','.join(map(str, self.lengths))}.")
+        if not (self.lengths or self.perplexity_tokens):
+            raise ConfigError("--lengths none --perplexity-tokens 0: nothing is left to do. Leave one of them out.")
+        if not (math.isfinite(self.timeout) and self.timeout > 0):
+            raise ConfigError(f"--timeout: must be a number of seconds above 0, got {self.timeout}.")
+        if self.base_url is not None and not self.base_url.startswith(("http://", "https://")):
+            raise ConfigError(f"--base-url: must be an address like http://127.0.0.1:8000/v1, got {self.base_url!r}.")
+        if self.tokenizer is not None and self.base_url is None:
+            raise ConfigError(
+                "--tokenizer: is for --base-url; a model that runs in process brings its own. Leave it out."
+            )
+        self._check_files()
+
+    def _check_files(self) -> None:
+        if self.tokenizer is not None and not self.tokenizer.is_dir():
+            raise ConfigError(f"--tokenizer: {self.tokenizer} is not a directory. Give the served model's.")
+        if self.text is not None and not self.text.is_file():
+            raise ConfigError(f"--text: {self.text} is not a file. Give a text file (UTF-8).")
+        for flag, file in (("--json", self.json), ("--picture", self.picture)):
+            if file is not None and not file.absolute().parent.is_dir():
+                raise ConfigError(f"{flag} {file}: the directory {file.parent} does not exist. Make it first.")
+        if self.picture is not None:
+            if self.picture.suffix not in _PICTURES:
+                raise ConfigError(f"--picture {self.picture}: must end in {', '.join(_PICTURES)}.")
+            if importlib.util.find_spec("matplotlib") is None:
+                raise ConfigError("--picture: matplotlib is missing. Install it with pip install 'jax-mla-cp[eval]'.")
+
+
+def parse(argv: Sequence[str] | None = None) -> Options:
+    """The flags of a command line. Ends the process with code 2 and one line if they can't work."""
+    values = vars(_parser().parse_args(argv))
+    own = {field.name for field in dataclasses.fields(Options)}
+    served = {name: values.pop(name) for name in list(values) if name not in own}
+    try:
+        if "base_url" in values and (local := sorted(served)):
+            raise ConfigError(
+                f"--{local[0].replace('_', '-')}: is for models that run in process, --base-url is the server's own "
+                "business. Leave one of them out."
+            )
+        if "mesh" in served:
+            served["mesh"] = MeshShape.parse(served["mesh"])
+        if "served_model_name" in values:
+            served["served_model_name"] = values["served_model_name"]
+        return Options(serve=ServeConfig(**served), **values)
+    except ConfigError as error:
+        fail(error)
+
+
+def _whole(text: str) -> int:
+    """K stands for 1024."""
+    digits = text[:-1] if text[-1:] in ("k", "K") else text
+    if not (digits.isascii() and digits.isdigit()):
+        raise argparse.ArgumentTypeError(f"must be whole numbers (K may follow), got {text!r}.")
+    return int(digits) * (1 if digits == text else _K)
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    return () if text == "none" else tuple(_whole(part) for part in text.split(","))
+
+
+def _seconds(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds, got {text!r}.") from None
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
+_EPILOG = """examples:
+  python -m jax_mla_cp.eval                                         the built-in model, in process
+  python -m jax_mla_cp.eval --mesh tp=8,cp=4 --picture map.png      on 32: GPUs, or virtual CPU devices made for it
+  python -m jax_mla_cp.eval --model DIR --lengths 4K,32K,128K --text book.txt --json out.json
+  python -m jax_mla_cp.eval --base-url http://127.0.0.1:8000/v1     a running server: this one, vLLM, SGLang
+
+A passkey (5 digits, with a name) is hidden in a text and asked for at its end, once for each length and depth: greedy
+answers, correct if their first number is the key. Perplexity is over windows of 2048 tokens of the same text.
+
+exit code: 0 done, whatever the score; 1 the model or the server failed; 2 a setting that can't work; 130 Ctrl-C
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    p = Parser(
+        prog="python -m jax_mla_cp.eval",
+        description="Does a model still read its whole context? Passkey retrieval by length and depth, and perplexity.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # the defaults are Options' and ServeConfig's
+        allow_abbrev=False,
+    )
+    test = p.add_argument_group("test")
+    test.add_argument("--lengths", metavar="N,N,...", type=_lengths,
+                      help="tokens of the prompts, or none (default: 512,1K,2K,4K,8K,16K)")  # fmt: skip
+    test.add_argument("--depths", metavar="N", type=_whole,
+                      help="so many depths, evenly from the text's start to its end (default: 10)")  # fmt: skip
+    test.add_argument("--perplexity-tokens", metavar="N", type=_whole,
+                      help="tokens that the perplexity is measured on; 0: none (default: 8K)")  # fmt: skip
+    test.add_argument("--text", metavar="FILE", type=_path,
+                      help="what passkeys are hidden in (default: documentation that comes with the program)")  # fmt: skip
+    test.add_argument("--seed", metavar="N", type=_whole, help="of passkeys and places in the text (default: 0)")
+    out = p.add_argument_group("results")
+    out.add_argument("--json", metavar="FILE", type=_path, help="scores and every answer, as JSON")
+    out.add_argument("--picture", metavar="FILE", type=_path, help="a heat map, length x depth: .png, .pdf or .svg")
+    server = p.add_argument_group("a running server")
+    server.add_argument(
+        "--base-url", metavar="URL", help="of an OpenAI completions server, in place of a model in process"
+    )
+    server.add_argument("--tokenizer", metavar="DIR", type=_path,
+                        help="the model whose tokenizer counts the prompts' tokens (default: the built-in model's)")  # fmt: skip
+    server.add_argument("--timeout", metavar="S", type=_seconds, help="seconds for one prompt (default: 600)")
+    add_model_flags(p)
+    return p

@@ -1,0 +1,74 @@
+"""An OpenAI completions server that reads the prompt instead of a model, with the faults that a test asks for."""
+
+from __future__ import annotations
+
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+
+LOGPROB = -2.0
+"""Of every token: the perplexity is exp(2)."""
+
+
+def answer(prompt: str) -> str:
+    """The key of the name that is asked for."""
+    name = re.findall(r"The pass key for (\w+ \w+) is$", prompt)[0]
+    return f" {re.findall(rf'The pass key for {name} is ([0-9]+)', prompt)[0]}.\n"
+
+
+class Fake:
+    """`change(path, body, reply)` may replace any reply, or wait."""
+
+    def __init__(self, change: Callable[[str, Any, dict[str, Any]], Any] = lambda path, body, reply: reply):
+        self.change = change
+        self.bodies: list[dict[str, Any]] = []
+        self.models = ["fake"]
+
+    def app(self) -> FastAPI:
+        app = FastAPI()
+
+        @app.get("/v1/models")
+        def models() -> Any:
+            return self.change("/models", None, {"data": [{"id": name} for name in self.models]})
+
+        @app.post("/v1/completions")
+        def completions(body: dict[str, Any], request: Request) -> Any:
+            self.bodies.append(body)
+            tokens = len(body["prompt"].split())
+            choice: dict[str, Any] = {
+                "index": 0,
+                "text": answer(body["prompt"]) if not body.get("echo") else body["prompt"],
+            }
+            if body.get("echo"):
+                choice["logprobs"] = {"token_logprobs": [None, *[LOGPROB] * (tokens - 1), -50.0]}
+            return self.change(
+                "/completions", body, {"choices": [choice], "usage": {"prompt_tokens": tokens, "completion_tokens": 1}}
+            )
+
+        return app
+
+
+def refuse(status: int, message: str) -> JSONResponse:
+    return JSONResponse({"error": {"message": message}}, status)
+
+
+@contextmanager
+def running(app: FastAPI) -> Iterator[str]:
+    """The address of a server for the app, with its /v1."""
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="critical", timeout_graceful_shutdown=1))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        server.should_exit = True
+        thread.join(10)

@@ -1,0 +1,81 @@
+"""Log-probabilities of given tokens: those of float64 NumPy, and the same on every mesh."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jax_mla_cp.batch import Batch
+from jax_mla_cp.eval import score
+from jax_mla_cp.eval.score import token_logprobs
+from jax_mla_cp.load import load
+from jax_mla_cp.mesh import make_mesh
+from tests.checkpoints import read_weights
+from tests.reference import forward
+
+Checkpoints = Callable[[str], tuple[dict[str, Any], Path]]
+
+# Three chunks of 50 tokens and less, the last windows shorter: rows of all kinds.
+WINDOWS = [np.random.default_rng(i).integers(0, 512, n).tolist() for i, n in enumerate((150, 130, 101))]
+
+
+@pytest.fixture(scope="module")
+def logprobs(checkpoint: Checkpoints) -> Callable[..., list[np.ndarray]]:
+    @functools.cache
+    def get(mesh: str | None, form: str = "auto") -> list[np.ndarray]:
+        model, _ = load(checkpoint("v3")[1], mesh=make_mesh(mesh) if mesh else None)
+        return list(token_logprobs(model, WINDOWS, page_size=16, prefill_chunk=50, form=form))  # type: ignore[arg-type]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def exact(checkpoint: Checkpoints) -> list[np.ndarray]:
+    path = checkpoint("v3")[1]
+    config, weights = load(path)[0].config, read_weights(path)
+    out = []
+    for window in WINDOWS:
+        logits = forward(config, weights, window[:-1]).logits
+        shifted = logits - logits.max(-1, keepdims=True)
+        every = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+        out.append(every[np.arange(len(window) - 1), window[1:]])
+    return out
+
+
+def furthest(got: list[np.ndarray], want: list[np.ndarray]) -> float:
+    assert [len(g) for g in got] == [len(w) for w in want] == [len(window) - 1 for window in WINDOWS]
+    return max(float(np.abs(g - w).max() / np.abs(w).max()) for g, w in zip(got, want, strict=True))
+
+
+def test_they_are_those_of_float64(logprobs: Callable[..., list[np.ndarray]], exact: list[np.ndarray]) -> None:
+    assert furthest(logprobs(None), exact) < 1e-4
+    moved = [np.roll(w, 1) for w in exact]
+    assert furthest(logprobs(None), moved) > 0.1, "those of the tokens beside them are others"
+
+
+@pytest.mark.parametrize(
+    ("mesh", "form"), [("tp=2,cp=2", "auto"), ("cp=3", "expanded"), ("dp=2", "absorbed"), ("dp=2,cp=2", "auto")]
+)
+def test_they_are_the_same_on_every_mesh(logprobs: Callable[..., list[np.ndarray]], mesh: str, form: str) -> None:
+    assert furthest(logprobs(mesh, form), logprobs(None)) < 1e-5
+
+
+def test_a_wrong_plan_is_noticed(logprobs: Callable[..., list[np.ndarray]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: with the ranks' first rows seeing one key less, the same run gives other numbers."""
+    put = score.put
+
+    def wrong(model: Any, batch: Batch) -> Batch:
+        for rows in (batch.expanded, batch.absorbed):
+            rows.kv_len[rows.kv_len > 1] -= 1
+        return put(model, batch)
+
+    monkeypatch.setattr(score, "put", wrong)
+    want = logprobs(None)
+    logprobs.cache_clear()  # type: ignore[attr-defined]
+    assert furthest(logprobs("tp=2,cp=2"), want) > 1e-3
+    logprobs.cache_clear()  # type: ignore[attr-defined]
