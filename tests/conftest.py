@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
+# A shell without a terminal starts background jobs with Ctrl-C ignored, and they hand that on; the tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # XLA's default ends the process when a rank is 40 s late, which a loaded machine with 32 virtual devices may be.
 _TIMEOUT = "--xla_cpu_collective_call_terminate_timeout_seconds"
