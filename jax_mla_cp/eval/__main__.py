@@ -21,7 +21,8 @@ from jax_mla_cp.tokenizer import Tokenizer, require_tokenizer
 
 _ANSWER_TOKENS = 7
 """A space, five digits and one character more, if every one is a token: a longer number is seen to be another one."""
-_ANY_VOCAB = 2**31
+_NO_LIMIT = 2**31
+"""Of a server's model neither the vocabulary nor the longest window is known."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,7 +72,7 @@ def _limits(options: Options) -> tuple[int, Tokenizer]:
       ConfigError: a prompt would be longer than the model can read, or there is no tokenizer.
     """
     if options.base_url is not None:
-        return _ANY_VOCAB, require_tokenizer(Tokenizer.from_dir(options.tokenizer or DIRECTORY, _ANY_VOCAB))
+        return _NO_LIMIT, require_tokenizer(Tokenizer.from_dir(options.tokenizer or DIRECTORY, _NO_LIMIT))
     from jax_mla_cp.eval.in_process import config_and_tokenizer
 
     config, tokenizer = config_and_tokenizer(options.serve)
