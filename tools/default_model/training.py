@@ -24,7 +24,7 @@ class Stage:
     steps: int
 
 
-STAGES = (Stage(512, 256, 1600), Stage(2048, 64, 1000), Stage(8192, 16, 600), Stage(20480, 8, 420))
+STAGES = (Stage(512, 256, 1400), Stage(2048, 64, 700), Stage(8192, 16, 300), Stage(20480, 8, 260))
 """Retrieval does not extrapolate: what is to be found at 16K must be looked for at more than 16K."""
 PEAK, WARMUP, DECAY_FROM = 2e-3, 300, 0.55
 ROUNDED_FROM = 0.8
