@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from numpy.typing import NDArray
 
+from jax_mla_cp.adjust import Adjust
 from jax_mla_cp.attention.rows import Rows
 from jax_mla_cp.cache import CacheShape
 from jax_mla_cp.config import Form
@@ -22,12 +23,14 @@ from jax_mla_cp.mesh import DP, TOKENS
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. `temperature` 0 is greedy; `top_p` 1 and `top_k` 0 are off."""
+    """How the next token is chosen. `temperature` 0 is greedy; `top_p` 1, `top_k` 0 and `min_p` 0 are off."""
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+    min_p: float = 0.0
+    """Tokens less likely than `min_p` times the most likely one, at this temperature, are not drawn."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +51,10 @@ class Work:
     """Guesses among the tokens: after the token before them and after each of them, a token is sampled."""
     next_token: int | None = None
     """The token that follows, for tokens that end inside a prompt; the MTP layer reads it."""
+    adjust: Adjust | None = None
+    """What is done to the logits before the token after these is chosen. Not with drafts: what it does depends on them."""
+    score: bool = False
+    """The log-probability of the token after each of these is wanted too (`runner.Scored`)."""
 
 
 @dataclasses.dataclass(frozen=True)

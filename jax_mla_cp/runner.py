@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
+from numpy.typing import NDArray
 
 from jax_mla_cp import cache
 from jax_mla_cp.batch import StepShape, Work, batch_specs
@@ -36,6 +37,22 @@ class Sampled:
 
 
 @dataclasses.dataclass(frozen=True)
+class Scored:
+    """For each of a work's tokens, of the token after it: what the model thinks, whatever is adjusted or sampled.
+
+    NaN where the token after it is not known: behind the last one, if the work has no `next_token`, and before drafts.
+    The log-probability of a token that is in the list is the list's float.
+    """
+
+    logprobs: NDArray[np.float32]
+    """[len(work.tokens)]"""
+    top_tokens: NDArray[np.int32]
+    """[len(work.tokens), 20]: the most likely ones. (Fewer, if the vocabulary is smaller.)"""
+    top_logprobs: NDArray[np.float32]
+    """[len(work.tokens), 20]"""
+
+
+@dataclasses.dataclass(frozen=True)
 class Outcome:
     """What a step made of one work."""
 
@@ -43,6 +60,8 @@ class Outcome:
     """Nothing, if the work samples nothing; else the drafts that hold and the token after them."""
     drafts: list[int]
     """Guesses at the tokens that follow, for the request's next step."""
+    scored: Scored | None = None
+    """Of works with `score`."""
 
 
 class Runner:

@@ -1,0 +1,117 @@
+"""What is done to a request's logits before its next token is chosen: penalties, biases, bans and grammars. On the host.
+
+The definitions are those of vLLM (vllm/v1/sample/ops/penalties.py, vllm/model_executor/layers/utils.py): a token of the
+prompt or of the answer is repeated, and its logit x becomes x / r if it is positive and x r if not; a token of the answer
+that occurs c times loses `frequency_penalty * c`, and `presence_penalty` once. A bias is added last.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclasses.dataclass(frozen=True)
+class Adjust:
+    """The changes to one place's logits. A listed token's logit x becomes `(x / scale if x > 0 else x * scale) + add`, any
+    other stays; then whatever the mask does not allow is -inf.
+
+    Which of the arrays' values make sense is looked at before a step (jax_mla_cp/check.py).
+    """
+
+    tokens: NDArray[np.int32]
+    """[n], strictly rising."""
+    add: NDArray[np.float32]
+    """[n]; may be -inf."""
+    scale: NDArray[np.float32]
+    """[n], positive."""
+    mask: NDArray[np.uint32] | None = None
+    """[ceil(V / 32)]: token t is allowed if bit t % 32 of word t // 32 is set. None: all are."""
+
+    def allows_any(self, vocab_size: int) -> bool:
+        """Whether any of the model's tokens is left. A model that gives the others -inf itself is not known here."""
+        never = self.tokens[self.add == -np.inf]
+        if self.mask is None:
+            return len(never) < vocab_size
+        return bool(_without(self.mask, never, vocab_size).any())
+
+
+class Adjuster:
+    """One request's penalties, biases and bans, as its answer grows."""
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        *,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        repetition_penalty: float = 1.0,
+        logit_bias: Mapping[int, float] = {},
+        banned: Collection[int] = (),
+    ):
+        """Args:
+          logit_bias: what is added to a token's logit.
+          banned: tokens that `adjust(ban=True)` rules out: those that would end the answer.
+
+        Raises:
+          ValueError: a number that is not finite, or a repetition penalty that is not positive.
+        """
+        numbers = {"presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty}
+        for name, value in (numbers | {f"logit_bias[{t}]": bias for t, bias in logit_bias.items()}).items():
+            if not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value}.")
+        if not (math.isfinite(repetition_penalty) and repetition_penalty > 0):
+            raise ValueError(f"repetition_penalty must be a positive number, got {repetition_penalty}.")
+        self._presence, self._frequency, self._repetition = presence_penalty, frequency_penalty, repetition_penalty
+        self._counts_answer = presence_penalty != 0 or frequency_penalty != 0
+        seen = np.unique(np.asarray(prompt, np.int32)) if repetition_penalty != 1 else np.zeros(0, np.int32)
+        bias = np.array(sorted(logit_bias), np.int32)
+        self._banned = np.unique(np.array(list(banned), np.int32))
+        # All arrays below are of these tokens.
+        self._tokens = np.unique(np.concatenate([seen, bias, self._banned]))
+        self._bias = np.zeros(len(self._tokens))
+        self._bias[np.searchsorted(self._tokens, bias)] = [logit_bias[token] for token in bias.tolist()]
+        self._count = np.zeros(len(self._tokens), np.int64)
+        self._seen = np.isin(self._tokens, seen)
+
+    def push(self, token: int) -> None:
+        """A token was sampled."""
+        if not self._counts_answer and self._repetition == 1:
+            return
+        at = int(np.searchsorted(self._tokens, token))
+        if at == len(self._tokens) or self._tokens[at] != token:
+            self._tokens = np.insert(self._tokens, at, token)
+            self._bias = np.insert(self._bias, at, 0.0)
+            self._count = np.insert(self._count, at, 0)
+            self._seen = np.insert(self._seen, at, False)
+        self._count[at] += 1
+        self._seen[at] = True
+
+    def adjust(self, ban: bool, mask: NDArray[np.uint32] | None = None) -> Adjust | None:
+        """What the next token's logits need; None: nothing.
+
+        A ban gives way where the mask would leave nothing else: a grammar that has come to its end.
+
+        Args:
+          mask: a grammar's, as in `Adjust`.
+        """
+        add = self._bias - self._frequency * self._count - self._presence * (self._count > 0)
+        scale = np.where(self._seen, self._repetition, 1.0)
+        if ban and (mask is None or _without(mask, self._banned, 32 * len(mask)).any()):
+            add[np.searchsorted(self._tokens, self._banned)] = -np.inf
+        changed = (add != 0) | (scale != 1)
+        if mask is None and not changed.any():
+            return None
+        return Adjust(self._tokens[changed], add[changed].astype(np.float32), scale[changed].astype(np.float32), mask)
+
+
+def _without(mask: NDArray[np.uint32], tokens: NDArray[np.int32], size: int) -> NDArray[np.uint32]:
+    """The mask's words without these tokens, and without bits from `size` on."""
+    left = mask.copy()
+    np.bitwise_and.at(left, tokens // 32, ~(np.uint32(1) << (tokens % 32).astype(np.uint32)))
+    left[size // 32 :] &= np.uint32((1 << size % 32) - 1)
+    return left
