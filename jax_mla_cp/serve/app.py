@@ -10,38 +10,29 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel
 
-from jax_mla_cp.serve import errors
+from jax_mla_cp.serve import errors, health, status
 from jax_mla_cp.serve.completions import Job, Served, tokenize
-from jax_mla_cp.serve.errors import ApiError, LimitBody
+from jax_mla_cp.serve.errors import ApiError
+from jax_mla_cp.serve.guards import Guards
 from jax_mla_cp.serve.schemas import Completion, CompletionRequest, Error, ModelCard, ModelList
+from jax_mla_cp.serve.status import Telemetry
 
 log = logging.getLogger(__name__)
 
-_BODY_LIMIT = 16 << 20  # bytes: a prompt of a million token ids, and room
 
-
-class Acceptance(BaseModel):
-    """Drafts of speculative decoding since the start."""
-
-    drafted: int
-    accepted: int
-    acceptance_rate: float
-
-
-class Health(BaseModel):
-    status: str
-    speculation: Acceptance | None = None
-    """Left out without speculation."""
-
-
-def create_app(served: Served) -> FastAPI:
-    """The ASGI application for a running engine."""
-    refusals: dict[int | str, dict[str, Any]] = {status: {"model": Error} for status in (400, 404, 413, 500, 503)}
+def create_app(served: Served, guards: Guards | None = None, telemetry: Telemetry | None = None) -> FastAPI:
+    """The ASGI application for a running engine. Without `guards`, their defaults; without `telemetry`, no /metrics, no
+    /status and no page."""
+    guards = guards or Guards()
+    codes = (400, 401, 404, 408, 413, 414, 415, 431, 500, 503, 504)
+    refusals: dict[int | str, dict[str, Any]] = {code: {"model": Error} for code in codes}
     app = FastAPI(title="jax_mla_cp", version=version("jax-mla-cp"), responses=refusals)
     errors.install(app)
-    app.add_middleware(LimitBody, limit=_BODY_LIMIT)
+    guards.install(app)
+    health.install(app, served, guards.drain)
+    if telemetry is not None:
+        status.install(app, served, telemetry)
 
     card = ModelCard(id=served.name, created=served.created, max_model_len=served.max_model_len)
 
@@ -67,20 +58,6 @@ def create_app(served: Served) -> FastAPI:
             raise ApiError(404, f"The model {ascii(name)[:100]} does not exist; this server has {served.name!r}.",
                            param="model", code="model_not_found")  # fmt: skip
         return card
-
-    @app.get("/health", response_model_exclude_none=True)
-    async def health() -> Health:
-        if not served.engine.alive:
-            raise ApiError(503, "The engine has stopped; the server's log says why.", code="engine_dead")
-        now = served.engine.speculation
-        if now is None:
-            return Health(status="ok")
-        counts = Acceptance(drafted=now.drafted, accepted=now.accepted, acceptance_rate=now.acceptance_rate)
-        return Health(status="ok", speculation=counts)
-
-    @app.get("/version")
-    async def get_version() -> dict[str, str]:
-        return {"version": version("jax-mla-cp")}
 
     return app
 

@@ -12,9 +12,10 @@ import time
 from collections.abc import AsyncIterator
 
 from jax_mla_cp.batch import Sampling
-from jax_mla_cp.engine import Engine, EngineDead, Event, Failed, Finished, PromptScored, Request, Token
+from jax_mla_cp.engine import Engine, EngineDead, Event, Failed, Finished, PromptScored, QueueFull, Request, Token
 from jax_mla_cp.engine.text import TextStream
-from jax_mla_cp.serve.errors import ApiError, error_body
+from jax_mla_cp.serve import logs
+from jax_mla_cp.serve.errors import ApiError, failure, unavailable
 from jax_mla_cp.serve.schemas import MAX_PROMPTS, Choice, Completion, CompletionRequest, Logprobs, Usage
 from jax_mla_cp.tokenizer import Tokenizer, TokenizerError, require_tokenizer
 
@@ -30,6 +31,9 @@ class Served:
     max_model_len: int
     eos_token_ids: tuple[int, ...]
     seed: int | None
+    queue_timeout: float | None = None
+    """Seconds, as `jax_mla_cp.engine.Request`'s."""
+    request_timeout: float | None = None
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
 
@@ -47,6 +51,8 @@ class Job:
         self._requests = [self._request(i, prompt, seed) for i, prompt in enumerate(prompts)]
         self._offset = [0] * len(prompts)
         self._completion_tokens = 0
+        self._log = logs.current()
+        self._log.prompt_tokens = sum(map(len, prompts))
 
     def _request(self, index: int, prompt: list[int], seed: int | None) -> Request:
         body = self.body
@@ -64,6 +70,8 @@ class Job:
             stop_tokens=frozenset() if body.ignore_eos else frozenset(self._served.eos_token_ids),
             text=TextStream(self._served.tokenizer, body.stops()),
             emit=lambda event: self._deliver(index, event),
+            queue_timeout=self._served.queue_timeout,
+            timeout=self._served.request_timeout,
         )
 
     def _deliver(self, index: int, event: Event) -> None:
@@ -73,10 +81,10 @@ class Job:
 
     def submit(self) -> None:
         try:
-            for request in self._requests:
-                self._served.engine.submit(request)
+            self._served.engine.submit_all(self._requests)
+        except QueueFull as error:
+            raise unavailable(f"The server is busy: {error}", "queue_full") from error
         except EngineDead as error:
-            self.abort()
             raise ApiError(503, f"The server takes no requests: {error}", code="engine_dead") from error
 
     def abort(self) -> None:
@@ -91,6 +99,7 @@ class Job:
             index, event = await self._events.get()
             if isinstance(event, PromptScored):
                 continue
+            self._log.take(index, event)
             self._completion_tokens += isinstance(event, Token)
             left -= isinstance(event, Finished)
             yield index, event
@@ -135,7 +144,7 @@ class Job:
         parts: list[list[Choice]] = [[] for _ in self._requests]
         async for index, event in self.events():
             if isinstance(event, Failed):
-                raise ApiError(500, event.message)
+                raise failure(event.kind, event.message)
             parts[index].append(self.choice(index, event))
         return self.completion([_join(chunks) for chunks in parts], usage=True)
 
@@ -143,7 +152,7 @@ class Job:
         """Server-sent events: a chunk per event, usage if asked for, [DONE]."""
         async for index, event in self.events():
             if isinstance(event, Failed):
-                yield f"data: {json.dumps(error_body(500, event.message))}\n\n"
+                yield f"data: {json.dumps(failure(event.kind, event.message).body)}\n\n"
                 break
             chunk = self.completion([self.choice(index, event)], usage=False)
             yield f"data: {chunk.model_dump_json(exclude={'usage'})}\n\n"

@@ -69,10 +69,14 @@ class Metrics:
     def __init__(self, labels: Labels):
         self._registry = CollectorRegistry()
         self._model = labels.model_name
-        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens computed; those reused from the cache are not.")
+        self._prompt_tokens = self._counter(
+            "prompt_tokens", "Prompt tokens computed; those reused from the cache are not."
+        )
         self._generation_tokens = self._counter("generation_tokens", "Tokens sampled.")
         self._prefill_steps = self._counter("cp_prefill_steps", "Steps that computed prompt tokens.")
-        self._ttft = self._histogram("time_to_first_token_seconds", "From a request's arrival to its first token.", _TTFT)
+        self._ttft = self._histogram(
+            "time_to_first_token_seconds", "From a request's arrival to its first token.", _TTFT
+        )
         self._itl = self._histogram("inter_token_latency_seconds", "Between a request's tokens.", _BETWEEN_TOKENS)
         self._queue = self._histogram("request_queue_time_seconds", "From arrival to the first step.", _REQUEST)
         self._prefill = self._histogram("request_prefill_time_seconds", "From first step to first token.", _REQUEST)
@@ -161,10 +165,11 @@ class _StatusCollector:
 
     def collect(self) -> Iterable[Metric]:
         now = self._status()
-        used = now.pages_total - now.pages_free - now.pages_cached
         yield self._gauge("num_requests_running", "Requests that run.", now.running)
         yield self._gauge("num_requests_waiting", "Requests that wait for pages or a place.", now.waiting)
-        yield self._gauge("kv_cache_usage_perc", "Pages that running requests hold, 1 is all.", used / now.pages_total)
+        yield self._gauge(
+            "kv_cache_usage_perc", "Pages that running requests hold, 1 is all.", now.pages_used / now.pages_total
+        )
         yield self._counter("prefix_cache_queries", "Prompt tokens looked up in the cache.", now.prefix_queries)
         yield self._counter("prefix_cache_hits", "Prompt tokens found in the cache.", now.prefix_hits)
         yield self._counter("num_preemptions", "Requests put back to make room.", now.preemptions)

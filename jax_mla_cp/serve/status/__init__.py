@@ -7,11 +7,12 @@ from fastapi.responses import PlainTextResponse, Response
 
 from jax_mla_cp.serve.completions import Served
 from jax_mla_cp.serve.errors import ApiError
+from jax_mla_cp.serve.status.about import About, describe
 from jax_mla_cp.serve.status.files import read_files
 from jax_mla_cp.serve.status.schemas import Status
-from jax_mla_cp.serve.status.telemetry import About, Telemetry
+from jax_mla_cp.serve.status.telemetry import Telemetry
 
-__all__ = ["About", "Telemetry", "install"]
+__all__ = ["About", "Telemetry", "describe", "install"]
 
 
 def install(app: FastAPI, served: Served, telemetry: Telemetry) -> None:

@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 import time
 
 from jax_mla_cp.engine import Engine
 from jax_mla_cp.engine.observer import RequestReport, StepReport
-from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.serve.metrics import Labels, Metrics, balance
+from jax_mla_cp.serve.status.about import About
 from jax_mla_cp.serve.status.prompts import Prompts
 from jax_mla_cp.serve.status.recent import Latencies, Rates
 from jax_mla_cp.serve.status.schemas import Latency, MeshSize, Model, Pages, Percentiles, Prefill, Speculation, Status
-
-
-@dataclasses.dataclass(frozen=True)
-class About:
-    """What of the server never changes."""
-
-    model_name: str
-    max_model_len: int
-    chat: bool
-    """The model has a chat template."""
-    mesh: MeshShape
-    facts: dict[str, str]
-    """What else people ask: versions, device, dtype. Keys are label names of Prometheus: letters, digits and _."""
 
 
 class Telemetry:
@@ -72,11 +58,10 @@ class Telemetry:
 
     def status(self, engine: Engine) -> Status:
         """All of it, as of now."""
-        now, about = engine.status(), self.about
-        used = now.pages_total - now.pages_free - now.pages_cached
+        now, about, unhealthy = engine.status(), self.about, engine.unhealthy_reason
         return Status(
-            healthy=engine.alive and engine.unhealthy_reason is None,
-            reason=engine.unhealthy_reason,
+            healthy=unhealthy is None,
+            reason=unhealthy,
             uptime=time.monotonic() - self._started,
             model=Model(name=about.model_name, max_model_len=about.max_model_len, chat=about.chat, facts=about.facts),
             mesh=MeshSize(dp=about.mesh.dp, cp=about.mesh.cp, tp=about.mesh.tp),
@@ -84,7 +69,7 @@ class Telemetry:
             waiting=now.waiting,
             steps=now.steps,
             preemptions=now.preemptions,
-            pages=Pages(total=now.pages_total, used=used, cached=now.pages_cached, free=now.pages_free),
+            pages=Pages(total=now.pages_total, used=now.pages_used, cached=now.pages_cached, free=now.pages_free),
             prefix_queries=now.prefix_queries,
             prefix_hits=now.prefix_hits,
             speculation=None

@@ -1,0 +1,48 @@
+"""What of a server never changes: its model, its mesh, its versions."""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib.metadata import version
+
+import jax
+
+from jax_mla_cp.mesh import MeshShape, mesh_shape
+from jax_mla_cp.runner import Runner
+from jax_mla_cp.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class About:
+    """What of the server never changes."""
+
+    model_name: str
+    max_model_len: int
+    chat: bool
+    """The model has a chat template."""
+    mesh: MeshShape
+    facts: dict[str, str]
+    """What else people ask: versions, device, dtype. Keys are label names of Prometheus: letters, digits and _."""
+
+
+def describe(model_name: str, runner: Runner, tokenizer: Tokenizer | None) -> About:
+    """Of a server that answers to `model_name`."""
+    model = runner.planner.model
+    build = model.build
+    return About(
+        model_name=model_name,
+        max_model_len=runner.max_model_len,
+        chat=tokenizer is not None and tokenizer.chat_template is not None,
+        mesh=mesh_shape(model.mesh),
+        facts={
+            "version": version("jax-mla-cp"),
+            "jax": jax.__version__,
+            "device": jax.devices()[0].device_kind,
+            "dtype": str(build.dtype),
+            "weights": "fp8" if build.fp8 else str(build.dtype),
+            "attention": build.attention,
+            "experts_over": ",".join(build.ep_axes),
+            "page_size": str(runner.page_size),
+            "prefill_chunk": str(runner.prefill_chunk),
+        },
+    )
