@@ -11,12 +11,15 @@ from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, choose_encoder, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.openmetrics import exposition as openmetrics
 
 from jax_mla_cp.engine import EngineStatus
 from jax_mla_cp.engine.observer import RequestReport, StepReport
 
 PREFIX = "jax_mla_cp:"
+
+_OPEN_METRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 
 _TTFT = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0,
@@ -68,6 +71,7 @@ class Metrics:
 
     def __init__(self, labels: Labels):
         self._registry = CollectorRegistry()
+        self._current = _WithoutCreated(self._registry)
         self._model = labels.model_name
         self._prompt_tokens = self._counter(
             "prompt_tokens", "Prompt tokens computed; those reused from the cache are not."
@@ -150,12 +154,26 @@ class Metrics:
         self._registry.register(_StatusCollector(self._model, status))
 
     def render(self, accept: str) -> tuple[bytes, str]:
-        """(body, content type) in the format that an Accept header asks for: OpenMetrics, else Prometheus's text."""
-        try:
-            encode, content_type = choose_encoder(accept)
-            return encode(self._registry), content_type
-        except ValueError:  # a version that is no number, an escaping that doesn't exist
-            return generate_latest(self._registry), CONTENT_TYPE_PLAIN_0_0_4
+        """(body, content type) in the format that an Accept header asks for: OpenMetrics, else Prometheus's text.
+
+        Not by prometheus_client's `choose_encoder`: its OpenMetrics has `_` for the colon in the samples' names, though not
+        in the families', and it raises on a version that is no number.
+        """
+        if "application/openmetrics-text" in accept:
+            return openmetrics.generate_latest(self._current, escaping=openmetrics.ALLOWUTF8), _OPEN_METRICS
+        return generate_latest(self._current), CONTENT_TYPE_PLAIN_0_0_4
+
+
+class _WithoutCreated:
+    """Without the times at which metrics were made, a series more for each, which nobody plots."""
+
+    def __init__(self, registry: CollectorRegistry):
+        self._registry = registry
+
+    def collect(self) -> Iterable[Metric]:
+        for metric in self._registry.collect():
+            metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
+            yield metric
 
 
 class _StatusCollector:

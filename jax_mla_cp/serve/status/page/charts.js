@@ -13,7 +13,9 @@ export function drawLatency(target, { series, summary }, name) {
     ? `${name}: median ${duration(summary.p50)}, 99th percentile ${duration(summary.p99)} over the last two minutes`
     : `${name}: nothing in the last two minutes`);
   for (const [kind, column] of [["tail", 2], ["median", 1]]) {
-    frame.picture.append(svg("path", { class: kind, d: path(series.map((point) => [frame.x(point[0]), frame.y(point[column])])) }));
+    const points = series.map((point) => [frame.x(point[0]), frame.y(point[column])]);
+    if (points.length === 1) frame.picture.append(svg("circle", { class: `lone ${kind}`, cx: points[0][0], cy: points[0][1], r: 3 }));
+    else frame.picture.append(svg("path", { class: kind, d: path(points) }));
   }
 }
 
@@ -50,8 +52,6 @@ function niceMax(value) {
   return [1, 2, 4, 10].find((step) => step * power >= value) * power;
 }
 
-// A lone point is drawn as a short dash, which round line ends make a dot.
 function path(points) {
-  if (points.length === 1) points = [points[0], [points[0][0] + 0.1, points[0][1]]];
   return points.map(([x, y], i) => `${i ? "L" : "M"}${x.toFixed(1)} ${y.toFixed(1)}`).join("");
 }

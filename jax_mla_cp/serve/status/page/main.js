@@ -61,8 +61,8 @@ function drawMeshCard(mesh) {
   byId("mesh-dp").hidden = mesh.dp === 1;
 }
 
-function drawPrefill(prefill, cp) {
-  const { live, text: words } = stateOf(prefill);
+function drawPrefill({ prefill, mesh: { cp }, running }) {
+  const { live, text: words } = stateOf(prefill, running);
   byId("zigzag-state").classList.toggle("live", live);
   text("zigzag-state", words);
   drawPrompts(byId("prompts"), prefill, cp);
@@ -89,7 +89,7 @@ function draw(status) {
   setHealth(status.healthy ? "good" : "bad", status.healthy ? `Healthy, up ${ago(status.uptime)}` : status.reason ?? "Not healthy");
   drawTiles(status);
   drawPages(status.pages);
-  drawPrefill(status.prefill, status.mesh.cp);
+  drawPrefill(status);
   drawLatencies(status);
 }
 

@@ -18,7 +18,7 @@ function drawGroup(group, dp, cp, tp) {
   const height = TOP + cp * CELL;
   const name = dp > 1 ? `dp ${group}: ` : "";
   const picture = svg("svg", {
-    viewBox: `0 0 ${width} ${height}`, role: "img", preserveAspectRatio: "xMinYMin meet",
+    width, viewBox: `0 0 ${width} ${height}`, role: "img",
     "aria-label": `${name}${cp * tp} devices, ${cp} cp ranks by ${tp} tp ranks`,
   });
   for (let rank = 0; rank < cp; rank++) {

@@ -84,7 +84,10 @@ export function describe(prefill) {
     `The step took ${duration(prefill.seconds)}.`;
 }
 
-export function stateOf(prefill) {
+// Between two steps of a prompt nothing is reported for as long as a step takes.
+export function stateOf(prefill, running) {
   if (!prefill) return { live: false, text: "idle" };
-  return prefill.age < 2 ? { live: true, text: "prefilling" } : { live: false, text: `last one ${ago(prefill.age)} ago` };
+  const unfinished = running > 0 && prefill.prompts.some((prompt) => prompt.active && prompt.done < prompt.total);
+  const live = prefill.age < (unfinished ? Math.max(2, 3 * prefill.seconds) : 1.5);
+  return { live, text: live ? "prefilling" : `last one ${ago(prefill.age)} ago` };
 }
