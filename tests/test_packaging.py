@@ -116,6 +116,8 @@ def check_contents(wheel: Path, extensions: int) -> None:
         for path in DIRECTORY.iterdir()
         if path.suffix in (".json", ".md", ".safetensors")
     }
+    page = ROOT / "jax_mla_cp" / "serve" / "status" / "page"
+    data |= {f"jax_mla_cp/serve/status/page/{path.name}" for path in page.iterdir()}
     package = {name for name in inside if ".dist-info/" not in name}
     assert package == configs | sources | data | objects
     licences = {name.partition("/licenses/")[2] for name in inside if "/licenses/" in name}

@@ -1,0 +1,118 @@
+"""Headless Chromium, a server with the built-in model behind an API key, and one whose model means harm."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pytest
+import uvicorn
+from selenium import webdriver
+from selenium.webdriver.remote.webdriver import WebDriver
+
+from jax_mla_cp.batch import Work
+from jax_mla_cp.engine import Engine
+from jax_mla_cp.mesh import MeshShape
+from jax_mla_cp.runner import Outcome, Sampled
+from jax_mla_cp.serve.app import create_app
+from jax_mla_cp.serve.completions import Served
+from jax_mla_cp.serve.status import Telemetry
+from jax_mla_cp.serve.status.about import About
+from tests.byte_tokenizer import byte_tokenizer
+from tests.engine.standin import PageModel
+
+KEY = "the-key-of-the-browser-tests"
+HOSTILE = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script><b>bold</b> "
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[WebDriver]:
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and driver):
+        pytest.skip("no chromium and chromedriver on the PATH; on Debian: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    # Without a sandbox because tests run as root in containers, which Chromium's refuses.
+    for flag in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-dev-shm-usage",
+        "--disable-gpu",
+        "--window-size=1280,1600",
+    ):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    made = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield made
+    made.quit()
+
+
+@pytest.fixture(scope="session")
+def guarded_url(browser: WebDriver) -> Iterator[str]:
+    """The built-in model on 8 virtual devices; KEY is its key. After `browser`, so that nothing starts without one."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}
+    flags = (
+        "--mesh",
+        "tp=2,cp=4",
+        "--port",
+        "0",
+        "--prefill-chunk",
+        "128",
+        "--max-model-len",
+        "1536",
+        "--max-running",
+        "4",
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jax_mla_cp.serve", *flags],
+        env=environment | {"JAX_MLA_CP_API_KEY": KEY},
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stderr is not None
+    line = process.stdout.readline()
+    match = re.search(r"ready in \d+ s: (http://\S+)/v1", line)
+    assert match, f"{line}{process.stderr.read()}"
+    yield match[1]
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Traceback" not in errors
+
+
+class HostileModel(PageModel):
+    """Says `HOSTILE`, over and over; each token is a byte."""
+
+    def step(self, work: Sequence[Sequence[Work]]) -> list[list[Outcome]]:
+        return [[self._say(w) for w in works] for works in work]
+
+    def _say(self, work: Work) -> Outcome:
+        if work.sampling is None:
+            return Outcome([], [])
+        byte = HOSTILE.encode()[(work.cached + len(work.tokens)) % len(HOSTILE)]
+        return Outcome([Sampled(byte, -0.5, np.zeros(0, np.int32), np.zeros(0, np.float32))], [])
+
+
+@pytest.fixture(scope="session")
+def hostile_url(browser: WebDriver) -> Iterator[str]:
+    telemetry = Telemetry(About("<i>tiny</i>", 600, False, MeshShape(dp=2, cp=3, tp=2), {"version": "<u>0</u>"}))
+    engine = Engine(HostileModel(pages=200, cp=3), observer=telemetry)
+    served = Served("<i>tiny</i>", engine, byte_tokenizer(), 259, 600, (), None)
+    server = uvicorn.Server(uvicorn.Config(create_app(served, telemetry=telemetry), log_level="error"))
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    engine.start()
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server.should_exit = True
+    thread.join(10)
+    engine.stop(10)
