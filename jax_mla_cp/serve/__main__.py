@@ -95,7 +95,7 @@ def _serve(config: ServeConfig, listener: socket.socket) -> None:
     from jax_mla_cp.mesh import make_mesh
     from jax_mla_cp.runner import create_runner
     from jax_mla_cp.serve.app import create_app
-    from jax_mla_cp.serve.completions import Served
+    from jax_mla_cp.serve.served import Served
 
     log.info("mesh %s on %d %s devices", config.mesh, config.mesh.devices, used)
     model, tokenizer = load(

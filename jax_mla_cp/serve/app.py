@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
-from collections.abc import AsyncIterator
 from importlib.metadata import version
-from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi import FastAPI
 from pydantic import BaseModel
 
-from jax_mla_cp.serve import errors
-from jax_mla_cp.serve.completions import Job, Served, tokenize
+from jax_mla_cp.serve import chat, completions, errors, tokens
 from jax_mla_cp.serve.errors import ApiError, LimitBody
-from jax_mla_cp.serve.schemas import Completion, CompletionRequest, Error, ModelCard, ModelList
-
-log = logging.getLogger(__name__)
+from jax_mla_cp.serve.openapi import ERRORS
+from jax_mla_cp.serve.schemas import ModelCard, ModelList
+from jax_mla_cp.serve.served import Served
 
 _BODY_LIMIT = 16 << 20  # bytes: a prompt of a million token ids, and room
 
@@ -36,26 +30,20 @@ class Health(BaseModel):
     """Left out without speculation."""
 
 
+class Version(BaseModel):
+    version: str
+
+
 def create_app(served: Served) -> FastAPI:
     """The ASGI application for a running engine."""
-    refusals: dict[int | str, dict[str, Any]] = {status: {"model": Error} for status in (400, 404, 413, 500, 503)}
-    app = FastAPI(title="jax_mla_cp", version=version("jax-mla-cp"), responses=refusals)
+    app = FastAPI(title="jax_mla_cp", version=version("jax-mla-cp"), responses=ERRORS)
     errors.install(app)
     app.add_middleware(LimitBody, limit=_BODY_LIMIT)
 
     card = ModelCard(id=served.name, created=served.created, max_model_len=served.max_model_len)
 
-    @app.post("/v1/completions", response_model=Completion)
-    async def completions(body: CompletionRequest, request: Request) -> Response:
-        # Tokenizing a long prompt takes a while: not on the event loop.
-        prompts = await asyncio.to_thread(tokenize, served, body)
-        job = Job(served, body, prompts)
-        job.submit()
-        if body.stream:
-            return StreamingResponse(
-                _aborting(job), media_type="text/event-stream", headers={"cache-control": "no-cache"}
-            )
-        return JSONResponse((await _unless_disconnected(job, request)).model_dump())
+    for routes in (completions, chat, tokens):
+        routes.install(app, served)
 
     @app.get("/v1/models")
     async def models() -> ModelList:
@@ -63,9 +51,7 @@ def create_app(served: Served) -> FastAPI:
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> ModelCard:
-        if name != served.name:
-            raise ApiError(404, f"The model {ascii(name)[:100]} does not exist; this server has {served.name!r}.",
-                           param="model", code="model_not_found")  # fmt: skip
+        served.check_name(name)
         return card
 
     @app.get("/health", response_model_exclude_none=True)
@@ -79,35 +65,7 @@ def create_app(served: Served) -> FastAPI:
         return Health(status="ok", speculation=counts)
 
     @app.get("/version")
-    async def get_version() -> dict[str, str]:
-        return {"version": version("jax-mla-cp")}
+    async def get_version() -> Version:
+        return Version(version=version("jax-mla-cp"))
 
     return app
-
-
-async def _aborting(job: Job) -> AsyncIterator[str]:
-    try:
-        async for chunk in job.stream():
-            yield chunk
-    finally:
-        job.abort()  # does nothing to what is finished; a client that went away frees its pages
-
-
-async def _unless_disconnected(job: Job, request: Request) -> Completion:
-    """The whole answer, given up as soon as the client is gone."""
-    answer = asyncio.ensure_future(job.collect())
-    gone = asyncio.ensure_future(_disconnected(request))
-    try:
-        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not answer.done():
-            raise ApiError(499, "The client has disconnected.")
-        return answer.result()
-    finally:
-        job.abort()
-        answer.cancel()
-        gone.cancel()
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

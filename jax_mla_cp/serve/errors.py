@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -16,13 +16,49 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 log = logging.getLogger(__name__)
 
 
+_RETRY_SECONDS = "1"
+"""What Retry-After says: a place in the queue is free as soon as one request is done."""
+
+
 class ApiError(Exception):
     """An answer other than 200."""
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None):
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ):
         super().__init__(message)
         self.status = status
         self.body = error_body(status, message, param=param, code=code)
+        self.headers = headers
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status, headers=self.headers)
+
+
+def unavailable(message: str, code: str) -> ApiError:
+    """503 that asks the client to come again soon."""
+    return ApiError(503, message, code=code, headers={"retry-after": _RETRY_SECONDS})
+
+
+Failure = Literal["step", "timeout", "queue_timeout", "stopping", "dead", "internal"]
+
+
+def failure(kind: Failure, message: str) -> ApiError:
+    """What the client is told of a request that the engine gave up (`jax_mla_cp.engine.Failed`)."""
+    if kind == "timeout":
+        # Asked again it would take as long: the official clients don't retry when told so.
+        return ApiError(408, message, code="request_timeout", headers={"x-should-retry": "false"})
+    if kind in ("queue_timeout", "stopping"):
+        return unavailable(message, kind)
+    if kind == "dead":
+        return ApiError(503, message, code="engine_dead")
+    return ApiError(500, message, code="step_failed" if kind == "step" else None)
 
 
 def error_body(status: int, message: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
@@ -35,7 +71,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(ApiError)
     async def _api(_: Request, error: ApiError) -> JSONResponse:
-        return JSONResponse(error.body, error.status)
+        return error.response()
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:

@@ -71,7 +71,11 @@ class Generation(Body):
     top_p: float | None = Field(default=1.0, gt=0, le=1, allow_inf_nan=False)
     top_k: int | None = Field(default=0, ge=-1, lt=2**31, description="0 or -1: off")
     min_p: float | None = Field(
-        default=0.0, ge=0, le=1, allow_inf_nan=False, description="tokens below this share of the likeliest are not drawn"
+        default=0.0,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="tokens below this share of the likeliest are not drawn",
     )
     presence_penalty: Penalty | None = Field(default=0.0, description="off each logit that the answer already has")
     frequency_penalty: Penalty | None = Field(default=0.0, description="the same, for each time that it has it")
@@ -95,7 +99,10 @@ class Generation(Body):
     min_tokens: Count | None = Field(default=0, description="before so many tokens nothing ends the answer")
     response_format: ResponseFormat | None = None
     prompt_logprobs: int | None = Field(
-        default=None, ge=0, le=MAX_LOGPROBS, description="the prompt's log-probabilities, in vLLM's form; not with stream"
+        default=None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description="the prompt's log-probabilities, in vLLM's form; not with stream",
     )
     skip_special_tokens: Literal[True] | None = Field(default=True, description="special tokens are never text")
     stream: bool | None = False

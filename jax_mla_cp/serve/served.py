@@ -7,7 +7,7 @@ import functools
 import time
 from collections.abc import Sequence
 
-from jax_mla_cp.engine import Engine
+from jax_mla_cp.engine import Engine, Finished
 from jax_mla_cp.serve.errors import ApiError
 from jax_mla_cp.serve.grammar import Grammars
 from jax_mla_cp.serve.names import TokenNames
@@ -50,6 +50,10 @@ class Served:
             if not 0 <= bad < self.vocab_size:
                 message = f"{param}: token id {bad} is not in the vocabulary (0 to {self.vocab_size - 1})."
                 raise ApiError(400, message, param=param)
+
+    def stop_reason(self, end: Finished) -> int | str | None:
+        """vLLM's field: the stop string or token that was asked for; None for the model's own end."""
+        return None if end.stop in self.eos_token_ids else end.stop
 
     def need_tokenizer(self, param: str) -> Tokenizer:
         """Refuses what needs text if the model has no tokenizer."""

@@ -12,7 +12,6 @@ import tokenizers
 
 from jax_mla_cp.tokenizer.errors import TokenizerError
 
-
 _BYTE = re.compile("<0x([0-9A-F]{2})>")
 
 

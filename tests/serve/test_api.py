@@ -16,7 +16,7 @@ import uvicorn
 
 from jax_mla_cp.engine import Engine
 from jax_mla_cp.serve.app import create_app
-from jax_mla_cp.serve.completions import Served
+from jax_mla_cp.serve.served import Served
 from tests.byte_tokenizer import byte_tokenizer
 from tests.engine.standin import VOCAB, PageModel, continuation
 

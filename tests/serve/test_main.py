@@ -22,7 +22,7 @@ from jax_mla_cp.config import ModelConfig
 from jax_mla_cp.default_model import DIRECTORY
 from jax_mla_cp.eval.heldout import heldout_text
 from jax_mla_cp.eval.passkey import Passkey
-from jax_mla_cp.serve.completions import token_name
+from jax_mla_cp.serve.names import TokenNames
 from jax_mla_cp.tokenizer import Tokenizer
 from tests.checkpoints import hf_generate
 
@@ -139,8 +139,8 @@ def test_a_checkpoint_that_transformers_wrote(
 
         with ThreadPoolExecutor(4) as pool:
             got = list(pool.map(tokens, prompts))
-        tokenizer = Tokenizer.from_dir(path, config["vocab_size"])
-        assert got == [[token_name(tokenizer, int(i)) for i in ids] for ids in want]
+        names = TokenNames(Tokenizer.from_dir(path, config["vocab_size"]))
+        assert got == [[names(int(i)) for i in ids] for ids in want]
     finally:
         process.terminate()
         process.communicate(timeout=60)
