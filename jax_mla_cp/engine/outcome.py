@@ -25,7 +25,7 @@ def take(scheduled: Scheduled, outcome: Outcome) -> list[Event]:
             request.scoring, request.scores = False, []
     if not scheduled.samples:
         request.computed = end
-        if not request.left:
+        if end == len(request.tokens):  # nothing was to be sampled at all
             events.append(Finished("length", "", request.cached_tokens))
         return events
     finished = None
