@@ -52,7 +52,6 @@ class Job:
         self._offset = [0] * len(prompts)
         self._completion_tokens = 0
         self._log = logs.current()
-        self._log.prompt_tokens = sum(map(len, prompts))
 
     def _request(self, index: int, prompt: list[int], seed: int | None) -> Request:
         body = self.body
@@ -97,7 +96,7 @@ class Job:
         left = len(self._requests)
         while left:
             index, event = await self._events.get()
-            self._log.take(index, event)
+            self._log.take(index, self._requests[index], event)
             self._completion_tokens += isinstance(event, Token)
             left -= isinstance(event, Finished)
             yield index, event
@@ -142,7 +141,7 @@ class Job:
         parts: list[list[Choice]] = [[] for _ in self._requests]
         async for index, event in self.events():
             if isinstance(event, Failed):
-                raise failure(event.kind, event.message)
+                raise failure(event)
             parts[index].append(self.choice(index, event))
         return self.completion([_join(chunks) for chunks in parts], usage=True)
 
@@ -150,7 +149,7 @@ class Job:
         """Server-sent events: a chunk per event, usage if asked for, [DONE]."""
         async for index, event in self.events():
             if isinstance(event, Failed):
-                yield f"data: {json.dumps(failure(event.kind, event.message).body)}\n\n"
+                yield f"data: {json.dumps(failure(event).body)}\n\n"
                 break
             chunk = self.completion([self.choice(index, event)], usage=False)
             yield f"data: {chunk.model_dump_json(exclude={'usage'})}\n\n"
