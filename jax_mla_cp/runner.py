@@ -87,6 +87,10 @@ class Runner:
         return self.planner.shape.dp
 
     @property
+    def cp(self) -> int:
+        return self.planner.shape.cp
+
+    @property
     def draft_tokens(self) -> int:
         """Most drafts of a request in a step; 0: no speculation."""
         return self.planner.shape.draft_tokens

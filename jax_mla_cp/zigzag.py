@@ -120,6 +120,21 @@ def plan(new: Sequence[int] | np.ndarray, prefix: Sequence[int] | np.ndarray, *,
     return Plan(cp=cp, **{name: array.astype(np.int32) for name, array in arrays.items()})
 
 
+def loads(
+    new: Sequence[int] | np.ndarray, prefix: Sequence[int] | np.ndarray, *, cp: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """How `plan` divides such requests, without the arrays of their tokens.
+
+    Returns:
+      int64 [cp], twice: `Plan.rank_tokens` and `Plan.rank_pairs`.
+    """
+    length, cached = np.asarray(new, np.int64), np.asarray(prefix, np.int64)
+    rank, request, start, stop = _rows(length, cached, cp)
+    n, kv = stop - start, cached[request] + stop
+    pairs = np.bincount(rank, weights=n * kv - n * (n - 1) // 2, minlength=cp)
+    return np.bincount(rank, weights=n, minlength=cp).astype(np.int64), pairs.astype(np.int64)
+
+
 def _rows(length: np.ndarray, cached: np.ndarray, cp: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(rank, request, start, stop) of every row, in no order: tokens [start, stop) of the request's new ones."""
     split = np.flatnonzero(length >= 2 * cp)

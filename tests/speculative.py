@@ -162,7 +162,7 @@ def generate(
             run.tokens[i].append(event.token)
             run.logprobs[i].append(event.logprob)
         else:
-            assert event == Finished("length", ""), event
+            assert isinstance(event, Finished) and event.reason == "length", event
             left -= 1
     engine.stop(timeout=60)
     return dataclasses.replace(run, speculation=engine.speculation, idle=engine.idle)

@@ -1,6 +1,25 @@
 """Requests over time: pages, schedule, and the loop that steps the model."""
 
-from jax_mla_cp.engine.engine import Engine, EngineDead, Speculation
-from jax_mla_cp.engine.request import Event, Failed, Finished, Request, Token
+from jax_mla_cp.engine.engine import Engine, EngineDead, QueueFull
+from jax_mla_cp.engine.observer import Observer, Prefilled, RequestReport, StepReport
+from jax_mla_cp.engine.request import Event, Failed, Finished, Grammar, PromptScored, Request, Token
+from jax_mla_cp.engine.status import EngineStatus, Speculation
 
-__all__ = ["Engine", "EngineDead", "Event", "Failed", "Finished", "Request", "Speculation", "Token"]
+__all__ = [
+    "Engine",
+    "EngineDead",
+    "EngineStatus",
+    "Event",
+    "Failed",
+    "Finished",
+    "Grammar",
+    "Observer",
+    "Prefilled",
+    "PromptScored",
+    "QueueFull",
+    "Request",
+    "RequestReport",
+    "Speculation",
+    "StepReport",
+    "Token",
+]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from array import array
 from collections.abc import Callable, Iterator
 from typing import Literal, Protocol
@@ -201,6 +200,3 @@ class Request:
             yield self.arrived + self.queue_timeout, "queue_timeout", message
         if self.timeout is not None:
             yield self.arrived + self.timeout, "timeout", f"The request was not finished within {self.timeout:g} s."
-
-    def arrive(self) -> None:
-        self.arrived = time.monotonic()

@@ -1,91 +1,107 @@
-"""Which tokens of which requests run in the next step.
-
-Every decoding request takes part in every step of its dp group; what is left of the step, up to `prefill_chunk` tokens,
-goes to prompts in the order of their arrival, so that a long prompt is prefilled in pieces between decode steps. A request
-is admitted when its dp group has pages for all of it, prompt and continuation: an admitted request never has to wait.
-Drafts need no pages of their own: there are never more than would fit if all of them held.
-"""
+"""Which tokens of which requests run in the next step. docs/engine.md tells the rules and why they end."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections import deque
+import itertools
+from collections.abc import Iterator
 
-from jax_mla_cp.batch import Work
-from jax_mla_cp.engine.pages import Pages
+from jax_mla_cp.engine.group import Group, Offer, Scheduled
+from jax_mla_cp.engine.line import Line
+from jax_mla_cp.engine.prefix import Names
 from jax_mla_cp.engine.request import Request
 
 
-@dataclasses.dataclass(frozen=True)
-class Scheduled:
-    """A request's part of a step: its next `count` tokens, and its drafts if they are the last ones."""
+@dataclasses.dataclass
+class Counts:
+    """Since the start."""
 
-    request: Request
-    count: int
-
-    def work(self) -> Work:
-        r = self.request
-        end = r.computed + self.count
-        tokens = r.tokens[r.computed : end]
-        if end < len(r.tokens):
-            return Work(tokens, r.computed, r.pages, next_token=r.tokens[end])
-        return Work(tokens + r.drafts, r.computed, r.pages, r.sampling, drafts=len(r.drafts))
+    prefix_queries: int = 0
+    """Tokens of requests that started and might have found pages with them."""
+    prefix_hits: int = 0
+    """Those that did."""
+    preemptions: int = 0
 
 
 class Scheduler:
     """Waiting and running requests. Not thread-safe: the engine's thread owns it."""
 
-    def __init__(self, *, groups: int, pages_per_group: int, page_size: int, max_running: int, prefill_chunk: int):
-        self.pages = [Pages(pages_per_group, page_size) for _ in range(groups)]
-        self.waiting: deque[Request] = deque()
-        self.running: list[list[Request]] = [[] for _ in range(groups)]
-        self._max_running = max_running
-        self._prefill_chunk = prefill_chunk
+    def __init__(
+        self, *, groups: int, pages_per_group: int, page_size: int, max_running: int, prefill_chunk: int,
+        draft_tokens: int = 0,
+    ):  # fmt: skip
+        names = Names(page_size, covers_next=draft_tokens > 0)
+        self.groups = [
+            Group(
+                pages=pages_per_group, page_size=page_size, max_running=max_running, prefill_chunk=prefill_chunk,
+                draft_tokens=draft_tokens, names=names,
+            )
+            for _ in range(groups)
+        ]  # fmt: skip
+        self.waiting = Line()
+        self.counts = Counts()
+        self._arrivals = itertools.count()
 
     @property
     def busy(self) -> bool:
-        return bool(self.waiting) or any(self.running)
+        return bool(self.waiting) or any(group.running for group in self.groups)
+
+    @property
+    def requests(self) -> Iterator[Request]:
+        """All, running ones first."""
+        return itertools.chain(*(group.running for group in self.groups), self.waiting)
 
     def add(self, request: Request) -> None:
-        self.waiting.append(request)
+        request.arrival = next(self._arrivals)
+        self.waiting.add(request)
 
     def schedule(self) -> list[list[Scheduled]]:
-        """Admits what fits, and chooses the next step's tokens, per dp group."""
-        while self.waiting and self._admit(self.waiting[0]):
-            self.waiting.popleft()
-        return [self._group(running) for running in self.running]
+        """The next step, per dp group."""
+        for group in self.groups:
+            for request in group.proceed():
+                self.waiting.add(request)
+                self.counts.preemptions += 1
+        self._start_waiting()
+        for group in self.groups:
+            group.end_step()
+        return [group.step for group in self.groups]
 
-    def advance(self, scheduled: Scheduled, held: int = 0) -> None:
-        """The step with these tokens is done, and the first `held` of their drafts are tokens now."""
-        scheduled.request.computed += scheduled.count + held
+    def taken(self, request: Request) -> None:
+        """The request's part of a step is done, and its state tells what came of it."""
+        assert request.group is not None
+        self.groups[request.group].name(request)
 
-    def remove(self, request: Request) -> None:
-        """Forgets a request, finished or aborted, and frees its pages. Unknown requests are ignored."""
-        if request in self.waiting:
-            self.waiting.remove(request)
-        elif request.group >= 0 and request in self.running[request.group]:
-            self.running[request.group].remove(request)
-            self.pages[request.group].release(request.pages)
-            request.pages, request.group = [], -1
-
-    def _admit(self, request: Request) -> bool:
-        group = max(
-            range(len(self.pages)), key=lambda g: (len(self.running[g]) < self._max_running, self.pages[g].free)
-        )
-        needed = self.pages[group].needed(request.reserved)
-        if len(self.running[group]) >= self._max_running or not self.pages[group].can_allocate(needed):
-            return False
-        request.pages, request.group = self.pages[group].allocate(needed), group
-        self.running[group].append(request)
+    def remove(self, request: Request) -> bool:
+        """Forgets a request, finished or aborted, and frees its pages. Returns whether it was there."""
+        if request.group is None:
+            return self.waiting.remove(request)
+        self.groups[request.group].remove(request)
         return True
 
-    def _group(self, running: list[Request]) -> list[Scheduled]:
-        step, budget = [], self._prefill_chunk
-        for request in running:  # in the order of their arrival
-            if request.computed >= len(request.prompt):
-                step.append(Scheduled(request, 1))
-            elif budget:
-                count = min(len(request.prompt) - request.computed, budget)
-                budget -= count
-                step.append(Scheduled(request, count))
-        return step
+    def restart(self) -> None:
+        """The cache is lost: all running requests wait for their turn to be computed again, and nothing is reused."""
+        for group in self.groups:
+            for request in group.running:
+                group.remove(request)
+                self.waiting.add(request)
+            group.pages.forget()
+
+    def _start_waiting(self) -> None:
+        """In the order of arrival. What finds no room keeps those behind it waiting too, or long ones would starve."""
+        for request in self.waiting.first(sum(group.places for group in self.groups)):
+            offers = [(offer, g) for g, group in enumerate(self.groups) if (offer := group.offer(request))]
+            if not offers:
+                return
+            offer, g = max(offers, key=lambda choice: (len(choice[0].shared), self.groups[choice[1]].pages.available))
+            if not offer.soon:
+                self._start(request, offer, g)
+
+    def _start(self, request: Request, offer: Offer, g: int) -> None:
+        self.waiting.remove(request)
+        request.group = g
+        self.groups[g].start(request, offer)
+        if request.started is None:
+            request.cached_tokens = request.computed
+            if not request.scoring:
+                self.counts.prefix_queries += len(request.prompt)
+                self.counts.prefix_hits += request.computed

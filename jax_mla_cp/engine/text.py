@@ -17,14 +17,19 @@ class TextStream:
         self._detokenizer = Detokenizer(tokenizer) if tokenizer else None
         self._stop = tuple(stop)
         self._held = ""
-        self.stopped = False
-        """A stop string has come; the text ends before it."""
+        self.stopped_by: str | None = None
+        """The stop string that has come; the text ends before it."""
 
-    def push(self, token: int) -> str:
-        """The text that is certain now."""
+    @property
+    def stopped(self) -> bool:
+        return self.stopped_by is not None
+
+    def push(self, token: int, *, may_stop: bool = True) -> str:
+        """The text that is certain now. Unless it `may_stop`, no stop string ends or begins in it."""
         if self._detokenizer is None or self.stopped:
             return ""
-        return self._release(self._detokenizer.add(token))
+        piece = self._detokenizer.add(token)
+        return self._release(piece) if may_stop else piece
 
     def finish(self) -> str:
         """What is still held back, at the end; nothing behind a stop string."""
@@ -39,11 +44,11 @@ class TextStream:
     def _release(self, piece: str) -> str:
         text = self._held + piece
         # The match that ends first: so the text does not depend on how it was cut into tokens.
-        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
+        found = [(at + len(stop), at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:
-            self.stopped, self._held = True, ""
-            end = min(found)[0]
-            return text[: min(at for stop_end, at in found if stop_end == end)]
+            _, at, self.stopped_by = min(found)  # of those that end together, the longest
+            self._held = ""
+            return text[:at]
         keep = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -13,7 +13,7 @@ from jax_mla_cp.batch import Sampling
 from jax_mla_cp.bench.table import versions
 from jax_mla_cp.config import ConfigError, ModelConfig
 from jax_mla_cp.default_model import DIRECTORY
-from jax_mla_cp.engine import Engine, Event, Failed, Finished, Request
+from jax_mla_cp.engine import Engine, Event, Failed, Finished, Request, Token
 from jax_mla_cp.engine.text import TextStream
 from jax_mla_cp.eval.prompts import Prompt
 from jax_mla_cp.eval.score import token_logprobs
@@ -85,7 +85,8 @@ class InProcess:
                 index, event = events.get()
                 if isinstance(event, Failed):
                     raise TargetError(f"{event.message} The log above says why.")
-                texts[index] += event.text
+                if isinstance(event, Token | Finished):
+                    texts[index] += event.text
                 if isinstance(event, Finished):
                     left -= 1
                     done(index, len(prompts[index].tokens), texts[index])

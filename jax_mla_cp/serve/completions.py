@@ -12,7 +12,17 @@ import time
 from collections.abc import AsyncIterator
 
 from jax_mla_cp.batch import Sampling
-from jax_mla_cp.engine import Engine, EngineDead, Event, Failed, Finished, QueueFull, Request, Token
+from jax_mla_cp.engine import (
+    Engine,
+    EngineDead,
+    Event,
+    Failed,
+    Finished,
+    PromptScored,
+    QueueFull,
+    Request,
+    Token,
+)
 from jax_mla_cp.engine.text import TextStream
 from jax_mla_cp.serve import logs
 from jax_mla_cp.serve.errors import ApiError, failure, unavailable
@@ -91,12 +101,14 @@ class Job:
         for request in self._requests:
             self._served.engine.abort(request)
 
-    async def events(self) -> AsyncIterator[tuple[int, Event]]:
+    async def events(self) -> AsyncIterator[tuple[int, Token | Finished | Failed]]:
         """All events, until every prompt's is finished or one fails."""
         left = len(self._requests)
         while left:
             index, event = await self._events.get()
             self._log.take(index, self._requests[index], event)
+            if isinstance(event, PromptScored):
+                continue
             self._completion_tokens += isinstance(event, Token)
             left -= isinstance(event, Finished)
             yield index, event

@@ -46,7 +46,7 @@ def install(app: FastAPI, served: Served, drain: Drain) -> None:
 
     @app.get("/health", response_model_exclude_none=True)
     async def health() -> Health:
-        """503 when only a new start helps."""
+        """503 when only a new start helps: the engine has given up, or a step hangs."""
         check_engine()
         now = served.engine.speculation
         if now is None:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jax_mla_cp.adjust import Adjust
 from jax_mla_cp.batch import Work
-from jax_mla_cp.runner import Outcome, Sampled
+from jax_mla_cp.runner import Outcome, Sampled, Scored
 
 VOCAB = 251
 
@@ -41,63 +42,115 @@ def guesses(tokens: Sequence[int], count: int) -> list[int]:
     return seen[len(tokens) :]
 
 
+def allowed(token: int, adjust: Adjust | None) -> int:
+    """The token, or if it may not be, the next one that may."""
+    if adjust is None:
+        return token
+    never = set(adjust.tokens[adjust.add == -np.inf].tolist())
+    candidates = ((token + n) % VOCAB for n in range(VOCAB))
+    mask = np.full(-(-VOCAB // 32), 0xFFFFFFFF, np.uint32) if adjust.mask is None else adjust.mask
+    return next(t for t in candidates if t not in never and int(mask[t // 32]) >> t % 32 & 1)
+
+
+def logprob(before: Sequence[int], token: int) -> float:
+    """Of a token after others."""
+    return -((token - next_token(before)) % VOCAB) / 8
+
+
+NOTHING, STALE = -1, -2
+
+
 class PageModel:
-    """Keeps tokens in pages as the real model keeps latents, and checks the engine's side of the contract."""
+    """Keeps tokens in pages as the real model keeps latents, and checks the engine's side of the contract.
+
+    With drafts, a slot remembers the token after its own too, as the MTP layer's latent does; and what a step writes behind
+    the last token, or leaves of a page that it begins, is as wrong as the real one's.
+    """
 
     def __init__(
-        self, *, dp: int = 1, pages: int = 40, page_size: int = 4, max_running: int = 4, prefill_chunk: int = 16,
-        draft_tokens: int = 0,
+        self, *, dp: int = 1, cp: int = 1, pages: int = 40, page_size: int = 4, max_running: int = 4,
+        prefill_chunk: int = 16, draft_tokens: int = 0,
     ):  # fmt: skip
-        self.dp, self.pages_per_group, self.page_size = dp, pages, page_size
+        self.dp, self.cp, self.pages_per_group, self.page_size = dp, cp, pages, page_size
         self.max_running, self.prefill_chunk = max_running, prefill_chunk
         self.draft_tokens = draft_tokens
         self.held: collections.Counter[tuple[int, int]] = collections.Counter()
         """How often so many drafts were given, and so many of them held."""
-        self._promised: dict[tuple[int, int], tuple[int, int | None]] = {}
         self.fail_next = 0
         self.steps = 0
+        self.prefilled = 0
+        """Tokens of works with more than one."""
         self.gate: threading.Semaphore | None = None
         """Set: every step waits for a permit."""
         self.reset()
 
     def reset(self) -> None:
-        self._slots = np.full((self.dp, self.pages_per_group * self.page_size), -1)
+        shape = (self.dp, self.pages_per_group * self.page_size)
+        self.slots, self._following = np.full(shape, NOTHING), np.full(shape, NOTHING)
 
     def step(self, work: Sequence[Sequence[Work]]) -> list[list[Outcome]]:
         if self.gate:
             self.gate.acquire()
         self.steps += 1
-        if self.fail_next:
+        if self.fail_next:  # after dispatch: the donated cache is gone
             self.fail_next -= 1
+            self.slots[:] = self._following[:] = STALE
             raise RuntimeError("a device fell over")
-        return [[self._run(g, w) for w in self._checked(works)] for g, works in enumerate(work)]
+        for works in work:
+            self._check(works)
+        return [[self._run(g, w) for w in works] for g, works in enumerate(work)]
 
-    def _checked(self, works: Sequence[Work]) -> Sequence[Work]:
+    def slots_of(self, pages: Sequence[int], tokens: int) -> np.ndarray:
+        at = np.arange(tokens)
+        return np.asarray(pages)[at // self.page_size] * self.page_size + at % self.page_size
+
+    def _check(self, works: Sequence[Work]) -> None:
         assert len(works) <= self.max_running
         assert sum(len(w.tokens) for w in works if len(w.tokens) - w.drafts > 1) <= self.prefill_chunk
-        pages = [page for w in works for page in w.pages]
-        assert len(pages) == len(set(pages)), "two requests share a page"
         assert all(w.drafts <= self.draft_tokens for w in works)
-        return works
+        assert not any(w.drafts and w.adjust for w in works)
+        for w in works:
+            written = set(w.pages[w.cached // self.page_size :])
+            others = {page for other in works if other is not w for page in other.pages}
+            assert not written & others, "a page is written that another request refers to"
+            assert len(set(w.pages)) == len(w.pages)
 
     def _run(self, group: int, work: Work) -> Outcome:
-        end = work.cached + len(work.tokens)
-        at = np.arange(end)
-        slots = np.asarray(work.pages)[at // self.page_size] * self.page_size + at % self.page_size
-        self._slots[group, slots[work.cached :]] = work.tokens
-        place, promised = self._promised.pop((group, work.pages[0]), (0, None))
-        assert place != work.cached or promised in (None, work.tokens[0]), "next_token was another one"
+        end, size = work.cached + len(work.tokens), self.page_size
+        self.prefilled += len(work.tokens) if len(work.tokens) - work.drafts > 1 else 0
+        slots = self.slots_of(work.pages, end)
+        memory, following = self.slots[group], self._following[group]
+        seen = [*memory[slots[: work.cached]].tolist(), *map(int, work.tokens)]
+        if self.draft_tokens:
+            known = seen[1 : len(seen) - work.drafts]
+            assert following[slots[: work.cached]].tolist() == known[: work.cached], "an MTP latent is of another text"
+        # What is begun and not filled is zeroed; guesses beyond the drafts leave latents behind.
+        reach = end if work.sampling is None else min(end + max(self.draft_tokens - 1, 0), len(work.pages) * size)
+        for page in work.pages[max(end // size, -(-work.cached // size)) : -(-reach // size)]:
+            memory[page * size : (page + 1) * size] = following[page * size : (page + 1) * size] = NOTHING
+        memory[slots[work.cached :]] = work.tokens
+        memory[self.slots_of(work.pages, reach)[end:]] = STALE
+        scored = self._score(seen, work) if work.score else None
         if work.sampling is None:
-            assert work.next_token is not None
-            self._promised[group, work.pages[0]] = end, work.next_token
-            return Outcome([], [])
-        seen = self._slots[group, slots].tolist()
+            after = [*seen[work.cached + 1 :], NOTHING if work.next_token is None else work.next_token]
+            following[slots[work.cached :]] = after
+            return Outcome([], [], scored)
         seen, drafts = seen[: end - work.drafts], seen[end - work.drafts :]
         start = len(seen)
         while True:
-            seen.append(next_token(seen))
+            seen.append(allowed(next_token(seen), work.adjust))
             if not drafts or seen[-1] != drafts.pop(0):
                 break
+        following[slots[work.cached :]] = NOTHING
+        following[slots[work.cached : len(seen) - 1]] = seen[work.cached + 1 :]
         self.held[work.drafts, len(seen) - start - 1] += 1
         drawn = [Sampled(token, -0.5, np.arange(20), np.linspace(-1, -9, 20)) for token in seen[start:]]
-        return Outcome(drawn, guesses(seen, self.draft_tokens))
+        return Outcome(drawn, guesses(seen, self.draft_tokens), scored)
+
+    def _score(self, seen: Sequence[int], work: Work) -> Scored:
+        after = [*seen[work.cached + 1 :], *([] if work.next_token is None else [work.next_token])]
+        values = np.full(len(work.tokens), np.nan, np.float32)
+        for n, token in enumerate(after):
+            values[n] = logprob(seen[: work.cached + n + 1], token)
+        top = np.tile(np.arange(20, dtype=np.int32), (len(work.tokens), 1))
+        return Scored(values, top, np.tile(values[:, None], (1, 20)))

@@ -28,7 +28,6 @@ class Echo:
     speculation = None
 
     def __init__(self) -> None:
-        self.alive = True
         self.unhealthy_reason: str | None = None
         self.refuse: Exception | None = None
         self.gate: threading.Semaphore | None = None

@@ -20,7 +20,7 @@ def test_health_and_readiness() -> None:
         assert client.get("/health").json() == {"status": "ok"}
         assert client.get("/ready").json() == {"status": "ready"}
         assert client.get("/version").json()["version"]
-        server.engine.alive, server.engine.unhealthy_reason = False, "3 steps failed in a row."
+        server.engine.unhealthy_reason = "3 steps failed in a row."
         for path in ("/health", "/ready"):
             answer = client.get(path)
             assert answer.status_code == 503 and "3 steps failed in a row." in answer.json()["error"]["message"]

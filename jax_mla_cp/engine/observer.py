@@ -1,0 +1,173 @@
+"""What the engine tells about itself, for metrics and status pages."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from jax_mla_cp.batch import Work
+from jax_mla_cp.engine.request import Request
+from jax_mla_cp.zigzag import loads
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefilled:
+    """A request whose prompt, or what of it had to be computed again, was in a step."""
+
+    id: str
+    cached: int
+    """Tokens that were in the pages before."""
+    new: int
+    total: int
+    """Known tokens, in the end all of them in pages."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StepReport:
+    """One step. With several dp groups, numbers are sums over them."""
+
+    seconds: float
+    """From the schedule to the last event."""
+    host_seconds: float
+    """What of it was not spent in the runner: the engine's own work."""
+    prefill_tokens: int
+    decode_tokens: int
+    """Last sampled tokens and drafts."""
+    requests: int
+    rows: tuple[int, ...]
+    """Per cp rank: query tokens."""
+    pairs: tuple[int, ...]
+    """Per cp rank: query-key pairs, what attention costs."""
+    prompts: tuple[Prefilled, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestReport:
+    """A request that has ended."""
+
+    reason: str
+    """"stop", "length", "abort", or the kind of its failure."""
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    queue_seconds: float
+    """Until it started, or ended without that."""
+    prefill_seconds: float
+    """From its start to its first token, or its end without one; 0 if it never started."""
+    e2e_seconds: float
+
+
+class Observer(Protocol):
+    """Called on the engine's thread, between steps: it must not block."""
+
+    def step(self, report: StepReport) -> None: ...
+
+    def started(self, queue_seconds: float) -> None: ...
+
+    def first_token(self, seconds_since_arrival: float) -> None: ...
+
+    def token(self, seconds_since_last: float) -> None:
+        """Every token but the first; 0 for those that came with the one before, as drafts that hold."""
+
+    def finished(self, report: RequestReport) -> None: ...
+
+    def preempted(self) -> None: ...
+
+
+class Nobody:
+    """Observes nothing."""
+
+    def step(self, report: StepReport) -> None: ...
+
+    def started(self, queue_seconds: float) -> None: ...
+
+    def first_token(self, seconds_since_arrival: float) -> None: ...
+
+    def token(self, seconds_since_last: float) -> None: ...
+
+    def finished(self, report: RequestReport) -> None: ...
+
+    def preempted(self) -> None: ...
+
+
+class Reports:
+    """Keeps the times of requests and tells an observer, whose errors are logged and go no further."""
+
+    def __init__(self, observer: Observer | None):
+        self._observer = observer or Nobody()
+
+    def started(self, request: Request) -> None:
+        """Nothing, if it is one that starts again."""
+        if request.started is None:
+            request.started = time.monotonic()
+            self._tell("started", request.started - request.arrived)
+
+    def token(self, request: Request, now: float) -> None:
+        if request.last_token is None:
+            request.first_token = now
+            self._tell("first_token", now - request.arrived)
+        else:
+            self._tell("token", now - request.last_token)
+        request.last_token = now
+
+    def preempted(self, times: int) -> None:
+        for _ in range(times):
+            self._tell("preempted")
+
+    def finished(self, request: Request, reason: str) -> None:
+        now = time.monotonic()
+        started = now if request.started is None else request.started
+        first = now if request.first_token is None else request.first_token
+        self._tell(
+            "finished",
+            RequestReport(
+                reason=reason,
+                prompt_tokens=len(request.prompt),
+                cached_tokens=request.cached_tokens,
+                output_tokens=request.sampled,
+                queue_seconds=started - request.arrived,
+                prefill_seconds=first - started,
+                e2e_seconds=now - request.arrived,
+            ),
+        )
+
+    def step(self, report: StepReport) -> None:
+        self._tell("step", report)
+
+    def _tell(self, what: str, *args: object) -> None:
+        try:
+            getattr(self._observer, what)(*args)
+        except Exception:
+            log.exception("the engine's observer failed in %s", what)
+
+
+def describe(step: Sequence[Sequence[tuple[Request, Work]]], cp: int) -> StepReport:
+    """The report of a step that is about to run, per dp group its works; without its times."""
+    prompts, prefill, total = [], 0, 0
+    rows, pairs = np.zeros(cp, np.int64), np.zeros(cp, np.int64)
+    for group in step:
+        new = [len(work.tokens) for _, work in group]
+        for (request, work), count in zip(group, new, strict=True):
+            if not request.decoding:
+                prompts.append(Prefilled(request.id, work.cached, count, len(request.tokens)))
+                prefill += count
+        total += sum(new)
+        group_rows, group_pairs = loads(new, [work.cached for _, work in group], cp=cp)
+        rows, pairs = rows + group_rows, pairs + group_pairs
+    return StepReport(
+        seconds=0.0,
+        host_seconds=0.0,
+        prefill_tokens=prefill,
+        decode_tokens=total - prefill,
+        requests=sum(map(len, step)),
+        rows=tuple(rows.tolist()),
+        pairs=tuple(pairs.tolist()),
+        prompts=tuple(prompts),
+    )

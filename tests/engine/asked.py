@@ -1,0 +1,47 @@
+"""Requests whose events a test can wait for."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jax_mla_cp.batch import Sampling
+from jax_mla_cp.engine import Event, Failed, Finished, Request, Token
+from jax_mla_cp.engine.text import TextStream
+
+
+class Asked:
+    """A request and the events it got."""
+
+    def __init__(
+        self, prompt: Sequence[int], max_tokens: int, stop: frozenset[int] = frozenset(),
+        text: TextStream | None = None, **options: Any,
+    ):  # fmt: skip
+        self.events: queue.Queue[Event] = queue.Queue()
+        self.request = Request(
+            list(prompt),
+            max_tokens,
+            Sampling(temperature=0),
+            stop,
+            text or TextStream(None),
+            self.events.put,
+            **options,
+        )
+        self.all: list[Event] = []
+
+    def result(self, timeout: float = 10) -> tuple[list[int], Finished | Failed]:
+        """The tokens and the end; all events are in `all`."""
+        while True:
+            event = self.events.get(timeout=timeout)
+            self.all.append(event)
+            if isinstance(event, Finished | Failed):
+                return [e.token for e in self.all if isinstance(e, Token)], event
+
+
+def until(condition: Callable[[], object], seconds: float = 5) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "did not come true in time"
+        time.sleep(0.005)
