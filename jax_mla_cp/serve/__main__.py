@@ -107,8 +107,8 @@ def _serve(config: ServeConfig, listener: socket.socket, guards: Guards, tls: di
     server = Server(uvicorn_config(create_app(served, guards), tls), engine, guards.drain, config.drain_timeout)
     engine.start()
     try:
-        _announce(config, listener, time.perf_counter() - started, keys=guards.keys is not None)
         listener.listen(1024)
+        _announce(config, listener, time.perf_counter() - started, keys=guards.keys is not None)
         server.run(sockets=[listener])
     finally:
         engine.stop(timeout=60)

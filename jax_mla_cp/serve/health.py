@@ -38,11 +38,9 @@ def install(app: FastAPI, served: Served, drain: Drain) -> None:
     """The routes; none needs a key."""
 
     def check_engine() -> None:
-        if not served.engine.alive:
-            reason = served.engine.unhealthy_reason or "it has stopped"
-            raise ApiError(
-                503, f"The engine is dead: {reason.rstrip('.')}. The server's log has more.", code="engine_dead"
-            )
+        reason = served.engine.unhealthy_reason
+        if reason is not None:
+            raise ApiError(503, f"No answers can be expected now: {reason}", code="engine_dead")
 
     @app.get("/health", response_model_exclude_none=True)
     async def health() -> Health:

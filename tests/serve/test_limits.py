@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import socket
@@ -139,10 +140,8 @@ def test_depth_is_counted_over_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_check_takes_linear_time(unit: bytes) -> None:
     """4 MB of whatever is quickest to say and slowest to check."""
     started = time.perf_counter()
-    try:
+    with contextlib.suppress(ApiError):
         check_json(unit * (4_000_000 // len(unit)))
-    except ApiError:
-        pass
     assert time.perf_counter() - started < 5
 
 

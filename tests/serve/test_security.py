@@ -128,7 +128,7 @@ def test_keys_that_cant_be(tmp_path: Path, text: str, message: str) -> None:
 
 
 def test_a_key_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--api-key-file: .*No such file"):
+    with pytest.raises(ConfigError, match=r"--api-key-file: .*No such file"):
         read_keys(tmp_path / "none", {})
 
 
