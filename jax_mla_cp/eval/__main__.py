@@ -16,7 +16,7 @@ from jax_mla_cp.eval.picture import draw
 from jax_mla_cp.eval.prompts import Prompt, Text, even_depths
 from jax_mla_cp.eval.report import Report
 from jax_mla_cp.eval.target import CannotScore, Target, TargetError
-from jax_mla_cp.serve.options import fail
+from jax_mla_cp.serve.flags import fail
 from jax_mla_cp.tokenizer import Tokenizer, require_tokenizer
 
 _ANSWER_TOKENS = 7

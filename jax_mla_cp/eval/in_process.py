@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
-from jax_mla_cp import platform
 from jax_mla_cp.batch import Sampling
 from jax_mla_cp.bench.table import versions
 from jax_mla_cp.config import ConfigError, ModelConfig
@@ -18,10 +18,9 @@ from jax_mla_cp.engine.text import TextStream
 from jax_mla_cp.eval.prompts import Prompt
 from jax_mla_cp.eval.score import token_logprobs
 from jax_mla_cp.eval.target import TargetError
-from jax_mla_cp.load import load
-from jax_mla_cp.mesh import make_mesh
-from jax_mla_cp.runner import Runner, create_runner
+from jax_mla_cp.runner import Runner
 from jax_mla_cp.serve.options import ServeConfig
+from jax_mla_cp.serve.start import load_model, make_runner, set_up_devices
 from jax_mla_cp.tokenizer import Tokenizer, require_tokenizer
 
 _RUNNING = 2
@@ -49,21 +48,11 @@ class InProcess:
           max_len: tokens of the longest prompt and its answer.
 
         Raises:
-          ConfigError: as `platform.setup` and `load`.
+          ConfigError: as `set_up_devices` and `load_model`.
         """
-        platform.setup(serve.platform, serve.mesh.devices)
-        if serve.compile_cache != "off":
-            auto = serve.compile_cache == "auto"
-            platform.enable_compile_cache(platform.default_compile_cache() if auto else serve.compile_cache)
+        set_up_devices(serve)
         self._serve = serve
-        self._model, tokenizer = load(
-            serve.model,
-            mesh=make_mesh(serve.mesh),
-            dtype=serve.dtype,
-            weights=serve.weights,
-            ep_axes=serve.ep_axes,
-            attention=serve.attention,
-        )
+        self._model, tokenizer = load_model(serve)
         self._tokenizer = require_tokenizer(tokenizer)
         self._max_len = max_len
 
@@ -106,15 +95,8 @@ class InProcess:
 
     def _runner(self) -> Runner:
         try:
-            return create_runner(
-                self._model,
-                page_size=self._serve.page_size,
-                kv_pages=None,
-                memory_fraction=self._serve.memory_fraction,
-                prefill_chunk=self._serve.prefill_chunk,
-                max_model_len=self._max_len,
-                max_running=_RUNNING,
-                form=self._serve.form,
+            return make_runner(
+                self._model, dataclasses.replace(self._serve, max_model_len=self._max_len, max_running=_RUNNING)
             )
         except ConfigError as error:
             raise ConfigError(

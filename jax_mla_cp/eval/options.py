@@ -11,7 +11,8 @@ from pathlib import Path
 
 from jax_mla_cp.config import ConfigError
 from jax_mla_cp.mesh import MeshShape
-from jax_mla_cp.serve.options import Parser, ServeConfig, add_model_flags, fail
+from jax_mla_cp.serve.flags import Parser, add_model_flags, fail
+from jax_mla_cp.serve.options import ServeConfig
 
 _K = 1024
 _PICTURES = (".png", ".pdf", ".svg")

@@ -10,17 +10,21 @@ import sys
 import time
 from collections.abc import Sequence
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import Any
 
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jax_mla_cp.config import ConfigError
+from jax_mla_cp.engine import Engine
+from jax_mla_cp.runner import Runner
+from jax_mla_cp.serve import logs, security
+from jax_mla_cp.serve.app import create_app
+from jax_mla_cp.serve.guards import Guards
+from jax_mla_cp.serve.lifecycle import Server, uvicorn_config
 from jax_mla_cp.serve.options import ServeConfig, parse
-
-if TYPE_CHECKING:
-    from jax_mla_cp.runner import Runner
+from jax_mla_cp.serve.served import Served
+from jax_mla_cp.serve.start import load_model, make_runner, set_up_devices
 
 log = logging.getLogger("jax_mla_cp.serve")
 
@@ -28,18 +32,25 @@ _ATTENTION = {"fa3": "FlashAttention-3", "xla": "XLA"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the server until it is told to stop. Exit code 0; 2 for a setting that can't work."""
+    """Runs the server until it is told to stop.
+
+    Returns:
+      The exit code: 0; 1 if running requests were cut off; 2 for a setting that can't work.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _leave)
+    config = parse(argv)
     try:
-        config = parse(argv)
-        _log_to_stderr(config.log_level)
-        with _listen(config) as listener:
-            _serve(config, listener)
+        with logs.to_stderr(config.log_level, config.log_format):
+            keys = security.read_keys(config.api_key_file, os.environ)
+            tls = security.tls_settings(config.ssl_certfile, config.ssl_keyfile, config.ssl_keyfile_password_file)
+            security.warn_if_open(config.host, keys, tls=bool(tls))
+            guards = Guards(keys, config.cors_origins, config.max_body_mb << 20, config.log_requests)
+            with _listen(config) as listener:
+                return _serve(config, listener, guards, tls)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
@@ -47,16 +58,6 @@ def _leave(number: int, frame: FrameType | None) -> None:
     Console(stderr=True).show_cursor(True)
     print("\nstopped.", file=sys.stderr, flush=True)
     os._exit(0)
-
-
-def _ignore(number: int, frame: FrameType | None) -> None:
-    """uvicorn handles the signals itself while it serves, and raises them again when it is done."""
-
-
-def _log_to_stderr(level: str) -> None:
-    handler = RichHandler(console=Console(stderr=True), show_path=False, rich_tracebacks=False, markup=False)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", datefmt="%H:%M:%S", handlers=[handler])
-    logging.getLogger("jax_mla_cp").setLevel(level.upper())
 
 
 def _listen(config: ServeConfig) -> socket.socket:
@@ -79,51 +80,18 @@ def _listen(config: ServeConfig) -> socket.socket:
     return listener
 
 
-def _serve(config: ServeConfig, listener: socket.socket) -> None:
-    from jax_mla_cp import platform
-
+def _serve(config: ServeConfig, listener: socket.socket, guards: Guards, tls: dict[str, Any]) -> int:
     started = time.perf_counter()
-    used = platform.setup(config.platform, config.mesh.devices)
-    if config.compile_cache != "off":
-        auto = config.compile_cache == "auto"
-        platform.enable_compile_cache(platform.default_compile_cache() if auto else config.compile_cache)
-
-    import uvicorn
-
-    from jax_mla_cp.engine import Engine
-    from jax_mla_cp.load import load
-    from jax_mla_cp.mesh import make_mesh
-    from jax_mla_cp.runner import create_runner
-    from jax_mla_cp.serve.app import create_app
-    from jax_mla_cp.serve.served import Served
-
+    used = set_up_devices(config)
     log.info("mesh %s on %d %s devices", config.mesh, config.mesh.devices, used)
-    model, tokenizer = load(
-        config.model,
-        mesh=make_mesh(config.mesh),
-        dtype=config.dtype,
-        weights=config.weights,
-        ep_axes=config.ep_axes,
-        attention=config.attention,
-        mtp=config.speculative == "mtp",
-    )
+    model, tokenizer = load_model(config)
     log.info(
         "loaded %s: %s%s, experts over %s, attention in %s (%.1f s)",
         config.model or "the built-in model (it finds passkeys and continues technical English, no more)",
         model.build.dtype, ", weights in FP8" if model.build.fp8 else "", ",".join(model.build.ep_axes),
         _ATTENTION[model.build.attention], time.perf_counter() - started,
     )  # fmt: skip
-    runner = create_runner(
-        model,
-        page_size=config.page_size,
-        kv_pages=config.kv_pages,
-        memory_fraction=config.memory_fraction,
-        prefill_chunk=config.prefill_chunk,
-        max_model_len=config.max_model_len,
-        max_running=config.max_running,
-        form=config.form,
-        draft_tokens=config.draft_tokens or 0,
-    )
+    runner = make_runner(model, config)
     log.info(
         "cache: %d pages of %d tokens per dp group; requests of at most %d tokens, %d at a time",
         runner.pages_per_group, runner.page_size, runner.max_model_len, runner.max_running * runner.dp,
@@ -131,26 +99,21 @@ def _serve(config: ServeConfig, listener: socket.socket) -> None:
     log.info(runner.grid)
     if config.warmup:
         _warm_up(runner)
-    engine = Engine(runner)
+    engine = Engine(runner, max_queued=config.max_queued, observer=None, watchdog_seconds=config.watchdog)
     served = Served(
         config.served_model_name, engine, tokenizer, model.config.vocab_size, runner.max_model_len,
-        model.config.eos_token_ids, config.seed,
+        model.config.eos_token_ids, config.seed, config.queue_timeout, config.request_timeout,
     )  # fmt: skip
-    server = uvicorn.Server(
-        uvicorn.Config(
-            create_app(served), log_level="warning", lifespan="off", timeout_graceful_shutdown=5, server_header=False
-        )
-    )
+    server = Server(uvicorn_config(create_app(served, guards), tls), engine, guards.drain, config.drain_timeout)
     engine.start()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _ignore)
     try:
-        _announce(config, listener, time.perf_counter() - started)
         listener.listen(1024)
+        _announce(config, listener, time.perf_counter() - started, keys=guards.keys is not None)
         server.run(sockets=[listener])
     finally:
         engine.stop(timeout=60)
         log.info("stopped")
+    return int(server.cut_off)
 
 
 def _warm_up(runner: Runner) -> None:
@@ -159,14 +122,16 @@ def _warm_up(runner: Runner) -> None:
         runner.warmup(progress.track)
 
 
-def _announce(config: ServeConfig, listener: socket.socket, seconds: float) -> None:
+def _announce(config: ServeConfig, listener: socket.socket, seconds: float, *, keys: bool) -> None:
     port = listener.getsockname()[1]
     host = f"[{config.host}]" if ":" in config.host else config.host
     name = config.served_model_name
+    root = f"{'https' if config.ssl_certfile else 'http'}://{host}:{port}"
+    key = " -H 'Authorization: Bearer KEY'" if keys else ""
     print(
         f"""\
-ready in {seconds:.0f} s: http://{host}:{port}/v1   (model {name!r}; Ctrl-C ends it)
-  curl http://{host}:{port}/v1/completions -H 'Content-Type: application/json' \\
+ready in {seconds:.0f} s: {root}/v1   (model {name!r}; Ctrl-C ends it)
+  curl {root}/v1/completions{key} -H 'Content-Type: application/json' \\
     -d '{{"model": "{name}", "prompt": "Context parallelism is", "max_tokens": 32}}'""",
         flush=True,
     )

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from typing import Any, Literal
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-log = logging.getLogger(__name__)
-
+from jax_mla_cp.engine import Failed
 
 _RETRY_SECONDS = "1"
 """What Retry-After says: a place in the queue is free as soon as one request is done."""
@@ -46,11 +41,9 @@ def unavailable(message: str, code: str) -> ApiError:
     return ApiError(503, message, code=code, headers={"retry-after": _RETRY_SECONDS})
 
 
-Failure = Literal["step", "timeout", "queue_timeout", "stopping", "dead", "internal"]
-
-
-def failure(kind: Failure, message: str) -> ApiError:
-    """What the client is told of a request that the engine gave up (`jax_mla_cp.engine.Failed`)."""
+def failure(event: Failed) -> ApiError:
+    """What the client is told of a request that the engine gave up."""
+    kind, message = event.kind, event.message
     if kind == "timeout":
         # Asked again it would take as long: the official clients don't retry when told so.
         return ApiError(408, message, code="request_timeout", headers={"x-should-retry": "false"})
@@ -67,7 +60,7 @@ def error_body(status: int, message: str, *, param: str | None = None, code: str
 
 
 def install(app: FastAPI) -> None:
-    """Makes every error of the app one of these."""
+    """Makes every error of the app one of these. What nobody expected is `jax_mla_cp.serve.logs.RequestLog`'s."""
 
     @app.exception_handler(ApiError)
     async def _api(_: Request, error: ApiError) -> JSONResponse:
@@ -96,45 +89,3 @@ def install(app: FastAPI) -> None:
                 f"{request.method} {ascii(request.url.path)[1:-1]}: {message}. See GET /openapi.json for what there is."
             )
         return JSONResponse(error_body(error.status_code, message), error.status_code, headers=error.headers)
-
-    @app.exception_handler(Exception)
-    async def _bug(_: Request, error: Exception) -> JSONResponse:
-        log.error("a request failed", exc_info=error)
-        return JSONResponse(error_body(500, "Internal error; the server's log has it."), 500)
-
-
-class LimitBody:
-    """ASGI middleware: a body over the limit gets 413, before it is parsed or even read."""
-
-    def __init__(self, app: ASGIApp, limit: int):
-        self._app = app
-        self._limit = limit
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > self._limit:
-            await self._refuse(scope, receive, send)
-            return
-        read = 0
-
-        async def limited() -> Message:
-            nonlocal read
-            message = await receive()
-            read += len(message.get("body", b""))
-            return message if read <= self._limit else {"type": "http.disconnect"}
-
-        async def unless_over(message: Message) -> None:
-            if read <= self._limit:  # else the app has only seen a part of the body: what it says is not the answer
-                await send(message)
-
-        with contextlib.suppress(ClientDisconnect):
-            await self._app(scope, limited, unless_over)
-        if read > self._limit:
-            await self._refuse(scope, receive, send)
-
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = error_body(413, f"The body is larger than {self._limit} bytes.")
-        await JSONResponse(body, 413, headers={"connection": "close"})(scope, receive, send)

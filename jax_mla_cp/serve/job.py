@@ -19,6 +19,7 @@ from jax_mla_cp.adjust import Adjuster
 from jax_mla_cp.batch import Sampling
 from jax_mla_cp.engine import EngineDead, Event, Failed, Finished, Grammar, PromptScored, QueueFull, Request, Token
 from jax_mla_cp.engine.text import TextStream
+from jax_mla_cp.serve import logs
 from jax_mla_cp.serve.errors import ApiError, failure, unavailable
 from jax_mla_cp.serve.fields import Generation
 from jax_mla_cp.serve.schemas import PromptTokensDetails, Usage
@@ -82,6 +83,7 @@ class Job:
         ]
         self._sampled = 0
         self._cached = 0
+        self._log = logs.current()
 
     def _request(self, index: int, at: int, seed: int) -> Request:
         body, served, prompt = self._body, self._served, self._form.prompts[at]
@@ -125,7 +127,7 @@ class Job:
         try:
             self._served.engine.submit_all(self._requests)
         except QueueFull as error:
-            raise unavailable(str(error), "queue_full") from error
+            raise unavailable(f"The server is busy: {error}", "queue_full") from error
         except EngineDead as error:
             raise ApiError(503, f"The server takes no requests: {error}", code="engine_dead") from error
         except ValueError as error:
@@ -145,8 +147,9 @@ class Job:
         left = len(self._requests)
         while left:
             index, event = await self._events.get()
+            self._log.take(index, self._requests[index], event)
             if isinstance(event, Failed):
-                raise failure(event.kind, event.message)
+                raise failure(event)
             if isinstance(event, Token):
                 self._sampled += 1
             elif isinstance(event, Finished):

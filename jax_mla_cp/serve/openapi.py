@@ -12,9 +12,13 @@ Responses = dict[int | str, dict[str, Any]]
 
 ERRORS: Responses = {
     400: {"model": Error, "description": "The request can't be done as it is; `param` names the field."},
+    401: {"model": Error, "description": "The server wants an API key: `Authorization: Bearer KEY`."},
     404: {"model": Error, "description": "No such model or path."},
-    408: {"model": Error, "description": "The request took longer than the server allows."},
+    408: {"model": Error, "description": "The request took, or its body came, longer than the server allows."},
     413: {"model": Error, "description": "The body is too large."},
+    414: {"model": Error, "description": "The path and query are too long."},
+    415: {"model": Error, "description": "The body is not application/json."},
+    431: {"model": Error, "description": "The headers are too many or too large."},
     500: {"model": Error, "description": "The request failed on the server."},
     503: {"model": Error, "description": "Too many requests wait (then with Retry-After), or the engine has stopped."},
     # FastAPI would add its own 422, which this server never sends.

@@ -23,7 +23,9 @@ from tests.engine.standin import PageModel, continuation, logprob
 STOP = frozenset({3})
 
 
-def request(prompt: list[int], most: int, emit: Callable[[Event], None] = lambda event: None, **options: Any) -> Request:
+def request(
+    prompt: list[int], most: int, emit: Callable[[Event], None] = lambda event: None, **options: Any
+) -> Request:
     return Request(prompt, most, Sampling(), STOP, TextStream(None), emit, **options)
 
 
@@ -149,7 +151,9 @@ class Anything(RuleBasedStateMachine):
             assert len(scored) == (r.score_prompt and (r not in self.gone or bool(scored)))
             for event in scored:
                 assert self.events[r][0] is event
-                assert event.logprobs.tolist()[1:] == [logprob(r.prompt[:n], r.prompt[n]) for n in range(1, len(r.prompt))]
+                assert event.logprobs.tolist()[1:] == [
+                    logprob(r.prompt[:n], r.prompt[n]) for n in range(1, len(r.prompt))
+                ]
                 assert len(event.top_tokens) == len(event.top_logprobs) == len(r.prompt)
 
 
@@ -190,7 +194,9 @@ def test_the_youngest_gives_way_and_comes_back_in_its_place() -> None:
     ended: list[Request] = []
     requests = []
     for i in range(5):
-        made = request([i, 9, i], 30, emit=lambda e, i=i: ended.append(requests[i]) if isinstance(e, Finished) else None)  # type: ignore[misc]
+        made = request(
+            [i, 9, i], 30, emit=lambda e, i=i: ended.append(requests[i]) if isinstance(e, Finished) else None
+        )  # type: ignore[misc]
         made.stop_tokens = frozenset()
         requests.append(made)
         scheduler.add(made)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from jax_mla_cp import platform
 from jax_mla_cp.eval import in_process
 from jax_mla_cp.eval.__main__ import main
 from jax_mla_cp.eval.options import Options, parse
@@ -15,7 +16,7 @@ from jax_mla_cp.mesh import MeshShape
 
 
 def evaluate(monkeypatch: pytest.MonkeyPatch, out: Path, *flags: str) -> dict[str, Any]:
-    monkeypatch.setattr(in_process.platform, "setup", lambda *_: "cpu")  # pytest's process has its devices
+    monkeypatch.setattr(platform, "setup", lambda *_: "cpu")  # pytest's process has its devices
     arguments = ["--lengths", "512", "--depths", "3", "--perplexity-tokens", "500", "--compile-cache", "off"]
     assert main([*arguments, "--json", str(out / "out.json"), *flags]) == 0
     return json.loads((out / "out.json").read_text())
@@ -36,7 +37,7 @@ def test_the_built_in_model_scores_the_same_on_a_mesh(monkeypatch: pytest.Monkey
 def test_a_model_that_fails_ends_the_run_with_what_it_has(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(in_process.platform, "setup", lambda *_: "cpu")
+    monkeypatch.setattr(platform, "setup", lambda *_: "cpu")
 
     class Falls(in_process.Engine):
         def submit(self, request: Any) -> None:
@@ -55,7 +56,7 @@ def test_a_model_that_fails_ends_the_run_with_what_it_has(
 def test_prompts_that_dont_fit_the_devices_are_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(in_process.platform, "setup", lambda *_: "cpu")
+    monkeypatch.setattr(platform, "setup", lambda *_: "cpu")
     monkeypatch.setattr("jax_mla_cp.runner.device_memory", lambda: 2**20)
     with pytest.raises(SystemExit, match="2"):
         main(["--lengths", "512", "--depths", "2", "--perplexity-tokens", "0", "--compile-cache", "off"])
@@ -97,7 +98,7 @@ def test_settings_that_cant_work(
 ) -> None:
     """Refused before anything is loaded."""
     monkeypatch.setattr(in_process, "load", lambda *_, **__: pytest.fail("weights are loaded"))
-    monkeypatch.setattr(in_process.platform, "setup", lambda *_: pytest.fail("devices are set up"))
+    monkeypatch.setattr(platform, "setup", lambda *_: pytest.fail("devices are set up"))
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     places = {"{empty}": str(tmp_path), "{binary}": str(tmp_path / "binary")}
     with pytest.raises(SystemExit, match="2"):
