@@ -115,7 +115,7 @@ class Engine:
             return "the engine is not running."
         began = self._step_began
         if self._watchdog is not None and began is not None and (took := time.monotonic() - began) > self._watchdog:
-            return f"a step has been running for {took:.0f} s; --watchdog-seconds is {self._watchdog:g}."
+            return f"a step has been running for {took:.0f} s; --watchdog is {self._watchdog:g}."
         return None
 
     @property

@@ -20,10 +20,10 @@ from jax_mla_cp.engine import Engine
 from jax_mla_cp.runner import Runner
 from jax_mla_cp.serve import logs, security
 from jax_mla_cp.serve.app import create_app
-from jax_mla_cp.serve.completions import Served
 from jax_mla_cp.serve.guards import Guards
 from jax_mla_cp.serve.lifecycle import Server, uvicorn_config
 from jax_mla_cp.serve.options import ServeConfig, parse
+from jax_mla_cp.serve.served import Served
 from jax_mla_cp.serve.start import load_model, make_runner, set_up_devices
 from jax_mla_cp.serve.status import Telemetry, describe
 
@@ -110,8 +110,8 @@ def _serve(config: ServeConfig, listener: socket.socket, guards: Guards, tls: di
     server = Server(uvicorn_config(app, tls), engine, guards.drain, config.drain_timeout)
     engine.start()
     try:
-        _announce(config, listener, time.perf_counter() - started, keys=guards.keys is not None)
         listener.listen(1024)
+        _announce(config, listener, time.perf_counter() - started, keys=guards.keys is not None)
         server.run(sockets=[listener])
     finally:
         engine.stop(timeout=60)

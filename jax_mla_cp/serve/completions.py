@@ -1,228 +1,137 @@
-"""A completion request: checked, handed to the engine, and its events made into OpenAI's answers."""
+"""POST /v1/completions."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import dataclasses
-import json
-import math
-import secrets
-import time
-from collections.abc import AsyncIterator
+from collections.abc import Sequence
 
-from jax_mla_cp.batch import Sampling
-from jax_mla_cp.engine import Engine, EngineDead, Event, Failed, Finished, PromptScored, QueueFull, Request, Token
-from jax_mla_cp.engine.text import TextStream
-from jax_mla_cp.serve import logs
-from jax_mla_cp.serve.errors import ApiError, failure, unavailable
-from jax_mla_cp.serve.schemas import MAX_PROMPTS, Choice, Completion, CompletionRequest, Logprobs, Usage
-from jax_mla_cp.tokenizer import Tokenizer, TokenizerError, require_tokenizer
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+
+from jax_mla_cp.engine import Finished, Grammar, PromptScored
+from jax_mla_cp.serve import prompts
+from jax_mla_cp.serve.job import Good, new_head, respond
+from jax_mla_cp.serve.logprobs import entry, join, prompt_entries, prompt_logprobs
+from jax_mla_cp.serve.openapi import streams
+from jax_mla_cp.serve.schemas import Choice, Completion, CompletionRequest, Logprobs, Usage
+from jax_mla_cp.serve.served import Served
+from jax_mla_cp.tokenizer import Detokenizer
 
 
-@dataclasses.dataclass(frozen=True)
-class Served:
-    """The model as requests see it."""
-
-    name: str
-    engine: Engine
-    tokenizer: Tokenizer | None
-    vocab_size: int
-    max_model_len: int
-    eos_token_ids: tuple[int, ...]
-    seed: int | None
-    queue_timeout: float | None = None
-    """Seconds, as `jax_mla_cp.engine.Request`'s."""
-    request_timeout: float | None = None
-    created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+def install(app: FastAPI, served: Served) -> None:
+    @app.post("/v1/completions", response_model=Completion, responses=streams(Completion), summary="Continue a prompt")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        return await respond(served, body, lambda: _Completions(served, body), request)
 
 
-class Job:
-    """One HTTP request: a request to the engine per prompt, and the events of all of them in one queue."""
+class _Completions:
+    """Implements `jax_mla_cp.serve.job.Form`."""
 
-    def __init__(self, served: Served, body: CompletionRequest, prompts: list[list[int]]):
-        self.id = f"cmpl-{secrets.token_hex(12)}"
-        self.body = body
+    def __init__(self, served: Served, body: CompletionRequest):
+        """Raises an `ApiError` for what can't be done."""
+        self.head = new_head("cmpl", body.model)
+        self.prompts = prompts.completion_prompts(served, body)
+        prompts.check(served, body, self.prompts, "prompt")
+        self._grammar = prompts.grammar_of(served, body)
         self._served = served
-        self._created = int(time.time())
-        self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        seed = body.seed if body.seed is not None else served.seed
-        self._requests = [self._request(i, prompt, seed) for i, prompt in enumerate(prompts)]
-        self._offset = [0] * len(prompts)
-        self._completion_tokens = 0
-        self._log = logs.current()
-        self._log.prompt_tokens = sum(map(len, prompts))
+        self._body = body
+        self._n = body.n or 1
+        given = zip(body.prompts(), self.prompts, strict=True) if body.echo else ()
+        self._echoes = [_Echo(served, prompt, ids) for prompt, ids in given]
+        self._offset = [0] * (len(self.prompts) * self._n)
+        """Characters of a choice's text so far."""
 
-    def _request(self, index: int, prompt: list[int], seed: int | None) -> Request:
-        body = self.body
-        sampling = Sampling(
-            temperature=1.0 if body.temperature is None else body.temperature,
-            top_p=1.0 if body.top_p is None else body.top_p,
-            top_k=max(body.top_k or 0, 0),
-            seed=secrets.randbits(64) if seed is None else seed,
-        )
-        room = self._served.max_model_len - len(prompt)
-        return Request(
-            prompt=prompt,
-            max_tokens=room if body.max_tokens is None else body.max_tokens,
-            sampling=sampling,
-            stop_tokens=frozenset() if body.ignore_eos else frozenset(self._served.eos_token_ids),
-            text=TextStream(self._served.tokenizer, body.stops()),
-            emit=lambda event: self._deliver(index, event),
-            queue_timeout=self._served.queue_timeout,
-            timeout=self._served.request_timeout,
-        )
+    def grammar(self, prompt: int) -> Grammar | None:
+        return self._grammar and self._grammar.copy()
 
-    def _deliver(self, index: int, event: Event) -> None:
-        """On the engine's thread. The event loop may be gone, when the server is stopping."""
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+    def opening(self) -> Sequence[Completion]:
+        if not self._echo_at_once:
+            return []
+        return [self._completion([self._echoed(index)]) for index in range(len(self._offset))]
 
-    def submit(self) -> None:
-        try:
-            self._served.engine.submit_all(self._requests)
-        except QueueFull as error:
-            raise unavailable(f"The server is busy: {error}", "queue_full") from error
-        except EngineDead as error:
-            raise ApiError(503, f"The server takes no requests: {error}", code="engine_dead") from error
+    def chunk(self, index: int, event: Good) -> Completion | None:
+        choice = self._choice(index, event)
+        return None if choice is None else self._completion([choice])
 
-    def abort(self) -> None:
-        """Drops what is not finished; its pages are free within a step."""
-        for request in self._requests:
-            self._served.engine.abort(request)
+    def last_chunk(self, usage: Usage) -> Completion:
+        return self._completion([], usage)
 
-    async def events(self) -> AsyncIterator[tuple[int, Token | Finished | Failed]]:
-        """All events, until every prompt's is finished or one fails."""
-        left = len(self._requests)
-        while left:
-            index, event = await self._events.get()
-            if isinstance(event, PromptScored):
-                continue
-            self._log.take(index, event)
-            self._completion_tokens += isinstance(event, Token)
-            left -= isinstance(event, Finished)
-            yield index, event
-            if isinstance(event, Failed):
-                return
+    def whole(self, events: Sequence[Sequence[Good]], usage: Usage) -> Completion:
+        choices = []
+        for index, of_choice in enumerate(events):
+            opening = [self._echoed(index)] if self._echo_at_once else []
+            said = (self._choice(index, event) for event in of_choice)
+            choices.append(_join([*opening, *(choice for choice in said if choice is not None)]))
+        return self._completion(choices, usage)
 
-    def choice(self, index: int, event: Token | Finished) -> Choice:
-        """One event as a chunk of a choice."""
-        if isinstance(event, Finished):
-            self._offset[index] += len(event.text)
-            return Choice(index=index, text=event.text, finish_reason=event.reason)
-        logprobs = self._logprobs(index, event) if self.body.logprobs is not None else None
+    @property
+    def _echo_at_once(self) -> bool:
+        """Without log-probabilities an echo doesn't have to wait for the prompt to run."""
+        return bool(self._body.echo) and self._body.logprobs is None
+
+    def _echoed(self, index: int, logprobs: Logprobs | None = None) -> Choice:
+        text = self._echoes[index // self._n].text
+        self._offset[index] += len(text)
+        return Choice(index=index, text=text, logprobs=logprobs)
+
+    def _choice(self, index: int, event: Good) -> Choice | None:
+        if isinstance(event, PromptScored):
+            return self._scored(index, event)
+        at = self._offset[index]
         self._offset[index] += len(event.text)
+        if isinstance(event, Finished):
+            return Choice(
+                index=index, text=event.text, finish_reason=event.reason, stop_reason=self._served.stop_reason(event)
+            )
+        logprobs = None
+        if (count := self._body.logprobs) is not None:
+            names, top = self._served.names, (event.top_tokens, event.top_logprobs)
+            logprobs = entry(names, event.token, event.logprob, *top, count, at)
         return Choice(index=index, text=event.text, logprobs=logprobs)
 
-    def _logprobs(self, index: int, event: Token) -> Logprobs:
-        count = self.body.logprobs or 0
-        top = {
-            token_name(self._served.tokenizer, int(token)): _finite(value)
-            for token, value in zip(event.top_tokens[:count], event.top_logprobs[:count], strict=True)
-        }
-        name = token_name(self._served.tokenizer, event.token)
-        logprob = _finite(event.logprob)
-        if count:
-            top.setdefault(name, logprob)  # the sampled token is always among them
-        return Logprobs(tokens=[name], token_logprobs=[logprob], top_logprobs=[top], text_offset=[self._offset[index]])
+    def _scored(self, index: int, event: PromptScored) -> Choice | None:
+        body, names, ids = self._body, self._served.names, self.prompts[index // self._n]
+        choice = None
+        if body.echo and body.logprobs is not None:
+            offsets = self._echoes[index // self._n].offsets()
+            choice = self._echoed(index, prompt_entries(names, ids, offsets, event, body.logprobs))
+        if body.prompt_logprobs is not None:
+            choice = choice or Choice(index=index, text="")
+            choice.prompt_logprobs = prompt_logprobs(names, ids, event, body.prompt_logprobs)
+        return choice
 
-    def completion(self, choices: list[Choice], *, usage: bool) -> Completion:
-        prompt = sum(len(request.prompt) for request in self._requests)
-        done = self._completion_tokens
-        counted = Usage(prompt_tokens=prompt, completion_tokens=done, total_tokens=prompt + done)
-        return Completion(
-            id=self.id, created=self._created, model=self.body.model, choices=choices, usage=counted if usage else None
-        )
-
-    async def collect(self) -> Completion:
-        """The whole answer.
-
-        Raises:
-          ApiError: the engine failed the request.
-        """
-        parts: list[list[Choice]] = [[] for _ in self._requests]
-        async for index, event in self.events():
-            if isinstance(event, Failed):
-                raise failure(event.kind, event.message)
-            parts[index].append(self.choice(index, event))
-        return self.completion([_join(chunks) for chunks in parts], usage=True)
-
-    async def stream(self) -> AsyncIterator[str]:
-        """Server-sent events: a chunk per event, usage if asked for, [DONE]."""
-        async for index, event in self.events():
-            if isinstance(event, Failed):
-                yield f"data: {json.dumps(failure(event.kind, event.message).body)}\n\n"
-                break
-            chunk = self.completion([self.choice(index, event)], usage=False)
-            yield f"data: {chunk.model_dump_json(exclude={'usage'})}\n\n"
-        else:
-            if self.body.stream_options and self.body.stream_options.include_usage:
-                yield f"data: {self.completion([], usage=True).model_dump_json()}\n\n"
-        yield "data: [DONE]\n\n"
+    def _completion(self, choices: list[Choice], usage: Usage | None = None) -> Completion:
+        return Completion(**self.head, choices=choices, usage=usage)
 
 
-def _finite(logprob: float) -> float:
-    """JSON has no infinity; -9999 stands for what can't be, as in vLLM."""
-    return float(logprob) if math.isfinite(logprob) else -9999.0
+class _Echo:
+    """A prompt as it is echoed: text as it came, token ids as their text."""
+
+    def __init__(self, served: Served, prompt: str | list[int], ids: list[int]):
+        self._tokenizer = served.tokenizer
+        self._ids = ids
+        decoded = "" if self._tokenizer is None else self._tokenizer.decode(ids)
+        self.text = prompt if isinstance(prompt, str) else decoded
+
+    def offsets(self) -> list[int]:
+        """Where each token's text begins."""
+        if self._tokenizer is None:
+            return [0] * len(self._ids)
+        stream, found, at = Detokenizer(self._tokenizer), [], 0
+        for token in self._ids:
+            found.append(at)
+            at += len(stream.add(token))
+        return found
 
 
-def token_name(tokenizer: Tokenizer | None, token: int) -> str:
-    """A token's text; where that says too little (half a code point, a special token), its number, as vLLM writes it."""
-    text = tokenizer.decode([token]) if tokenizer else ""
-    return text if text and "\ufffd" not in text else f"token_id:{token}"
-
-
-def _join(chunks: list[Choice]) -> Choice:
-    entries = [c.logprobs for c in chunks if c.logprobs is not None]
-    logprobs = None
-    if entries:
-        logprobs = Logprobs(
-            **{field: [x for e in entries for x in getattr(e, field)] for field in Logprobs.model_fields}
-        )
+def _join(parts: list[Choice]) -> Choice:
+    """One choice of its chunks."""
+    logprobs = [part.logprobs for part in parts if part.logprobs is not None]
+    last = parts[-1]
     return Choice(
-        index=chunks[0].index,
-        text="".join(c.text for c in chunks),
-        logprobs=logprobs,
-        finish_reason=chunks[-1].finish_reason,
+        index=last.index,
+        text="".join(part.text for part in parts),
+        logprobs=join(logprobs) if logprobs else None,
+        finish_reason=last.finish_reason,
+        stop_reason=last.stop_reason,
+        prompt_logprobs=next((p.prompt_logprobs for p in parts if p.prompt_logprobs is not None), None),
     )
-
-
-def tokenize(served: Served, body: CompletionRequest) -> list[list[int]]:
-    """The prompts' token ids, all checked against what the model can take.
-
-    Raises:
-      ApiError: 404 for another model's name, 400 for a prompt that is empty, too long or not in the vocabulary.
-    """
-    if body.model != served.name:
-        message = f"The model {ascii(body.model)[:100]} does not exist; this server has {served.name!r}."
-        raise ApiError(404, message, param="model", code="model_not_found")
-    prompts = body.prompts()
-    if not 1 <= len(prompts) <= MAX_PROMPTS:
-        raise ApiError(400, f"prompt: 1 to {MAX_PROMPTS} prompts are allowed, got {len(prompts)}.", param="prompt")
-    if body.stops() and served.tokenizer is None:
-        raise ApiError(400, "stop: this model has no tokenizer, so its output has no text to stop at.", param="stop")
-    return [_tokenize(served, body, prompt) for prompt in prompts]
-
-
-def _tokenize(served: Served, body: CompletionRequest, prompt: str | list[int]) -> list[int]:
-    if isinstance(prompt, str):
-        try:
-            ids = require_tokenizer(served.tokenizer).encode(prompt) if prompt else []
-        except TokenizerError as error:
-            raise ApiError(400, f"prompt: {error}", param="prompt") from error
-    else:
-        ids = list(prompt)
-    if not ids:
-        raise ApiError(400, "prompt: must not be empty; give at least one token.", param="prompt")
-    if (bad := max(ids)) >= served.vocab_size:
-        message = f"prompt: token id {bad} is not in the vocabulary (0 to {served.vocab_size - 1})."
-        raise ApiError(400, message, param="prompt")
-    wanted = 1 if body.max_tokens is None else body.max_tokens
-    if len(ids) + wanted > served.max_model_len:
-        message = (
-            f"prompt has {len(ids)} tokens and max_tokens is {wanted}; together they may be at most "
-            f"{served.max_model_len}. Shorten the prompt or ask for fewer tokens."
-        )
-        raise ApiError(400, message, param="prompt", code="context_length_exceeded")
-    return ids

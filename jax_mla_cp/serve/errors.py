@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+
+from jax_mla_cp.engine import Failed
 
 _RETRY_SECONDS = "1"
 """What Retry-After says: a place in the queue is free as soon as one request is done."""
@@ -39,14 +41,12 @@ def unavailable(message: str, code: str) -> ApiError:
     return ApiError(503, message, code=code, headers={"retry-after": _RETRY_SECONDS})
 
 
-Failure = Literal["step", "timeout", "queue_timeout", "stopping", "dead", "internal"]
-
-
-def failure(kind: Failure, message: str) -> ApiError:
-    """What the client is told of a request that the engine gave up (`jax_mla_cp.engine.Failed`)."""
+def failure(event: Failed) -> ApiError:
+    """What the client is told of a request that the engine gave up."""
+    kind, message = event.kind, event.message
     if kind == "timeout":
         # Asked again it would take as long: the official clients don't retry when told so.
-        return ApiError(504, message, code="request_timeout", headers={"x-should-retry": "false"})
+        return ApiError(408, message, code="request_timeout", headers={"x-should-retry": "false"})
     if kind in ("queue_timeout", "stopping"):
         return unavailable(message, kind)
     if kind == "dead":

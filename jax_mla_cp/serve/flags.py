@@ -201,7 +201,7 @@ def _add_limit_flags(p: argparse.ArgumentParser) -> None:
     limits.add_argument("--queue-timeout", metavar="S", type=_seconds,
                         help="a request that waited so long to run gets 503 (default: off)")  # fmt: skip
     limits.add_argument("--request-timeout", metavar="S", type=_seconds,
-                        help="a request that isn't done so long after its arrival gets 504 and its pages are freed "
+                        help="a request that isn't done so long after its arrival gets 408 and its pages are freed "
                              "(default: off)")  # fmt: skip
     limits.add_argument("--watchdog", metavar="S", type=_seconds,
                         help="a step that takes longer makes /health answer 503, so that whoever watches it can start the "

@@ -7,9 +7,9 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from jax_mla_cp.serve.completions import Served
 from jax_mla_cp.serve.errors import ApiError, unavailable
 from jax_mla_cp.serve.lifecycle import Drain
+from jax_mla_cp.serve.served import Served
 
 
 class Acceptance(BaseModel):
@@ -38,15 +38,13 @@ def install(app: FastAPI, served: Served, drain: Drain) -> None:
     """The routes; none needs a key."""
 
     def check_engine() -> None:
-        if not served.engine.alive:
-            reason = served.engine.unhealthy_reason or "it has stopped"
-            raise ApiError(
-                503, f"The engine is dead: {reason.rstrip('.')}. The server's log has more.", code="engine_dead"
-            )
+        reason = served.engine.unhealthy_reason
+        if reason is not None:
+            raise ApiError(503, f"No answers can be expected now: {reason}", code="engine_dead")
 
     @app.get("/health", response_model_exclude_none=True)
     async def health() -> Health:
-        """503 when only a new start helps."""
+        """503 when only a new start helps: the engine has given up, or a step hangs."""
         check_engine()
         now = served.engine.speculation
         if now is None:

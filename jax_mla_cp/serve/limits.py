@@ -83,8 +83,8 @@ class LimitRequest:
                     if not message.get("more_body", False):
                         return b"".join(parts)
         except TimeoutError:
-            message = f"The body didn't arrive within {self._body_seconds:g} seconds."
-            raise ApiError(408, message, headers={"connection": "close"}) from None
+            late = f"The body didn't arrive within {self._body_seconds:g} seconds."
+            raise ApiError(408, late, headers={"connection": "close"}) from None
 
     def _too_large(self) -> ApiError:
         # What is still coming isn't read, so the connection can't be used again.

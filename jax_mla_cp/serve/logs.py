@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jax_mla_cp.engine import Event, Failed, Finished, Token
+from jax_mla_cp.engine import Event, Failed, Finished, Request, Token
 from jax_mla_cp.serve.errors import ApiError
 
 log = logging.getLogger(__name__)
@@ -43,10 +43,12 @@ class Entry:
     content: bool
     """Whether `request` and `output` are wanted."""
     arrived: float = dataclasses.field(default_factory=time.perf_counter)
-    prompt_tokens: int | None = None
-    cached_tokens: int | None = None
+    prompt_tokens: int = 0
+    """Of the choices that have started; so too the next ones."""
+    cached_tokens: int = 0
     output_tokens: int = 0
-    queue_seconds: float | None = None
+    started: dict[int, float] = dataclasses.field(default_factory=dict)
+    """Seconds in the engine's queue, by choice."""
     ttft: float | None = None
     """Seconds from the request's arrival to its first token, of whichever prompt."""
     finish_reasons: set[str] = dataclasses.field(default_factory=set)
@@ -54,38 +56,42 @@ class Entry:
     output: dict[int, str] = dataclasses.field(default_factory=dict)
     """Text by choice."""
 
-    def take(self, index: int, event: Event) -> None:
-        """An event of the engine for choice `index`, as it reaches the client."""
+    def take(self, index: int, request: Request, event: Event) -> None:
+        """An event of the engine for choice `index` and its request, as it reaches the client."""
+        if index not in self.started and request.started is not None:
+            self.started[index] = request.started - request.arrived
+            self.prompt_tokens += len(request.prompt)
         if isinstance(event, Token):
             self.output_tokens += 1
             if self.ttft is None:
                 self.ttft = time.perf_counter() - self.arrived
         elif isinstance(event, Finished):
+            self.cached_tokens += event.cached_tokens
             self.finish_reasons.add(event.reason)
         elif isinstance(event, Failed):
-            self.finish_reasons.add("failed")
+            self.finish_reasons.add(event.kind)
         if self.content and isinstance(event, Token | Finished):
             self.output[index] = self.output.get(index, "") + event.text
 
     def fields(self) -> dict[str, Any]:
         """What is known, by the names that the log has for it."""
-        found: dict[str, Any] = {
-            "prompt_tokens": self.prompt_tokens,
-            "cached_tokens": self.cached_tokens,
-            "output_tokens": self.output_tokens if self.prompt_tokens is not None else None,
-            "queue_s": _rounded(self.queue_seconds),
-            "ttft_s": _rounded(self.ttft),
-            "total_s": _rounded(time.perf_counter() - self.arrived),
-            "finish": ",".join(sorted(self.finish_reasons)) or None,
-        }
+        found: dict[str, Any] = {}
+        if self.started:
+            found = {
+                "prompt_tokens": self.prompt_tokens,
+                "cached_tokens": self.cached_tokens,
+                "output_tokens": self.output_tokens,
+                "queue_s": round(max(self.started.values()), 4),
+            }
+        if self.ttft is not None:
+            found["ttft_s"] = round(self.ttft, 4)
+        found["total_s"] = round(time.perf_counter() - self.arrived, 4)
+        if self.finish_reasons:
+            found["finish"] = ",".join(sorted(self.finish_reasons))
         if self.content:
-            found["request"] = self.request.decode(errors="replace") or None
-            found["output"] = [self.output[i] for i in sorted(self.output)] or None
-        return {name: value for name, value in found.items() if value is not None}
-
-
-def _rounded(seconds: float | None) -> float | None:
-    return None if seconds is None else round(seconds, 4)
+            found["request"] = self.request.decode(errors="replace")
+            found["output"] = [self.output[i] for i in sorted(self.output)]
+        return found
 
 
 _current: contextvars.ContextVar[Entry] = contextvars.ContextVar("entry")

@@ -86,8 +86,8 @@ class ServeConfig:
             _one_of(name, getattr(self, name), get_args(kind))
         for name, (low, high) in _WHOLE.items():
             _whole(name, getattr(self, name), low, high)
-        for name, low in _SECONDS.items():
-            _seconds(name, getattr(self, name), low)
+        for name, least in _SECONDS.items():
+            _seconds(name, getattr(self, name), least)
         _check_origins(self.cors_origins)
         if self.ssl_certfile is None and (self.ssl_keyfile or self.ssl_keyfile_password_file):
             raise ConfigError("--ssl-keyfile: a key needs its certificate. Add --ssl-certfile FILE.")

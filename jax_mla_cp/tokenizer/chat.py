@@ -26,6 +26,7 @@ class ChatTemplate:
         Raises:
           TokenizerError: no Jinja, or longer than templates are.
         """
+        self.source = source
         self._program = Program(source, name)
         self._special_tokens = special_tokens(settings)
 

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
 from jax_mla_cp.tokenizer.errors import TokenizerError
+
+_BYTE = re.compile("<0x([0-9A-F]{2})>")
+
+
+def _byte_letters() -> dict[str, bytes]:
+    """The byte that each letter of a byte-level BPE stands for (GPT-2's `bytes_to_unicode`, turned around)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    return {letter: bytes([byte]) for letter, byte in letters.items()}
+
+
+_BYTES = _byte_letters()
 
 
 class JsonVocabulary:
@@ -18,6 +34,9 @@ class JsonVocabulary:
         backend.no_padding()
         backend.no_truncation()
         self.wrapping = _post_processor(backend)
+        self._added = backend.get_added_tokens_decoder()
+        decoder = backend.decoder
+        self._decoders = set() if decoder is None else set(_kinds(json.loads(decoder.__getstate__())))
 
     @classmethod
     def parse(cls, contents: bytes, source: str | Path = "tokenizer.json") -> JsonVocabulary:
@@ -43,6 +62,17 @@ class JsonVocabulary:
     def token_id(self, token: str) -> int | None:
         return self._backend.token_to_id(token)
 
+    def token_bytes(self, token: int) -> bytes | None:
+        if (added := self._added.get(token)) is not None:
+            return None if added.special else added.content.encode()
+        if (piece := self._backend.id_to_token(token)) is None:
+            return None
+        if "ByteLevel" in self._decoders:
+            return b"".join(_BYTES[c] if c in _BYTES else c.encode() for c in piece)
+        if "ByteFallback" in self._decoders and (byte := _BYTE.fullmatch(piece)):
+            return bytes.fromhex(byte[1])
+        return piece.replace("▁", " ").encode()  # SentencePiece's letter for a space
+
     def last(self) -> tuple[str, int]:
         tokens = self._backend.get_vocab(with_added_tokens=True)
         return max(tokens.items(), key=lambda item: item[1], default=("", -1))
@@ -56,3 +86,10 @@ def _post_processor(backend: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tup
         if full[start : start + len(bare)] == bare:
             return tuple(full[:start]), tuple(full[start + len(bare) :])
     raise TokenizerError("tokenizer.json: its post-processor changes the text's own tokens, which is not supported.")
+
+
+def _kinds(decoder: Mapping[str, Any]) -> Iterator[str]:
+    """The types of a decoder and of those that it consists of."""
+    yield decoder["type"]
+    for part in decoder.get("decoders", ()):
+        yield from _kinds(part)

@@ -98,6 +98,9 @@ class KimiVocabulary:
     def token_id(self, token: str) -> int | None:
         return self._ids.get(token)
 
+    def token_bytes(self, token: int) -> bytes | None:
+        return self._bytes.get(token)
+
     def last(self) -> tuple[str, int]:
         return max(self._ids.items(), key=lambda item: item[1])
 

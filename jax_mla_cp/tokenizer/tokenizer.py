@@ -10,7 +10,7 @@ from jax_mla_cp.tokenizer.chat import ChatTemplate
 from jax_mla_cp.tokenizer.errors import TokenizerError
 from jax_mla_cp.tokenizer.huggingface import JsonVocabulary
 from jax_mla_cp.tokenizer.kimi import KimiVocabulary
-from jax_mla_cp.tokenizer.settings import read_settings, token_text
+from jax_mla_cp.tokenizer.settings import read_settings, special_tokens, token_text
 
 
 class Vocabulary(Protocol):
@@ -28,6 +28,9 @@ class Vocabulary(Protocol):
     def token_id(self, token: str) -> int | None:
         """The id of a token, written as in the file; None if there is no such token."""
 
+    def token_bytes(self, token: int) -> bytes | None:
+        """What a token is in UTF-8 text, often no whole code points; None for special tokens and unknown ids."""
+
     def last(self) -> tuple[str, int]:
         """The token with the largest id."""
 
@@ -42,10 +45,16 @@ class Tokenizer:
         prefix: Sequence[int] = (),
         suffix: Sequence[int] = (),
         chat_template: ChatTemplate | None = None,
+        special_tokens: Mapping[str, str] = {},
     ):
+        """
+        Args:
+          special_tokens: the text of `bos_token`, `eos_token` and their like.
+        """
         self._vocabulary = vocabulary
         self.prefix, self.suffix = tuple(prefix), tuple(suffix)
         self.chat_template = chat_template
+        self.special_tokens = dict(special_tokens)
 
     @classmethod
     def from_dir(cls, directory: str | Path, vocab_size: int) -> Tokenizer | None:
@@ -103,17 +112,20 @@ class Tokenizer:
             _wrapping(settings, which, vocabulary, default)
             for which, default in zip(("bos", "eos"), vocabulary.wrapping, strict=True)
         )
-        return cls(vocabulary, prefix=prefix, suffix=suffix, chat_template=template)
+        return cls(
+            vocabulary, prefix=prefix, suffix=suffix, chat_template=template, special_tokens=special_tokens(settings)
+        )
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids, with the BOS and EOS tokens that the tokenizer's settings ask for.
+    def encode(self, text: str, *, wrap: bool = True) -> list[int]:
+        """Token ids, with the BOS and EOS tokens that the tokenizer's settings ask for, unless `wrap` is false.
 
         The name of a special token in the text becomes that token, as in transformers and vLLM.
 
         Raises:
           TokenizerError: half a surrogate pair, which is no text.
         """
-        return [*self.prefix, *self._encode(text), *self.suffix]
+        ids = self._encode(text)
+        return [*self.prefix, *ids, *self.suffix] if wrap else ids
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
@@ -140,6 +152,14 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text without special tokens; ids that the tokenizer does not know are no text."""
         return self._vocabulary.decode(ids)
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token, written as in the file; None if there is no such token."""
+        return self._vocabulary.token_id(token)
+
+    def token_bytes(self, token: int) -> bytes | None:
+        """What a token is in UTF-8 text, often no whole code points; None for special tokens and unknown ids."""
+        return self._vocabulary.token_bytes(token)
 
     def _encode(self, text: str) -> list[int]:
         try:

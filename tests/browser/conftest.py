@@ -24,7 +24,7 @@ from jax_mla_cp.engine import Engine
 from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.runner import Outcome, Sampled
 from jax_mla_cp.serve.app import create_app
-from jax_mla_cp.serve.completions import Served
+from jax_mla_cp.serve.served import Served
 from jax_mla_cp.serve.status import Telemetry
 from jax_mla_cp.serve.status.about import About
 from tests.byte_tokenizer import byte_tokenizer

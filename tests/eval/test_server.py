@@ -20,7 +20,7 @@ from jax_mla_cp.engine import Engine
 from jax_mla_cp.eval.__main__ import main
 from jax_mla_cp.eval.heldout import heldout_text
 from jax_mla_cp.serve.app import create_app
-from jax_mla_cp.serve.completions import Served
+from jax_mla_cp.serve.served import Served
 from jax_mla_cp.tokenizer import Tokenizer, require_tokenizer
 from tests.engine.standin import PageModel
 from tests.eval.fake_server import Fake, refuse, running

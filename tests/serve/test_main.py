@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -16,21 +17,22 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 
 from jax_mla_cp.config import ModelConfig
 from jax_mla_cp.default_model import DIRECTORY
 from jax_mla_cp.eval.heldout import heldout_text
 from jax_mla_cp.eval.passkey import Passkey
-from jax_mla_cp.serve.completions import token_name
+from jax_mla_cp.serve.names import TokenNames
 from jax_mla_cp.tokenizer import Tokenizer
 from tests.checkpoints import hf_generate
 
 Checkpoints = Callable[[str], tuple[dict[str, Any], Path]]
 
 
-def start(*flags: str) -> subprocess.Popen[str]:
-    environment = {k: v for k, v in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}
+def start(*flags: str, **variables: str) -> subprocess.Popen[str]:
+    environment = {k: v for k, v in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")} | variables
     command = [sys.executable, "-m", "jax_mla_cp.serve", "--port", "0", *flags]
     return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
@@ -139,8 +141,8 @@ def test_a_checkpoint_that_transformers_wrote(
 
         with ThreadPoolExecutor(4) as pool:
             got = list(pool.map(tokens, prompts))
-        tokenizer = Tokenizer.from_dir(path, config["vocab_size"])
-        assert got == [[token_name(tokenizer, int(i)) for i in ids] for ids in want]
+        names = TokenNames(Tokenizer.from_dir(path, config["vocab_size"]))
+        assert got == [[names(int(i)) for i in ids] for ids in want]
     finally:
         process.terminate()
         process.communicate(timeout=60)
@@ -172,6 +174,8 @@ BAD = [
     (["--speculative", "mtp", "--draft-tokens", "5"], "from 1 to 4"),
     (["--speculative", "ntp"], "Did you mean mtp"),
     (["--mseh", "tp=1"], "Did you mean --mesh"),
+    (["--api-key-file", "/nonexistent"], "--api-key-file: /nonexistent can't be read (No such file"),
+    (["--ssl-certfile", "/nonexistent"], "--ssl-certfile: /nonexistent can't be read (No such file"),
 ]
 
 
@@ -197,6 +201,47 @@ def test_an_occupied_port_is_known_at_once() -> None:
 def test_help_teaches() -> None:
     out, _ = start("--help").communicate(timeout=60)
     assert "examples:" in out and "--prefill-chunk" in out
+
+
+DRAINS = ("--max-model-len", "4000", "--max-running", "2", "--form", "absorbed")
+
+
+@pytest.mark.parametrize("cut_off", [False, True])
+def test_sigterm_lets_what_runs_finish(cut_off: bool) -> None:
+    """A stream goes on to its end or, with a second signal, doesn't; what is new gets 503; the exit code tells."""
+    key = "a-key-for-this-test-0123"
+    process = start(*DRAINS, "--log-format", "json", "--drain-timeout", "100", JAX_MLA_CP_API_KEY=key)
+    try:
+        url = url_of(process)
+        heard = {c.laddr.ip for c in psutil.Process(process.pid).net_connections() if c.status == psutil.CONN_LISTEN}
+        assert heard == {"127.0.0.1"}, "nothing else listens, and not to other machines (CVE-2025-32444)"
+        assert httpx.get(f"{url}/v1/models").status_code == 401
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=100)
+        arguments: dict[str, Any] = {"model": "jax-mla-cp-tiny", "prompt": "Once", "extra_body": {"ignore_eos": True}}
+        stream = client.completions.create(**arguments, max_tokens=1000 if cut_off else 150, stream=True)
+        chunks = [next(stream)]
+        process.send_signal(signal.SIGTERM)
+        while httpx.get(f"{url}/ready").status_code != 503:
+            time.sleep(0.01)
+        with pytest.raises(openai.InternalServerError) as refused:
+            client.completions.create(**arguments, max_tokens=1)
+        assert refused.value.status_code == 503 and refused.value.code == "stopping"
+        if cut_off:
+            process.send_signal(signal.SIGTERM)
+            with pytest.raises((openai.APIError, httpx.HTTPError)):
+                chunks += stream
+        else:
+            chunks += stream
+            assert chunks[-1].choices[0].finish_reason == "length"
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == int(cut_off)
+    assert "Traceback" not in errors and key not in errors
+    if not cut_off:
+        lines = [json.loads(line) for line in errors.splitlines()]
+        (done,) = [line for line in lines if line.get("output_tokens") == 150]
+        assert done["status"] == 200 and done["finish"] == "length" and done["ttft_s"] <= done["total_s"]
 
 
 def test_ctrl_c_while_it_starts() -> None:

@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families as plain
 from jax_mla_cp.engine import Engine, Prefilled, StepReport
 from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.serve.app import create_app
-from jax_mla_cp.serve.completions import Served
+from jax_mla_cp.serve.served import Served
 from jax_mla_cp.serve.status import Telemetry
 from jax_mla_cp.serve.status.about import About
 from jax_mla_cp.serve.status.files import read_files

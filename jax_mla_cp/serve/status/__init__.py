@@ -5,8 +5,8 @@ from __future__ import annotations
 from fastapi import FastAPI, Request
 from fastapi.responses import PlainTextResponse, Response
 
-from jax_mla_cp.serve.completions import Served
 from jax_mla_cp.serve.errors import ApiError
+from jax_mla_cp.serve.served import Served
 from jax_mla_cp.serve.status.about import About, describe
 from jax_mla_cp.serve.status.files import read_files
 from jax_mla_cp.serve.status.schemas import Status

@@ -1,0 +1,141 @@
+"""The fields that both completion requests have, and the types of their values."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+MAX_CHOICES = 128
+"""Prompts times `n`: requests to the engine that one HTTP request may become."""
+MAX_N = 8
+MAX_LOGPROBS = 20
+
+
+def _encodable(text: str) -> str:
+    """JSON can carry half a surrogate pair; UTF-8 can't."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must be valid Unicode, without lone surrogates") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
+Stop = Annotated[Text, Field(min_length=1, max_length=1024)]
+TokenKey = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]
+Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class Body(BaseModel):
+    """A request body. A field that is not there is refused, and no value is made into one of another type."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(Body):
+    include_usage: bool = Field(default=False, description="a last chunk with the usage and no choices")
+
+
+class JsonSchema(Body):
+    name: Annotated[Text, Field(min_length=1, max_length=64)] = Field(description="without effect")
+    description: Text | None = Field(default=None, description="without effect")
+    schema_: dict[str, Any] = Field(alias="schema", description="JSON Schema, as far as llguidance supports it")
+    strict: bool | None = Field(default=None, description="without effect: answers always follow the schema")
+
+
+class TextFormat(Body):
+    type: Literal["text"]
+
+
+class JsonFormat(Body):
+    type: Literal["json_object"]
+
+
+class SchemaFormat(Body):
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonFormat | SchemaFormat, Field(discriminator="type")]
+
+
+class Generation(Body):
+    """How an answer is made: what completions and chat have in common."""
+
+    model: Text = Field(description="the name that GET /v1/models tells")
+    temperature: float | None = Field(default=1.0, ge=0, le=2, allow_inf_nan=False, description="0 is greedy")
+    top_p: float | None = Field(default=1.0, gt=0, le=1, allow_inf_nan=False)
+    top_k: int | None = Field(default=0, ge=-1, lt=2**31, description="0 or -1: off")
+    min_p: float | None = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="tokens below this share of the likeliest are not drawn",
+    )
+    presence_penalty: Penalty | None = Field(default=0.0, description="off each logit that the answer already has")
+    frequency_penalty: Penalty | None = Field(default=0.0, description="the same, for each time that it has it")
+    repetition_penalty: float | None = Field(
+        default=1.0, gt=0, le=1e4, allow_inf_nan=False, description="divides the logits of what prompt and answer have"
+    )
+    logit_bias: Annotated[dict[TokenKey, Bias], Field(max_length=1024)] | None = Field(
+        default=None, description="added to logits, by token id"
+    )
+    seed: int | None = Field(
+        default=None, ge=-(2**63), lt=2**63, description="the same seed gives the same answer; choice i takes seed + i"
+    )
+    n: int | None = Field(default=1, ge=1, le=MAX_N, description="choices per prompt")
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = Field(
+        default=None, description="at most 4 strings; the answer ends before them"
+    )
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=128)] | None = Field(
+        default=None, description="tokens that end the answer, beside the model's own"
+    )
+    ignore_eos: bool = Field(default=False, description="the model's own end tokens don't end the answer")
+    min_tokens: Count | None = Field(default=0, description="before so many tokens nothing ends the answer")
+    response_format: ResponseFormat | None = None
+    prompt_logprobs: int | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description="the prompt's log-probabilities, in vLLM's form; not with stream",
+    )
+    skip_special_tokens: Literal[True] | None = Field(default=True, description="special tokens are never text")
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    cache_salt: Annotated[Text, Field(min_length=1, max_length=256)] | None = Field(
+        default=None, description="cached prefixes are shared only among requests with the same salt"
+    )
+    user: Text | None = Field(default=None, description="without effect, as the next three")
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: Text | None = None
+
+    @model_validator(mode="after")
+    def _together(self) -> Generation:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is only for stream=true")
+        if self.stream and self.prompt_logprobs is not None:
+            raise ValueError("prompt_logprobs is not for stream=true")
+        limit = self.limit()
+        if limit is not None and (self.min_tokens or 0) > limit:
+            raise ValueError(f"min_tokens is {self.min_tokens}, but at most {limit} tokens are asked for")
+        return self
+
+    def limit(self) -> int | None:
+        """Most tokens of an answer; None: what fits."""
+        raise NotImplementedError
+
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
+
+    def biases(self) -> dict[int, float]:
+        return {int(token): bias for token, bias in (self.logit_bias or {}).items()}
+
+    def scores_prompt(self) -> bool:
+        """Whether the prompt's log-probabilities are needed."""
+        return self.prompt_logprobs is not None

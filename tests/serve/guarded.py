@@ -1,0 +1,118 @@
+"""The server with its guards over an engine without a model: it says "a" until told to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jax_mla_cp.engine import Failed, Finished, Request, Token
+from jax_mla_cp.serve.app import create_app
+from jax_mla_cp.serve.guards import Guards
+from jax_mla_cp.serve.lifecycle import Server, uvicorn_config
+from jax_mla_cp.serve.served import Served
+from tests.byte_tokenizer import byte_tokenizer
+
+BODY = {"model": "tiny", "prompt": "Hello", "max_tokens": 3}
+
+
+class Echo:
+    """An engine of one letter. `gate`, if set, is asked for a permit before each token."""
+
+    speculation = None
+
+    def __init__(self) -> None:
+        self.unhealthy_reason: str | None = None
+        self.refuse: Exception | None = None
+        self.gate: threading.Semaphore | None = None
+        self.requests: list[Request] = []
+        self._stopped = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    def submit_all(self, requests: Sequence[Request]) -> None:
+        if self.refuse is not None:
+            raise self.refuse
+        for request in requests:
+            request.arrived = request.started = time.monotonic()
+            self.requests.append(request)
+            self._threads.append(threading.Thread(target=self._run, args=(request,), daemon=True))
+            self._threads[-1].start()
+
+    def abort(self, request: Request) -> None:
+        pass
+
+    def drain(self, timeout: float) -> bool:
+        deadline = time.monotonic() + timeout
+        for thread in self._threads:
+            thread.join(max(deadline - time.monotonic(), 0))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def stop(self, timeout: float | None = None) -> None:
+        self._stopped.set()
+
+    def _run(self, request: Request) -> None:
+        for _ in range(request.max_tokens):
+            while self.gate is not None and not self.gate.acquire(timeout=0.05):
+                if self._stopped.is_set():
+                    request.emit(Failed("The server is stopping.", "stopping"))
+                    return
+            request.emit(Token(97, "a", -0.5, np.zeros(0, np.int32), np.zeros(0, np.float32)))
+        request.emit(Finished("length", ""))
+
+
+class Running:
+    """One with its port open."""
+
+    def __init__(self, guards: Guards | None, tls: dict[str, Any], drain_seconds: float, **config: Any):
+        self.engine = Echo()
+        guards = guards or Guards()
+        served = Served("tiny", self.engine, byte_tokenizer(), 259, 600, (3,), None)  # type: ignore[arg-type]
+        self.app = create_app(served, guards)
+        settings = uvicorn_config(self.app, tls)
+        for name, value in config.items():
+            setattr(settings, name, value)
+        self.server = Server(settings, self.engine, guards.drain, drain_seconds)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = self._listener.getsockname()
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.address[1]}"
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self._listener]}, daemon=True)
+
+    def raw(self, data: bytes, *, timeout: float = 10) -> bytes:
+        """All that comes back for these bytes, up to the connection's end."""
+        with socket.create_connection(self.address, timeout=timeout) as connection:
+            connection.sendall(data)
+            found = b""
+            with contextlib.suppress(ConnectionResetError):
+                while part := connection.recv(65536):
+                    found += part
+        return found
+
+
+@contextlib.contextmanager
+def running(
+    guards: Guards | None = None, *, tls: dict[str, Any] | None = None, drain_seconds: float = 10, **config: Any
+) -> Iterator[Running]:
+    one = Running(guards, tls or {}, drain_seconds, **config)
+    one.thread.start()
+    while not one.server.started:
+        time.sleep(0.005)
+    try:
+        yield one
+    finally:
+        one.engine.stop()
+        one.server.should_exit = True
+        one.thread.join(20)
+        assert not one.thread.is_alive()
+
+
+def write(path: Path, text: str) -> Path:
+    """A file that only its owner may read."""
+    path.write_text(text)
+    path.chmod(0o600)
+    return path
