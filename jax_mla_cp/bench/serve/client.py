@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -61,7 +62,7 @@ class Answer:
     @property
     def gaps(self) -> list[float]:
         """Inter-token latencies."""
-        return [b - a for a, b in zip(self.chunks, self.chunks[1:], strict=False)]
+        return [b - a for a, b in itertools.pairwise(self.chunks)]
 
     @property
     def tpot(self) -> float | None:
