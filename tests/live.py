@@ -35,11 +35,11 @@ class Live:
         self.model: str = httpx.get(f"{url}/v1/models", timeout=30).json()["data"][0]["id"]
 
     def status(self) -> dict[str, Any]:
-        """The engine's counters."""
+        """What GET /status tells of the engine."""
         answer = httpx.get(f"{self.url}/status", timeout=30)
         assert answer.status_code == 200, answer.text
         found: dict[str, Any] = answer.json()
-        return found.get("engine", found)
+        return found
 
     def log(self) -> str:
         """Its log, in one line."""
@@ -70,8 +70,11 @@ class Live:
 
 
 def _is_idle(status: dict[str, Any]) -> bool:
-    held = status["pages_total"] - status["pages_free"] - status["pages_cached"]
-    return not (status["waiting"] or status["running"] or held)
+    pages = status["pages"]
+    return (
+        not (status["waiting"] or status["running"] or pages["used"])
+        and pages["free"] + pages["cached"] == pages["total"]
+    )
 
 
 def wait_for(look: Callable[[], Any], good: Callable[[Any], bool], seconds: float) -> Any:

@@ -20,7 +20,7 @@ from tests.live import Live
 TASKS = Path(__file__).parent / "tasks"
 
 
-def write_tasks(folder: Path) -> list[dict[str, Any]]:
+def write_tasks(folder: Path) -> None:
     """Passkeys hidden in a few lines, and the tasks that ask for them."""
     lines, rng, documents = heldout_text().splitlines(), random.Random(0), []
     for i in range(6):
@@ -32,35 +32,27 @@ def write_tasks(folder: Path) -> list[dict[str, Any]]:
     data.write_text("".join(json.dumps(document) + "\n" for document in documents))
     for task in TASKS.glob("*.yaml"):
         (folder / task.name).write_text(task.read_text().replace("%DATA%", str(data)))
-    return documents
 
 
-def evaluate(live: Live, folder: Path, task: str, *more: str) -> dict[str, Any]:
-    arguments = f"model={live.model},base_url={live.url}/v1/completions,num_concurrent=4,max_length=4096" + "".join(
-        more
-    )
+def evaluate(live: Live, folder: Path, more: str) -> dict[str, Any]:
+    """One run of lm_eval over both tasks; its results by task."""
+    arguments = f"model={live.model},base_url={live.url}/v1/completions,num_concurrent=4,max_length=4096,{more}"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
                    "HF_HOME": str(folder / "hf"), "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
-    command = [sys.executable, "-m", "lm_eval", "--model", "local-completions", "--model_args", arguments, "--tasks", task,
-               "--include_path", str(folder), "--output_path", str(folder / "out"), "--log_samples"]  # fmt: skip
+    command = [sys.executable, "-m", "lm_eval", "--model", "local-completions", "--model_args", arguments,
+               "--tasks", "local_facts_generate,local_facts_choose", "--include_path", str(folder),
+               "--output_path", str(folder / "out")]  # fmt: skip
     done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     (file,) = (folder / "out").rglob("results_*.json")
-    results: dict[str, Any] = json.loads(file.read_text())["results"][task]
+    results: dict[str, Any] = json.loads(file.read_text())["results"]
     return results
 
 
-@pytest.mark.parametrize("tokenizer", ["local", "remote"])
-def test_generation(live: Live, tmp_path: Path, tokenizer: str) -> None:
-    """With `remote`, lm_eval asks the server for its tokenizer (/tokenizer_info, /tokenize)."""
+@pytest.mark.parametrize("tokenizer", [f"tokenizer={DIRECTORY}", "tokenizer_backend=remote"], ids=["local", "remote"])
+def test_both_kinds_of_task(live: Live, tmp_path: Path, tokenizer: str) -> None:
+    """A generation, and log-likelihoods told by echo and logprobs. With `remote`, lm_eval asks the server for tokens."""
     write_tasks(tmp_path)
-    more = f",tokenizer={DIRECTORY}" if tokenizer == "local" else ",tokenizer_backend=remote"
-    found = evaluate(live, tmp_path, "local_facts_generate", more)
-    assert found["exact_match,number"] >= 5 / 6, "the built-in model finds passkeys"
-
-
-def test_loglikelihood(live: Live, tmp_path: Path) -> None:
-    """A hidden number is likelier than any other, told by echo and logprobs."""
-    write_tasks(tmp_path)
-    found = evaluate(live, tmp_path, "local_facts_choose", f",tokenizer={DIRECTORY}")
-    assert found["acc,none"] == 1.0
+    found = evaluate(live, tmp_path, tokenizer)
+    assert found["local_facts_generate"]["exact_match,number"] >= 5 / 6, "the built-in model finds passkeys"
+    assert found["local_facts_choose"]["acc,none"] == 1.0, "a hidden number is likelier than any other"
