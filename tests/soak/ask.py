@@ -11,9 +11,11 @@ from typing import Any
 
 import httpx
 
+from jax_mla_cp.config import ModelConfig
+from jax_mla_cp.default_model import DIRECTORY
 from jax_mla_cp.eval.heldout import heldout_text
+from jax_mla_cp.tokenizer import Tokenizer, require_tokenizer
 from tests.live import Live
-from tests.serve.test_main import built_in_tokenizer
 
 TIE = 1e-4
 """Log-probabilities that are nearer than this may change places with the batch: float32 is added in another order."""
@@ -22,7 +24,8 @@ TIMEOUT = 600.0
 
 @functools.cache
 def text_tokens() -> list[int]:
-    return built_in_tokenizer().encode(heldout_text()[:200_000])
+    tokenizer = require_tokenizer(Tokenizer.from_dir(DIRECTORY, ModelConfig.from_dir(DIRECTORY).vocab_size))
+    return tokenizer.encode(heldout_text()[:200_000])
 
 
 def prompt(length: int, rng: random.Random) -> list[int]:
