@@ -27,7 +27,7 @@ def draw(report: Report, path: Path) -> None:
             axes.axvline(report.goals[goal] * 1e3, color=_BOUND, linestyle="--", label="bound")
             axes.legend(fontsize="small")
         axes.set_xlabel(f"{name}, ms")
-        axes.set_ylabel("requests at most" if name == "TTFT" else "gaps at most")
+        axes.set_ylabel("share of requests" if name == "TTFT" else "share of gaps")
         axes.set_ylim(0, 1.02)
     good = report.good
     when.scatter([a.planned.at for a in good], [a.ttft * 1e3 for a in good], s=8, color=_COLOUR)
