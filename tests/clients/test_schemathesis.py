@@ -12,7 +12,7 @@ EXAMPLES = 4
 
 
 def test_the_server_keeps_to_its_schema(live: Live) -> None:
-    found = {f"{each.method.upper()} {each.path}": fuzz(each, EXAMPLES) for each in operations(live.url)}
+    found = {f"{each.method.upper()} {each.path}": fuzz(each, EXAMPLES, live.model) for each in operations(live.url)}
     assert {"POST /v1/completions", "GET /v1/models", "GET /health"} <= set(found)
     assert all(sum(statuses.values()) for statuses in found.values()), found
     assert httpx.get(f"{live.url}/health", timeout=30).status_code == 200
