@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import socket
@@ -66,6 +67,10 @@ def _twice(raw: bytes, rng: random.Random) -> bytes:
     return raw[:-1] + f', "{name}": {rng.choice(VALUES)}}}'.encode()
 
 
+def _as_it_was(raw: bytes, rng: random.Random) -> bytes:
+    return raw
+
+
 MUTATIONS: list[Callable[[bytes, random.Random], bytes]] = [
     _truncated,
     _flipped,
@@ -76,32 +81,44 @@ MUTATIONS: list[Callable[[bytes, random.Random], bytes]] = [
 ]
 
 
-def mutated(model: str, rng: random.Random) -> tuple[bytes, str]:
-    """A whole HTTP request, and what was done to it."""
+@dataclasses.dataclass(frozen=True)
+class Mutated:
+    """A whole HTTP request."""
+
+    request: bytes
+    what: str
+    """How it was made."""
+    incomplete: bool
+    """It announces more than it has."""
+
+
+def mutated(model: str, rng: random.Random) -> Mutated:
     path, fields = rng.choice(BODIES)
     raw = json.dumps(fields if path == "/detokenize" else {"model": model, **fields}).encode()
     mutation = rng.choice(MUTATIONS)
     raw = mutation(raw, rng)
-    length, framing = len(raw), "right length"
+    length = len(raw)
     if rng.random() < 0.1:
-        length, framing = rng.choice([0, 1, length // 2, length + 1, length + 1000]), "wrong length"
-    kind = rng.choice(["application/json"] * 8 + ["text/plain", ""])
+        length = rng.choice([0, 1, length // 2, length + 1, length + 1000])
+    kind = rng.choice(["application/json"] * 18 + ["text/plain", ""])
     head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: {kind}\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n"
-    return head.encode() + raw, f"{path} {mutation.__name__[1:]}, {framing}: {raw[:200]!r}"
+    what = f"{path} {mutation.__name__[1:]}, {length} of {len(raw)} bytes announced: {raw[:200]!r}"
+    return Mutated(head.encode() + raw, what, length > len(raw))
 
 
-def send_raw(url: str, request: bytes, seconds: float) -> int | None:
-    """The status; None: the server answered nothing, because the request was not complete.
+def send_raw(url: str, mutated: Mutated, seconds: float) -> int | None:
+    """The status; None: the server closed the connection without one.
 
     Raises:
-      TimeoutError: no answer though nothing is missing any more.
+      TimeoutError: neither came.
     """
     address = urlsplit(url)
     with socket.create_connection((address.hostname, address.port), timeout=seconds) as connection:
         received = b""
         try:
-            connection.sendall(request)
-            connection.shutdown(socket.SHUT_WR)  # what was announced and not sent will not come
+            connection.sendall(mutated.request)
+            if mutated.incomplete:
+                connection.shutdown(socket.SHUT_WR)  # the rest will not come
             while b"\r\n" not in received and (more := connection.recv(4096)):
                 received += more
         except (ConnectionResetError, BrokenPipeError):

@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+import statistics
 import time
 from collections.abc import Callable
 
 import httpx
-import numpy as np
 
-from tests.live import CHUNK, Live
+from tests.live import CHUNK, PAGE, Live
 from tests.soak.ask import TIMEOUT, ask, ask_alone, prompt, stream
 from tests.soak.sizes import Sizes
 
-RUNNING = 4
+RUNNING, TRIES = 4, 3
 
 
 async def _beside(live: Live, long: list[int], rng: random.Random) -> list[float]:
@@ -31,25 +31,33 @@ async def _beside(live: Live, long: list[int], rng: random.Random) -> list[float
     return [b - a for each in streams for a, b in itertools.pairwise(each) if a < ended and b > started]
 
 
-def _seconds_of_a_chunk(live: Live, long: list[int]) -> float:
-    """Of the steps that prefill the prompt with nothing beside it, the mean."""
+def _last_chunk(live: Live, long: list[int]) -> float:
+    """Seconds of the prompt's last prefill chunk alone, the dearest one: those before it are reused."""
+    ask_alone(live, long[:-CHUNK], 1)
     started = time.perf_counter()
-    ask_alone(live, long, 1)
-    return (time.perf_counter() - started) / -(-len(long) // CHUNK)
+    answer = ask_alone(live, long, 1)
+    seconds = time.perf_counter() - started
+    assert len(long) - answer.cached <= CHUNK + PAGE, "it was the only one"
+    return seconds
 
 
 def test_a_long_prompt_beside_running_requests(live: Live, sizes: Sizes, record: Callable[..., None]) -> None:
     rng = random.Random(3)
-    long = [prompt(sizes.interrupting, rng) for _ in range(4)]
-    asyncio.run(_beside(live, long[0], rng))  # compiles what the measurement needs, as does the first prompt alone
-    chunk = min(_seconds_of_a_chunk(live, each) for each in long[1:3])
-    gaps = np.asarray(asyncio.run(_beside(live, long[3], rng)))
+    longs = [prompt(sizes.interrupting, rng) for _ in range(1 + TRIES)]
+    _last_chunk(live, longs[0])
+    asyncio.run(_beside(live, longs[0], rng))  # compiles what the measurement needs
+    tries = []
+    for long in longs[1:]:
+        gaps = asyncio.run(_beside(live, long, rng))
+        assert len(gaps) >= RUNNING * (sizes.interrupting // CHUNK - 1), "the others went on during every chunk"
+        tries.append(gaps)
+    chunk = min(_last_chunk(live, prompt(sizes.interrupting, rng)) for _ in range(TRIES))
+    longest = [max(gaps) for gaps in tries]
     record(
-        "long prompt beside others", tokens=sizes.interrupting, chunk_ms=round(chunk * 1e3), gaps=len(gaps),
-        median_ms=round(float(np.median(gaps)) * 1e3), p95_ms=round(float(np.percentile(gaps, 95)) * 1e3),
-        most_ms=round(float(gaps.max()) * 1e3),
+        "long prompt beside others", tokens=sizes.interrupting, chunk_ms=round(chunk * 1e3), gaps=sum(map(len, tries)),
+        median_ms=round(statistics.median(itertools.chain(*tries)) * 1e3),
+        longest_ms=[round(seconds * 1e3) for seconds in longest],
     )  # fmt: skip
-    assert len(gaps) >= RUNNING * (sizes.interrupting // CHUNK - 1), "the others went on during every chunk"
-    # The 95th percentile: a machine that other work shares stops everything now and then.
-    assert np.percentile(gaps, 95) <= 2 * chunk
+    # Of several tries the best: a scheduler that stalls does so in each, a machine that other work shares now and then.
+    assert min(longest) <= 2 * chunk
     live.wait_until_idle()
