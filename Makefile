@@ -21,11 +21,12 @@ requirements = $(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyprojec
 # Without build isolation: its folders are new ones each time, and everything would be compiled again.
 INSTALL = JAX_MLA_CP_CUDA=$(JAX_MLA_CP_CUDA) $(BIN)/python -m pip install --no-build-isolation --no-deps --verbose --editable .
 
-.PHONY: help env ffi serve test lint format clean moved
+.PHONY: help env ffi serve test soak lint format clean moved
 
 help:
 	@echo "make serve [ARGS='--port 9000'] [MESH=tp=8,cp=4]   serve the built-in model"
 	@echo "make test [ARGS='-k zigzag']                      run the tests"
+	@echo "make soak                                         load, fault and fuzz tests in full (hours on 2 cores)"
 	@echo "make lint | format                                ruff and mypy"
 	@echo "make env                                          the run-time environment in $(VENV)"
 	@echo "make ffi                                          with the FlashAttention-3 kernels in it (needs nvcc)"
@@ -44,6 +45,9 @@ serve: env
 
 test: $(VENV)/.test
 	@$(BIN)/python -m pytest $(ARGS)
+
+soak: $(VENV)/.test
+	@SOAK=1 $(BIN)/python -m pytest tests/soak $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -23,6 +23,8 @@ import jax  # noqa: E402
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from tests.live import Live
+
 jax.config.update("jax_num_cpu_devices", 32)
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "jax_mla_cp" / "tests"))
@@ -70,3 +72,12 @@ def transformers_model(
         return loaded[name]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    """One server process on 4 CPU devices for all tests that drive it from outside."""
+    from tests.live import serving
+
+    with serving(tmp_path_factory.mktemp("live") / "server.log") as server:
+        yield server

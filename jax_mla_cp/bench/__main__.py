@@ -13,12 +13,17 @@ from jax_mla_cp.mesh import MeshShape
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one benchmark. Exit code 0; 1 if a row failed; 2 for a setting that can't work; 130 after Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["serve"]:  # a client: it has no device, and other flags
+        from jax_mla_cp.bench.serve.main import main as serve
+
+        return serve(argv[1:])
     options = parse(argv)
     from jax_mla_cp.bench import mock
 
     try:
         mock.start(options.platform, _topology(options), profile=options.profile is not None)
-        return _run(options, list(sys.argv[1:] if argv is None else argv))
+        return _run(options, argv)
     except ConfigError as error:
         fail(error)
 

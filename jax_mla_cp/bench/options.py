@@ -293,6 +293,10 @@ def _parser() -> argparse.ArgumentParser:
         "--shapes", "--heads", "--tokens", "--full", "--layers", "--mesh", "--ep-axes")  # fmt: skip
     add(command("load", "Loading a checkpoint, safetensors beside Orbax: time and the host's memory."),
         "--gb", "--scratch", "--mesh")  # fmt: skip
+    # Listed here, run by bench/serve: __main__ hands it over before this parser sees it.
+    commands.add_parser(
+        "serve", help="Load on a running OpenAI server: latencies, throughput, goodput.", add_help=False
+    )
     return p
 
 

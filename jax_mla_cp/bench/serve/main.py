@@ -1,0 +1,79 @@
+"""One run: ask the server what it is, plan, send, report."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from jax_mla_cp.bench.options import fail
+from jax_mla_cp.bench.serve.options import Options, parse
+from jax_mla_cp.config import ConfigError
+from jax_mla_cp.eval.heldout import heldout_text
+
+_TEXT = 200_000
+"""Characters of the text that prompts are cut from: some 50K tokens, quickly tokenised by any server."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measures one server. Exit code 0; 1 if nothing succeeded; 2 for a setting that can't work; 130 after Ctrl-C."""
+    options = parse(argv)
+    try:
+        return _run(options, argv)
+    except ConfigError as error:
+        fail(error)
+
+
+def _run(options: Options, argv: Sequence[str]) -> int:
+    from jax_mla_cp.bench.serve.client import Answer, Client
+    from jax_mla_cp.bench.serve.report import Report, versions
+    from jax_mla_cp.bench.serve.workload import plan
+
+    client = Client(options.base_url, model=options.model, headers=options.headers, timeout=options.timeout)
+    pool, server = asyncio.run(client.prepare(heldout_text()[:_TEXT]))
+    planned = plan(
+        pool,
+        requests=options.requests,
+        rate=options.rate,
+        burstiness=options.burstiness,
+        prompt_tokens=options.prompt_tokens,
+        output_tokens=options.output_tokens,
+        shared_prefix=options.shared_prefix,
+        seed=options.seed,
+    )
+    answers = [Answer(each) for each in planned]
+    stopped = False
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), refresh_per_second=4) as progress:
+        task = progress.add_task("requests", total=len(answers))
+        failures: collections.Counter[str] = collections.Counter()
+
+        def done(answer: Answer) -> None:
+            failures.update([answer.error] if answer.error else [])
+            said = ", ".join(f"{n} {kind}" for kind, n in failures.most_common())
+            progress.update(task, advance=1, description=f"requests ({said})" if said else "requests")
+
+        try:
+            asyncio.run(client.run(answers, options.concurrency, done))
+        except KeyboardInterrupt:
+            stopped = True
+    facts = {
+        "model": client.model,
+        "server": client.url,
+        "versions": versions(server),
+        "argv": list(argv),
+        "prompts": "words" if isinstance(pool[0], str) else "token ids",
+    }
+    report = Report(answers, options.goodput, facts, stopped)
+    if options.json is not None:
+        report.save(options.json)
+    report.show(Console(width=None if sys.stdout.isatty() else 160, highlight=False))
+    if options.picture is not None:
+        from jax_mla_cp.bench.serve.picture import draw
+
+        draw(report, options.picture)
+    return 130 if stopped else int(not report.good)

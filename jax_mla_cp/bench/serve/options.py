@@ -1,0 +1,193 @@
+"""The flags of `bench serve`: one frozen `Options`, checked as far as that goes without the server."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jax_mla_cp.bench.options import fail
+from jax_mla_cp.bench.serve.workload import Lengths, SharedPrefix
+from jax_mla_cp.config import ConfigError
+from jax_mla_cp.serve.options import Parser
+
+_PICTURES = (".png", ".pdf", ".svg")
+GOALS = ("ttft", "itl", "tpot", "e2e")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is asked for. A field is the flag of the same name.
+
+    Raises:
+      ConfigError: a value out of bounds, in one line that starts with the flag.
+    """
+
+    base_url: str
+    """With its /v1."""
+    model: str | None = None
+    """None: the only one that the server has."""
+    rate: float = 1.0
+    """Requests per second."""
+    burstiness: float = 1.0
+    concurrency: int | None = None
+    requests: int = 100
+    prompt_tokens: Lengths = dataclasses.field(default_factory=lambda: Lengths(512, 512))
+    output_tokens: Lengths = dataclasses.field(default_factory=lambda: Lengths(64, 64))
+    shared_prefix: SharedPrefix | None = None
+    goodput: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Bounds in seconds by name, see `GOALS`."""
+    timeout: float = 600.0
+    """Seconds for one answer, from the moment when it is sent."""
+    seed: int = 0
+    json: Path | None = None
+    picture: Path | None = None
+    api_key_env: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.base_url.startswith(("http://", "https://")):
+            raise ConfigError(f"--base-url: must be an address like http://127.0.0.1:8000/v1, got {self.base_url!r}.")
+        for flag, number in (("--rate", self.rate), ("--burstiness", self.burstiness), ("--timeout", self.timeout)):
+            if not number > 0 or (math.isinf(number) and flag != "--rate"):
+                raise ConfigError(f"{flag}: must be a number above 0, got {number:g}.")
+        for flag, count, low, high in (
+            ("--requests", self.requests, 1, 10_000_000),
+            ("--concurrency", 1 if self.concurrency is None else self.concurrency, 1, 100_000),
+            ("--seed", self.seed, 0, 2**63 - 1),
+        ):
+            if not low <= count <= high:
+                raise ConfigError(f"{flag}: must be a whole number from {low} to {high}, got {count}.")
+        if self.api_key_env is not None and not os.environ.get(self.api_key_env):
+            raise ConfigError(
+                f"--api-key-env: the environment has no {self.api_key_env}. Set it to the server's API key."
+            )
+        for flag, file in (("--json", self.json), ("--picture", self.picture)):
+            if file is not None and not file.absolute().parent.is_dir():
+                raise ConfigError(f"{flag} {file}: the directory {file.parent} does not exist. Make it first.")
+        if self.picture is not None and self.picture.suffix not in _PICTURES:
+            raise ConfigError(f"--picture {self.picture}: must end in {', '.join(_PICTURES)}.")
+        needed = ("aiohttp", "matplotlib") if self.picture else ("aiohttp",)
+        for module in needed:
+            if importlib.util.find_spec(module) is None:
+                raise ConfigError(f"bench serve: {module} is missing. Install it with pip install 'jax-mla-cp[bench]'.")
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"authorization": f"Bearer {os.environ[self.api_key_env]}"} if self.api_key_env else {}
+
+
+def parse(argv: Sequence[str] | None = None) -> Options:
+    """The flags of a command line. Ends the process with code 2 and one line if they can't work."""
+    values = vars(_parser().parse_args(argv))
+    try:
+        for name in ("prompt_tokens", "output_tokens"):
+            if name in values:
+                values[name] = Lengths.parse("--" + name.replace("_", "-"), values[name])
+        if "shared_prefix" in values:
+            values["shared_prefix"] = SharedPrefix.parse(values["shared_prefix"])
+        if "goodput" in values:
+            values["goodput"] = _goals(values["goodput"])
+        return Options(**values)
+    except ConfigError as error:
+        fail(error)
+
+
+def _goals(text: str) -> dict[str, float]:
+    """ttft:500ms,itl:50ms -> seconds by name."""
+    goals = {}
+    for part in text.split(","):
+        name, _, bound = part.partition(":")
+        unit = 1e-3 if bound.endswith("ms") else 1.0
+        try:
+            seconds = float(bound.removesuffix("ms").removesuffix("s")) * unit
+        except ValueError:
+            seconds = math.nan
+        if name not in GOALS or name in goals or not 0 < seconds < math.inf:
+            raise ConfigError(
+                f"--goodput: must be NAME:TIME,.. with {', '.join(GOALS)}, each once, and times in ms or s, got {text!r}. "
+                "Use e.g. ttft:500ms,itl:50ms."
+            )
+        goals[name] = seconds
+    return goals
+
+
+def _number(kind: type[int] | type[float], what: str) -> Any:
+    def parse(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}.") from None
+
+    return parse
+
+
+_int = _number(int, "a whole number")
+_float = _number(float, "a number")
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
+_EPILOG = """examples:
+  python -m jax_mla_cp.bench serve --base-url http://127.0.0.1:8000/v1 --rate 4 --requests 200
+  python -m jax_mla_cp.bench serve --base-url http://127.0.0.1:8000/v1 --rate inf --concurrency 64 --requests 500 \\
+    --prompt-tokens lognormal:512:0.8:4096 --output-tokens 16-256 --goodput ttft:2s,itl:100ms --picture load.png
+
+method: times of sending, lengths and prompts follow from --seed before the first request is sent, and no answer delays a
+later request. Every time counts from the moment at which a request was to be sent: waiting for --concurrency, or for a client
+that can't keep up, is part of its TTFT (`sent late` tells how much). Prompts are cut from documentation as token ids, made by
+the server's own /tokenize, and as words where it has none. Every request is greedy, streams, goes over a connection of its own,
+and asks for its output tokens whatever the model says (ignore_eos). ITL are the gaps between the chunks that carry tokens.
+
+goodput: requests that kept every bound, and how many of those a second: ttft and e2e from the planned time, tpot the mean gap,
+itl the longest gap of the request. A request that failed kept none.
+
+exit code: 0 done; 1 no request succeeded; 2 a setting that can't work, or no such server; 130 Ctrl-C, after the tables
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    p = Parser(
+        prog="python -m jax_mla_cp.bench serve",
+        description="Load on a running OpenAI server (this one, SGLang, vLLM): latencies and throughput of /v1/completions.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # the defaults are Options'
+        allow_abbrev=False,
+    )
+    server = p.add_argument_group("server")
+    server.add_argument("--base-url", metavar="URL", required=True, help="with its /v1")
+    server.add_argument("--model", metavar="NAME", help="one of the server's models (default: its only one)")
+    server.add_argument(
+        "--api-key-env",
+        metavar="NAME",
+        help="the environment variable that holds the API key (default: no key is sent)",
+    )
+    server.add_argument("--timeout", metavar="S", type=_float, help="seconds for one answer (default: 600)")
+    load = p.add_argument_group("load")
+    load.add_argument("--requests", metavar="N", type=_int, help="default: 100")
+    load.add_argument("--rate", metavar="R", type=_float, help="requests per second, or inf: all at once (default: 1)")
+    load.add_argument("--burstiness", metavar="B", type=_float,
+                      help="shape of the gamma-distributed gaps: 1 is a Poisson process, less comes in bursts, more comes evenly "
+                           "(default: 1)")  # fmt: skip
+    load.add_argument("--concurrency", metavar="N", type=_int, help="most requests at a time (default: no limit)")
+    load.add_argument("--prompt-tokens", metavar="DIST",
+                      help="N, LOW-HIGH or lognormal:MEDIAN:SIGMA:MOST (default: 512)")  # fmt: skip
+    load.add_argument("--output-tokens", metavar="DIST", help="the same, of the answers (default: 64)")
+    load.add_argument("--shared-prefix", metavar="TOKENS:GROUPS",
+                      help="prompts start with one of so many texts of so many tokens, before their own (default: none)")  # fmt: skip
+    load.add_argument("--seed", metavar="N", type=_int, help="of times, lengths and prompts (default: 0)")
+    out = p.add_argument_group("results")
+    out.add_argument(
+        "--goodput", metavar="NAME:TIME,..", help=f"count the requests that keep bounds on {', '.join(GOALS)}"
+    )
+    out.add_argument("--json", metavar="FILE", type=_path, help="the tables, and every request, as JSON")
+    out.add_argument("--picture", metavar="FILE", type=_path,
+                     help="latencies and requests in flight: .png, .pdf or .svg")  # fmt: skip
+    return p
