@@ -14,7 +14,7 @@ from typing import Any
 from jax_mla_cp.bench.options import fail
 from jax_mla_cp.bench.serve.workload import Lengths, SharedPrefix
 from jax_mla_cp.config import ConfigError
-from jax_mla_cp.serve.options import Parser
+from jax_mla_cp.serve.flags import Parser
 
 _PICTURES = (".png", ".pdf", ".svg")
 GOALS = ("ttft", "itl", "tpot", "e2e")
