@@ -73,6 +73,7 @@ _EPILOG = """examples:
 
 endpoints:
   POST /v1/completions, GET /v1/models, GET /health, /ready, /version; OpenAPI at /openapi.json, to try out at /docs
+  GET / in a browser: what the server does, live, and a chat box; GET /metrics for Prometheus, /status as JSON
 
 with keys, for other machines:
   (umask 077; openssl rand -hex 32 >keys.txt)

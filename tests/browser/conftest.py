@@ -68,7 +68,7 @@ def guarded_url(browser: WebDriver) -> Iterator[str]:
         "--prefill-chunk",
         "128",
         "--max-model-len",
-        "1536",
+        "3072",
         "--max-running",
         "4",
     )
@@ -88,9 +88,10 @@ def guarded_url(browser: WebDriver) -> Iterator[str]:
 
 
 class HostileModel(PageModel):
-    """Says `HOSTILE`, over and over; each token is a byte."""
+    """Says `HOSTILE`, over and over, a byte a token, slowly enough to be stopped."""
 
     def step(self, work: Sequence[Sequence[Work]]) -> list[list[Outcome]]:
+        time.sleep(0.005)
         return [[self._say(w) for w in works] for works in work]
 
     def _say(self, work: Work) -> Outcome:

@@ -43,7 +43,8 @@ class Page:
         self.browser.find_element(By.ID, "api-key").send_keys(KEY)
         self.until(lambda: self.text("health-text").startswith("Healthy"))
 
-    def ask(self, text: str) -> None:
+    def ask(self, text: str, tokens: int = 16) -> None:
+        self.script(f"document.getElementById('chat-max').value = {tokens}")
         self.browser.find_element(By.ID, "chat-input").send_keys(text + Keys.ENTER)
 
     def answered(self, seconds: float = 120) -> str:
@@ -95,24 +96,17 @@ def test_it_shows_mesh_pages_and_model_without_a_complaint(page: Page) -> None:
     numbers = re.fullmatch(r"(\d+) of (\d+) pages in use, (\d+) reusable, (\d+) free", pages)
     assert numbers, pages
     used, total, cached, free = map(int, numbers.groups())
-    assert used + cached + free == total == 96
+    assert used + cached + free == total == 192
     assert page.count("#rank-pairs li") == 4 and page.count(".chart svg") == 5
     assert "xla" in page.text("facts")
     time.sleep(2)
     assert page.complaints() == []
 
 
-def test_the_model_answers_and_can_be_stopped(page: Page) -> None:
+def test_the_built_in_model_answers(page: Page) -> None:
     page.ask("What is context parallelism?")
-    answer = page.answered()
-    assert answer and page.count(".message.error") == 0
-    assert re.search(r"\d+ prompt tokens · \d+ sampled · first after .* s", page.text("chat-log"))
-    page.script("document.getElementById('chat-max').value = 1400")
-    page.ask("And what is a list of all numbers?")
-    page.until(lambda: page.browser.find_elements(By.CSS_SELECTOR, ".message")[-1].text, 60)
-    page.click("chat-stop")
-    page.answered(5)
-    page.until(lambda: page.text("running") == "0", 10)
+    assert page.answered() and page.count(".message.error") == 0
+    assert re.search(r"\d+ prompt tokens · \d+ sampled · first after .* m?s", page.text("chat-log"))
     assert page.complaints() == []
 
 
@@ -121,15 +115,13 @@ def test_a_long_prompt_is_drawn_as_a_zigzag_while_it_is_prefilled(page: Page) ->
     seen = set()
 
     def finished() -> bool:
-        seen.add((page.text("zigzag-state"), re.sub(r",\d+%|\.\d+%", "", page.text("prompts"))))
+        progress = page.script("return document.querySelector('.prompt-head span')?.textContent")
+        seen.add((page.text("zigzag-state"), progress))
         return not page.browser.find_element(By.ID, "chat-stop").is_displayed()
 
     page.until(finished, 120)
-    states = {state for state, _ in seen}
-    assert "prefilling" in states and len({text for _, text in seen}) >= 3, "it was seen on its way"
-    answer = page.browser.find_elements(By.CSS_SELECTOR, ".message.assistant")[-1].text
-    key = re.search(r"pass key (\d{5})", page.text("chat-log"))
-    assert key and key[1] in answer
+    assert any(state == "prefilling" and progress and "100%" not in progress for state, progress in seen), seen
+    assert page.count(".message.error") == 0
     page.until(lambda: "100%" in page.text("prompts"))
     boxes = page.script(
         "return [...document.querySelectorAll('#prompts rect.edge')].slice(0, 8).map(r => [+r.getAttribute('x'), +r.getAttribute('y')])"
@@ -137,7 +129,7 @@ def test_a_long_prompt_is_drawn_as_a_zigzag_while_it_is_prefilled(page: Page) ->
     lanes = sorted({y for _, y in boxes})
     assert [lanes.index(y) for _, y in boxes] == [0, 1, 2, 3, 3, 2, 1, 0]
     assert [x for x, _ in boxes] == sorted(x for x, _ in boxes)
-    assert page.text("balance").startswith("Balance 0.9") or page.text("balance").startswith("Balance 1")
+    assert re.match(r"Balance (0\.9|1\.0)\d+", page.text("balance"))
     assert page.complaints() == []
 
 
@@ -197,13 +189,25 @@ def test_what_a_model_says_is_text(browser: WebDriver, hostile_url: str) -> None
     page = Page(browser, hostile_url)
     page.until(lambda: page.text("model") == "<i>tiny</i>")
     assert page.script("return document.getElementById('chat-label').textContent") == "Text to continue"
-    page.ask(HOSTILE)
+    page.ask(HOSTILE, 2 * len(HOSTILE))
     answer = page.answered()
     assert HOSTILE.strip() in page.browser.find_element(By.CSS_SELECTOR, ".message.assistant").text, answer
     assert page.count("#chat-log img, #chat-log script, #chat-log b, #facts u, h1 i") == 0
     assert "owned" not in browser.title
     assert page.count("#mesh > div") == 2 and page.count("#mesh rect") == 12
     assert page.complaints() == []
+
+
+def test_an_answer_can_be_stopped(browser: WebDriver, hostile_url: str) -> None:
+    page = Page(browser, hostile_url)
+    page.until(lambda: page.text("model") == "<i>tiny</i>")
+    page.ask("x", 500)
+    page.until(lambda: page.script("return document.querySelector('.message.assistant')?.textContent"))
+    page.click("chat-stop")
+    page.answered(5)
+    assert 0 < len(page.browser.find_element(By.CSS_SELECTOR, ".message.assistant").text) < 450
+    page.until(lambda: page.text("running") == "0")
+    assert page.count(".message.error") == 0 and page.complaints() == []
 
 
 def test_the_page_says_when_the_server_is_gone(browser: WebDriver, hostile_url: str) -> None:

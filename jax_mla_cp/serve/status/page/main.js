@@ -27,12 +27,17 @@ function drawOnce(status) {
   setModel(status.model);
 }
 
+// Over the last 5 seconds: a step may take longer than one.
+function perSecond(series) {
+  const recent = series.filter(([age]) => age <= 5).reduce((sum, [, amount]) => sum + amount, 0);
+  return count(Math.round(recent / 5));
+}
+
 function drawTiles(status) {
   text("running", count(status.running));
   text("waiting", count(status.waiting));
-  const lastSecond = (series) => count(series.find(([age]) => age === 1)?.[1] ?? 0);
-  text("prompt-rate", lastSecond(status.prompt_rate));
-  text("token-rate", lastSecond(status.token_rate));
+  text("prompt-rate", perSecond(status.prompt_rate));
+  text("token-rate", perSecond(status.token_rate));
   text("prefix", percent(status.prefix_hits, status.prefix_queries));
   text("prefix-note", status.prefix_queries ? `of ${count(status.prefix_queries)} tokens` : "of prompt tokens");
   text("preemptions", count(status.preemptions));
