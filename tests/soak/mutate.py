@@ -72,13 +72,8 @@ def _as_it_was(raw: bytes, rng: random.Random) -> bytes:
 
 
 MUTATIONS: list[Callable[[bytes, random.Random], bytes]] = [
-    _truncated,
-    _flipped,
-    _inserted,
-    _replaced,
-    _unknown,
-    _twice,
-]
+    _truncated, _flipped, _inserted, _replaced, _unknown, _twice, _as_it_was,
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,7 +39,9 @@ def test_mutated_bytes(live: Live, sizes: Sizes, record: Callable[..., None]) ->
     record("mutated bytes", requests=len(requests), statuses={str(status): n for status, n in seen.most_common()})
     answered = list(zip(statuses, requests, strict=True))
     assert not [(status, request.what) for status, request in answered if status in BAD]
-    assert seen[200] and seen[400], "some are still valid, most are not"
+    assert seen[200] > len(requests) // 20 and seen[400] > len(requests) // 4, (
+        "some are left as they were, most are not"
+    )
     assert not [request.what for status, request in answered if status is None and not request.incomplete]
     sound(live, before)
 
