@@ -7,9 +7,9 @@ import dataclasses
 import difflib
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, NoReturn, TypeVar, get_args
 
 from jax_mla_cp.config import ConfigError, Form, Implementation
 from jax_mla_cp.load import Dtype, EpAxes
@@ -19,6 +19,7 @@ from jax_mla_cp.quantization import Weights
 
 Speculative = Literal["off", "mtp"]
 LogLevel = Literal["debug", "info", "warning", "error"]
+_Number = TypeVar("_Number", int, float)
 
 _MOST = 2**31 - 1  # token and page counts live in int32 on the device
 
@@ -161,8 +162,8 @@ def parse(argv: Sequence[str] | None = None) -> ServeConfig:
         fail(error)
 
 
-def _number(kind: type[int] | type[float], what: str) -> Any:
-    def parse(text: str) -> Any:
+def _number(kind: Callable[[str], _Number], what: str) -> Callable[[str], _Number]:
+    def parse(text: str) -> _Number:
         try:
             return kind(text)
         except ValueError:
@@ -176,7 +177,7 @@ _float = _number(float, "a number")
 
 
 def _int_or_auto(text: str) -> int | None:
-    return None if text == "auto" else _int(text)  # type: ignore[no-any-return]
+    return None if text == "auto" else _int(text)
 
 
 _EPILOG = """examples:
