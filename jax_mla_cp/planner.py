@@ -144,6 +144,7 @@ class Planner:
           ValueError: a work that doesn't fit, with its index and what is allowed.
         """
         groups = [works] if not works or isinstance(works[0], Work) else works
+        # mypy does not conclude from the first item what the others are
         return put(self.model, self.host_batch(groups))  # type: ignore[arg-type]
 
     def host_batch(self, groups: Sequence[Sequence[Work]]) -> Batch:

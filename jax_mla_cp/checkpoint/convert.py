@@ -11,7 +11,6 @@ import collections
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import hashlib
 import itertools
 import logging
@@ -30,8 +29,9 @@ from numpy.typing import NDArray
 from orbax.checkpoint import v1 as ocp
 
 from jax_mla_cp.checkpoint.check import check_tensors
+from jax_mla_cp.checkpoint.directories import alone, check_directories, check_room, check_same
 from jax_mla_cp.checkpoint.huggingface import mtp_marker
-from jax_mla_cp.checkpoint.orbax import MANIFEST, WEIGHTS, Converted, StoredArray, command, is_converted, sha256_files
+from jax_mla_cp.checkpoint.orbax import MANIFEST, WEIGHTS, Converted, StoredArray, command, sha256_files
 from jax_mla_cp.checkpoint.progress import loading_bar
 from jax_mla_cp.checkpoint.source import INDEX, CheckpointError, SafetensorsSource
 from jax_mla_cp.checkpoint.target import Place, Target
@@ -42,7 +42,6 @@ from jax_mla_cp.quantization import Weights
 
 _IN_FLIGHT = 256 << 20
 """Bytes that are being written while the next piece is made."""
-_LOCK = f".{MANIFEST}.lock"
 _COPIED = (".json", ".jinja", ".model", ".txt")
 _COPIED_NAMES = ("LICENSE", "NOTICE")
 
@@ -73,19 +72,19 @@ def convert(
       CheckpointError: a source that can't be read or isn't the one that the conversion was begun with, a disk that is full.
       KeyboardInterrupt: the pieces that were in flight are on the disk.
     """
-    _check_directories(source, out, overwrite=overwrite)
+    check_directories(source, out, overwrite=overwrite)
     config = ModelConfig.from_dir(source)
     tensors = SafetensorsSource(source)
     if weights == "auto" and not overwrite and (out / MANIFEST).exists():
         weights = Converted.read(out).weights  # goes on as it was begun
     targets, arrays = _plan(tensors, config, weights)
     begun = Converted(out, False, str(source.resolve()), _fingerprint(source, tensors), arrays, {})
-    with _alone(out):
+    with alone(out):
         if overwrite:
             _delete(out)
         elif (out / MANIFEST).exists():
-            _check_same(Converted.read(out), begun, source, out)
-        _check_room(begun)
+            check_same(Converted.read(out), begun, source, out)
+        check_room(begun)
         try:
             begun.write()
             _make_tree(begun)
@@ -144,69 +143,6 @@ def _fingerprint(source: Path, tensors: SafetensorsSource) -> str:
             header = stream.read(8 + int.from_bytes(stream.read(8), "little"))
         digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode() + header)
     return digest.hexdigest()
-
-
-def _check_directories(source: Path, out: Path, *, overwrite: bool) -> None:
-    if not source.is_dir():
-        raise ConfigError(f"HF_DIR {source}: is not a directory. Give a Hugging Face model directory.")
-    if is_converted(source):
-        raise ConfigError(f"HF_DIR {source}: is a converted checkpoint already. Give the Hugging Face directory.")
-    if out.resolve() == source.resolve():
-        raise ConfigError(f"OUT {out}: is HF_DIR itself. Name another directory.")
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"OUT {out}: is a file. Name another directory.")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        foreign = any(not path.name.startswith(f".{MANIFEST}") for path in out.iterdir())
-        if foreign and not (out / MANIFEST).exists() and not (overwrite and is_converted(out)):
-            raise ConfigError(
-                f"OUT {out}: is not empty, and not a converted checkpoint that could be continued. Name another directory."
-            )
-    except OSError as error:
-        raise ConfigError(f"OUT {out}: can't be used ({error.strerror}). Name another directory.") from error
-    if not os.access(out, os.W_OK | os.X_OK):
-        raise ConfigError(f"OUT {out}: can't be written. Name another directory.")
-
-
-@contextlib.contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Holds a lock on a file in the directory. A process that is killed leaves the file, but not the lock."""
-    path = out / _LOCK
-    with path.open("w") as held:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(
-                f"OUT {out}: another process is converting to it ({error.strerror}). Wait for it, or end it."
-            ) from error
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def _check_same(old: Converted, new: Converted, source: Path, out: Path) -> None:
-    if old.fingerprint != new.fingerprint or old.arrays != new.arrays:
-        changed = "has changed since" if old.source == new.source else f"is not {old.source}"
-        raise CheckpointError(
-            f"OUT {out}: holds a conversion of another checkpoint: {source} {changed}. To throw away what is there: "
-            f"{command(source, out)} --overwrite"
-        )
-
-
-def _check_room(checkpoint: Converted) -> None:
-    missing = sum(
-        array.chunk_bytes
-        for array in checkpoint.arrays.values()
-        for chunk in array.chunks()
-        if not (checkpoint.directory / chunk).exists()
-    )
-    free = shutil.disk_usage(checkpoint.directory).free
-    if missing > free:
-        raise CheckpointError(
-            f"OUT {checkpoint.directory}: needs {missing / 1e9:.2f} GB more, its disk has {free / 1e9:.2f} GB free. "
-            "Make room, or name a directory on another disk."
-        )
 
 
 def _delete(out: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import queue
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -75,8 +76,12 @@ class InProcess:
     def answer(self, prompts: Sequence[Prompt], max_tokens: int, done: Callable[[int, int, str], None]) -> None:
         engine = Engine(self._runner())
         events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
+
+        def emit(index: int, event: Event) -> None:
+            events.put((index, event))
+
         for index, prompt in enumerate(prompts):
-            engine.submit(self._request(prompt, max_tokens, lambda event, i=index: events.put((i, event))))  # type: ignore[misc]
+            engine.submit(self._request(prompt, max_tokens, functools.partial(emit, index)))
         texts = [""] * len(prompts)
         left = len(prompts)
         engine.start()

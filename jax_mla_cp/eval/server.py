@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
@@ -57,18 +58,18 @@ class Server:
         return {"model": self._name, "server": self._url, "device": None, "mesh": None, "versions": {}}
 
     def answer(self, prompts: Sequence[Prompt], max_tokens: int, done: Callable[[int, int, str], None]) -> None:
-        async def one(client: httpx.AsyncClient, index: int) -> None:
+        async def one(index: int, client: httpx.AsyncClient) -> None:
             text = self._tokenizer.decode(prompts[index].tokens)
             answer = await self._complete(client, text, max_tokens=max_tokens)
             done(index, _field(answer, int, "usage", "prompt_tokens"), _field(answer, str, "choices", 0, "text"))
 
-        asyncio.run(self._all([lambda client, i=i: one(client, i) for i in range(len(prompts))]))  # type: ignore[misc]
+        asyncio.run(self._all([functools.partial(one, index) for index in range(len(prompts))]))
 
     def logprobs(self, windows: Sequence[Sequence[int]], done: Callable[[], None]) -> list[float]:
         """The prompt's own log-probabilities come with `echo`. One token is generated, because not every server takes 0."""
         found: list[float] = []
 
-        async def one(client: httpx.AsyncClient, window: Sequence[int]) -> None:
+        async def one(window: Sequence[int], client: httpx.AsyncClient) -> None:
             text = self._tokenizer.decode(window)
             try:
                 answer = await self._complete(client, text, max_tokens=1, echo=True, logprobs=1)
@@ -83,7 +84,7 @@ class Server:
             found.extend(map(float, values))
             done()
 
-        asyncio.run(self._all([lambda client, w=window: one(client, w) for window in windows]))  # type: ignore[misc]
+        asyncio.run(self._all([functools.partial(one, window) for window in windows]))
         return found
 
     async def _all(self, tasks: Sequence[Callable[[httpx.AsyncClient], Coroutine[Any, Any, None]]]) -> None:

@@ -14,6 +14,7 @@ from typing import Protocol, TypedDict
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel
+from starlette.types import Receive, Scope, Send
 
 from jax_mla_cp.adjust import Adjuster
 from jax_mla_cp.batch import Sampling
@@ -196,8 +197,6 @@ class Job:
                 yield _sse(self._form.last_chunk(self.usage()))
         except ApiError as error:
             yield f"data: {json.dumps(error.body)}\n\n"
-        finally:
-            self.abort()  # does nothing to what is finished; a client that went away frees its pages
         yield "data: [DONE]\n\n"
 
 
@@ -215,8 +214,22 @@ async def respond(served: Served, body: Generation, make: Callable[[], Form], ht
     job = await asyncio.to_thread(lambda: Job(served, body, make(), loop))
     job.submit()
     if body.stream:
-        return StreamingResponse(job.stream(), media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        return _Stream(job)
     return _Json(await _unless_disconnected(job, http))
+
+
+class _Stream(StreamingResponse):
+    """Server-sent events of a job, which ends with them."""
+
+    def __init__(self, job: Job):
+        super().__init__(job.stream(), media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        self._job = job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:  # not in the generator: it may never begin, when the client has gone already
+            await super().__call__(scope, receive, send)
+        finally:
+            self._job.abort()  # does nothing to what is finished; a client that went away frees its pages
 
 
 class _Json(JSONResponse):

@@ -23,6 +23,7 @@ import jax_mla_cp.checkpoint.convert as converting
 from jax_mla_cp.checkpoint import CheckpointError, open_converted
 from jax_mla_cp.checkpoint.__main__ import main
 from jax_mla_cp.checkpoint.convert import convert
+from jax_mla_cp.checkpoint.directories import alone
 from jax_mla_cp.checkpoint.orbax import StoredArray
 from tests.checkpoint import hf
 
@@ -133,7 +134,7 @@ def test_stopped_by_a_signal(source: Path, made: Path, tmp_path: Path, number: s
 
 def test_one_at_a_time(source: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    with converting._alone(tmp_path / "out"), pytest.raises(mla.ConfigError, match="another process"):
+    with alone(tmp_path / "out"), pytest.raises(mla.ConfigError, match="another process"):
         convert(source, tmp_path / "out", progress=False)
 
 

@@ -1,0 +1,99 @@
+"""What is asked of a conversion's directories before anything is written: usable, held by one process, of the same source,
+with room on the disk."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from jax_mla_cp.checkpoint.orbax import MANIFEST, Converted, command, is_converted
+from jax_mla_cp.checkpoint.source import CheckpointError
+from jax_mla_cp.config import ConfigError
+
+_LOCK = f".{MANIFEST}.lock"
+
+
+def check_directories(source: Path, out: Path, *, overwrite: bool) -> None:
+    """`out` is made if there is none.
+
+    Raises:
+      ConfigError: `source` is no Hugging Face directory, or `out` is none to convert to.
+    """
+    if not source.is_dir():
+        raise ConfigError(f"HF_DIR {source}: is not a directory. Give a Hugging Face model directory.")
+    if is_converted(source):
+        raise ConfigError(f"HF_DIR {source}: is a converted checkpoint already. Give the Hugging Face directory.")
+    if out.resolve() == source.resolve():
+        raise ConfigError(f"OUT {out}: is HF_DIR itself. Name another directory.")
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"OUT {out}: is a file. Name another directory.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        foreign = any(not path.name.startswith(f".{MANIFEST}") for path in out.iterdir())
+        if foreign and not (out / MANIFEST).exists() and not (overwrite and is_converted(out)):
+            raise ConfigError(
+                f"OUT {out}: is not empty, and not a converted checkpoint that could be continued. Name another directory."
+            )
+    except OSError as error:
+        raise ConfigError(f"OUT {out}: can't be used ({error.strerror}). Name another directory.") from error
+    if not os.access(out, os.W_OK | os.X_OK):
+        raise ConfigError(f"OUT {out}: can't be written. Name another directory.")
+
+
+@contextlib.contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Holds a lock on a file in the directory. A process that is killed leaves the file, but not the lock.
+
+    Raises:
+      ConfigError: another process holds it.
+    """
+    path = out / _LOCK
+    with path.open("w") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(
+                f"OUT {out}: another process is converting to it ({error.strerror}). Wait for it, or end it."
+            ) from error
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def check_same(old: Converted, new: Converted, source: Path, out: Path) -> None:
+    """Refuses to go on with a conversion that `source` did not begin.
+
+    Raises:
+      CheckpointError: another checkpoint's, or other arrays.
+    """
+    if old.fingerprint != new.fingerprint or old.arrays != new.arrays:
+        changed = "has changed since" if old.source == new.source else f"is not {old.source}"
+        raise CheckpointError(
+            f"OUT {out}: holds a conversion of another checkpoint: {source} {changed}. To throw away what is there: "
+            f"{command(source, out)} --overwrite"
+        )
+
+
+def check_room(checkpoint: Converted) -> None:
+    """Whether the chunks that are not there yet fit the disk.
+
+    Raises:
+      CheckpointError: they don't.
+    """
+    missing = sum(
+        array.chunk_bytes
+        for array in checkpoint.arrays.values()
+        for chunk in array.chunks()
+        if not (checkpoint.directory / chunk).exists()
+    )
+    free = shutil.disk_usage(checkpoint.directory).free
+    if missing > free:
+        raise CheckpointError(
+            f"OUT {checkpoint.directory}: needs {missing / 1e9:.2f} GB more, its disk has {free / 1e9:.2f} GB free. "
+            "Make room, or name a directory on another disk."
+        )
