@@ -60,11 +60,9 @@ def _check_pages(c: Columns, shape: BatchShape) -> None:
     writer[page[::-1]] = owner[::-1]  # the first of several is what stays
     if (at := _first(writer[page] != owner)) is not None:
         raise ValueError(f"work {owner[at]}: page {page[at]} is also written by work {writer[page[at]]}.")
-    both = c.page_owner * pages + c.pages
-    kinds, first = np.unique(both, return_index=True)
-    if len(kinds) < len(both):
-        again = np.setdiff1d(np.arange(len(both)), first)[0]
-        raise ValueError(f"work {c.page_owner[again]}: a page is listed twice.")
+    both = np.sort(c.page_owner * pages + c.pages)
+    if (at := _first(both[1:] == both[:-1])) is not None:
+        raise ValueError(f"work {both[at] // pages}: a page is listed twice.")
 
 
 def _check_tokens(c: Columns, shape: BatchShape, config: ModelConfig) -> None:

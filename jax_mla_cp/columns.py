@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -85,8 +86,17 @@ def within(counts: Ints) -> Ints:
 
 
 def _joined(needs: str, lists: Sequence[Any]) -> Ints:
-    arrays = [np.asarray(values) for values in lists]
-    for i, array in enumerate(arrays):
-        if array.ndim != 1 or (array.dtype.kind not in "iu" and len(array)):
-            raise ValueError(f"work {i}: {needs}, got {array.dtype} of shape {array.shape}.")
+    arrays = [_array(values) for values in lists]
+    for i, got in enumerate(arrays):
+        if got.ndim != 1 or (got.dtype.kind not in "iu" and len(got)):
+            raise ValueError(f"work {i}: {needs}, got {got.dtype} of shape {got.shape}.")
     return np.concatenate(arrays).astype(np.int64) if arrays else np.zeros(0, np.int64)
+
+
+def _array(values: Any) -> NDArray[Any]:
+    if isinstance(values, list) and values:
+        try:  # a few times as fast as np.asarray, and steps have thousands of pages
+            return np.frombuffer(array.array("q", values), np.int64)
+        except (TypeError, OverflowError):  # refused by its dtype
+            pass
+    return np.asarray(values)
