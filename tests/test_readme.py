@@ -10,6 +10,8 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
+from jax_mla_cp.serve.flags import make_parser
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -28,6 +30,15 @@ def test_the_readme_example(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr[-2000:]
         answers.append(done.stdout.strip().splitlines()[-1])
     assert answers[0] == answers[1]
+
+
+def test_the_flag_table_is_complete() -> None:
+    """Each flag of the server in one row, and no other."""
+    text = (ROOT / "README.md").read_text()
+    table = text[text.index("| flag | meaning |") :].split("\n\n")[0]
+    named = re.findall(r"`(--[a-z-]+)", "\n".join(row.split(" | ")[0] for row in table.splitlines()))
+    has = {flag for action in make_parser()._actions for flag in action.option_strings[:1]} - {"-h"}
+    assert sorted(named) == sorted(has)
 
 
 def test_the_notebook() -> None:

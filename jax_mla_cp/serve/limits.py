@@ -51,8 +51,10 @@ class LimitRequest:
             return
         if body is None:  # the client has gone
             return
-        logs.current().request = body
+        if (entry := logs.current()).content:
+            entry.request = body
         whole: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+        del body  # the application's alone: an answer may take minutes
 
         async def replay() -> Message:
             return whole.pop() if whole else await receive()

@@ -27,8 +27,8 @@ from jax_mla_cp.serve.errors import ApiError
 
 log = logging.getLogger(__name__)
 
-_POLLED = frozenset({"/health", "/ready", "/metrics"})
-"""Asked every few seconds by machines: their lines are for debugging."""
+_POLLED = frozenset({"/health", "/ready", "/metrics", "/status"})
+"""Asked every few seconds by machines and the status page: their lines are for debugging."""
 _HARMLESS = re.compile(rb"[A-Za-z0-9_.\-]{1,64}")
 _WAITING = 10_000
 """Lines that may wait for a slow terminal or pipe; further ones are dropped and counted."""
@@ -41,7 +41,7 @@ class Entry:
     id: str
     """The client's X-Request-Id, if it is short and harmless, or one made here."""
     content: bool
-    """Whether `request` and `output` are wanted."""
+    """Whether `request` and `output` are wanted; without, they stay empty."""
     arrived: float = dataclasses.field(default_factory=time.perf_counter)
     prompt_tokens: int = 0
     """Of the choices that have started; so too the next ones."""
@@ -86,8 +86,8 @@ class Entry:
         if self.ttft is not None:
             found["ttft_s"] = round(self.ttft, 4)
         found["total_s"] = round(time.perf_counter() - self.arrived, 4)
-        if self.finish_reasons:
-            found["finish"] = ",".join(sorted(self.finish_reasons))
+        if self.finish_reasons or self.started:
+            found["finish"] = ",".join(sorted(self.finish_reasons)) or "abort"  # the client went away
         if self.content:
             found["request"] = self.request.decode(errors="replace")
             found["output"] = [self.output[i] for i in sorted(self.output)]

@@ -65,6 +65,15 @@ def test_a_json_line_has_what_is_known(capfd: pytest.CaptureFixture[str]) -> Non
     assert bad["status"] == 400 and "prompt_tokens" not in bad
 
 
+def test_a_client_that_goes_away_is_an_abort(capfd: pytest.CaptureFixture[str]) -> None:
+    with logged(capfd, "json") as (server, lines):
+        server.engine.gate = threading.Semaphore(1)
+        with httpx.stream("POST", f"{server.url}/v1/completions", json={**BODY, "stream": True}) as answer:
+            next(answer.iter_lines())
+    (line,) = map(json.loads, lines)
+    assert (line["finish"], line["output_tokens"], line["status"]) == ("abort", 1, 200)
+
+
 def test_content_is_logged_only_when_asked_for(capfd: pytest.CaptureFixture[str]) -> None:
     headers = {"authorization": f"Bearer {SECRET}"}
     for content in (False, True):
