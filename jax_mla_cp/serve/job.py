@@ -104,7 +104,7 @@ class Job:
             stop_tokens=stop_tokens,
             text=TextStream(served.tokenizer, body.stops()),
             emit=lambda event: self._deliver(index, event),
-            id=self._form.head["id"],
+            id=f"{self._form.head['id']}-{index}",  # each its own: the status page draws them by it
             min_tokens=min_tokens,
             adjuster=_adjuster(body, prompt, stop_tokens),
             grammar=self._form.grammar(at),

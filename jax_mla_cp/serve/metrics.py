@@ -6,7 +6,6 @@ What happens is counted as the engine tells it (`Metrics` is an `engine.observer
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -57,22 +56,18 @@ def steps_1_2_5(largest: int) -> list[int]:
     return [step * 10**e for e in range(len(str(largest))) for step in (1, 2, 5) if step * 10**e <= largest]
 
 
-@dataclasses.dataclass(frozen=True)
-class Labels:
-    """What of the server never changes. `info` becomes the labels of one metric, `model_name` one of every metric."""
-
-    model_name: str
-    max_model_len: int
-    info: dict[str, str]
-
-
 class Metrics:
-    """One server's metrics in a registry of their own. The observer's methods run on the engine's thread."""
+    """One server's metrics in a registry of their own. The observer's methods run on the engine's thread.
 
-    def __init__(self, labels: Labels):
+    Args:
+      model_name: a label of every metric.
+      info: what never changes, the labels of `engine_info`: letters, digits and _ in their names.
+    """
+
+    def __init__(self, model_name: str, max_model_len: int, info: dict[str, str]):
         self._registry = CollectorRegistry()
         self._current = _WithoutCreated(self._registry)
-        self._model = labels.model_name
+        self._model = model_name
         self._prompt_tokens = self._counter(
             "prompt_tokens", "Prompt tokens computed; those reused from the cache are not."
         )
@@ -85,7 +80,7 @@ class Metrics:
         self._queue = self._histogram("request_queue_time_seconds", "From arrival to the first step.", _REQUEST)
         self._prefill = self._histogram("request_prefill_time_seconds", "From first step to first token.", _REQUEST)
         self._e2e = self._histogram("e2e_request_latency_seconds", "From arrival to the end.", _REQUEST)
-        lengths = steps_1_2_5(labels.max_model_len)
+        lengths = steps_1_2_5(max_model_len)
         self._request_prompt = self._histogram("request_prompt_tokens", "Tokens of a request's prompt.", lengths)
         self._request_output = self._histogram("request_generation_tokens", "Tokens that a request got.", lengths)
         self._balance = self._histogram(
@@ -99,7 +94,7 @@ class Metrics:
         self._failure = Counter(
             PREFIX + "request_failure", "Requests that failed, by why.", ("model_name", "kind"), registry=self._registry
         )
-        info = {"model_name": self._model} | labels.info
+        info = {"model_name": self._model} | info
         Gauge(PREFIX + "engine_info", "What runs, in labels; always 1.", tuple(info), registry=self._registry).labels(
             **info
         ).set(1)

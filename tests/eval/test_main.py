@@ -97,7 +97,7 @@ def test_settings_that_cant_work(
     flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Refused before anything is loaded."""
-    monkeypatch.setattr(in_process, "load", lambda *_, **__: pytest.fail("weights are loaded"))
+    monkeypatch.setattr(in_process, "load_model", lambda *_, **__: pytest.fail("weights are loaded"))
     monkeypatch.setattr(platform, "setup", lambda *_: pytest.fail("devices are set up"))
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     places = {"{empty}": str(tmp_path), "{binary}": str(tmp_path / "binary")}

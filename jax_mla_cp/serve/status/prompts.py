@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
+import threading
 from collections.abc import Iterable
 
 import numpy as np
@@ -16,6 +18,7 @@ _PROMPTS = 6
 _STEPS = 24  # of a prompt: what a picture can show
 
 
+@functools.lru_cache(maxsize=1024)  # asked again every second
 def chunks(cached: int, new: int, cp: int) -> list[Chunk]:
     """The step's pieces of a prompt by `jax_mla_cp.zigzag`, in the order of the prompt.
 
@@ -44,32 +47,37 @@ class _Seen:
 
 
 class Prompts:
-    """The prompts of the last prefill steps. Not thread-safe: the owner locks."""
+    """The prompts of the last prefill steps. Thread-safe: the engine's thread never waits for more than a copy."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._seen: collections.OrderedDict[str, _Seen] = collections.OrderedDict()
         self._active: set[str] = set()
 
     def step(self, prompts: Iterable[Prefilled]) -> None:
         """Takes the prompts of a step."""
-        self._active = set()
-        for prompt in prompts:
-            seen = self._seen.get(prompt.id)
-            if seen is None or seen.done != prompt.cached:  # new here, or preempted and begun again
-                seen = self._seen[prompt.id] = _Seen(reused=prompt.cached)
-            seen.total, seen.done = prompt.total, prompt.cached + prompt.new
-            seen.steps.append((prompt.cached, prompt.new))
-            self._seen.move_to_end(prompt.id)
-            self._active.add(prompt.id)
-        while len(self._seen) > _PROMPTS:
-            self._seen.popitem(last=False)
+        with self._lock:
+            self._active = set()
+            for prompt in prompts:
+                seen = self._seen.get(prompt.id)
+                if seen is None or seen.done != prompt.cached:  # new here, or preempted and begun again
+                    seen = self._seen[prompt.id] = _Seen(reused=prompt.cached)
+                seen.total, seen.done = prompt.total, prompt.cached + prompt.new
+                seen.steps.append((prompt.cached, prompt.new))
+                self._seen.move_to_end(prompt.id)
+                self._active.add(prompt.id)
+            while len(self._seen) > _PROMPTS:
+                self._seen.popitem(last=False)
 
     def show(self, cp: int) -> list[Prompt]:
         """The latest first."""
+        with self._lock:
+            active = self._active
+            seen = [(name, dataclasses.replace(s, steps=s.steps.copy())) for name, s in reversed(self._seen.items())]
         return [
             Prompt(
-                id=name, total=seen.total, done=seen.done, reused=seen.reused, active=name in self._active,
-                steps=[PromptStep(start=start, chunks=chunks(start, new, cp)) for start, new in seen.steps],
+                id=name, total=s.total, done=s.done, reused=s.reused, active=name in active,
+                steps=[PromptStep(start=start, chunks=chunks(start, new, cp)) for start, new in s.steps],
             )
-            for name, seen in reversed(self._seen.items())
+            for name, s in seen
         ]  # fmt: skip

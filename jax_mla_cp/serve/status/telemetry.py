@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 import time
 
 from jax_mla_cp.engine import Engine
 from jax_mla_cp.engine.observer import RequestReport, StepReport
-from jax_mla_cp.serve.metrics import Labels, Metrics, balance
+from jax_mla_cp.serve.metrics import Metrics, balance
 from jax_mla_cp.serve.status.about import About
 from jax_mla_cp.serve.status.prompts import Prompts
 from jax_mla_cp.serve.status.recent import Latencies, Rates
@@ -20,9 +19,8 @@ class Telemetry:
     def __init__(self, about: About):
         self.about = about
         mesh = {axis: str(getattr(about.mesh, axis)) for axis in ("dp", "cp", "tp")}
-        self.metrics = Metrics(Labels(about.model_name, about.max_model_len, mesh | about.facts))
+        self.metrics = Metrics(about.model_name, about.max_model_len, mesh | about.facts)
         self._started = time.monotonic()
-        self._lock = threading.Lock()
         self._ttft, self._itl, self._step_time = Latencies(), Latencies(), Latencies()
         self._prompt_rate, self._token_rate = Rates(), Rates()
         self._prompts = Prompts()
@@ -33,9 +31,8 @@ class Telemetry:
         self._step_time.add(report.seconds)
         if report.prefill_tokens:
             self._prompt_rate.add(report.prefill_tokens)
-            with self._lock:
-                self._prompts.step(report.prompts)
-                self._prefill = time.monotonic(), report
+            self._prompts.step(report.prompts)
+            self._prefill = time.monotonic(), report
 
     def first_token(self, seconds_since_arrival: float) -> None:
         self.metrics.first_token(seconds_since_arrival)
@@ -84,18 +81,16 @@ class Telemetry:
         )
 
     def _last_prefill(self) -> Prefill | None:
-        with self._lock:
-            if self._prefill is None:
-                return None
-            at, report = self._prefill
-            prompts = self._prompts.show(self.about.mesh.cp)
+        if self._prefill is None:
+            return None
+        at, report = self._prefill
         return Prefill(
             age=time.monotonic() - at,
             seconds=report.seconds,
             tokens=list(report.rows),
             pairs=list(report.pairs),
             balance=balance(report.pairs),
-            prompts=prompts,
+            prompts=self._prompts.show(self.about.mesh.cp),
         )
 
 
