@@ -21,9 +21,10 @@ def _encodable(text: str) -> str:
     return text
 
 
-Text = Annotated[str, AfterValidator(_encodable)]
+ENCODABLE = AfterValidator(_encodable)
+Text = Annotated[str, ENCODABLE]
 TokenId = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
-Stop = Annotated[Text, Field(min_length=1, max_length=1024)]
+Stop = Annotated[str, Field(min_length=1, max_length=1024), ENCODABLE]
 TokenKey = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
@@ -41,7 +42,7 @@ class StreamOptions(Body):
 
 
 class JsonSchema(Body):
-    name: Annotated[Text, Field(min_length=1, max_length=64)] = Field(description="without effect")
+    name: Annotated[str, Field(min_length=1, max_length=64), ENCODABLE] = Field(description="without effect")
     description: Text | None = Field(default=None, description="without effect")
     schema_: dict[str, Any] = Field(alias="schema", description="JSON Schema, as far as llguidance supports it")
     strict: bool | None = Field(default=None, description="without effect: answers always follow the schema")
@@ -107,7 +108,7 @@ class Generation(Body):
     skip_special_tokens: Literal[True] | None = Field(default=True, description="special tokens are never text")
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    cache_salt: Annotated[Text, Field(min_length=1, max_length=256)] | None = Field(
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256), ENCODABLE] | None = Field(
         default=None, description="cached prefixes are shared only among requests with the same salt"
     )
     user: Text | None = Field(default=None, description="without effect, as the next three")

@@ -100,8 +100,9 @@ class Grammars:
         except ValueError as error:
             raise GrammarError(str(error)) from error
         matcher = LLMatcher(self._known_tokens(self._tokenizer), grammar, log_level=0, limits=_LIMITS)
-        if matcher.is_error():
-            raise GrammarError(" ".join(matcher.get_error().split())[:500] or "the schema can't be followed.")
+        # References in a circle are found out by the first step.
+        if matcher.is_error() or not any(matcher.compute_bitmask()) or matcher.is_stopped():
+            raise GrammarError(" ".join(matcher.get_error().split())[:500] or "nothing can follow this schema.")
         return JsonGrammar(matcher, self._vocab_size)
 
     def _known_tokens(self, tokenizer: Tokenizer) -> LLTokenizer:

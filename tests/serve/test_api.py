@@ -3,48 +3,38 @@
 from __future__ import annotations
 
 import json
-import socket
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import openai
 import pytest
-import uvicorn
 
 from jax_mla_cp.engine import Engine
-from jax_mla_cp.serve.app import create_app
 from jax_mla_cp.serve.served import Served
 from tests.byte_tokenizer import byte_tokenizer
 from tests.engine.standin import VOCAB, PageModel, continuation
+from tests.serve.in_process import serving
 
 MAX_LEN = 600
 TOKENIZER = byte_tokenizer()
 
 
 class Server:
-    def __init__(self, draft_tokens: int = 0) -> None:
+    def __init__(self, draft_tokens: int = 0, **served: Any) -> None:
         self.model = PageModel(pages=400, max_running=8, draft_tokens=draft_tokens)
-        self.engine = Engine(self.model)
+        self.engine = Engine(self.model, max_queued=8)
         # 259 ids, so that BOS (256) is one; the stand-in's answers are below 251. Token 3 is its end of sequence.
-        served = Served("tiny", self.engine, TOKENIZER, 259, MAX_LEN, (3,), None)
-        self._server = uvicorn.Server(uvicorn.Config(create_app(served), log_level="error"))
-        listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]}, daemon=True)
+        self._running = serving(Served("tiny", self.engine, TOKENIZER, 259, MAX_LEN, (3,), None, **served))
 
     def start(self) -> None:
-        self.engine.start()
-        self._thread.start()
-        while not self._server.started:
-            time.sleep(0.01)
+        self.url = self._running.__enter__()
 
     def stop(self) -> None:
-        self._server.should_exit = True
-        self._thread.join(10)
-        self.engine.stop(10)
+        self._running.__exit__(None, None, None)
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +124,10 @@ def test_stop_strings(client: openai.OpenAI) -> None:
     assert answer.choices[0].finish_reason == "stop"
 
 
+def schema_format(schema: dict[str, object]) -> dict[str, object]:
+    return {"type": "json_schema", "json_schema": {"name": "test", "schema": schema}}
+
+
 BAD = [
     ({"prompt": ""}, "prompt", "must not be empty"),
     ({"prompt": []}, "prompt", "1 to 128 prompts"),
@@ -145,7 +139,8 @@ BAD = [
     ({"prompt": [2**70]}, "prompt", "prompt"),
     ({"prompt": [1] * MAX_LEN}, "prompt", "together they may be at most 600"),
     ({"max_tokens": MAX_LEN}, "prompt", "together they may be at most 600"),
-    ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+    ({"max_tokens": 0}, None, "at least 1 without echo"),
+    ({"max_tokens": -1, "echo": True}, "max_tokens", "greater than or equal to 0"),
     ({"max_tokens": "5"}, "max_tokens", "valid integer"),
     ({"temperature": 2.5}, "temperature", "less than or equal to 2"),
     ({"temperature": -0.1}, "temperature", "greater than or equal to 0"),
@@ -153,11 +148,37 @@ BAD = [
     ({"top_k": -2}, "top_k", "greater than or equal to -1"),
     ({"seed": 2**64}, "seed", "less than"),
     ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
-    ({"stop": [""]}, "stop", "at least 1 item"),
+    ({"stop": [""]}, "stop", "at least 1 character"),
     ({"stop": ["a"] * 5}, "stop", "at most 4 items"),
-    ({"n": 2}, "n", "1"),
-    ({"echo": True}, "echo", "False"),
-    ({"best_of": 3}, "best_of", "not permitted"),
+    ({"n": 9}, "n", "less than or equal to 8"),
+    ({"n": 0}, "n", "greater than or equal to 1"),
+    ({"n": 8, "prompt": ["a"] * 17}, "prompt", "1 to 16 prompts are allowed with n=8"),
+    ({"best_of": 3}, "best_of", "Input should be 1"),
+    ({"best_of": 1, "n": 2}, None, "best_of is 1, but n asks for more"),
+    ({"min_p": 1.5}, "min_p", "less than or equal to 1"),
+    ({"presence_penalty": 2.5}, "presence_penalty", "less than or equal to 2"),
+    ({"frequency_penalty": -2.5}, "frequency_penalty", "greater than or equal to -2"),
+    ({"repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
+    ({"logit_bias": {"259": 1}}, "logit_bias", "token id 259 is not in the vocabulary"),
+    ({"logit_bias": {"4294967301": 1}}, "logit_bias", "token id 4294967301 is not in the vocabulary"),
+    ({"logit_bias": {"-1": 1}}, "logit_bias", "match pattern"),
+    ({"logit_bias": {"5": 100.5}}, "logit_bias", "less than or equal to 100"),
+    ({"stop_token_ids": [259]}, "stop_token_ids", "token id 259 is not in the vocabulary"),
+    ({"stop_token_ids": [-1]}, "stop_token_ids", "greater than or equal to 0"),
+    ({"min_tokens": 17}, None, "min_tokens is 17, but at most 16 tokens"),
+    ({"min_tokens": MAX_LEN, "max_tokens": None}, "min_tokens", "more than 600"),
+    ({"prompt_logprobs": 21}, "prompt_logprobs", "less than or equal to 20"),
+    ({"prompt_logprobs": 1, "stream": True}, None, "prompt_logprobs is not for stream"),
+    ({"skip_special_tokens": False}, "skip_special_tokens", "Input should be True"),
+    ({"stop": "a" * 1025}, "stop", "at most 1024 characters"),
+    ({"cache_salt": ""}, "cache_salt", "at least 1 character"),
+    ({"suffix": "b"}, "suffix", "not permitted"),
+    ({"response_format": {"type": "xml"}}, "response_format", "json_schema"),
+    ({"response_format": {"type": "json_schema"}}, "response_format", "required"),
+    ({"response_format": schema_format({"type": "foo"})}, "response_format", "Invalid type: foo"),
+    ({"response_format": schema_format({"$ref": "http://localhost/x"})}, "response_format", "not present"),
+    ({"response_format": schema_format({"type": "string", "pattern": "(a"})}, "response_format", "unclosed group"),
+    ({"response_format": schema_format({"enum": ["a" * 70_000]})}, "response_format", "at most 65536"),
     ({"stream_options": {"include_usage": True}}, None, "only for stream"),
     ({"model": 5}, "model", "valid string"),
 ]
@@ -276,3 +297,51 @@ def test_openapi_and_version(server: Server) -> None:
     paths = httpx.get(f"{server.url}/openapi.json").json()["paths"]
     assert {"/v1/completions", "/v1/models", "/health", "/version"} <= set(paths)
     assert httpx.get(f"{server.url}/version").json()["version"]
+
+
+def test_a_full_queue_is_a_503_that_says_when_to_come_again(server: Server, client: openai.OpenAI) -> None:
+    answer = httpx.post(f"{server.url}/v1/completions", json={"model": "tiny", "prompt": ["a"] * 17, "n": 4})
+    assert answer.status_code == 503 and answer.json()["error"]["code"] == "queue_full"
+    assert int(answer.headers["retry-after"]) >= 1
+    assert client.completions.create(model="tiny", prompt="a").choices[0].text, "none of the 68 was taken"
+    until_idle(server)
+
+
+def test_a_request_that_takes_too_long(client: openai.OpenAI) -> None:
+    server = Server(request_timeout=0.2)
+    server.start()
+    server.model.gate = threading.Semaphore(0)
+    try:
+        body: dict[str, Any] = {"model": "tiny", "prompt": "a"}
+        opener = threading.Timer(0.5, server.model.gate.release, args=[10_000])
+        opener.start()
+        answer = httpx.post(f"{server.url}/v1/completions", json=body)
+        assert answer.status_code == 408 and answer.json()["error"]["code"] == "request_timeout"
+    finally:
+        server.model.gate.release(10_000)
+        server.stop()
+
+
+def test_a_stream_that_fails_says_so_and_ends(server: Server) -> None:
+    server.model.fail_next = 1
+    body = {"model": "tiny", "prompt": [9, 9, 7], "stream": True}
+    answer = httpx.post(f"{server.url}/v1/completions", json=body)
+    assert answer.status_code == 200
+    *_, error, done = [line for line in answer.text.split("\n") if line]
+    assert json.loads(error.removeprefix("data: "))["error"]["code"] == "step_failed" and done == "data: [DONE]"
+
+
+def test_openapi_says_what_is_answered(server: Server) -> None:
+    spec = httpx.get(f"{server.url}/openapi.json").json()
+    assert {"/v1/chat/completions", "/tokenize", "/detokenize", "/tokenizer_info"} <= set(spec["paths"])
+    for path, operations in spec["paths"].items():
+        for operation in operations.values():
+            responses = operation["responses"]
+            assert "422" not in responses, f"{path}: never sent"
+            assert {"200", "400", "503", "default"} <= set(responses)
+    streamed = spec["paths"]["/v1/chat/completions"]["post"]["responses"]["200"]["content"]
+    assert set(streamed) == {"application/json", "text/event-stream"}
+    for name in ("CompletionRequest", "ChatRequest", "TokenizeRequest", "Message"):
+        assert spec["components"]["schemas"][name]["additionalProperties"] is False
+    stop = spec["components"]["schemas"]["CompletionRequest"]["properties"]["stop"]["anyOf"]
+    assert stop[0]["maxLength"] == 1024 and stop[1]["maxItems"] == 4

@@ -1,0 +1,166 @@
+"""Chat over a model that says what a test wants: thoughts, refusals, templates that refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from jax_mla_cp.batch import Work
+from jax_mla_cp.engine import Engine
+from jax_mla_cp.runner import Outcome, Sampled
+from jax_mla_cp.serve.reasoning import Splitter
+from jax_mla_cp.serve.served import Served
+from jax_mla_cp.tokenizer import ChatTemplate, Tokenizer
+from tests.byte_tokenizer import EOS, byte_tokenizer
+from tests.engine.standin import PageModel
+from tests.serve.in_process import client_of, serving
+
+# The answer follows \x02; who sends "open" gets a prompt that ends with <think>, as DeepSeek-R1's does.
+TEMPLATE = """\
+{%- for m in messages %}{{ m.content }}{% if m.content == 'refuse' %}{{ raise_exception('no such talk') }}{% endif %}
+{%- endfor %}{{ '\\x02' }}{% if messages[-1].content == 'open' %}{{ '<think>\\n' }}{% endif %}
+{#- thoughts end with </think> #}"""
+
+
+class Script(PageModel):
+    """Says `script`, byte by byte, and then EOS, from where the answer begins."""
+
+    script = ""
+
+    def _run(self, group: int, work: Work) -> Outcome:
+        outcome = super()._run(group, work)
+        if not outcome.sampled:
+            return outcome
+        seen = self.slots[group][self.slots_of(work.pages, work.cached + len(work.tokens))].tolist()
+        said = bytes(token for token in seen if token < 256).rpartition(b"\x02")[2].removeprefix(b"<think>\n")
+        whole = [*self.script.encode(), EOS]
+        token, usual = whole[len(said)], outcome.sampled[0]
+        return Outcome([Sampled(token, usual.logprob, usual.top_tokens, usual.top_logprobs)], [])
+
+
+@pytest.fixture(scope="module")
+def model() -> Script:
+    return Script(pages=400, max_running=8)
+
+
+@pytest.fixture(scope="module")
+def url(model: Script) -> Iterator[str]:
+    plain = byte_tokenizer()
+    tokenizer = Tokenizer(plain._vocabulary, chat_template=ChatTemplate(TEMPLATE, {}))
+    with serving(Served("tiny", Engine(model), tokenizer, 259, 600, (EOS,), None)) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> openai.OpenAI:
+    return client_of(url)
+
+
+CASES = [
+    ("open", "Hm, 世界\n</think>\n\nYes.", "Hm, 世界\n", "Yes."),
+    ("open", "<think>\nAgain</think>a</think>b", "<think>\nAgain", "a</think>b"),
+    ("open", "never done </thin", "never done </thin", ""),
+    ("say", "<think>Hm</think>Yes.", "Hm", "Yes."),
+    ("say", "\n<think>\nHm</think>Yes.", "Hm", "Yes."),
+    ("say", "<thinking is hard", None, "<thinking is hard"),
+    ("say", "No <think>tags</think>", None, "No <think>tags</think>"),
+    ("say", "<th", None, "<th"),
+    ("say", " spaces first", None, " spaces first"),
+]
+
+
+@pytest.mark.parametrize(("ask", "script", "thoughts", "content"), CASES)
+def test_thoughts(
+    model: Script, client: openai.OpenAI, ask: str, script: str, thoughts: str | None, content: str
+) -> None:
+    model.script = script
+    arguments: Any = {"model": "tiny", "messages": [{"role": "user", "content": ask}]}
+    message = client.chat.completions.create(**arguments).choices[0].message.to_dict()
+    assert (message.get("reasoning_content"), message["content"]) == (thoughts, content)
+    deltas = [c.choices[0].delta.to_dict() for c in client.chat.completions.create(**arguments, stream=True)]
+    assert "".join(str(delta.get("reasoning_content", "")) for delta in deltas) == (thoughts or "")
+    assert "".join(str(delta.get("content", "")) for delta in deltas) == content
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize(("ask", "script", "thoughts", "content"), CASES)
+def test_thoughts_however_they_are_cut(size: int, ask: str, script: str, thoughts: str | None, content: str) -> None:
+    splitter = Splitter(opened=ask == "open")
+    parts = [splitter.push(script[at : at + size]) for at in range(0, len(script), size)] + [splitter.finish()]
+    assert "".join(t for t, _ in parts) == (thoughts or "") and "".join(c for _, c in parts) == content
+
+
+def test_a_completion_keeps_the_tags(model: Script, client: openai.OpenAI) -> None:
+    model.script = "<think>Hm</think>Yes."
+    answer = client.completions.create(model="tiny", prompt="x\x02", max_tokens=100)
+    assert answer.choices[0].text == model.script
+
+
+BAD: list[tuple[dict[str, Any], str | None, str]] = [
+    ({"messages": []}, "messages", "at least 1 item"),
+    ({"messages": "hi"}, "messages", "valid list"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "'system', 'user' or 'assistant'"),
+    ({"messages": [{"role": "user"}]}, "messages", "required"),
+    ({"messages": [{"role": "user", "content": None}]}, "messages", "valid string"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", ""),
+    ({"messages": [{"role": "user", "content": "refuse"}]}, "messages", "no such talk"),
+    ({"messages": [{"role": "user", "content": "x" * 700}]}, "messages", "at most 600"),
+    ({"tools": []}, "tools", "not permitted"),
+    ({"tool_choice": "auto"}, "tool_choice", "not permitted"),
+    ({"chat_template": "{{ 1 }}"}, "chat_template", "not permitted"),
+    ({"chat_template_kwargs": {}}, "chat_template_kwargs", "not permitted"),
+    ({"top_logprobs": 2}, None, "only for logprobs"),
+    ({"logprobs": 2}, "logprobs", "valid boolean"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
+    ({"max_tokens": 5, "max_completion_tokens": 6}, None, "two names of one number"),
+    ({"max_completion_tokens": 0}, "max_completion_tokens", "greater than or equal to 1"),
+    ({"prompt": "x"}, "prompt", "not permitted"),
+    (
+        {"messages": [{"role": "user", "content": "open"}], "response_format": {"type": "json_object"}},
+        "response_format",
+        "thinks first",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "param", "message"), BAD, ids=[str(change)[:50] for change, _, _ in BAD])
+def test_bad_requests(url: str, change: dict[str, Any], param: str | None, message: str) -> None:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "say"}], **change}
+    answer = httpx.post(f"{url}/v1/chat/completions", json=body)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == param and message in answer.json()["error"]["message"]
+
+
+def test_another_model_is_not_found(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="gpt-4", messages=[{"role": "user", "content": "say"}])
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {}),
+        ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}),
+        ("/tokenize", {"messages": [{"role": "user", "content": "refuse"}]}),
+        ("/tokenize", {"prompt": "a", "other": 1}),
+        ("/detokenize", {"tokens": [259]}),
+        ("/detokenize", {"tokens": [-1]}),
+        ("/detokenize", {}),
+    ],
+)
+def test_what_can_not_be_tokenized(url: str, path: str, body: dict[str, Any]) -> None:
+    answer = httpx.post(url + path, json=body)
+    assert answer.status_code == 400 and answer.json()["error"]["message"]
+
+
+def test_special_tokens_of_a_prompt_are_optional(url: str) -> None:
+    def tokens(**body: Any) -> list[int]:
+        return httpx.post(f"{url}/tokenize", json=body).json()["tokens"]
+
+    said = tokens(messages=[{"role": "user", "content": "ab"}], add_generation_prompt=False)
+    assert said == [*b"ab\x02"] and tokens(prompt="ab", add_special_tokens=False) == [*b"ab"]
+    assert httpx.post(f"{url}/tokenize", json={"prompt": "a", "model": "other"}).status_code == 404
