@@ -1,4 +1,4 @@
-"""Makes the built-in model: `corpus` collects the text, `train` trains (one H200, under half an hour; resumable),
+"""Makes the built-in model: `corpus` collects the text, `train` trains (one H200, ten minutes; resumable),
 `export` writes what the package carries. See jax_mla_cp/default_model/README.md.
 
     python tools/train_default_model.py corpus --work DIR     on a Debian machine; no GPU
