@@ -21,7 +21,13 @@ class Asked:
     ):  # fmt: skip
         self.events: queue.Queue[Event] = queue.Queue()
         self.request = Request(
-            list(prompt), max_tokens, Sampling(temperature=0), stop, text or TextStream(None), self.events.put, **options
+            list(prompt),
+            max_tokens,
+            Sampling(temperature=0),
+            stop,
+            text or TextStream(None),
+            self.events.put,
+            **options,
         )
         self.all: list[Event] = []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,9 @@ from tests.engine.standin import PageModel, continuation, logprob
 STOP = frozenset({3})
 
 
-def request(prompt: list[int], most: int, emit: Callable[[Event], None] = lambda event: None, **options: Any) -> Request:
+def request(
+    prompt: list[int], most: int, emit: Callable[[Event], None] = lambda event: None, **options: Any
+) -> Request:
     return Request(prompt, most, Sampling(), STOP, TextStream(None), emit, **options)
 
 
@@ -149,7 +152,9 @@ class Anything(RuleBasedStateMachine):
             assert len(scored) == (r.score_prompt and (r not in self.gone or bool(scored)))
             for event in scored:
                 assert self.events[r][0] is event
-                assert event.logprobs.tolist()[1:] == [logprob(r.prompt[:n], r.prompt[n]) for n in range(1, len(r.prompt))]
+                assert event.logprobs.tolist()[1:] == [
+                    logprob(r.prompt[:n], r.prompt[n]) for n in range(1, len(r.prompt))
+                ]
                 assert len(event.top_tokens) == len(event.top_logprobs) == len(r.prompt)
 
 
@@ -157,7 +162,7 @@ def test_anything() -> None:
     run_state_machine_as_test(
         Anything,
         settings=settings(
-            max_examples=120, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=300, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
 
@@ -190,7 +195,9 @@ def test_the_youngest_gives_way_and_comes_back_in_its_place() -> None:
     ended: list[Request] = []
     requests = []
     for i in range(5):
-        made = request([i, 9, i], 30, emit=lambda e, i=i: ended.append(requests[i]) if isinstance(e, Finished) else None)  # type: ignore[misc]
+        made = request(
+            [i, 9, i], 30, emit=lambda e, i=i: ended.append(requests[i]) if isinstance(e, Finished) else None
+        )  # type: ignore[misc]
         made.stop_tokens = frozenset()
         requests.append(made)
         scheduler.add(made)
@@ -234,8 +241,6 @@ def test_drafts_shrink_before_anyone_gives_way() -> None:
 @functools.cache
 def visits(requests: int) -> int:
     """Python function calls that schedule and take 20 decode steps of so many requests."""
-    import sys
-
     model = PageModel(pages=requests * 20, page_size=4, max_running=requests, prefill_chunk=8 * requests)
     scheduler = scheduler_of(model)
     for i in range(requests):
