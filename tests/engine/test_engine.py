@@ -130,7 +130,7 @@ def test_abort_frees_the_pages_within_a_step(model: PageModel, engine: Engine) -
 
 
 def test_a_failed_step_fails_its_requests_and_the_others_go_on(model: PageModel, engine: Engine) -> None:
-    """The cache is gone after it: what is running beside is computed again, what was cached is not reused."""
+    """The cache is gone after it: what was cached is not reused."""
     model.gate = threading.Semaphore(0)
     decoding, first, beside, waiting = Asked([1] * 4, 150), Asked([9] * 40, 9), Asked([8] * 20, 9), Asked([9] * 40, 30)
     model.max_running = 3
