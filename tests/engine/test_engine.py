@@ -133,7 +133,6 @@ def test_a_failed_step_fails_its_requests_and_the_others_go_on(model: PageModel,
     """The cache is gone after it: what was cached is not reused."""
     model.gate = threading.Semaphore(0)
     decoding, first, beside, waiting = Asked([1] * 4, 150), Asked([9] * 40, 9), Asked([8] * 20, 9), Asked([9] * 40, 30)
-    model.max_running = 3
     for asked in (first, beside):
         engine.submit(asked.request)
     model.gate.release(1)  # the first's chunk fills the step
