@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -161,7 +162,7 @@ def test_anything() -> None:
     run_state_machine_as_test(
         Anything,
         settings=settings(
-            max_examples=120, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=300, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
 
@@ -240,8 +241,6 @@ def test_drafts_shrink_before_anyone_gives_way() -> None:
 @functools.cache
 def visits(requests: int) -> int:
     """Python function calls that schedule and take 20 decode steps of so many requests."""
-    import sys
-
     model = PageModel(pages=requests * 20, page_size=4, max_running=requests, prefill_chunk=8 * requests)
     scheduler = scheduler_of(model)
     for i in range(requests):

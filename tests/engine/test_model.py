@@ -1,0 +1,100 @@
+"""The engine on a real model, context parallel: reuse, preemption and recovery change no token."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jax_mla_cp.batch import Sampling, Work
+from jax_mla_cp.engine import Engine, Failed, Finished
+from jax_mla_cp.runner import Outcome
+from tests.engine.asked import Asked
+from tests.speculative import CONFIG, OneBucket, model
+
+PREFIX = np.random.default_rng(5).integers(0, CONFIG.vocab_size, 27).tolist()
+PROMPTS = [[*PREFIX, *tail] for tail in ([1], [2, 3], [1], [4, 5, 6, 7, 8, 9, 1], [2, 3, 5])]
+COUNT = 14
+HOW = [Sampling(temperature=0), Sampling(temperature=1.0, seed=7)]
+
+
+@functools.cache
+def runner(draft_tokens: int) -> OneBucket:
+    return OneBucket(model("tp=2,cp=2", "tp"), draft_tokens)
+
+
+class Few:
+    """A runner with fewer pages or places, and steps that raise after they have run."""
+
+    def __init__(self, steps: OneBucket, *, pages: int | None = None, running: int = 3, fail_at: int | None = None):
+        self._steps, self._fail_at, self._count = steps, fail_at, 0
+        self.pages_per_group = pages or steps.pages_per_group
+        self.max_running = running
+        steps.reset()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._steps, name)
+
+    def step(self, work: Sequence[Sequence[Work]]) -> list[list[Outcome]]:
+        outcomes = self._steps.step(work)
+        self._count += 1
+        if self._count == self._fail_at:
+            self._steps._pages.delete()  # as after an error on the device: the donated cache is gone
+            raise RuntimeError("the device stopped")
+        return outcomes
+
+
+def ask(
+    steps: Few, prompts: Sequence[Sequence[int]], first: int = 0, salts: bool = False
+) -> tuple[list[Asked], Engine]:
+    """All at once; with `salts`, none may use another's pages."""
+    engine = Engine(steps)
+    asked = [Asked(prompt, COUNT, cache_salt=str(i) if salts else "") for i, prompt in enumerate(prompts)]
+    for i, a in enumerate(asked, first):
+        a.request.sampling = HOW[i % 2]
+    engine.submit_all([a.request for a in asked])
+    engine.start()
+    for a in asked:
+        a.result(120)
+    engine.stop(60)
+    return asked, engine
+
+
+def tokens(asked: Sequence[Asked]) -> list[list[int]]:
+    return [a.request.tokens[len(a.request.prompt) :] for a in asked]
+
+
+@functools.cache
+def alone(draft_tokens: int) -> list[list[int]]:
+    return [tokens(ask(Few(runner(draft_tokens)), [prompt], i)[0])[0] for i, prompt in enumerate(PROMPTS)]
+
+
+@pytest.mark.parametrize("draft_tokens", [0, 2])
+def test_a_reused_prefix_gives_the_same_tokens(draft_tokens: int) -> None:
+    asked, engine = ask(Few(runner(draft_tokens)), PROMPTS)
+    assert tokens(asked) == alone(draft_tokens) == alone(0)
+    cached = [a.all[-1].cached_tokens for a in asked if isinstance(a.all[-1], Finished)]
+    assert cached[0] == 0 and min(cached[1:]) >= 24
+    assert engine.idle and engine.status().prefix_hits == sum(cached)
+
+
+@pytest.mark.parametrize("draft_tokens", [0, 2])
+def test_who_gave_way_goes_on_with_the_same_tokens(draft_tokens: int) -> None:
+    asked, engine = ask(Few(runner(draft_tokens), pages=24), PROMPTS, salts=True)
+    assert engine.status().preemptions > 0 and engine.idle
+    assert tokens(asked) == alone(0)
+
+
+def test_a_step_that_raises_after_dispatch() -> None:
+    """The cache that it was given is gone, and with it the pages that those who come next could have reused."""
+    steps = Few(runner(0), fail_at=5, running=4)
+    asked, engine = ask(steps, PROMPTS)
+    failed = [isinstance(a.all[-1], Failed) for a in asked]
+    assert True in failed and False in failed
+    for a, lost, want in zip(asked, failed, alone(0), strict=True):
+        got = tokens([a])[0]
+        assert got == (want[: len(got)] if lost else want)
+    assert engine.idle
