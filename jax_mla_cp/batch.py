@@ -84,15 +84,6 @@ class BatchShape:
         """Most pages of a request that a step begins and does not fill: the last, and those that recycled drafts reach."""
         return 1 + -(-max(self.draft_tokens - 1, 0) // self.cache.page_size)
 
-    def room(self, work: Work) -> int:
-        """Positions below it may be written for a work: its tokens', and, as far as the request has pages, those of the
-        drafts that the step recycles."""
-        end = work.cached + len(work.tokens)
-        if work.sampling is None:
-            return end
-        pages = min(len(work.pages), self.table_width)
-        return min(end + max(self.draft_tokens - 1, 0), pages * self.cache.page_size)
-
     def __post_init__(self) -> None:
         if self.requests < 1 or self.requests % self.cp:
             raise ValueError(f"requests must be a positive multiple of cp={self.cp}, got {self.requests}.")
@@ -112,6 +103,8 @@ class StepShape:
     """The first so many tokens of a buffer may be of absorbed rows; only they take that form's products."""
     expanded_keys: int
     """`BatchShape.expanded_keys`, or 0: the step has no expanded row."""
+    scored: bool = False
+    """The step also tells the log-probability of the token after each token."""
 
 
 @jax.tree_util.register_dataclass
@@ -149,6 +142,7 @@ class SamplingArrays:
     temperature: Any  # float32 [J]; 0 where nothing is sampled
     top_p: Any  # float32 [J]
     top_k: Any  # int32 [J]
+    min_p: Any  # float32 [J]
     seed: Any  # uint32 [J, 2]
     position: Any  # int32 [J]: the position of the token that is sampled
 

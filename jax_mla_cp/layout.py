@@ -7,8 +7,8 @@ page slot that each token's latent goes to. The works have been checked before (
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from jax_mla_cp.attention.form import use_expanded
 from jax_mla_cp.attention.rows import Rows
-from jax_mla_cp.batch import Batch, BatchShape, SamplingArrays, SpeculationArrays, StepShape, Work
+from jax_mla_cp.batch import Batch, BatchShape, SamplingArrays, SpeculationArrays, StepShape
+from jax_mla_cp.columns import Columns, Ints, within
 from jax_mla_cp.config import ModelConfig
 from jax_mla_cp.zigzag import Plan, plan
 
@@ -26,13 +27,15 @@ KEY_ALIGN = 128
 _GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy: dividing by them would leave float32's range."""
 
+_T = TypeVar("_T", int, Ints)
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """One dp group's step: its works in the order of the plan, absorbed ones first."""
 
-    works: Sequence[Work]
-    order: NDArray[np.int64]  # [I] indices into works
+    works: Columns
+    order: Ints  # [I] the works, in the plan's order
     num_absorbed: int
     plan: Plan
 
@@ -44,31 +47,42 @@ class Layout:
     @property
     def absorbed_tokens(self) -> int:
         """Tokens of absorbed rows on the rank with the most of them."""
+        return int(self.rank_absorbed.max())
+
+    @property
+    def rank_absorbed(self) -> Ints:
+        """[cp]: tokens of absorbed rows, which every rank's buffer begins with."""
         p = self.plan
         mine = p.row_request < self.num_absorbed
-        return int(np.bincount(p.row_rank[mine], weights=p.row_len[mine], minlength=p.cp).max())
+        return np.bincount(p.row_rank[mine], weights=p.row_len[mine], minlength=p.cp).astype(np.int64)
 
     @property
     def expands(self) -> bool:
-        return self.num_absorbed < len(self.works)
+        return self.num_absorbed < len(self.works.new)
+
+    def places(self, tokens: int) -> tuple[Ints, Ints]:
+        """Where the tokens are in the ranks' buffers of so many `tokens`, rank after rank, and which of `works.tokens` each
+        is, both in the plan's order."""
+        p = self.plan
+        rank = np.repeat(np.arange(p.cp), p.rank_tokens)
+        place = np.arange(len(rank)) + (np.arange(p.cp) * tokens - p.rank_start[:-1])[rank]
+        return place, self.works.start[self.order[p.request]] + p.offset
 
 
-def lay_out(works: Sequence[Work], shape: BatchShape, config: ModelConfig, *, expand: bool = True) -> Layout:
+def lay_out(c: Columns, shape: BatchShape, config: ModelConfig, *, expand: bool = True) -> Layout:
     """Chooses each work's form and plans the zigzag, for a dp group's works that `check_works` has passed.
 
     Without `expand`, all are absorbed.
     """
-    room, expanded = shape.expanded_keys if expand else 0, []
-    for i, work in enumerate(works):
-        keys = packed_keys(work.cached + len(work.tokens), shape.cache.page_size)
-        prompt = len(work.tokens) - work.drafts  # a decoding request stays one, whatever its drafts
-        if keys <= room and use_expanded(shape.form, config, shape.cp, prompt, work.cached):
-            expanded.append(i)
-            room -= keys
-    absorbed = np.setdiff1d(np.arange(len(works)), expanded)
-    order = np.concatenate([absorbed, np.array(expanded, np.int64)])
-    new = [len(works[i].tokens) for i in order]
-    return Layout(works, order, len(absorbed), plan(new, [works[i].cached for i in order], cp=shape.cp))
+    room, expanded = shape.expanded_keys if expand else 0, np.zeros(len(c.new), bool)
+    prompt = c.new - c.drafts  # a decoding request stays one, whatever its drafts
+    keys = packed_keys(c.end, shape.cache.page_size)
+    for i in np.flatnonzero((keys <= room) & (prompt > 1)).tolist():
+        if keys[i] <= room and use_expanded(shape.form, config, shape.cp, int(prompt[i]), int(c.cached[i])):
+            expanded[i] = True
+            room -= int(keys[i])
+    order = np.argsort(expanded, kind="stable")
+    return Layout(c, order, len(order) - int(expanded.sum()), plan(c.new[order], c.cached[order], cp=shape.cp))
 
 
 def build(layouts: Sequence[Layout], shape: BatchShape, step: StepShape) -> Batch:
@@ -84,17 +98,12 @@ def build(layouts: Sequence[Layout], shape: BatchShape, step: StepShape) -> Batc
     ):
         if needed > room:
             raise ValueError(f"a rank has {needed} {name}, the step has room for {room}. Use a larger step.")
-    have = {work.embeds is not None for layout in layouts for work in layout.works}
-    if len(have) > 1:
-        raise ValueError("embeds: give them for all requests of a step or for none.")
-    groups = [_group(layout, shape, step, embeds=True in have) for layout in layouts]
-    if True in have:  # a dp group without requests has no embeds to tell their width by
-        like = next(g.embeds for g in groups if g.embeds is not None)
-        groups = [g if g.embeds is not None else dataclasses.replace(g, embeds=np.zeros_like(like)) for g in groups]
-    return groups[0] if len(groups) == 1 else jax.tree.map(lambda *arrays: np.concatenate(arrays), *groups)
+    groups = [_group(layout, shape, step) for layout in layouts]
+    batch = groups[0] if len(groups) == 1 else jax.tree.map(lambda *arrays: np.concatenate(arrays), *groups)
+    return dataclasses.replace(batch, embeds=_embeds(layouts, step))
 
 
-def packed_keys(keys: int, page_size: int) -> int:
+def packed_keys(keys: _T, page_size: int) -> _T:
     """Room for a request's keys: whole pages, and never less than up to the end of its last KV tile."""
     tiled = -(-keys // KEY_ALIGN) * KEY_ALIGN
     return -(-tiled // page_size) * page_size
@@ -102,72 +111,78 @@ def packed_keys(keys: int, page_size: int) -> int:
 
 def _keys(layout: Layout, shape: BatchShape) -> int:
     """Packed keys of a layout's expanded works."""
-    expanded = [layout.works[i] for i in layout.order[layout.num_absorbed :]]
-    return sum(packed_keys(work.cached + len(work.tokens), shape.cache.page_size) for work in expanded)
+    return int(packed_keys(layout.works.end[layout.order[layout.num_absorbed :]], shape.cache.page_size).sum())
 
 
-def _group(layout: Layout, shape: BatchShape, step: StepShape, *, embeds: bool) -> Batch:
+def _group(layout: Layout, shape: BatchShape, step: StepShape) -> Batch:
     """One dp group's arrays, rank after rank. Places of requests are those of `works`, whatever the plan's order."""
-    p, cp, page_size, works, order = layout.plan, shape.cp, shape.cache.page_size, layout.works, layout.order
-    tokens = step.tokens
+    p, c, cp, page_size, tokens = layout.plan, layout.works, shape.cp, shape.cache.page_size, step.tokens
     page_table = shape.cache.no_page(shape.requests * shape.table_width).reshape(shape.requests, -1)
-    # Of a single one, XLA's scatter may copy the cache.
-    fresh = shape.cache.no_page(max(2, shape.requests * shape.fresh))
-    for i, work in enumerate(works):
-        end = work.cached + len(work.tokens)
-        whole, used = end // page_size, -(-shape.room(work) // page_size)
-        page_table[i, :used] = work.pages[:used]
-        begun = work.pages[max(whole, -(-work.cached // page_size)) : used]
-        fresh[i * shape.fresh :][: len(begun)] = begun
+    page_table[c.page_owner, c.page_column] = c.pages
 
-    # Each token's place in the buffers: its rank's, at its place within the rank.
-    rank = np.repeat(np.arange(cp), p.rank_tokens)
-    on_rank = np.arange(len(rank)) - p.rank_start[rank]
-    place = rank * tokens + on_rank
-    request = order[p.request]
-    position = np.array([w.cached for w in works], np.int32)[request] + p.offset if works else p.offset
-    slots = page_table[request, position // page_size] * page_size + position % page_size
-
-    def spread(per_work: list[NDArray[Any]], empty: NDArray[Any]) -> NDArray[Any]:
-        """Values of the works' tokens, in the order of the works, to the tokens' places."""
-        if works:
-            start = np.cumsum([0, *(len(w.tokens) for w in works)])
-            empty[place] = np.concatenate(per_work)[start[request] + p.offset]
-        return empty
+    place, token = layout.places(tokens)
+    request = layout.order[p.request]
+    position = c.cached[request] + p.offset
 
     def at_place(values: NDArray[Any], empty: NDArray[Any]) -> NDArray[Any]:
         empty[place] = values
         return empty
 
     key_pages, key_start, num_keys = _pack_keys(layout, page_table, shape, step.expanded_keys)
-    sampled = p.offset - np.array([len(w.tokens) - 1 - w.drafts for w in works], np.int64)[request]
+    sampled = p.offset - (c.new - 1 - c.drafts)[request]
     last = sampled >= 0
+    rank, on_rank = np.divmod(place[last], tokens)
     last_index = np.full((cp, shape.requests, shape.samples), tokens, np.int32)
-    last_index[rank[last], request[last], sampled[last]] = on_rank[last]
-    absorbed = np.arange(len(works)) < layout.num_absorbed
+    last_index[rank, request[last], sampled[last]] = on_rank
     return Batch(
-        tokens=spread([np.asarray(w.tokens, np.int32) for w in works], np.zeros(cp * tokens, np.int32)),
-        next_tokens=spread([_next_tokens(w) for w in works], np.zeros(cp * tokens, np.int32)),
-        embeds=_embeds(works, spread, cp * tokens) if embeds and works else None,
+        tokens=at_place(c.tokens[token], np.zeros(cp * tokens, np.int32)),
+        next_tokens=at_place(_next_tokens(c)[token], np.zeros(cp * tokens, np.int32)),
+        embeds=None,
         positions=at_place(position, np.zeros(cp * tokens, np.int32)),
         num_tokens=p.rank_tokens.astype(np.int32),
-        slots=at_place(slots, shape.cache.no_slot(cp * tokens)),
-        fresh=fresh,
+        slots=at_place(
+            page_table[request, position // page_size] * page_size + position % page_size,
+            shape.cache.no_slot(cp * tokens),
+        ),
+        fresh=_fresh(c, page_table, shape),
         page_table=page_table,
         key_pages=key_pages,
         num_keys=num_keys,
-        expanded=_rows(layout, shape, ~absorbed, key_start),
-        absorbed=_rows(layout, shape, absorbed, key_start),
+        expanded=_rows(layout, shape, key_start, expanded=True),
+        absorbed=_rows(layout, shape, key_start, expanded=False),
         last_index=last_index.reshape(-1),
-        sampling=_sampling(works, shape),
-        speculation=_speculation(works, shape) if shape.draft_tokens else None,
+        sampling=_sampling(c, shape),
+        speculation=_speculation(c, shape) if shape.draft_tokens else None,
         absorbed_tokens=step.absorbed_tokens,
     )
 
 
-def _embeds(works: Sequence[Work], spread: Callable[..., NDArray[Any]], size: int) -> NDArray[Any]:
-    values = [np.asarray(w.embeds) for w in works]
-    return spread(values, np.zeros((size, values[0].shape[1]), values[0].dtype))
+def _embeds(layouts: Sequence[Layout], step: StepShape) -> NDArray[Any] | None:
+    """Those of all groups, if the works have any."""
+    given = [work.embeds for layout in layouts for work in layout.works.works]
+    some = next((np.asarray(values) for values in given if values is not None), None)
+    if some is None:
+        return None
+    if any(values is None for values in given):
+        raise ValueError("embeds: give them for all requests of a step or for none.")
+    out = np.zeros((len(layouts), layouts[0].plan.cp * step.tokens, some.shape[1]), some.dtype)
+    for group, layout in zip(out, layouts, strict=True):
+        if layout.works.works:
+            place, token = layout.places(step.tokens)
+            group[place] = np.concatenate([np.asarray(work.embeds) for work in layout.works.works])[token]
+    return out.reshape(-1, some.shape[1])
+
+
+def _fresh(c: Columns, page_table: NDArray[np.int32], shape: BatchShape) -> NDArray[np.int32]:
+    """Pages that the step begins and does not fill."""
+    page_size = shape.cache.page_size
+    # Of a single one, XLA's scatter may copy the cache.
+    fresh = shape.cache.no_page(max(2, shape.requests * shape.fresh))
+    first = np.maximum(c.end // page_size, -(-c.cached // page_size))
+    for j in range(shape.fresh):
+        works = np.flatnonzero(first + j < -(-c.room // page_size))
+        fresh[works * shape.fresh + j] = page_table[works, first[works] + j]
+    return fresh
 
 
 def _pack_keys(
@@ -177,67 +192,77 @@ def _pack_keys(
     page_size = shape.cache.page_size
     key_pages = shape.cache.no_page(room // page_size)
     start = np.zeros(shape.requests, np.int32)
-    at = 0
-    for i in layout.order[layout.num_absorbed :]:
-        keys = layout.works[i].cached + len(layout.works[i].tokens)
-        used = -(-keys // page_size)
-        start[i] = at
-        key_pages[at // page_size : at // page_size + used] = page_table[i, :used]
-        at += packed_keys(keys, page_size)
-    return key_pages, start, np.array([at], np.int32)
+    expanded = layout.order[layout.num_absorbed :]
+    keys = layout.works.end[expanded]
+    packed, used = packed_keys(keys, page_size), -(-keys // page_size)
+    start[expanded] = np.cumsum(packed) - packed
+    owner, column = np.repeat(expanded, used), within(used)
+    key_pages[start[owner] // page_size + column] = page_table[owner, column]
+    return key_pages, start, np.array([packed.sum()], np.int32)
 
 
-def _rows(layout: Layout, shape: BatchShape, chosen: NDArray[np.bool_], key_start: NDArray[np.int32]) -> Rows:
-    """The rows of the plan's chosen requests, rank after rank, each rank's filled up with empty ones."""
+def _rows(layout: Layout, shape: BatchShape, key_start: NDArray[np.int32], *, expanded: bool) -> Rows:
+    """The plan's rows of one form, rank after rank, each rank's filled up with empty ones."""
     p, most = layout.plan, 2 * shape.requests
+    mine = np.flatnonzero((p.row_request >= layout.num_absorbed) == expanded)
+    rank = p.row_rank[mine]
+    place = within(np.bincount(rank, minlength=shape.cp))
     cu_q = np.zeros((shape.cp, most + 1), np.int32)
+    cu_q[rank, place + 1] = p.row_len[mine]
+    if expanded:
+        cu_q[:, 0] = layout.rank_absorbed
     others = np.zeros((3, shape.cp, most), np.int32)
-    for k in range(shape.cp):
-        on_rank = np.flatnonzero(p.row_rank == k)
-        mine = on_rank[chosen[p.row_request[on_rank]]]
-        # The plan has the absorbed requests' rows first: what is chosen is one run of the rank's tokens.
-        before = on_rank[on_rank < mine[0]] if len(mine) else on_rank[:0]
-        lengths = np.zeros(most, np.int32)
-        lengths[: len(mine)] = p.row_len[mine]
-        cu_q[k] = p.row_len[before].sum() + np.concatenate([[0], np.cumsum(lengths)])
-        request = layout.order[p.row_request[mine]]
-        others[:, k, : len(mine)] = p.row_kv_len[mine], key_start[request], request
+    request = layout.order[p.row_request[mine]]
+    others[:, rank, place] = p.row_kv_len[mine], key_start[request], request
     kv_len, kv_start, request = others.reshape(3, -1)
-    return Rows(cu_q=cu_q.reshape(-1), kv_len=kv_len, kv_start=kv_start, request=request)
+    return Rows(
+        cu_q=np.cumsum(cu_q, axis=1, dtype=np.int32).reshape(-1), kv_len=kv_len, kv_start=kv_start, request=request
+    )
 
 
-def _next_tokens(work: Work) -> NDArray[np.int32]:
-    """[len(tokens)]: the token after each; -1 where the step samples it, whatever guess may follow."""
-    following = np.full(len(work.tokens), -1, np.int32)
-    known = len(work.tokens) - 1 - work.drafts
-    following[:known] = np.asarray(work.tokens)[1 : known + 1]
-    if work.next_token is not None:
-        following[-1] = work.next_token
+def _next_tokens(c: Columns) -> Ints:
+    """[M]: the token after each; -1 where the step samples it, whatever guess may follow."""
+    following = np.append(c.tokens[1:], -1)
+    following[within(c.new) >= np.repeat(c.new - 1 - c.drafts, c.new)] = -1
+    following[c.start[1:] - 1] = c.next_token
     return following
 
 
-def _sampling(works: Sequence[Work], shape: BatchShape) -> SamplingArrays:
-    size = (shape.requests, shape.samples)
-    temperature, top_p = np.zeros(size, np.float32), np.ones(size, np.float32)
-    top_k, position, seed = np.zeros(size, np.int32), np.zeros(size, np.int32), np.zeros((*size, 2), np.uint32)
-    for i, work in enumerate(works):
-        if work.sampling is None:
-            continue
-        s, places = work.sampling, slice(work.drafts + 1)
-        temperature[i, places] = s.temperature if s.temperature >= _GREEDY_BELOW else 0
-        top_p[i, places], top_k[i, places] = s.top_p, s.top_k
-        position[i, places] = work.cached + len(work.tokens) - work.drafts + np.arange(work.drafts + 1)
-        seed[i, places] = (s.seed & 0xFFFFFFFF, (s.seed >> 32) & 0xFFFFFFFF)
-    return SamplingArrays(temperature.reshape(-1), top_p.reshape(-1), top_k.reshape(-1), seed.reshape(-1, 2),
-                          position.reshape(-1))  # fmt: skip
+def _sampling(c: Columns, shape: BatchShape) -> SamplingArrays:
+    """A request's settings in each of its places that a token is drawn for; 0 and off elsewhere."""
+    settings = [
+        (s.temperature, s.top_p, s.top_k, s.min_p, s.seed & 0xFFFFFFFF, (s.seed >> 32) & 0xFFFFFFFF)
+        for s in (work.sampling for work in c.works)
+        if s is not None
+    ]
+    number = np.arange(shape.samples)
+    work = np.flatnonzero(c.sampled)
+    row, place = np.nonzero(number <= c.drafts[work, None])
+
+    def spread(values: NDArray[Any], empty: float, dtype: Any) -> NDArray[Any]:
+        out = np.full((shape.requests, shape.samples, *values.shape[1:]), empty, dtype)
+        out[work[row], place] = values[row]
+        return out.reshape(-1, *values.shape[1:])
+
+    # float64 holds each exactly: also the halves of a seed.
+    temperature, top_p, top_k, min_p, *seed = np.array(settings, np.float64).reshape(-1, 6).T
+    position = np.zeros((shape.requests, shape.samples), np.int32)
+    position[work[row], place] = (c.end - c.drafts)[work[row]] + place
+    return SamplingArrays(
+        temperature=spread(np.where(temperature >= _GREEDY_BELOW, temperature, 0), 0, np.float32),
+        top_p=spread(top_p, 1, np.float32),
+        top_k=spread(top_k, 0, np.int32),
+        min_p=spread(min_p, 0, np.float32),
+        seed=spread(np.stack(seed, axis=1), 0, np.uint32),
+        position=position.reshape(-1),
+    )
 
 
-def _speculation(works: Sequence[Work], shape: BatchShape) -> SpeculationArrays:
+def _speculation(c: Columns, shape: BatchShape) -> SpeculationArrays:
     drafts = np.full((shape.requests, shape.draft_tokens), -1, np.int32)
+    owner, column = np.repeat(np.arange(len(c.new)), c.drafts), within(c.drafts)
+    drafts[owner, column] = c.tokens[(c.start[1:] - c.drafts)[owner] + column]
     first, room = np.zeros(shape.requests, np.int32), np.zeros(shape.requests, np.int32)
-    for i, work in enumerate(works):
-        known = len(work.tokens) - work.drafts
-        drafts[i, : work.drafts] = work.tokens[known:]
-        first[i] = work.cached + known - 1
-        room[i] = shape.room(work)
+    first[: len(c.new)] = c.end - c.drafts - 1
+    room[: len(c.new)] = c.room
     return SpeculationArrays(drafts, first, room)

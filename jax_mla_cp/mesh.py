@@ -10,12 +10,14 @@ the same code runs under plain `jax.jit`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from jax import lax
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_mla_cp.config import ConfigError
 
@@ -164,3 +166,17 @@ def spec_axes(spec: PartitionSpec) -> set[str]:
     for entry in spec:
         axes |= {entry} if isinstance(entry, str) else set(entry or ())
     return axes
+
+
+def on_devices(arrays: T, specs: Any, mesh: Mesh | None) -> T:
+    """Host arrays (a pytree) onto this process's devices of the mesh, or the default one, divided as `specs` tell."""
+    if mesh is None:
+        return jax.device_put(arrays)
+    shardings = jax.tree.map(functools.partial(NamedSharding, mesh), specs)
+    if not mesh.is_multi_process:
+        return jax.device_put(arrays, shardings)
+
+    def place(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(place, arrays, shardings)

@@ -12,10 +12,12 @@ from jax_mla_cp.attention import fa3
 from jax_mla_cp.batch import Batch, BatchShape, StepShape, Work
 from jax_mla_cp.cache import CacheShape
 from jax_mla_cp.check import check_works
+from jax_mla_cp.columns import Columns
 from jax_mla_cp.config import ConfigError, Form
-from jax_mla_cp.layout import KEY_ALIGN, build, lay_out, packed_keys
+from jax_mla_cp.layout import KEY_ALIGN, Layout, build, lay_out, packed_keys
 from jax_mla_cp.mesh import mesh_shape
 from jax_mla_cp.model.handle import Model
+from jax_mla_cp.packing import Packed
 from jax_mla_cp.step import put
 
 _SMALLEST = 16
@@ -50,7 +52,8 @@ class Planner:
     """Makes device-ready batches for one model and one cache.
 
     One program is compiled per `StepShape`: with `form="auto"` one for small buckets, and for the others one with expanded
-    rows beside few absorbed tokens (the common one), one beside many, and one without expanded rows.
+    rows beside few absorbed tokens (the common one), one beside many, and one without expanded rows. Steps that score have
+    a program for each bucket beside these.
     """
 
     model: Model
@@ -131,7 +134,7 @@ class Planner:
         build = self.model.build
         return cache.create(self.shape.cache, build.config.latent_dim, build.dtype, self.model.mesh)
 
-    def batch(self, works: Sequence[Work] | Sequence[Sequence[Work]]) -> Batch:
+    def batch(self, works: Sequence[Work] | Sequence[Sequence[Work]]) -> Packed:
         """The arrays of a step, on the devices. Work i of dp group g is in row `g * shape.requests + i` of its results.
 
         Args:
@@ -145,16 +148,24 @@ class Planner:
 
     def host_batch(self, groups: Sequence[Sequence[Work]]) -> Batch:
         """`batch` before it goes to the devices: NumPy arrays, all devices' one after the other."""
+        layouts, step = self.lay_out(groups)
+        return build(layouts, self.shape, step)
+
+    def lay_out(self, groups: Sequence[Sequence[Work]]) -> tuple[list[Layout], StepShape]:
+        """A step's works, checked and divided over the ranks, one list of works per dp group; and the step they need."""
         if len(groups) != self.shape.dp:
             raise ValueError(f"works: one list per dp group is needed, {self.shape.dp} of them, got {len(groups)}.")
-        for works in groups:
+        columns = [Columns.of(works, self.shape) for works in groups]
+        for works in columns:
             check_works(works, self.shape, self.model.config)
-        layouts = [lay_out(works, self.shape, self.model.config, expand=False) for works in groups]
+        layouts = [lay_out(works, self.shape, self.model.config, expand=False) for works in columns]
         bucket = self.bucket(max(layout.tokens for layout in layouts))
         if self._may_expand(bucket):
-            layouts = [lay_out(works, self.shape, self.model.config) for works in groups]
+            layouts = [lay_out(works, self.shape, self.model.config) for works in columns]
+        if any(work.score for works in groups for work in works):
+            return layouts, self._scored(bucket)
         absorbed = max(layout.absorbed_tokens for layout in layouts)
-        return build(layouts, self.shape, self._step(bucket, absorbed, any(layout.expands for layout in layouts)))
+        return layouts, self._step(bucket, absorbed, any(layout.expands for layout in layouts))
 
     def bucket(self, tokens: int) -> int:
         """The smallest bucket that holds so many tokens on a rank."""
@@ -175,18 +186,28 @@ class Planner:
         ]
         return tuple(dict.fromkeys(steps))
 
+    @property
+    def scored_steps(self) -> tuple[StepShape, ...]:
+        """The shapes of the programs that score, one for each bucket: they are rare."""
+        return tuple(self._scored(bucket) for bucket in self.buckets)
+
     def step_of(self, batch: Batch) -> StepShape:
-        """The shape of a batch."""
+        """The shape of a batch, not scored."""
         tokens = batch.tokens.shape[0] // (self.shape.dp * self.shape.cp)
         keys = batch.key_pages.shape[0] // self.shape.dp * self.shape.cache.page_size
         return StepShape(tokens, batch.absorbed_tokens, keys)
 
     def sample_batch(self, step: StepShape) -> Batch:
         """A batch of the shape, with nothing in it, on the host: to compile for."""
-        return build([lay_out([], self.shape, self.model.config)] * self.shape.dp, self.shape, step)
+        nothing = lay_out(Columns.of([], self.shape), self.shape, self.model.config)
+        return build([nothing] * self.shape.dp, self.shape, step)
 
     def _may_expand(self, bucket: int) -> bool:
         return self.shape.expanded_keys > 0 and (self.shape.form == "expanded" or bucket > _ABSORBED_ONLY)
+
+    def _scored(self, bucket: int) -> StepShape:
+        """The scoring program of a bucket: for any step that fits."""
+        return dataclasses.replace(self._step(bucket, bucket, True), scored=True)
 
     def _step(self, bucket: int, absorbed: int, expands: bool) -> StepShape:
         """The program for a step with so many absorbed tokens on a rank."""

@@ -2,66 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import NamedSharding
-from numpy.typing import NDArray
 
-from jax_mla_cp import cache
-from jax_mla_cp.batch import StepShape, Work, batch_specs
+from jax_mla_cp import cache, spread
+from jax_mla_cp.batch import StepShape, Work
 from jax_mla_cp.cache import PAGES_SPEC
 from jax_mla_cp.config import ConfigError, Form, ModelConfig
+from jax_mla_cp.layout import build
+from jax_mla_cp.mesh import mesh_shape
 from jax_mla_cp.model.handle import Model, weight_bytes
+from jax_mla_cp.outcome import Outcome as Outcome
+from jax_mla_cp.outcome import Sampled as Sampled
+from jax_mla_cp.outcome import Scored as Scored
+from jax_mla_cp.outcome import outcomes
+from jax_mla_cp.packing import pack, packed_specs
 from jax_mla_cp.planner import Planner
 from jax_mla_cp.platform import default_memory_fraction, device_memory
-from jax_mla_cp.sampling import SampledArrays
 from jax_mla_cp.step import put, step
 
 log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampled:
-    """A sampled token, its log-probability, and the 20 most likely tokens with theirs."""
-
-    token: int
-    logprob: float
-    top_tokens: np.ndarray
-    top_logprobs: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Scored:
-    """For each of a work's tokens, of the token after it: what the model thinks, whatever is adjusted or sampled.
-
-    NaN where the token after it is not known: behind the last one, if the work has no `next_token`, and before drafts.
-    The log-probability of a token that is in the list is the list's float.
-    """
-
-    logprobs: NDArray[np.float32]
-    """[len(work.tokens)]"""
-    top_tokens: NDArray[np.int32]
-    """[len(work.tokens), 20]: the most likely ones. (Fewer, if the vocabulary is smaller.)"""
-    top_logprobs: NDArray[np.float32]
-    """[len(work.tokens), 20]"""
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What a step made of one work."""
-
-    sampled: list[Sampled]
-    """Nothing, if the work samples nothing; else the drafts that hold and the token after them."""
-    drafts: list[int]
-    """Guesses at the tokens that follow, for the request's next step."""
-    scored: Scored | None = None
-    """Of works with `score`."""
 
 
 class Runner:
@@ -77,6 +43,7 @@ class Runner:
         self.max_model_len = max_model_len
         self._programs: dict[StepShape, jax.stages.Compiled] = {}
         self._pages = planner.new_cache()
+        self._spreader = spread.Spreader(planner.model, planner.shape)
 
     @property
     def config(self) -> ModelConfig:
@@ -117,27 +84,28 @@ class Runner:
         Raises:
           ValueError: a work that doesn't fit; nothing has run then.
         """
-        host = self.planner.host_batch(work)
-        program = self._program(self.planner.step_of(host))
-        sampled, self._pages = program(self.planner.model, self._pages, put(self.planner.model, host))
-        arrays = jax.tree.map(np.asarray, sampled)
-        requests = self.planner.shape.requests
-        return [
-            [_outcome(arrays, group * requests + i, w, self.planner.shape.samples) for i, w in enumerate(works)]
-            for group, works in enumerate(work)
-        ]
+        layouts, shape = self.planner.lay_out(work)
+        batch = build(layouts, self.planner.shape, shape)
+        program, model = self._program(shape), self.planner.model
+        sampled, self._pages = program(model, self._pages, put(model, batch), self._spreader(work))
+        return outcomes(jax.device_get(sampled), work, layouts, batch, self.planner.shape)
 
     @property
     def grid(self) -> str:
         """The programs, for people: tokens per step of a dp group."""
         cp = self.planner.shape.cp
         sizes = " ".join(str(bucket * cp) for bucket in self.planner.buckets)
-        return f"{len(self.planner.steps)} programs, tokens per step: {sizes}"
+        return f"{len(self._shapes)} programs, tokens per step: {sizes}"
 
     def warmup(self, progress: Callable[[Sequence[StepShape]], Any] = iter) -> None:
         """Compiles all programs. `progress` wraps the sequence of their shapes, as rich.progress.track does."""
-        for shape in progress(self.planner.steps):
+        self._spreader.warmup()
+        for shape in progress(self._shapes):
             self._program(shape)
+
+    @property
+    def _shapes(self) -> tuple[StepShape, ...]:
+        return self.planner.steps + self.planner.scored_steps
 
     def _program(self, shape: StepShape) -> jax.stages.Compiled:
         if shape not in self._programs:
@@ -147,26 +115,14 @@ class Runner:
         return self._programs[shape]
 
 
-def _outcome(arrays: SampledArrays, request: int, work: Work, samples: int) -> Outcome:
-    if work.sampling is None:
-        return Outcome([], [])
-    first = request * samples
-    drawn = [
-        Sampled(int(arrays.token[row]), float(arrays.logprob[row]), arrays.top_tokens[row], arrays.top_logprobs[row])
-        for row in range(first, first + work.drafts + 1)
-    ]
-    guesses = work.tokens[len(work.tokens) - work.drafts :]
-    held = next((n for n, guess in enumerate(guesses) if guess != drawn[n].token), work.drafts)
-    return Outcome(drawn[: held + 1], [] if arrays.drafts is None else arrays.drafts[request].tolist())
-
-
 def compile_step(planner: Planner, shape: StepShape) -> jax.stages.Compiled:
-    """The step of one shape, its cache donated: called with (model, pages, batch)."""
+    """The step of one shape, its cache donated: called with (model, pages, packed batch, adjustments)."""
     model = planner.model
-    host = planner.sample_batch(shape)
-    batch = jax.tree.map(lambda x, spec: _struct(model, x, spec), host, batch_specs(host))
+    packed = pack(planner.sample_batch(shape), mesh_shape(model.mesh))
+    batch = jax.tree.map(lambda x, spec: _struct(model, x, spec), packed, packed_specs(packed))
     pages = _struct(model, jax.eval_shape(planner.new_cache), PAGES_SPEC)
-    return jax.jit(step, donate_argnums=1).lower(model, pages, batch).compile()
+    program = jax.jit(functools.partial(step, scored=shape.scored), donate_argnums=1)
+    return program.lower(model, pages, batch, spread.shapes(model, planner.shape)).compile()
 
 
 def _struct(model: Model, x: Any, spec: Any) -> jax.ShapeDtypeStruct:
@@ -247,9 +203,9 @@ def _pages_that_fit(probe: Planner, fraction: float) -> int:
     """Pages that fit a device beside what the planner's largest steps need."""
     model = probe.model
     # The last has the most absorbed tokens, but only few of them take decode's kernel and its scratch (attention/fa3.py).
-    largest = probe.steps[-1:] if model.build.attention == "xla" else probe.steps[-2:]
+    largest = [probe.scored_steps[-1], *(probe.steps[-2:-1] if model.build.attention == "fa3" else ())]
     needs = max(map(_temporaries, (compile_step(probe, shape) for shape in largest)))
-    free = device_memory() * fraction - needs
+    free = device_memory() * fraction - needs - spread.device_bytes(model, probe.shape)
     if jax.local_devices()[0].platform != "cpu":  # what is free on a CPU no longer holds the weights
         free -= weight_bytes(model.build)
     layout = probe.shape.cache

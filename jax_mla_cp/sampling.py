@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from jax_mla_cp.batch import SamplingArrays
 from jax_mla_cp.mesh import vary_like
+from jax_mla_cp.spread import AdjustArrays, adjusted
 
 TOP_LOGPROBS = 20
 
@@ -34,31 +35,61 @@ class SampledArrays:
     top_tokens: Any  # int32 [J, min(20, V)]
     top_logprobs: Any  # float32 [J, min(20, V)]
     drafts: Any = None  # int32 [I, d]: guesses at each request's following tokens; None without speculation
+    scored: ScoredArrays | None = None  # of a step that scores
 
 
-def sample(logits: Float[Array, "J V"], how: SamplingArrays) -> SampledArrays:
-    """One token per place. Temperature 0 takes the most likely token, the first of equal ones."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ScoredArrays:
+    """Per token of each rank's buffer, as in `SampledArrays`, of the token after it; of no meaning where
+    `Batch.next_tokens` is -1."""
+
+    logprob: Any  # float32 [T]
+    top_tokens: Any  # int32 [T, min(20, V)]
+    top_logprobs: Any  # float32 [T, min(20, V)]
+
+
+def sample(logits: Float[Array, "J V"], how: SamplingArrays, adjust: AdjustArrays | None = None) -> SampledArrays:
+    """One token per place. Temperature 0 takes the most likely token, the first of equal ones.
+
+    Args:
+      adjust: what is done to the logits that tokens are chosen by. Places without any are as if it were None.
+    """
     logprobs = jax.nn.log_softmax(logits.astype(jnp.float32))
-    greedy = jnp.argmax(logprobs, axis=-1).astype(jnp.int32)
-    random = lax.cond((how.temperature > 0).any(), _draw, lambda *_: greedy, logprobs, how)
+    scores = logprobs if adjust is None else adjusted(logits, logprobs, adjust)
+    greedy = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    random = lax.cond((how.temperature > 0).any(), _draw, lambda *_: greedy, scores, how)
     token = jnp.where(how.temperature > 0, random, greedy)
-    top_logprobs, top_tokens = lax.top_k(logprobs, min(TOP_LOGPROBS, logits.shape[-1]))
-    return SampledArrays(
-        token=token,
-        logprob=jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0],
-        top_tokens=top_tokens,
-        top_logprobs=top_logprobs,
-    )
+    return SampledArrays(token, *likely(logprobs, token))
+
+
+def likely(
+    logprobs: Float[Array, "J V"], token: Int32[Array, " J"]
+) -> tuple[Float[Array, " J"], Int32[Array, "J k"], Float[Array, "J k"]]:
+    """The tokens' log-probabilities, and the most likely tokens with theirs: bit for bit the same for the same token."""
+    top_logprobs, top_tokens = lax.top_k(logprobs, min(TOP_LOGPROBS, logprobs.shape[-1]))
+    own = jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
+    # XLA may compute what is gathered a second time, in another order.
+    listed = top_tokens == token[:, None]
+    own = jnp.where(listed.any(1), jnp.where(listed, top_logprobs, -jnp.inf).max(1), own)
+    return own, top_tokens, top_logprobs
 
 
 def _draw(logprobs: jax.Array, how: SamplingArrays) -> Int32[Array, " J"]:
     scaled = logprobs / jnp.where(how.temperature > 0, how.temperature, 1.0)[:, None]
+    scaled = lax.cond((how.min_p > 0).any(), lambda s: _likely_enough(s, how), lambda s: vary_like(s, how), scaled)
     truncated = ((how.top_p < 1) | (how.top_k > 0)).any()
     everything = vary_like(jnp.ones(scaled.shape, jnp.bool_), scaled, how)
     kept = lax.cond(truncated, lambda s: vary_like(_nucleus(s, how), how), lambda s: everything, scaled)
     # argmax(log p + Gumbel noise) is a draw from p.
     noise = jax.vmap(_gumbel, in_axes=(0, 0, None))(how.seed, how.position, logprobs.shape[-1])
     return jnp.argmax(jnp.where(kept, scaled + noise, -jnp.inf), axis=-1).astype(jnp.int32)
+
+
+def _likely_enough(scaled: Float[Array, "J V"], how: SamplingArrays) -> Float[Array, "J V"]:
+    """-inf for tokens with p < min_p * (the largest p); before `_nucleus`, as in vLLM."""
+    least = scaled.max(-1, keepdims=True) + jnp.log(how.min_p)[:, None]
+    return vary_like(jnp.where(scaled >= least, scaled, -jnp.inf), how)
 
 
 def _gumbel(seed: UInt32[Array, " 2"], position: Int32[Array, ""], vocab: int) -> Float[Array, " V"]:

@@ -11,25 +11,26 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from jax_mla_cp.batch import Batch, batch_specs
+from jax_mla_cp.batch import Batch
 from jax_mla_cp.cache import PAGES_SPEC
-from jax_mla_cp.mesh import CP, TOKENS
+from jax_mla_cp.mesh import CP, TOKENS, mesh_shape, on_devices
 from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.handle import Model, param_specs
-from jax_mla_cp.sampling import SampledArrays, sample
+from jax_mla_cp.packing import Packed, pack, packed_specs, unpack
+from jax_mla_cp.sampling import SampledArrays, ScoredArrays, likely, sample
 from jax_mla_cp.speculation import propose
+from jax_mla_cp.spread import AdjustArrays
 
 _SCORED_AT_ONCE = 256
 """Tokens whose logits `score` has in memory at a time: of 129K words, 132 MB."""
 
 
 def forward(
-    model: Model, pages: Float[Array, "pages page_size C"], batch: Batch
+    model: Model, pages: Float[Array, "pages page_size C"], batch: Batch | Packed
 ) -> tuple[Float[Array, "J Vp"], jax.Array]:
     """Runs a batch: logits after each request's last token, and the cache with the step's latents.
 
@@ -49,24 +50,33 @@ def forward(
     return _run(run, (PartitionSpec(TOKENS), PAGES_SPEC), model, pages, batch)
 
 
-def step(model: Model, pages: jax.Array, batch: Batch) -> tuple[SampledArrays, jax.Array]:
-    """`forward`, and a token sampled for each row of it; with speculation also the next drafts of each request."""
+def step(
+    model: Model, pages: jax.Array, batch: Batch | Packed, adjust: AdjustArrays | None = None, *, scored: bool = False
+) -> tuple[SampledArrays, jax.Array]:
+    """`forward`, and a token sampled for each row of it; with speculation also the next drafts of each request.
 
-    def run(decoder: Decoder, pages: jax.Array, batch: Batch) -> tuple[SampledArrays, jax.Array]:
+    Args:
+      adjust: changes to the logits that tokens are sampled by.
+      scored: also tell the log-probability of each token's next one.
+    """
+
+    def run(decoder: Decoder, pages: jax.Array, batch: Batch, *adjust: AdjustArrays) -> tuple[SampledArrays, jax.Array]:
         hidden, pages = decoder(pages, batch)
         logits = _last_logits(decoder, hidden, batch)
         with jax.named_scope("sample"):
-            sampled = sample(logits[:, : model.config.vocab_size], batch.sampling)
+            sampled = sample(logits[:, : model.config.vocab_size], batch.sampling, *adjust)
         if batch.speculation is not None:
             with jax.named_scope("propose"):
                 drafts, pages = propose(decoder, hidden, pages, batch, sampled.token)
                 sampled = dataclasses.replace(sampled, drafts=drafts)
+        if scored:
+            sampled = dataclasses.replace(sampled, scored=ScoredArrays(*_score(decoder, hidden, batch, likely)))
         return sampled, pages
 
-    return _run(run, (PartitionSpec(TOKENS), PAGES_SPEC), model, pages, batch)
+    return _run(run, (PartitionSpec(TOKENS), PAGES_SPEC), model, pages, batch, *([] if adjust is None else [adjust]))
 
 
-def score(model: Model, pages: jax.Array, batch: Batch) -> tuple[Float[Array, " T"], jax.Array]:
+def score(model: Model, pages: jax.Array, batch: Batch | Packed) -> tuple[Float[Array, " T"], jax.Array]:
     """Runs a batch: the log-probability of each token's next one, and the cache with the step's latents.
 
     Returns:
@@ -75,20 +85,31 @@ def score(model: Model, pages: jax.Array, batch: Batch) -> tuple[Float[Array, " 
 
     def run(decoder: Decoder, pages: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
         hidden, pages = decoder(pages, batch)
-        tokens = hidden.shape[0]
-        size = min(_SCORED_AT_ONCE, tokens)
 
-        def block(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
-            hidden, token = inputs
-            logprobs = jax.nn.log_softmax(decoder.logits(hidden))
+        def one(logprobs: jax.Array, token: jax.Array) -> jax.Array:
             return jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
 
-        with jax.named_scope("score"):
-            hidden = jnp.pad(hidden, ((0, -tokens % size), (0, 0))).reshape(-1, size, hidden.shape[1])
-            following = jnp.pad(batch.next_tokens, (0, -tokens % size)).reshape(-1, size)
-            return lax.map(block, (hidden, following)).reshape(-1)[:tokens], pages
+        scores: jax.Array = _score(decoder, hidden, batch, one)
+        return scores, pages
 
     return _run(run, (PartitionSpec(TOKENS), PAGES_SPEC), model, pages, batch)
+
+
+def _score(decoder: Decoder, hidden: jax.Array, batch: Batch, what: Callable[[jax.Array, jax.Array], Any]) -> Any:
+    """Per device, `what` of (log-probabilities after a token, the token's next one), for each token of the buffer, block by
+    block."""
+    tokens = hidden.shape[0]
+    size = min(_SCORED_AT_ONCE, tokens)
+
+    def block(inputs: tuple[jax.Array, jax.Array]) -> Any:
+        hidden, token = inputs
+        logits = decoder.logits(hidden)[:, : decoder.build.config.vocab_size]
+        return what(jax.nn.log_softmax(logits), token)
+
+    with jax.named_scope("score"):
+        hidden = jnp.pad(hidden, ((0, -tokens % size), (0, 0))).reshape(-1, size, hidden.shape[1])
+        following = jnp.pad(batch.next_tokens, (0, -tokens % size)).reshape(-1, size)
+        return jax.tree.map(lambda x: lax.collapse(x, 0, 2)[:tokens], lax.map(block, (hidden, following)))
 
 
 def _last_logits(decoder: Decoder, hidden: jax.Array, batch: Batch) -> jax.Array:
@@ -98,27 +119,23 @@ def _last_logits(decoder: Decoder, hidden: jax.Array, batch: Batch) -> jax.Array
         return decoder.logits(decoder.build.axes.psum_scatter(last, CP))
 
 
-def _run(per_device: Callable[..., Any], out_specs: Any, model: Model, pages: jax.Array, batch: Batch) -> Any:
-    def run(params: Any, pages: jax.Array, batch: Batch) -> Any:
-        return per_device(model.decoder(params), pages, batch)
+def _run(
+    per_device: Callable[..., Any], out_specs: Any, model: Model, pages: jax.Array, batch: Batch | Packed,
+    *per_token: Any,
+) -> Any:  # fmt: skip
+    """`per_device` of (decoder, pages, batch, and what else is divided like the tokens)."""
+
+    def run(params: Any, pages: jax.Array, batch: Batch | Packed, *per_token: Any) -> Any:
+        return per_device(model.decoder(params), pages, unpack(batch), *per_token)
 
     if model.mesh is None:
-        return run(model.params, pages, batch)
-    in_specs = (param_specs(model.params), PAGES_SPEC, batch_specs(batch))
+        return run(model.params, pages, batch, *per_token)
+    in_specs = (param_specs(model.params), PAGES_SPEC, packed_specs(batch), *(PartitionSpec(TOKENS) for _ in per_token))
     mapped = jax.shard_map(run, mesh=model.mesh, in_specs=in_specs, out_specs=out_specs)
-    return mapped(model.params, pages, batch)
+    return mapped(model.params, pages, batch, *per_token)
 
 
-def put(model: Model, batch: Batch) -> Batch:
+def put(model: Model, batch: Batch) -> Packed:
     """A host batch onto the model's devices that are this process's. Every process must pass the same one."""
-    mesh = model.mesh
-    if mesh is None:
-        return jax.device_put(batch)
-    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), batch_specs(batch))
-    if not mesh.is_multi_process:
-        return jax.device_put(batch, shardings)
-
-    def place(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
-        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
-
-    return jax.tree.map(place, batch, shardings)
+    packed = pack(batch, mesh_shape(model.mesh))
+    return on_devices(packed, packed_specs(packed), model.mesh)

@@ -153,13 +153,15 @@ def _rows(length: np.ndarray, cached: np.ndarray, cp: int) -> tuple[np.ndarray, 
     heap = [(int(tokens[k]), int(pairs[k]), k) for k in range(cp)]
     heapq.heapify(heap)
     chosen = np.zeros(len(length), np.int64)
-    for i in whole[np.lexsort((-cached[whole], -length[whole]))]:
+    order = whole[np.lexsort((-cached[whole], -length[whole]))] if cp > 1 else whole[:0]
+    size, kv = length[order], cached[order] + length[order]
+    dear = size * kv - size * (size - 1) // 2
+    taken = []
+    for new, more in zip(size.tolist(), dear.tolist(), strict=True):
         n, work, k = heap[0]
-        chosen[i] = k
-        kv = int(cached[i] + length[i])
-        heapq.heapreplace(
-            heap, (n + int(length[i]), work + int(length[i]) * kv - int(length[i] * (length[i] - 1)) // 2, k)
-        )
+        taken.append(k)
+        heapq.heapreplace(heap, (n + new, work + more, k))
+    chosen[order] = taken
 
     return (
         np.concatenate([ranks.ravel(), chosen[whole]]),

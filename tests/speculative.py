@@ -91,7 +91,8 @@ class OneBucket(Runner):
     def propose(self, batch: Batch) -> np.ndarray:
         """Runs a batch as it is: drafts [dp, I, d]."""
         model = self.planner.model
-        sampled, self._pages = self._program(self.planner.step_of(batch))(model, self._pages, put(model, batch))
+        program = self._program(self.planner.step_of(batch))
+        sampled, self._pages = program(model, self._pages, put(model, batch), self._spreader.nothing)
         return np.asarray(sampled.drafts).reshape(self.dp, -1, self.draft_tokens)
 
     def poison(self) -> None:

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_mla_cp import mesh, planner
+from jax_mla_cp import columns, mesh, planner
 from jax_mla_cp.attention.form import use_expanded
 from jax_mla_cp.batch import Batch, BatchShape, Sampling, StepShape, Work
 from jax_mla_cp.cache import CacheShape
 from jax_mla_cp.check import check_works
+from jax_mla_cp.columns import Columns
 from jax_mla_cp.layout import Layout, build, lay_out
 from jax_mla_cp.planner import _buckets
 from jax_mla_cp.presets import model_config
@@ -50,7 +51,7 @@ requests = st.lists(st.tuples(st.integers(1, 60), st.integers(0, 40)), min_size=
 @settings(deadline=None)
 def test_every_token_is_in_its_place(requests: list[tuple[int, int]], cp: int, form: str) -> None:
     works, at = make_works(requests), shape(cp, len(requests), form)
-    layout = lay_out(works, at, CONFIG)
+    layout = lay_out(Columns.of(works, at), at, CONFIG)
     size = layout.tokens + 3
     batch = build([layout], at, fit(layout, at, spare=3))
     seen = set()
@@ -93,7 +94,7 @@ def test_every_token_is_in_its_place(requests: list[tuple[int, int]], cp: int, f
 def test_packed_keys_share_no_tile(requests: list[tuple[int, int]], cp: int) -> None:
     """128 keys from any request's start belong to it or are gaps, which read as zeros."""
     works, at = make_works(requests), shape(cp, len(requests), "expanded")
-    layout = lay_out(works, at, CONFIG)
+    layout = lay_out(Columns.of(works, at), at, CONFIG)
     batch = build([layout], at, fit(layout, at))
     owner = {page: i for i, work in enumerate(works) for page in work.pages}
     rows = batch.expanded
@@ -106,7 +107,7 @@ def test_packed_keys_share_no_tile(requests: list[tuple[int, int]], cp: int) -> 
 def test_fresh_pages_are_those_that_the_step_begins_and_does_not_fill() -> None:
     at = shape(2, 4)
     works = make_works([(9, 0), (8, 0), (3, 2), (1, 8)])  # begins page 1; fills page 0; goes on; begins page 1
-    batch = build([lay_out(works, at, CONFIG)], at, StepShape(16, 16, at.expanded_keys))
+    batch = build([lay_out(Columns.of(works, at), at, CONFIG)], at, StepShape(16, 16, at.expanded_keys))
     fresh = [int(page) for page in batch.fresh if page < at.cache.total_pages]
     assert fresh == [works[0].pages[1], works[3].pages[1]]
 
@@ -115,7 +116,7 @@ def test_sampling_goes_with_its_request() -> None:
     at = shape(2, 4)
     works = make_works([(1, 4), (30, 0), (2, 2)])
     works[2] = dataclasses.replace(works[2], sampling=None)
-    batch: Batch = build([lay_out(works, at, CONFIG)], at, StepShape(32, 32, at.expanded_keys))
+    batch: Batch = build([lay_out(Columns.of(works, at), at, CONFIG)], at, StepShape(32, 32, at.expanded_keys))
     assert batch.sampling.position.tolist() == [5, 30, 0, 0]
     assert batch.sampling.seed[:2, 0].tolist() == [0, 1]
     assert batch.sampling.temperature.tolist() == [1, 1, 0, 0]
@@ -142,8 +143,8 @@ def test_every_token_goes_with_its_next_one(case: tuple[list[Work], int], cp: in
     """Next tokens are permuted like the tokens; what is sampled after is where the plan put it."""
     works, most = case
     at = shape(cp, len(works), drafts=most)
-    check_works(works, at, CONFIG)
-    layout = lay_out(works, at, CONFIG)
+    check_works(Columns.of(works, at), at, CONFIG)
+    layout = lay_out(Columns.of(works, at), at, CONFIG)
     size = layout.tokens + 2
     batch = build([layout], at, fit(layout, at, spare=2))
     owner = {page: i for i, work in enumerate(works) for page in work.pages}
@@ -183,8 +184,8 @@ def test_recycled_drafts_may_be_written_as_far_as_the_request_has_pages() -> Non
     works = [dataclasses.replace(work, pages=[*work.pages, 150 + i]) for i, work in enumerate(works)]
     works[2] = dataclasses.replace(works[2], pages=works[2].pages[:2])
     works[3] = dataclasses.replace(works[3], sampling=None, next_token=5)
-    check_works(works, at, CONFIG)
-    batch = build([lay_out(works, at, CONFIG)], at, StepShape(32, 32, at.expanded_keys))
+    check_works(Columns.of(works, at), at, CONFIG)
+    batch = build([lay_out(Columns.of(works, at), at, CONFIG)], at, StepShape(32, 32, at.expanded_keys))
     assert batch.speculation is not None
     assert batch.speculation.room.tolist() == [10, 11, 16, 8]
     fresh = [int(page) for page in batch.fresh if page < at.cache.total_pages]
@@ -212,6 +213,7 @@ def test_the_largest_bucket_holds_any_step(cp: int, chunk: int, lengths: list[in
 
 def test_doctest() -> None:
     assert doctest.testmod(planner).failed == 0
+    assert doctest.testmod(columns).failed == 0
     assert doctest.testmod(mesh).failed == 0
 
 
@@ -227,7 +229,7 @@ def test_default_grids_are_small() -> None:
 def test_a_step_that_is_too_small_is_refused() -> None:
     """Two ranks with 12 tokens each of a long request, and a decoding request on one of them."""
     at = shape(2, 4, "expanded")
-    layout = lay_out(make_works([(24, 0), (1, 30)]), at, CONFIG)
+    layout = lay_out(Columns.of(make_works([(24, 0), (1, 30)]), at), at, CONFIG)
     assert (layout.tokens, layout.absorbed_tokens) == (13, 1)
     build([layout], at, StepShape(13, 1, 128))
     for step, message in (
@@ -249,6 +251,9 @@ GOOD = Work([1, 2, 3], 6, [4, 5])
         ([dataclasses.replace(GOOD, tokens=[1, 250, 3])], "token id 250 is not in the vocabulary"),
         ([dataclasses.replace(GOOD, tokens=[1, -1, 3])], "token id -1"),
         ([dataclasses.replace(GOOD, tokens=[0.5, 1.0])], "must be a list of token ids"),
+        ([GOOD, dataclasses.replace(GOOD, tokens=[2**70, 1])], r"work 1: .* must be a list of token ids, got object"),
+        ([dataclasses.replace(GOOD, tokens=np.zeros((3, 1), int))], r"list of token ids, got int64 of shape \(3, 1\)"),
+        ([dataclasses.replace(GOOD, pages=[4, 5.5])], "pages must be a list of page ids, got float64"),
         ([dataclasses.replace(GOOD, cached=-1)], "cached >= 0"),
         ([dataclasses.replace(GOOD, pages=[4])], "need 2 pages of 8, got 1"),
         ([dataclasses.replace(GOOD, pages=[4, 200])], "page ids must be 0 to 199"),
@@ -274,8 +279,9 @@ GOOD = Work([1, 2, 3], 6, [4, 5])
     ],
 )
 def test_refuses(works: list[Work], message: str) -> None:
+    at = shape(2, 8, drafts=12)
     with pytest.raises(ValueError, match=message):
-        check_works(works, shape(2, 8, drafts=12), CONFIG)
+        check_works(Columns.of(works, at), at, CONFIG)
 
 
 def test_form_follows_the_arithmetic() -> None:

@@ -16,6 +16,7 @@ LOGITS = jnp.log(jnp.array([0.4, 0.3, 0.15, 0.1, 0.05]))
 def how(count: int, **fields: object) -> SamplingArrays:
     defaults: dict[str, object] = {
         "temperature": np.ones(count, np.float32), "top_p": np.ones(count, np.float32), "top_k": np.zeros(count, np.int32),
+        "min_p": np.zeros(count, np.float32),
         "seed": np.stack([np.arange(count), np.zeros(count)], 1).astype(np.uint32), "position": np.zeros(count, np.int32),
     }  # fmt: skip
     return SamplingArrays(**{k: jnp.asarray(v) for k, v in (defaults | fields).items()})
@@ -35,6 +36,15 @@ def draws(count: int = 20_000, **fields: object) -> np.ndarray:
         ({"top_p": np.full(20_000, 0.75, np.float32)}, [0.4, 0.3, 0.15, 0, 0]),
         ({"top_p": np.full(20_000, 1e-6, np.float32)}, [1, 0, 0, 0, 0]),
         ({"temperature": np.zeros(20_000, np.float32)}, [1, 0, 0, 0, 0]),
+        ({"min_p": np.full(20_000, 0.3, np.float32)}, [0.4, 0.3, 0.15, 0, 0]),
+        ({"min_p": np.ones(20_000, np.float32)}, [1, 0, 0, 0, 0]),
+        # At this temperature 0.3 has (0.3 / 0.4) ** 2 = 0.5625 of the likeliest one's probability, 0.15 has 0.14.
+        (
+            {"min_p": np.full(20_000, 0.3, np.float32), "temperature": np.full(20_000, 0.5, np.float32)},
+            [0.16, 0.09, 0, 0, 0],
+        ),
+        # Of the three that min_p leaves, 0.4 and 0.3 are 0.82; of all five they would be 0.7.
+        ({"min_p": np.full(20_000, 0.3, np.float32), "top_p": np.full(20_000, 0.75, np.float32)}, [0.4, 0.3, 0, 0, 0]),
     ],
 )
 def test_distribution(fields: dict[str, object], expect: list[float]) -> None:

@@ -10,6 +10,9 @@ from jax_mla_cp.bench.options import Options, fail, parse
 from jax_mla_cp.config import ConfigError
 from jax_mla_cp.mesh import MeshShape
 
+_WITHOUT_KERNELS = ("load", "host")
+"""Commands whose numbers are not the device's."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one benchmark. Exit code 0; 1 if a row failed; 2 for a setting that can't work; 130 after Ctrl-C."""
@@ -25,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _topology(options: Options) -> MeshShape | None:
     """The devices that the run takes part in; None: one real device."""
-    if options.command in ("layer", "model") or options.full:
+    if options.command in ("layer", "model", "host") or options.full:
         return options.mesh
     if options.command == "load" and options.platform == "cpu":
         return options.mesh
@@ -40,7 +43,7 @@ def _run(options: Options, argv: list[str]) -> int:
     report = Report(options.command, argv, path=options.json)
     stopped = False
     try:
-        if options.command != "load":
+        if options.command not in _WITHOUT_KERNELS:
             report.say("measuring what the device can do")
             report.ceilings = measure_ceilings(small=options.platform == "cpu", samples=options.samples)
         command = importlib.import_module(f"jax_mla_cp.bench.{options.command}")
@@ -48,7 +51,7 @@ def _run(options: Options, argv: list[str]) -> int:
     except KeyboardInterrupt:
         report.notes.append("stopped with Ctrl-C: the tables hold what was measured until then.")
         stopped = True
-    if options.platform == "cpu" and options.command != "load":
+    if options.platform == "cpu" and options.command not in _WITHOUT_KERNELS:
         report.notes.append("on a CPU: these numbers say that the program runs, and nothing else.")
     report.save()
     report.show()

@@ -227,8 +227,7 @@ class _Bench:
         hidden = 0.0
         out: dict[str, Any] = {"ttft_compute_s": compute}
         if program is not None:
-            bucket = program.batch.tokens.shape[0]
-            beside = work_beside_gather(program.compiled.as_text() or "", bucket, c.latent_dim)
+            beside = work_beside_gather(program.compiled.as_text() or "", program.tokens, c.latent_dim)
             hidden = query_seconds(c, o.mesh, seq, self.report.ceilings.matmul) if beside else 0.0
             weights = weight_bytes(Build(c, o.mesh, EP_CHOICES[ep], jnp.dtype(o.dtype)))
             held = c.num_layers * seq * c.latent_dim * jnp.dtype(o.dtype).itemsize

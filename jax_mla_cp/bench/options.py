@@ -14,7 +14,7 @@ from jax_mla_cp import presets
 from jax_mla_cp.config import ConfigError, Implementation
 from jax_mla_cp.mesh import MeshShape
 
-Command = Literal["attention", "layer", "model", "decode", "load"]
+Command = Literal["attention", "layer", "model", "decode", "load", "host"]
 FormName = Literal["expanded", "absorbed"]
 EpName = Literal["tp", "tp,cp", "tp,cp,dp"]
 WeightsName = Literal["bf16", "fp8"]
@@ -93,6 +93,8 @@ class Options:
             self._check_cpu()
 
     def _check_cpu(self) -> None:
+        if self.command == "host":
+            return
         most = max([*self.seq, *self.long, *(n * context for n, context in self.shapes)], default=0)
         if most > _CPU_TOKENS:
             raise ConfigError(
@@ -122,6 +124,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "ep_axes": ("tp",),
     },
     "load": {"mesh": MeshShape(tp=2, cp=2), "samples": 3},
+    "host": {"platform": "cpu", "shapes": tuple((n, 8 * _K) for n in (1, 8, 16, 32, 64)), "samples": 20},
 }
 _QUICK: dict[str, dict[str, Any]] = {
     "attention": {"seq": (128 * _K,), "cp": (4,), "samples": 3},
@@ -129,6 +132,7 @@ _QUICK: dict[str, dict[str, Any]] = {
     "model": {"seq": (128 * _K,), "long": (), "ep_axes": ("tp",), "forms": ("expanded",), "layers": 8, "samples": 3},
     "decode": {"shapes": ((64, 8 * _K), (8, 128 * _K)), "heads": (16,), "tokens": (1,), "samples": 3},
     "load": {"gb": 1, "samples": 1},
+    "host": {"shapes": ((1, 8 * _K), (64, 8 * _K)), "samples": 3},
 }
 
 
@@ -242,6 +246,14 @@ and what they would have brought is random numbers. Their time comes from a link
 Calls go over different regions of the cache ("layers") within one program, so that no L2 cache serves them.
 
 {_METHOD}""",
+    "host": """examples:
+  python -m jax_mla_cp.bench host --json host.json
+  python -m jax_mla_cp.bench host --mesh tp=8,cp=1 --shapes 64x1K,64x128K
+
+method: a step of decoding requests is prepared as the server does, for a planner with as many places as the largest of
+--shapes asks for, and its outcomes are made of arrays of zeros. Nothing runs on a device but the transfer (put), which has a
+column of its own and needs as many devices as the mesh has: on a CPU, virtual ones. The median of --samples samples counts,
+each of as many calls as take 20 ms.""",
     "load": """examples:
   python -m jax_mla_cp.bench load --platform cpu --json load.json
   python -m jax_mla_cp.bench load --gb 40 --scratch /mnt/nvme
@@ -293,6 +305,8 @@ def _parser() -> argparse.ArgumentParser:
         "--shapes", "--heads", "--tokens", "--full", "--layers", "--mesh", "--ep-axes")  # fmt: skip
     add(command("load", "Loading a checkpoint, safetensors beside Orbax: time and the host's memory."),
         "--gb", "--scratch", "--mesh")  # fmt: skip
+    add(command("host", "What the host does for a step: works to arrays, to the devices, and results to outcomes."),
+        "--shapes", "--mesh")  # fmt: skip
     return p
 
 

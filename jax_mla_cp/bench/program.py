@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from jax_mla_cp.attention import resolve_implementation
-from jax_mla_cp.batch import Batch, Work, batch_specs
+from jax_mla_cp.batch import Work
 from jax_mla_cp.bench.data import normal
 from jax_mla_cp.bench.mock import MockBuild, mock_build
 from jax_mla_cp.bench.timing import Timing, measure
@@ -25,9 +25,10 @@ from jax_mla_cp.mesh import TOKENS, TP, MeshShape, make_mesh
 from jax_mla_cp.model.context import EP_CHOICES
 from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.handle import Model, param_specs
+from jax_mla_cp.packing import Packed, packed_specs, unpack
 from jax_mla_cp.planner import Planner
 from jax_mla_cp.quantization import Quantization
-from jax_mla_cp.step import forward
+from jax_mla_cp.step import forward, put
 
 PAGE_SIZE = 64
 
@@ -80,7 +81,9 @@ class Program:
     compiled: jax.stages.Compiled
     model: Model
     pages: jax.Array
-    batch: Batch
+    batch: Packed
+    tokens: int
+    """Of all ranks' buffers."""
 
     def __call__(self) -> jax.Array:
         out, self.pages = self.compiled(self.model, self.pages, self.batch)
@@ -103,7 +106,7 @@ class Program:
         return {"args_gb": held, "temp_gb": beside, "memory_gb": held + beside}
 
 
-Step = Callable[[Model, jax.Array, Batch], tuple[jax.Array, jax.Array]]
+Step = Callable[[Model, jax.Array, Packed], tuple[jax.Array, jax.Array]]
 
 
 def compile_program(
@@ -114,15 +117,15 @@ def compile_program(
     Args:
       embeds: the step begins with random activations instead of tokens, which skips the embedding.
     """
-    batch = planner.batch(works)
+    host = planner.host_batch([works])
+    batch, tokens = put(model, host), len(host.tokens)
     if embeds:
         assert model.mesh is not None
-        tokens = batch.tokens.shape[0] // planner.shape.cp
-        local = normal(1, (tokens, model.config.hidden_size), model.build.dtype)
+        local = normal(1, (tokens // planner.shape.cp, model.config.hidden_size), model.build.dtype)
         batch = dataclasses.replace(batch, embeds=replicated(local, model.mesh, PartitionSpec(TOKENS)))
     pages = random_cache(model, planner)
     compiled = jax.jit(run, donate_argnums=1).lower(model, pages, batch).compile()
-    return Program(compiled, model, pages, batch)
+    return Program(compiled, model, pages, batch, tokens)
 
 
 def random_cache(model: Model, planner: Planner) -> jax.Array:
@@ -144,11 +147,11 @@ def only(model_build: MockBuild, stack: str, part: nnx.Module) -> tuple[Model, S
     graphdef = nnx.graphdef(decoder)
     params = random_params(decoder, mesh)
 
-    def run(model: Model, pages: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        def per_device(params: Any, pages: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-            return nnx.merge(graphdef, params)(pages, batch)
+    def run(model: Model, pages: jax.Array, batch: Packed) -> tuple[jax.Array, jax.Array]:
+        def per_device(params: Any, pages: jax.Array, batch: Packed) -> tuple[jax.Array, jax.Array]:
+            return nnx.merge(graphdef, params)(pages, unpack(batch))
 
-        in_specs = (param_specs(model.params), PAGES_SPEC, batch_specs(batch))
+        in_specs = (param_specs(model.params), PAGES_SPEC, packed_specs(batch))
         mapped = jax.shard_map(per_device, mesh=mesh, in_specs=in_specs, out_specs=(PartitionSpec(TOKENS), PAGES_SPEC))
         return mapped(model.params, pages, batch)
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import pytest
 
-from jax_mla_cp.bench import attention, decode, layer, load, model, program
+from jax_mla_cp.bench import attention, decode, host, layer, load, model, program
 from jax_mla_cp.bench.options import Options
 from jax_mla_cp.bench.roofline import Ceilings
 from jax_mla_cp.bench.table import Report
@@ -147,6 +147,14 @@ def test_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert len(report.holds) == 4 * 3 and not list(tmp_path.iterdir())
 
 
+def test_host() -> None:
+    report = run(host, command="host", shapes=((1, 100), (6, 300)), mesh=MESH)
+    for row, requests in zip(report.rows, (1, 6), strict=True):
+        assert row["requests"] == requests
+        assert row["ms"] == pytest.approx(row["arrays_ms"] + row["pack_ms"] + row["outcomes_ms"])
+        assert min(row["arrays_ms"], row["pack_ms"], row["outcomes_ms"], row["put_ms"]) > 0
+
+
 def bench(*flags: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}
     command = [sys.executable, "-m", "jax_mla_cp.bench", *flags]
@@ -185,7 +193,7 @@ def test_settings_that_cant_work(flags: list[str], message: str) -> None:
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", [(), ("attention",), ("layer",), ("model",), ("decode",), ("load",)])
+@pytest.mark.parametrize("command", [(), ("attention",), ("layer",), ("model",), ("decode",), ("load",), ("host",)])
 def test_help_teaches(command: tuple[str, ...]) -> None:
     done = bench(*command, "--help")
     assert done.returncode == 0 and "method:" in done.stdout

@@ -1,0 +1,76 @@
+"""`host`: what the host does for a step, without the devices' part of it: works to arrays, arrays to the devices, outcomes.
+
+All works decode, each with a single token after its own context. No model is made: the devices only receive what they would
+in a step of the real one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_mla_cp.batch import Sampling, Work
+from jax_mla_cp.bench.options import Options
+from jax_mla_cp.bench.program import PAGE_SIZE
+from jax_mla_cp.bench.table import Report
+from jax_mla_cp.bench.timing import measure
+from jax_mla_cp.config import ModelConfig
+from jax_mla_cp.layout import build
+from jax_mla_cp.mesh import make_mesh, on_devices
+from jax_mla_cp.model.context import Build
+from jax_mla_cp.model.handle import Model
+from jax_mla_cp.outcome import outcomes
+from jax_mla_cp.packing import pack, packed_specs
+from jax_mla_cp.planner import Planner
+from jax_mla_cp.sampling import TOP_LOGPROBS, SampledArrays
+
+_HOLD_MS = {64: 0.8}
+
+
+def run(options: Options, config: ModelConfig, report: Report) -> None:
+    """Adds a row for each number of works and context."""
+    mesh = make_mesh(options.mesh)
+    model = Model({}, Build(config, options.mesh), mesh)
+    most, longest = (max(sizes) for sizes in zip(*options.shapes, strict=True))
+    planner = Planner.create(
+        model, cache_tokens=most * -(-longest // PAGE_SIZE) * PAGE_SIZE, page_size=PAGE_SIZE, max_requests=most,
+        max_len=longest, prefill_chunk=min(8192, longest),
+    )  # fmt: skip
+    for requests, context in options.shapes:
+        row = report.row(
+            "host time of a decode step", "all but the devices' time", functools.partial(_row, planner, requests, context, options),
+            requests=requests, context=context, mesh=str(options.mesh),
+        )  # fmt: skip
+        if requests in _HOLD_MS:
+            report.hold(f"{requests} requests: host ms per step, without the transfer", row["ms"] if row else None,
+                        at_most=_HOLD_MS[requests])  # fmt: skip
+    report.notes.append(
+        "ms: arrays + pack + outcomes. arrays: works are checked, laid out over the ranks and made into arrays. "
+        "put: two arrays to every device, and waiting for them."
+    )
+
+
+def _row(planner: Planner, requests: int, context: int, options: Options) -> dict[str, Any]:
+    shape, model = planner.shape, planner.model
+    each = -(-context // PAGE_SIZE)
+    pages = np.random.default_rng(0).permutation(shape.cache.pages_per_layer)[: requests * each].reshape(requests, each)
+    works = [[Work([1], context - 1, pages[i].tolist(), Sampling(seed=i)) for i in range(requests)]]
+    layouts, step = planner.lay_out(works)
+    batch = build(layouts, shape, step)
+    packed = pack(batch, options.mesh)
+    places = shape.requests * shape.samples
+    tops = np.zeros((places, TOP_LOGPROBS), np.int32), np.zeros((places, TOP_LOGPROBS), np.float32)
+    sampled = SampledArrays(np.zeros(places, np.int32), np.zeros(places, np.float32), *tops)
+    parts: dict[str, Callable[[], Any]] = {
+        "arrays_ms": lambda: planner.host_batch(works),
+        "pack_ms": lambda: pack(batch, options.mesh),
+        "outcomes_ms": lambda: outcomes(sampled, works, layouts, batch, shape),
+        "put_ms": lambda: jax.block_until_ready(on_devices(packed, packed_specs(packed), model.mesh)),
+    }
+    taken = {name: measure(call, samples=options.samples) for name, call in parts.items()}
+    ms = {name: timing.seconds * 1e3 for name, timing in taken.items()}
+    return taken["arrays_ms"].row() | ms | {"ms": ms["arrays_ms"] + ms["pack_ms"] + ms["outcomes_ms"]}

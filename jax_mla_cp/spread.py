@@ -1,0 +1,170 @@
+"""A step's adjustments (jax_mla_cp/adjust.py) on the devices, where every place has a whole vocabulary of them.
+
+The arrays have the same shapes in every step, so that there is one program of a step with and without adjustments, and it
+begins with a `lax.cond`. Without, it is given the same arrays each time, in which nothing is changed. With, a small program
+of its own makes the arrays: it is sent the listed tokens of all requests, and each device keeps those of its places. A list
+is filled up to one of few lengths. Masks are sent whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int32
+from numpy.typing import NDArray
+
+from jax_mla_cp.batch import BatchShape, Work
+from jax_mla_cp.mesh import TOKENS, Axes, on_devices, vary_like
+from jax_mla_cp.model.handle import Model
+
+_SHORTEST, _FACTOR = 256, 4
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AdjustArrays:
+    """`Adjust` of each of a device's `J` places; all P(("dp", "cp"))."""
+
+    add: Any  # float32 [J, V]
+    scale: Any  # float32 [J, V]
+    mask: Any  # uint32 [J, ceil(V / 32)]
+    given: Any  # bool [J]: the place has an adjustment
+
+
+def adjusted(logits: Float[Array, "J V"], logprobs: Float[Array, "J V"], adjust: AdjustArrays) -> Float[Array, "J V"]:
+    """The adjusted logits of places that have an adjustment, the log-probabilities of those that have none."""
+
+    def change(logits: jax.Array, logprobs: jax.Array, adjust: AdjustArrays) -> jax.Array:
+        x = jnp.where(logits > 0, logits / adjust.scale, logits * adjust.scale) + adjust.add
+        allowed = (adjust.mask[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+        allowed = lax.collapse(allowed, 1, 3)[:, : logits.shape[1]]
+        return jnp.where(adjust.given[:, None], jnp.where(allowed == 1, x, -jnp.inf), logprobs)
+
+    def keep(logits: jax.Array, logprobs: jax.Array, adjust: AdjustArrays) -> jax.Array:
+        return vary_like(logprobs, logits, adjust)
+
+    return lax.cond(adjust.given.any(), change, keep, logits.astype(jnp.float32), logprobs, adjust)
+
+
+def shapes(model: Model, shape: BatchShape) -> AdjustArrays:
+    """The arrays as jax.ShapeDtypeStruct."""
+    places, vocabulary = shape.dp * shape.requests * shape.samples, model.config.vocab_size
+    sharding = None if model.mesh is None else NamedSharding(model.mesh, PartitionSpec(TOKENS))
+
+    def struct(dtype: Any, *more: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((places, *more), dtype, sharding=sharding)
+
+    words = -(-vocabulary // 32)
+    return AdjustArrays(
+        struct(jnp.float32, vocabulary), struct(jnp.float32, vocabulary), struct(jnp.uint32, words), struct(jnp.bool_)
+    )
+
+
+def device_bytes(model: Model, shape: BatchShape) -> int:
+    """Bytes that the arrays take on a device, twice: those that change nothing, and a step's."""
+    return 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes(model, shape))) // (shape.dp * shape.cp)
+
+
+class Spreader:
+    """Makes the arrays of a step's works."""
+
+    def __init__(self, model: Model, shape: BatchShape):
+        self._model, self._shape = model, shape
+        self._programs: dict[int, jax.stages.Compiled] = {}
+        like = shapes(model, shape)
+
+        def nothing() -> AdjustArrays:
+            return AdjustArrays(
+                jnp.zeros(like.add.shape, jnp.float32),
+                jnp.ones(like.scale.shape, jnp.float32),
+                jnp.full(like.mask.shape, 0xFFFFFFFF, jnp.uint32),
+                jnp.zeros(like.given.shape, jnp.bool_),
+            )
+
+        shardings = None if model.mesh is None else jax.tree.map(lambda x: x.sharding, like)
+        self.nothing: AdjustArrays = jax.jit(nothing, out_shardings=shardings)()
+        """Arrays that change nothing."""
+
+    def __call__(self, groups: Sequence[Sequence[Work]]) -> AdjustArrays:
+        """For works that `check_works` has passed, one list per dp group."""
+        given = [
+            ((group * self._shape.requests + i) * self._shape.samples, work.adjust)
+            for group, works in enumerate(groups)
+            for i, work in enumerate(works)
+            if work.adjust is not None
+        ]
+        if not given:
+            return self.nothing
+        rows = np.array([row for row, _ in given])
+        arrays: dict[str, Any] = {"given": np.zeros(self.nothing.given.shape, np.bool_)}
+        arrays["given"][rows] = True
+        masks = [(row, adjust.mask) for row, adjust in given if adjust.mask is not None]
+        if masks:
+            arrays["mask"] = np.full(self.nothing.mask.shape, 0xFFFFFFFF, np.uint32)
+            arrays["mask"][[row for row, _ in masks]] = [mask for _, mask in masks]
+        specs = {name: PartitionSpec(TOKENS) for name in arrays}
+        arrays, mesh = on_devices(arrays, specs, self._model.mesh), self._model.mesh
+        counts = np.array([len(adjust.tokens) for _, adjust in given])
+        if counts.any():
+            entries = self._entries(
+                np.repeat(rows, counts),
+                *(np.concatenate([getattr(a, name) for _, a in given]) for name in ("tokens", "add", "scale")),
+            )
+            program = self._program(entries.shape[1])
+            arrays["add"], arrays["scale"] = program(on_devices(entries, PartitionSpec(), mesh))
+        return dataclasses.replace(self.nothing, **arrays)
+
+    def warmup(self) -> None:
+        """Compiles the programs for all lengths of lists."""
+        length = _SHORTEST
+        self._program(length)
+        while length < self.nothing.add.size:
+            length *= _FACTOR
+            self._program(length)
+
+    def _entries(
+        self, row: NDArray[Any], token: NDArray[Any], add: NDArray[Any], scale: NDArray[Any]
+    ) -> NDArray[np.int32]:
+        """[4, N]: the list, floats by their bits, filled up with rows that no device has."""
+        length = _SHORTEST
+        while length < len(row):
+            length *= _FACTOR
+        entries = np.full((4, length), len(self.nothing.given), np.int32)
+        columns = row, token, add.astype(np.float32).view(np.int32), scale.astype(np.float32).view(np.int32)
+        for out, values in zip(entries, columns, strict=True):
+            out[: len(values)] = values
+        return entries
+
+    def _program(self, length: int) -> jax.stages.Compiled:
+        if length not in self._programs:
+            mesh, axes = self._model.mesh, self._model.build.axes
+            ways = self._shape.dp * self._shape.cp
+            run = functools.partial(
+                _spread, axes=axes, shape=(len(self.nothing.given) // ways, self.nothing.add.shape[1])
+            )
+            sharding = None
+            if mesh is not None:
+                run = jax.shard_map(run, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(TOKENS))  # type: ignore[assignment]
+                sharding = NamedSharding(mesh, PartitionSpec())
+            entries = jax.ShapeDtypeStruct((4, length), jnp.int32, sharding=sharding)
+            self._programs[length] = jax.jit(run).lower(entries).compile()
+        return self._programs[length]
+
+
+def _spread(entries: Int32[Array, "4 N"], *, axes: Axes, shape: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
+    """(add, scale) of this device's places."""
+    row = entries[0] - axes.index(TOKENS) * shape[0]
+    at = jnp.where(row < 0, shape[0], row), entries[1]
+    add, scale = (lax.bitcast_convert_type(bits, jnp.float32) for bits in entries[2:])
+    return (
+        vary_like(jnp.zeros(shape), row).at[at].set(add, mode="drop"),
+        vary_like(jnp.ones(shape), row).at[at].set(scale, mode="drop"),
+    )

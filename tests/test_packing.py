@@ -1,0 +1,67 @@
+"""Packing is undone exactly: every array of any step, on every device."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jax_mla_cp.batch import Batch, BatchShape, Sampling, StepShape, Work, batch_specs
+from jax_mla_cp.cache import CacheShape
+from jax_mla_cp.columns import Columns
+from jax_mla_cp.layout import build, lay_out
+from jax_mla_cp.mesh import MeshShape, make_mesh, on_devices
+from jax_mla_cp.packing import pack, packed_specs, unpack
+from tests.synthetic import CONFIG
+
+
+def batch(dp: int, cp: int, drafts: int, seed: int) -> Batch:
+    """A step's arrays, filled with random bits: NaNs, infinities and negative zeros too."""
+    shape = BatchShape(dp, cp, 2 * cp, 3, 16, CacheShape(2, 9, 8), draft_tokens=drafts)
+    works = Columns.of([Work([1, 2, 3], 4, [5], Sampling(seed=7))], shape)
+    made = build([lay_out(works, shape, CONFIG)] * dp, shape, StepShape(5, 5, 0))
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: rng.integers(0, 2**32, x.shape, np.uint32).view(x.dtype), made)
+
+
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(0, 2), st.integers(0, 9))
+@settings(deadline=None, max_examples=25)
+def test_each_device_unpacks_its_own(dp: int, cp: int, drafts: int, seed: int) -> None:
+    """Rank by rank, by the words that its device would have."""
+    host = batch(dp, cp, drafts, seed)
+    packed = pack(host, MeshShape(dp=dp, cp=cp))
+    assert len({jax.tree.structure(pack(batch(dp, cp, drafts, s), MeshShape(dp=dp, cp=cp))) for s in (1, 2)}) == 1
+    ranks, groups = packed.ranks.reshape(dp * cp, -1), packed.groups.reshape(dp, -1)
+    for rank in range(dp * cp):
+        got = unpack(dataclasses.replace(packed, ranks=ranks[rank], groups=groups[rank // cp]))
+        for ours, whole, spec in zip(
+            jax.tree.leaves(got), jax.tree.leaves(host), jax.tree.leaves(batch_specs(host)), strict=True
+        ):
+            ways, number = (dp, rank // cp) if spec == batch_specs(host).slots else (dp * cp, rank)
+            want = np.split(whole, ways)[number]
+            assert ours.dtype == want.dtype
+            np.testing.assert_array_equal(np.asarray(ours).view(np.int32), want.view(np.int32))
+
+
+@pytest.mark.parametrize("embeds", [False, True])
+def test_on_a_mesh_it_is_the_identity(embeds: bool) -> None:
+    host = batch(2, 2, 1, 0)
+    if embeds:
+        host = dataclasses.replace(host, embeds=np.random.default_rng(0).normal(size=(20, 3)))
+    mesh = make_mesh("dp=2,cp=2,tp=2")
+    packed = pack(host, MeshShape(2, 2, 2))
+    on = on_devices(packed, packed_specs(packed), mesh)
+    run = jax.shard_map(unpack, mesh=mesh, in_specs=(packed_specs(packed),), out_specs=batch_specs(host))
+    for ours, want in zip(jax.tree.leaves(jax.jit(run)(on)), jax.tree.leaves(host), strict=True):
+        np.testing.assert_array_equal(np.asarray(ours).view(np.int32), want.astype(ours.dtype).view(np.int32))
+    assert len(jax.tree.leaves(packed)) == 2 + embeds
+
+
+def test_other_dtypes_are_refused() -> None:
+    host = dataclasses.replace(batch(1, 1, 0, 0), tokens=np.zeros(5, np.int64))
+    with pytest.raises(TypeError, match="must be int32, uint32 or float32, got int64"):
+        pack(host, MeshShape())
