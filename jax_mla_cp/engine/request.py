@@ -13,13 +13,21 @@ import numpy as np
 from jax_mla_cp.adjust import Adjust, Adjuster
 from jax_mla_cp.batch import Sampling
 from jax_mla_cp.engine.text import TextStream
-from jax_mla_cp.runner import Scored
+from jax_mla_cp.outcome import Scored
 
-FailedKind = Literal["step", "timeout", "queue_timeout", "stopping", "dead", "internal"]
+FailedKind = Literal["step", "timeout", "queue_timeout", "grammar", "stopping", "dead", "internal"]
+
+
+class GrammarError(ValueError):
+    """A grammar that can't be followed; the message is fit for the client."""
 
 
 class Grammar(Protocol):
-    """What the output must follow, token by token. The state of one request."""
+    """What the output must follow, token by token. The state of one request.
+
+    Raises:
+      GrammarError: in `mask` and `accept`, it can be followed no further.
+    """
 
     def mask(self) -> np.ndarray:
         """uint32 [ceil(V / 32)]: the bits, lowest first, of the tokens that may come next."""
@@ -74,7 +82,8 @@ class Finished:
 class Failed:
     """The request got no further; the message is fit for the client.
 
-    `kind`: "step", a step that it was part of failed; "timeout" and "queue_timeout", its own limits; "stopping" and "dead",
+    `kind`: "step", a step that it was part of failed; "timeout" and "queue_timeout", its own limits; "grammar", its
+    grammar could be followed no further; "stopping" and "dead",
     the engine takes and finishes nothing more; "internal", something went wrong with this request alone.
     """
 

@@ -47,6 +47,8 @@ def failure(event: Failed) -> ApiError:
     if kind == "timeout":
         # Asked again it would take as long: the official clients don't retry when told so.
         return ApiError(408, message, code="request_timeout", headers={"x-should-retry": "false"})
+    if kind == "grammar":
+        return ApiError(400, message, param="response_format")
     if kind in ("queue_timeout", "stopping"):
         return unavailable(message, kind)
     if kind == "dead":

@@ -11,6 +11,7 @@ import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from numpy.typing import NDArray
 
+from jax_mla_cp.engine import GrammarError
 from jax_mla_cp.tokenizer import Tokenizer
 
 MAX_SCHEMA = 64 << 10
@@ -25,10 +26,6 @@ _LIMITS = LLParserLimits(
 )
 # A model that is in doubt writes spaces, for ever if it may.
 _OPTIONS: Any = {"whitespace_flexible": True, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}"}
-
-
-class GrammarError(ValueError):
-    """A schema that can't be followed; the message is fit for the client."""
 
 
 class JsonGrammar:

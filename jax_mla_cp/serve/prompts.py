@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from jax_mla_cp.engine import GrammarError
 from jax_mla_cp.serve.errors import ApiError
 from jax_mla_cp.serve.fields import MAX_CHOICES, Generation, SchemaFormat, TextFormat
-from jax_mla_cp.serve.grammar import GrammarError, JsonGrammar
+from jax_mla_cp.serve.grammar import JsonGrammar
 from jax_mla_cp.serve.schemas import CompletionRequest, Message
 from jax_mla_cp.serve.served import Served
 from jax_mla_cp.tokenizer import TokenizerError

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jax_mla_cp.serve.grammar import MAX_DEPTH, GrammarError, Grammars, JsonGrammar
+from jax_mla_cp.engine import GrammarError
+from jax_mla_cp.serve.grammar import MAX_DEPTH, Grammars, JsonGrammar
 from jax_mla_cp.serve.reasoning import AfterThoughts
 from jax_mla_cp.tokenizer import JsonVocabulary, KimiVocabulary, Tokenizer
 from tests.byte_tokenizer import EOS, byte_tokenizer

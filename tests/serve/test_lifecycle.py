@@ -39,7 +39,7 @@ def test_what_the_engine_refuses() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "status", "retry"),
-    [("step", 500, None), ("internal", 500, None), ("timeout", 408, None), ("queue_timeout", 503, "1"),
+    [("step", 500, None), ("internal", 500, None), ("grammar", 400, None), ("timeout", 408, None), ("queue_timeout", 503, "1"),
      ("stopping", 503, "1"), ("dead", 503, None)],
 )  # fmt: skip
 def test_what_a_failed_request_is_told(kind: FailedKind, status: int, retry: str | None) -> None:
