@@ -18,10 +18,7 @@ from jax_mla_cp.config import ConfigError, Form, ModelConfig
 from jax_mla_cp.layout import build
 from jax_mla_cp.mesh import mesh_shape
 from jax_mla_cp.model.handle import Model, weight_bytes
-from jax_mla_cp.outcome import Outcome as Outcome
-from jax_mla_cp.outcome import Sampled as Sampled
-from jax_mla_cp.outcome import Scored as Scored
-from jax_mla_cp.outcome import outcomes
+from jax_mla_cp.outcome import Outcome, outcomes
 from jax_mla_cp.packing import pack, packed_specs
 from jax_mla_cp.planner import Planner
 from jax_mla_cp.platform import default_memory_fraction, device_memory

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -147,12 +147,12 @@ class Spreader:
         if length not in self._programs:
             mesh, axes = self._model.mesh, self._model.build.axes
             ways = self._shape.dp * self._shape.cp
-            run = functools.partial(
+            run: Callable[..., Any] = functools.partial(
                 _spread, axes=axes, shape=(len(self.nothing.given) // ways, self.nothing.add.shape[1])
             )
             sharding = None
             if mesh is not None:
-                run = jax.shard_map(run, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(TOKENS))  # type: ignore[assignment]
+                run = jax.shard_map(run, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(TOKENS))
                 sharding = NamedSharding(mesh, PartitionSpec())
             entries = jax.ShapeDtypeStruct((4, length), jnp.int32, sharding=sharding)
             self._programs[length] = jax.jit(run).lower(entries).compile()

@@ -22,8 +22,9 @@ from jax_mla_cp.mesh import make_mesh, mesh_shape
 from jax_mla_cp.model.context import EP_CHOICES, Build
 from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.handle import Model
+from jax_mla_cp.outcome import Outcome
 from jax_mla_cp.planner import Planner
-from jax_mla_cp.runner import Outcome, Runner
+from jax_mla_cp.runner import Runner
 from jax_mla_cp.step import put
 from tests.random_weights import random_weights
 from tests.synthetic import CONFIG as SYNTHETIC

@@ -15,13 +15,13 @@ import jax
 import numpy as np
 
 from jax_mla_cp.batch import Sampling, Work
+from jax_mla_cp.bench.engine_host import NoModel, host_seconds
 from jax_mla_cp.bench.options import Options
 from jax_mla_cp.bench.program import PAGE_SIZE
 from jax_mla_cp.bench.table import Report
 from jax_mla_cp.bench.timing import measure
 from jax_mla_cp.config import ModelConfig
 from jax_mla_cp.default_model import DIRECTORY
-from jax_mla_cp.engine.host import NoModel, host_seconds
 from jax_mla_cp.layout import build
 from jax_mla_cp.mesh import make_mesh, on_devices
 from jax_mla_cp.model.context import Build

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import importlib.metadata
 import json
 import os
 import sys
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jax_mla_cp.bench.roofline import Ceilings, Cost
+from jax_mla_cp.version import package_version
 
 _TITLES = {
     "ms": "ms", "n": "n", "tflops": "TFLOP/s", "gbs": "GB/s", "roof_ms": "roof ms", "fraction": "of roof",
@@ -159,12 +159,8 @@ class Report:
 
 def versions() -> dict[str, str]:
     """Of what the numbers depend on."""
-    try:
-        package = importlib.metadata.version("jax_mla_cp")
-    except importlib.metadata.PackageNotFoundError:
-        package = "not installed"  # run from a source tree
     runtime = " ".join(jax.local_devices()[0].client.platform_version.split()[-2:])
-    return {"jax": jax.__version__, "jax_mla_cp": package, "runtime": runtime}
+    return {"jax": jax.__version__, "jax_mla_cp": package_version(), "runtime": runtime}
 
 
 _HIDDEN = {"table", "calls", "spread", "error"}

@@ -8,46 +8,21 @@ import math
 import threading
 import time
 from collections.abc import Sequence
-from typing import Protocol
 
 from jax_mla_cp.batch import Work
+from jax_mla_cp.engine.deadlines import Deadlines
 from jax_mla_cp.engine.group import Scheduled
 from jax_mla_cp.engine.observer import Observer, Reports, StepReport, describe
 from jax_mla_cp.engine.outcome import take
-from jax_mla_cp.engine.request import Failed, FailedKind, Finished, Request, Token
+from jax_mla_cp.engine.request import Failed, FailedKind, Finished, GrammarError, Request, Token
 from jax_mla_cp.engine.scheduler import Scheduler
 from jax_mla_cp.engine.status import EngineStatus, Speculation
-from jax_mla_cp.runner import Outcome
+from jax_mla_cp.engine.steps import Steps
+from jax_mla_cp.outcome import Outcome
 
 log = logging.getLogger(__name__)
 
 _FAILURES_IN_A_ROW = 3
-
-
-class Steps(Protocol):
-    """What the engine needs of `jax_mla_cp.runner.Runner`."""
-
-    prefill_chunk: int
-    max_running: int
-
-    @property
-    def dp(self) -> int: ...
-
-    @property
-    def cp(self) -> int: ...
-
-    @property
-    def draft_tokens(self) -> int: ...
-
-    @property
-    def page_size(self) -> int: ...
-
-    @property
-    def pages_per_group(self) -> int: ...
-
-    def step(self, work: Sequence[Sequence[Work]]) -> list[list[Outcome]]: ...
-
-    def reset(self) -> None: ...
 
 
 class EngineDead(RuntimeError):
@@ -95,7 +70,7 @@ class Engine:
         self._stopping = False
         self._dead: str | None = None
         self._failures = 0
-        self._deadline = math.inf
+        self._deadlines = Deadlines()
         self._step_began: float | None = None
         self._steps = 0
         self._last_step: StepReport | None = None
@@ -225,7 +200,7 @@ class Engine:
                 self._lock.wait()
             for request in self._arrived:
                 self._scheduler.add(request)
-                self._deadline = min([self._deadline, *(at for at, _, _ in request.deadlines())])
+                self._deadlines.add(request)
             aborted = self._aborted
             self._arrived, self._aborted = [], []
         for request in aborted:
@@ -233,17 +208,8 @@ class Engine:
         return not (self._stopping or self._dead)
 
     def _expire(self) -> None:
-        """Fails the requests whose time is over. Looks at them only when it may be the time of one."""
-        now = time.monotonic()
-        if now < self._deadline:
-            return
-        for request in list(self._scheduler.requests):
-            over = next(((kind, message) for at, kind, message in request.deadlines() if at <= now), None)
-            if over:
-                kind, message = over
-                self._fail(request, message, kind)
-        deadlines = (at for request in self._scheduler.requests for at, _, _ in request.deadlines())
-        self._deadline = min(deadlines, default=math.inf)
+        for request, kind, message in self._deadlines.over(self._scheduler.requests):
+            self._fail(request, message, kind)
 
     def _step(self) -> None:
         began, preempted = time.monotonic(), self._scheduler.counts.preemptions
@@ -281,6 +247,8 @@ class Engine:
         for scheduled in group:
             try:
                 works.append((scheduled, scheduled.work()))
+            except GrammarError as error:
+                self._fail(scheduled.request, str(error), "grammar")
             except Exception:
                 log.exception("a request's next token could not be prepared")
                 self._fail(scheduled.request, "The request's next token could not be prepared.", "internal")
@@ -304,6 +272,8 @@ class Engine:
                 self._end(request, last.reason)
             for event in events:
                 request.emit(event)
+        except GrammarError as error:
+            self._fail(request, str(error), "grammar")
         except Exception:
             log.exception("a request's output could not be made or told")
             self._fail(request, "The request's output could not be made.", "internal")

@@ -6,7 +6,6 @@ import dataclasses
 import logging
 import time
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 
@@ -64,8 +63,8 @@ class RequestReport:
     e2e_seconds: float
 
 
-class Observer(Protocol):
-    """Called on the engine's thread, between steps: it must not block."""
+class Observer:
+    """Called on the engine's thread, between steps: it must not block. This one looks at nothing."""
 
     def step(self, report: StepReport) -> None: ...
 
@@ -81,27 +80,11 @@ class Observer(Protocol):
     def preempted(self) -> None: ...
 
 
-class Nobody:
-    """Observes nothing."""
-
-    def step(self, report: StepReport) -> None: ...
-
-    def started(self, queue_seconds: float) -> None: ...
-
-    def first_token(self, seconds_since_arrival: float) -> None: ...
-
-    def token(self, seconds_since_last: float) -> None: ...
-
-    def finished(self, report: RequestReport) -> None: ...
-
-    def preempted(self) -> None: ...
-
-
 class Reports:
     """Keeps the times of requests and tells an observer, whose errors are logged and go no further."""
 
     def __init__(self, observer: Observer | None):
-        self._observer = observer or Nobody()
+        self._observer = observer or Observer()
 
     def started(self, request: Request) -> None:
         """Nothing, if it is one that starts again."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jax_mla_cp.config import ConfigError
 from jax_mla_cp.mesh import MeshShape
-from jax_mla_cp.serve.flags import Parser, add_model_flags, fail
+from jax_mla_cp.serve.flags import Parser, add_model_flags, fail, path
 from jax_mla_cp.serve.options import ServeConfig
 
 _K = 1024
@@ -121,10 +121,6 @@ def _seconds(text: str) -> float:
         raise argparse.ArgumentTypeError(f"must be a number of seconds, got {text!r}.") from None
 
 
-def _path(text: str) -> Path:
-    return Path(text).expanduser()
-
-
 _EPILOG = """examples:
   python -m jax_mla_cp.eval                                         the built-in model, in process
   python -m jax_mla_cp.eval --mesh tp=8,cp=4 --picture map.png      on 32: GPUs, or virtual CPU devices made for it
@@ -154,17 +150,17 @@ def _parser() -> argparse.ArgumentParser:
                       help="so many depths, evenly from the text's start to its end (default: 10)")  # fmt: skip
     test.add_argument("--perplexity-tokens", metavar="N", type=_whole,
                       help="tokens that the perplexity is measured on; 0: none (default: 8K)")  # fmt: skip
-    test.add_argument("--text", metavar="FILE", type=_path,
+    test.add_argument("--text", metavar="FILE", type=path,
                       help="what passkeys are hidden in (default: documentation that comes with the program)")  # fmt: skip
     test.add_argument("--seed", metavar="N", type=_whole, help="of passkeys and places in the text (default: 0)")
     out = p.add_argument_group("results")
-    out.add_argument("--json", metavar="FILE", type=_path, help="scores and every answer, as JSON")
-    out.add_argument("--picture", metavar="FILE", type=_path, help="a heat map, length x depth: .png, .pdf or .svg")
+    out.add_argument("--json", metavar="FILE", type=path, help="scores and every answer, as JSON")
+    out.add_argument("--picture", metavar="FILE", type=path, help="a heat map, length x depth: .png, .pdf or .svg")
     server = p.add_argument_group("a running server")
     server.add_argument(
         "--base-url", metavar="URL", help="of an OpenAI completions server, in place of a model in process"
     )
-    server.add_argument("--tokenizer", metavar="DIR", type=_path,
+    server.add_argument("--tokenizer", metavar="DIR", type=path,
                         help="the model whose tokenizer counts the prompts' tokens (default: the built-in model's)")  # fmt: skip
     server.add_argument("--timeout", metavar="S", type=_seconds, help="seconds for one prompt (default: 600)")
     add_model_flags(p)

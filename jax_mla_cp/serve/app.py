@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
-
 from fastapi import FastAPI
 
 from jax_mla_cp.serve import chat, completions, errors, health, status, tokens
@@ -12,13 +10,14 @@ from jax_mla_cp.serve.openapi import ERRORS
 from jax_mla_cp.serve.schemas import ModelCard, ModelList
 from jax_mla_cp.serve.served import Served
 from jax_mla_cp.serve.status import Telemetry
+from jax_mla_cp.version import package_version
 
 
 def create_app(served: Served, guards: Guards | None = None, telemetry: Telemetry | None = None) -> FastAPI:
     """The ASGI application for a running engine. Without `guards`, their defaults; without `telemetry`, no /metrics, no
     /status and no page."""
     guards = guards or Guards()
-    app = FastAPI(title="jax_mla_cp", version=version("jax-mla-cp"), responses=ERRORS)
+    app = FastAPI(title="jax_mla_cp", version=package_version(), responses=ERRORS)
     errors.install(app)
     guards.install(app)
     health.install(app, served, guards.drain)

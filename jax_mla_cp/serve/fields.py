@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -127,9 +128,9 @@ class Generation(Body):
             raise ValueError(f"min_tokens is {self.min_tokens}, but at most {limit} tokens are asked for")
         return self
 
+    @abc.abstractmethod
     def limit(self) -> int | None:
         """Most tokens of an answer; None: what fits."""
-        raise NotImplementedError
 
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])

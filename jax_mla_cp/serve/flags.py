@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn, TypeVar
 
 from jax_mla_cp.platform import default_compile_cache
 
 KEY_VARIABLE = "JAX_MLA_CP_API_KEY"
 """The environment variable that API keys may come in, one a line."""
+
+_Number = TypeVar("_Number", int, float)
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,8 +39,8 @@ def fail(message: object) -> NoReturn:
     raise SystemExit(2)
 
 
-def _number(kind: type[int] | type[float], what: str) -> Any:
-    def parse(text: str) -> Any:
+def _number(kind: Callable[[str], _Number], what: str) -> Callable[[str], _Number]:
+    def parse(text: str) -> _Number:
         try:
             return kind(text)
         except ValueError:
@@ -46,16 +49,18 @@ def _number(kind: type[int] | type[float], what: str) -> Any:
     return parse
 
 
-_int = _number(int, "a whole number")
-_float = _number(float, "a number")
+# What argparse calls for a flag's value.
+whole_number = _number(int, "a whole number")
+real_number = _number(float, "a number")
+
+
+def path(text: str) -> Path:
+    """With the user's folder for ~."""
+    return Path(text).expanduser()
 
 
 def _seconds(text: str) -> float | None:
-    return None if text == "off" else _float(text)  # type: ignore[no-any-return]
-
-
-def _path(text: str) -> Path:
-    return Path(text).expanduser()
+    return None if text == "off" else real_number(text)
 
 
 def _origins(text: str) -> tuple[str, ...]:
@@ -63,7 +68,7 @@ def _origins(text: str) -> tuple[str, ...]:
 
 
 def _int_or_auto(text: str) -> int | None:
-    return None if text == "auto" else _int(text)  # type: ignore[no-any-return]
+    return None if text == "auto" else whole_number(text)
 
 
 _EPILOG = """examples:
@@ -72,7 +77,8 @@ _EPILOG = """examples:
   python -m jax_mla_cp.serve --mesh tp=8,cp=4 --model DIR    a DeepSeek-V3-style checkpoint
 
 endpoints:
-  POST /v1/completions, GET /v1/models, GET /health, /ready, /version; OpenAPI at /openapi.json, to try out at /docs
+  POST /v1/completions, /v1/chat/completions, /tokenize, /detokenize; GET /v1/models, /tokenizer_info, /health, /ready, /version
+  GET /docs: all of them, to try out; /openapi.json
   GET / in a browser: what the server does, live, and a chat box; GET /metrics for Prometheus, /status as JSON
 
 with keys, for other machines:
@@ -105,7 +111,7 @@ def add_model_flags(p: argparse.ArgumentParser) -> None:
     """The flags that say what model runs on what devices and in what steps, fields of `ServeConfig`: other programs have
     them too."""
     model = p.add_argument_group("model")
-    model.add_argument("--model", metavar="DIR", type=_path,
+    model.add_argument("--model", metavar="DIR", type=path,
                        help="Hugging Face model directory (config.json, *.safetensors, tokenizer.json), or what `python -m "
                             "jax_mla_cp.checkpoint convert` made of one; default: the small model that comes with the "
                             "program")  # fmt: skip
@@ -136,10 +142,10 @@ def add_model_flags(p: argparse.ArgumentParser) -> None:
     steps.add_argument(
         "--page-size",
         metavar="N",
-        type=_int,
+        type=whole_number,
         help="tokens of a cache page; FlashAttention-3 needs a multiple of 64 (default: 64)",
     )
-    steps.add_argument("--prefill-chunk", metavar="N", type=_int,
+    steps.add_argument("--prefill-chunk", metavar="N", type=whole_number,
                        help="most prompt tokens of a dp group in a step; longer prompts take several, with decoding in between "
                             "(default: 2048)")  # fmt: skip
     steps.add_argument("--compile-cache", metavar="{auto,off,DIR}",
@@ -151,23 +157,23 @@ def _add_engine_flags(p: argparse.ArgumentParser) -> None:
     memory.add_argument(
         "--kv-pages", metavar="N", type=_int_or_auto, help="pages of the cache; auto: what --memory-fraction allows"
     )
-    memory.add_argument("--memory-fraction", metavar="F", type=_float,
+    memory.add_argument("--memory-fraction", metavar="F", type=real_number,
                         help="share of a device's memory for weights, temporaries and cache (default: 0.9 of a GPU's, half of "
                              "the RAM that is free, which virtual CPU devices share)")  # fmt: skip
     memory.add_argument("--max-model-len", metavar="N", type=_int_or_auto,
                         help="longest prompt and continuation; auto: the smaller of the model's and what the pages hold")  # fmt: skip
-    memory.add_argument("--max-running", metavar="N", type=_int, help="most requests at a time (default: 32)")
+    memory.add_argument("--max-running", metavar="N", type=whole_number, help="most requests at a time (default: 32)")
     speculation = p.add_argument_group("speculative decoding: the same answers, several tokens a step")
     speculation.add_argument("--speculative", metavar="{off,mtp}",
                              help="mtp: the checkpoint's layer for multi-token prediction guesses the next tokens, and the "
                                   "model's next step keeps those that it would have said (default: off)")  # fmt: skip
-    speculation.add_argument("--draft-tokens", metavar="N", type=_int,
+    speculation.add_argument("--draft-tokens", metavar="N", type=whole_number,
                              help="guesses per request and step, 1 to 4; more than 1 pays if most of them are accepted, "
                                   "which /health tells (default: 1)")  # fmt: skip
     start = p.add_argument_group("start")
     start.add_argument("--warmup", action=argparse.BooleanOptionalAction,
                        help="compile every program before serving, behind a progress bar; without, each at its first use")  # fmt: skip
-    start.add_argument("--seed", metavar="N", type=_int,
+    start.add_argument("--seed", metavar="N", type=whole_number,
                        help="the seed of requests that carry none (default: a fresh one each)")  # fmt: skip
 
 
@@ -176,16 +182,16 @@ def _add_http_flags(p: argparse.ArgumentParser) -> None:
     http.add_argument("--host", metavar="ADDRESS",
                       help="where to listen; 0.0.0.0: on all interfaces, which needs keys or a proxy that asks for them "
                            "(default: 127.0.0.1, this machine only)")  # fmt: skip
-    http.add_argument("--port", metavar="N", type=_int, help="0: any free one (default: 8000)")
-    http.add_argument("--api-key-file", metavar="FILE", type=_path,
+    http.add_argument("--port", metavar="N", type=whole_number, help="0: any free one (default: 8000)")
+    http.add_argument("--api-key-file", metavar="FILE", type=path,
                       help="keys that clients must send as `Authorization: Bearer KEY`, one a line; "
                            f"{KEY_VARIABLE} in the environment is another way, and both together count (default: no "
                            "keys, everybody may ask). /health, /ready and /version stay open")  # fmt: skip
-    http.add_argument("--ssl-certfile", metavar="FILE", type=_path,
+    http.add_argument("--ssl-certfile", metavar="FILE", type=path,
                       help="certificate chain (PEM): speak HTTPS (default: HTTP)")  # fmt: skip
-    http.add_argument("--ssl-keyfile", metavar="FILE", type=_path,
+    http.add_argument("--ssl-keyfile", metavar="FILE", type=path,
                       help="its private key (PEM), if it isn't in the same file")  # fmt: skip
-    http.add_argument("--ssl-keyfile-password-file", metavar="FILE", type=_path,
+    http.add_argument("--ssl-keyfile-password-file", metavar="FILE", type=path,
                       help="what decrypts the private key: the file's first line")  # fmt: skip
     http.add_argument("--cors-origins", metavar="URL,...", type=_origins,
                       help="let web pages from these origins call the server, or * for all (default: none)")  # fmt: skip
@@ -193,10 +199,10 @@ def _add_http_flags(p: argparse.ArgumentParser) -> None:
 
 def _add_limit_flags(p: argparse.ArgumentParser) -> None:
     limits = p.add_argument_group("limits and times: seconds, or off")
-    limits.add_argument("--max-queued", metavar="N", type=_int,
+    limits.add_argument("--max-queued", metavar="N", type=whole_number,
                         help="most requests that wait to run, each prompt and choice of an HTTP request counted; further "
                              "ones get 503 with Retry-After (default: 1024)")  # fmt: skip
-    limits.add_argument("--max-body-mb", metavar="N", type=_int,
+    limits.add_argument("--max-body-mb", metavar="N", type=whole_number,
                         help="largest body of a request, MiB; larger ones get 413 (default: 16, a prompt of a million "
                              "token ids)")  # fmt: skip
     limits.add_argument("--queue-timeout", metavar="S", type=_seconds,
@@ -208,7 +214,7 @@ def _add_limit_flags(p: argparse.ArgumentParser) -> None:
                         help="a step that takes longer makes /health answer 503, so that whoever watches it can start the "
                              "server again. Compiling counts: without --warmup a step's first use may take minutes "
                              "(default: 600)")  # fmt: skip
-    limits.add_argument("--drain-timeout", metavar="S", type=_float,
+    limits.add_argument("--drain-timeout", metavar="S", type=real_number,
                         help="after SIGTERM or Ctrl-C: /ready and new requests get 503, and what runs has so long to "
                              "finish; a second signal leaves at once (default: 30)")  # fmt: skip
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
-
 from fastapi import FastAPI
 from pydantic import BaseModel
 
 from jax_mla_cp.serve.errors import ApiError, unavailable
 from jax_mla_cp.serve.lifecycle import Drain
 from jax_mla_cp.serve.served import Served
+from jax_mla_cp.version import package_version
 
 
 class Acceptance(BaseModel):
@@ -62,4 +61,4 @@ def install(app: FastAPI, served: Served, drain: Drain) -> None:
 
     @app.get("/version")
     async def get_version() -> Version:
-        return Version(version=version("jax-mla-cp"))
+        return Version(version=package_version())

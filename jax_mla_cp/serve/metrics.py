@@ -14,7 +14,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_late
 from prometheus_client.openmetrics import exposition as openmetrics
 
 from jax_mla_cp.engine import EngineStatus
-from jax_mla_cp.engine.observer import RequestReport, StepReport
+from jax_mla_cp.engine.observer import Observer, RequestReport, StepReport
 
 PREFIX = "jax_mla_cp:"
 
@@ -56,7 +56,7 @@ def steps_1_2_5(largest: int) -> list[int]:
     return [step * 10**e for e in range(len(str(largest))) for step in (1, 2, 5) if step * 10**e <= largest]
 
 
-class Metrics:
+class Metrics(Observer):
     """One server's metrics in a registry of their own. The observer's methods run on the engine's thread.
 
     Args:
@@ -138,9 +138,6 @@ class Metrics:
         self._request_prompt.observe(report.prompt_tokens)
         self._request_output.observe(report.output_tokens)
         self._prefill.observe(report.prefill_seconds)
-
-    def preempted(self) -> None:
-        """The engine's status counts them."""
 
     # What is asked.
 

@@ -45,3 +45,9 @@ def until(condition: Callable[[], object], seconds: float = 5) -> None:
     while not condition():
         assert time.monotonic() < deadline, "did not come true in time"
         time.sleep(0.005)
+
+
+def ended(asked: Asked) -> tuple[list[int], str, int | str | None]:
+    tokens, end = asked.result()
+    assert isinstance(end, Finished), end
+    return tokens, end.reason, end.stop

@@ -10,7 +10,7 @@ import numpy as np
 
 from jax_mla_cp.adjust import Adjust
 from jax_mla_cp.batch import Work
-from jax_mla_cp.runner import Outcome, Sampled, Scored
+from jax_mla_cp.outcome import Outcome, Sampled, Scored
 
 VOCAB = 251
 

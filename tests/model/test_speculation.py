@@ -14,8 +14,8 @@ from scipy import stats
 
 from jax_mla_cp.batch import Sampling, Work
 from jax_mla_cp.config import ConfigError, Form
+from jax_mla_cp.outcome import Outcome
 from jax_mla_cp.planner import Planner
-from jax_mla_cp.runner import Outcome
 from tests import reference
 from tests.speculative import CONFIG, PAGE, OneBucket, Watched, generate, model, weights
 from tests.test_cache import copies_of

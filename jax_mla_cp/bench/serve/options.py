@@ -9,12 +9,11 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from jax_mla_cp.bench.options import fail
 from jax_mla_cp.bench.serve.workload import Lengths, SharedPrefix
 from jax_mla_cp.config import ConfigError
-from jax_mla_cp.serve.flags import Parser
+from jax_mla_cp.serve.flags import Parser, path, real_number, whole_number
 
 _PICTURES = (".png", ".pdf", ".svg")
 GOALS = ("ttft", "itl", "tpot", "e2e")
@@ -116,24 +115,6 @@ def _goals(text: str) -> dict[str, float]:
     return goals
 
 
-def _number(kind: type[int] | type[float], what: str) -> Any:
-    def parse(text: str) -> Any:
-        try:
-            return kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}.") from None
-
-    return parse
-
-
-_int = _number(int, "a whole number")
-_float = _number(float, "a number")
-
-
-def _path(text: str) -> Path:
-    return Path(text).expanduser()
-
-
 _EPILOG = """examples:
   python -m jax_mla_cp.bench serve --base-url http://127.0.0.1:8000/v1 --rate 4 --requests 200
   python -m jax_mla_cp.bench serve --base-url http://127.0.0.1:8000/v1 --rate inf --concurrency 64 --requests 500 \\
@@ -169,25 +150,29 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="the environment variable that holds the API key (default: no key is sent)",
     )
-    server.add_argument("--timeout", metavar="S", type=_float, help="seconds for one answer (default: 600)")
+    server.add_argument("--timeout", metavar="S", type=real_number, help="seconds for one answer (default: 600)")
     load = p.add_argument_group("load")
-    load.add_argument("--requests", metavar="N", type=_int, help="default: 100")
-    load.add_argument("--rate", metavar="R", type=_float, help="requests per second, or inf: all at once (default: 1)")
-    load.add_argument("--burstiness", metavar="B", type=_float,
+    load.add_argument("--requests", metavar="N", type=whole_number, help="default: 100")
+    load.add_argument(
+        "--rate", metavar="R", type=real_number, help="requests per second, or inf: all at once (default: 1)"
+    )
+    load.add_argument("--burstiness", metavar="B", type=real_number,
                       help="shape of the gamma-distributed gaps: 1 is a Poisson process, less comes in bursts, more comes evenly "
                            "(default: 1)")  # fmt: skip
-    load.add_argument("--concurrency", metavar="N", type=_int, help="most requests at a time (default: no limit)")
+    load.add_argument(
+        "--concurrency", metavar="N", type=whole_number, help="most requests at a time (default: no limit)"
+    )
     load.add_argument("--prompt-tokens", metavar="DIST",
                       help="N, LOW-HIGH or lognormal:MEDIAN:SIGMA:MOST (default: 512)")  # fmt: skip
     load.add_argument("--output-tokens", metavar="DIST", help="the same, of the answers (default: 64)")
     load.add_argument("--shared-prefix", metavar="TOKENS:GROUPS",
                       help="prompts start with one of so many texts of so many tokens, before their own (default: none)")  # fmt: skip
-    load.add_argument("--seed", metavar="N", type=_int, help="of times, lengths and prompts (default: 0)")
+    load.add_argument("--seed", metavar="N", type=whole_number, help="of times, lengths and prompts (default: 0)")
     out = p.add_argument_group("results")
     out.add_argument(
         "--goodput", metavar="NAME:TIME,..", help=f"count the requests that keep bounds on {', '.join(GOALS)}"
     )
-    out.add_argument("--json", metavar="FILE", type=_path, help="the tables, and every request, as JSON")
-    out.add_argument("--picture", metavar="FILE", type=_path,
+    out.add_argument("--json", metavar="FILE", type=path, help="the tables, and every request, as JSON")
+    out.add_argument("--picture", metavar="FILE", type=path,
                      help="latencies and requests in flight: .png, .pdf or .svg")  # fmt: skip
     return p

@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from jax_mla_cp.bench.serve.client import Answer
+from jax_mla_cp.version import package_version
 
 PERCENTILES = (50, 90, 95, 99)
 
@@ -143,11 +144,11 @@ class Report:
 
 def versions(server: dict[str, str]) -> dict[str, str]:
     """Of the server, as it tells them, and of this client."""
-    try:
-        package = importlib.metadata.version("jax_mla_cp")
-    except importlib.metadata.PackageNotFoundError:
-        package = "not installed"  # run from a source tree
-    client = {"client": package, "aiohttp": importlib.metadata.version("aiohttp"), "python": platform.python_version()}
+    client = {
+        "client": package_version(),
+        "aiohttp": importlib.metadata.version("aiohttp"),
+        "python": platform.python_version(),
+    }
     return {**{f"server {key}": value for key, value in server.items()}, **client}
 
 

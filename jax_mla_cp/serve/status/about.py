@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from importlib.metadata import version
 
 import jax
 
 from jax_mla_cp.mesh import MeshShape, mesh_shape
 from jax_mla_cp.runner import Runner
 from jax_mla_cp.tokenizer import Tokenizer
+from jax_mla_cp.version import package_version
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ def describe(model_name: str, runner: Runner, tokenizer: Tokenizer | None) -> Ab
         chat=tokenizer is not None and tokenizer.chat_template is not None,
         mesh=mesh_shape(model.mesh),
         facts={
-            "version": version("jax-mla-cp"),
+            "version": package_version(),
             "jax": jax.__version__,
             "device": jax.devices()[0].device_kind,
             "dtype": str(build.dtype),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from jax_mla_cp.engine import Engine
-from jax_mla_cp.engine.observer import RequestReport, StepReport
+from jax_mla_cp.engine.observer import Observer, RequestReport, StepReport
 from jax_mla_cp.serve.metrics import Metrics, balance
 from jax_mla_cp.serve.status.about import About
 from jax_mla_cp.serve.status.prompts import Prompts
@@ -13,7 +13,7 @@ from jax_mla_cp.serve.status.recent import Latencies, Rates
 from jax_mla_cp.serve.status.schemas import Latency, MeshSize, Model, Pages, Percentiles, Prefill, Speculation, Status
 
 
-class Telemetry:
+class Telemetry(Observer):
     """Observes an engine. Its thread calls the observer's methods; anybody may call the others."""
 
     def __init__(self, about: About):
@@ -49,9 +49,6 @@ class Telemetry:
 
     def finished(self, report: RequestReport) -> None:
         self.metrics.finished(report)
-
-    def preempted(self) -> None:
-        self.metrics.preempted()
 
     def status(self, engine: Engine) -> Status:
         """All of it, as of now."""

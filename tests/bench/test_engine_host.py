@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jax_mla_cp.engine.host import NoModel, host_seconds
+from jax_mla_cp.bench.engine_host import NoModel, host_seconds
 from tests.byte_tokenizer import byte_tokenizer
 
 

@@ -8,18 +8,19 @@ from collections.abc import Sequence
 import numpy as np
 
 from jax_mla_cp.batch import Sampling, Work
-from jax_mla_cp.engine.engine import Engine, Steps
-from jax_mla_cp.engine.observer import Nobody, StepReport
+from jax_mla_cp.engine.engine import Engine
+from jax_mla_cp.engine.observer import Observer, StepReport
 from jax_mla_cp.engine.request import Event, Failed, Finished, Request
+from jax_mla_cp.engine.steps import Steps
 from jax_mla_cp.engine.text import TextStream
-from jax_mla_cp.runner import Outcome, Sampled
+from jax_mla_cp.outcome import Outcome, Sampled
 from jax_mla_cp.tokenizer import Tokenizer
 
 
 class NoModel:
     """Steps that cost nothing: each samples the same token after whatever it is given.
 
-    Implements `jax_mla_cp.engine.engine.Steps`.
+    Implements `jax_mla_cp.engine.steps.Steps`.
     """
 
     draft_tokens = 0
@@ -40,7 +41,7 @@ class NoModel:
         """There is nothing to lose."""
 
 
-class _Steps(Nobody):
+class _Steps(Observer):
     def __init__(self) -> None:
         self.reports: list[StepReport] = []
 

@@ -1,0 +1,35 @@
+"""What the engine needs of what it steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from jax_mla_cp.batch import Work
+from jax_mla_cp.outcome import Outcome
+
+
+class Steps(Protocol):
+    """`jax_mla_cp.runner.Runner`, or what stands in for it."""
+
+    prefill_chunk: int
+    max_running: int
+
+    @property
+    def dp(self) -> int: ...
+
+    @property
+    def cp(self) -> int: ...
+
+    @property
+    def draft_tokens(self) -> int: ...
+
+    @property
+    def page_size(self) -> int: ...
+
+    @property
+    def pages_per_group(self) -> int: ...
+
+    def step(self, work: Sequence[Sequence[Work]]) -> list[list[Outcome]]: ...
+
+    def reset(self) -> None: ...

@@ -1,0 +1,27 @@
+"""An engine over the stand-in for the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from jax_mla_cp.engine import (
+    Engine,
+)
+from tests.engine.standin import PageModel
+
+
+@pytest.fixture
+def model() -> PageModel:
+    return PageModel()
+
+
+@pytest.fixture
+def engine(model: PageModel) -> Iterator[Engine]:
+    engine = Engine(model)
+    engine.start()
+    yield engine
+    if model.gate:
+        model.gate.release(10_000)
+    engine.stop(timeout=10)

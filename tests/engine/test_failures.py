@@ -1,0 +1,168 @@
+"""What goes wrong, or is given up, concerns those that it concerns; no page is lost, and owners are told."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from jax_mla_cp.engine import (
+    Engine,
+    EngineDead,
+    Event,
+    Failed,
+    Observer,
+    QueueFull,
+    StepReport,
+)
+from tests.engine.asked import Asked, ended, until
+from tests.engine.standin import PageModel, continuation
+
+
+def test_abort_frees_the_pages_within_a_step(model: PageModel, engine: Engine) -> None:
+    model.gate = threading.Semaphore(0)
+    asked = Asked([1] * 10, 100)
+    engine.submit(asked.request)
+    model.gate.release(3)
+    until(lambda: asked.events.qsize() == 3)
+    engine.abort(asked.request)
+    model.gate.release(1)
+    until(lambda: engine.idle)
+    assert model.steps <= 4
+
+
+def test_a_failed_step_fails_its_requests_and_the_others_go_on(model: PageModel, engine: Engine) -> None:
+    """The cache is gone after it: what was cached is not reused."""
+    model.gate = threading.Semaphore(0)
+    decoding, first, beside, waiting = Asked([1] * 4, 150), Asked([9] * 40, 9), Asked([8] * 20, 9), Asked([9] * 40, 30)
+    for asked in (first, beside):
+        engine.submit(asked.request)
+    model.gate.release(1)  # the first's chunk fills the step
+    until(lambda: model.steps == 1)
+    model.fail_next = 1
+    engine.submit(waiting.request)
+    model.gate.release(200)
+    assert first.result()[1] == Failed("The step that this request was part of failed.", "step")
+    for asked in (beside, waiting):
+        assert asked.result()[0] == continuation(asked.request.prompt, asked.request.max_tokens)
+    engine.submit(decoding.request)
+    assert decoding.result()[0] == continuation([1] * 4, 150)
+    assert engine.alive and engine.unhealthy_reason is None
+
+
+def test_repeated_failures_end_the_engine(model: PageModel, engine: Engine) -> None:
+    model.fail_next = 3
+    for _ in range(3):
+        asked = Asked([1], 2)
+        engine.submit(asked.request)
+        end = asked.result()[1]
+        assert isinstance(end, Failed) and end.kind == "step"
+    until(lambda: not engine.alive)
+    assert engine.unhealthy_reason == "3 steps failed in a row."
+    with pytest.raises(EngineDead, match="3 steps failed"):
+        engine.submit(Asked([1], 1).request)
+
+
+def test_stop_fails_what_is_left() -> None:
+    model = PageModel()
+    model.gate = threading.Semaphore(0)
+    engine = Engine(model)
+    engine.start()
+    asked = [Asked([1], 100), Asked([2], 150)]
+    for a in asked:
+        engine.submit(a.request)
+    model.gate.release(2)
+    until(lambda: asked[0].events.qsize() == 2)
+    stopper = threading.Thread(target=engine.stop)
+    stopper.start()
+    model.gate.release(10)
+    stopper.join(5)
+    assert all(isinstance(a.result()[1], Failed) for a in asked)
+    assert not engine.alive and engine.idle
+
+
+def test_an_owner_that_raises_harms_no_other(engine: Engine) -> None:
+    broken, good = Asked([1], 30), Asked([2], 30)
+
+    def raises(event: Event) -> None:
+        raise RuntimeError("Event loop is closed")
+
+    broken.request.emit = raises
+    engine.submit(broken.request)
+    engine.submit(good.request)
+    assert ended(good) == (continuation([2], 30), "length", None)
+    until(lambda: engine.idle)
+
+
+def test_an_observer_that_raises_harms_nobody(model: PageModel) -> None:
+    class Broken(Observer):
+        def step(self, report: StepReport) -> None:
+            raise RuntimeError("no disk")
+
+    engine = Engine(model, observer=Broken())
+    engine.start()
+    asked = Asked([1], 5)
+    engine.submit(asked.request)
+    assert asked.result()[0] == continuation([1], 5)
+    engine.stop(5)
+
+
+def test_the_queue_has_an_end(model: PageModel) -> None:
+    engine = Engine(model, max_queued=2)  # beside 4 that run
+    engine.submit_all([Asked([i], 2).request for i in range(4)])
+    with pytest.raises(QueueFull, match="4 requests run or wait already, 6 may"):
+        engine.submit_all([Asked([5], 2).request for _ in range(3)])
+    last = [Asked([i], 2) for i in (5, 6)]
+    engine.submit_all([a.request for a in last])
+    engine.start()
+    for a in last:
+        assert a.result()[0] == continuation(a.request.prompt, 2)
+    with pytest.raises(ValueError, match="need 161 places, the cache has 160"):
+        engine.submit(Asked([1] * 100, 62).request)
+    engine.stop(5)
+
+
+def test_requests_have_limits(model: PageModel) -> None:
+    model.gate, model.max_running = threading.Semaphore(0), 1
+    engine = Engine(model)
+    slow, waits, fine = Asked([1], 90, timeout=0.2), Asked([2], 1, queue_timeout=0.1), Asked([3], 1, queue_timeout=60)
+    engine.submit_all([a.request for a in (slow, waits, fine)])
+    engine.start()
+    model.gate.release(1)
+    until(lambda: slow.events.qsize() == 1)
+    time.sleep(0.25)
+    model.gate.release(100)
+    kinds = [end.kind for a in (waits, slow) if isinstance(end := a.result()[1], Failed)]
+    assert kinds == ["queue_timeout", "timeout"]
+    assert fine.result()[0] == continuation([3], 1)
+    engine.stop(5)
+    assert engine.idle
+
+
+def test_drain_ends_what_is_there_and_takes_nothing_new(model: PageModel, engine: Engine) -> None:
+    model.gate = threading.Semaphore(0)
+    asked = Asked([1], 10)
+    engine.submit(asked.request)
+    assert not engine.drain(0.05)
+    with pytest.raises(EngineDead, match="stopping"):
+        engine.submit(Asked([1], 1).request)
+    model.gate.release(100)
+    assert engine.drain(5)
+    assert asked.result()[0] == continuation([1], 10)
+
+
+def test_a_step_that_hangs_is_told() -> None:
+    model = PageModel()
+    model.gate = threading.Semaphore(0)
+    engine = Engine(model, watchdog_seconds=0.05)
+    assert engine.unhealthy_reason == "the engine is not running."
+    engine.start()
+    asked = Asked([1], 1)
+    engine.submit(asked.request)
+    until(lambda: engine.unhealthy_reason is not None)
+    assert "a step has been running for" in str(engine.unhealthy_reason) and engine.alive
+    model.gate.release(1)
+    assert asked.result()[0] == continuation([1], 1)
+    until(lambda: engine.unhealthy_reason is None)
+    engine.stop(5)

@@ -1,0 +1,145 @@
+"""What a request may ask of its output, and what it gets."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from jax_mla_cp.engine import (
+    Engine,
+    Failed,
+    Finished,
+    GrammarError,
+    PromptScored,
+)
+from jax_mla_cp.engine.text import TextStream
+from tests.byte_tokenizer import byte_tokenizer
+from tests.engine.asked import Asked, ended, until
+from tests.engine.standin import VOCAB, PageModel, continuation, logprob
+
+
+def test_what_follows_an_end_within_a_run_is_dropped() -> None:
+    """Stop tokens, stop strings and max_tokens end a request wherever they fall among the drafts that hold."""
+    model = PageModel(draft_tokens=4)
+    engine = Engine(model)
+    engine.start()
+    for i in range(12):
+        prompt = [i, 2, 3] * (1 + i % 9)
+        want = continuation(prompt, 20)
+        bytes_only = [t for t in want[3:] if 32 <= t < 127]
+        stop = chr(bytes_only[-1])
+        asked = [
+            *(Asked(prompt, most) for most in range(1, 9)),
+            *(Asked(prompt, 20, frozenset({token})) for token in want[:8]),
+            Asked(prompt, 20, text=TextStream(byte_tokenizer(), [stop])),
+        ]
+        for a in asked:
+            engine.submit(a.request)
+        for most, a in enumerate(asked[:8], 1):
+            assert ended(a) == (want[:most], "length", None)
+        for token, a in zip(want, asked[8:16], strict=False):
+            assert ended(a) == (want[: want.index(token) + 1], "stop", token)
+        assert ended(asked[-1]) == (want[: want.index(ord(stop)) + 1], "stop", stop)
+    until(lambda: engine.idle)
+    assert engine.speculation is not None
+    assert engine.speculation.drafted == sum(drafts * times for (drafts, _), times in model.held.items())
+    assert engine.speculation.accepted == sum(held * times for (_, held), times in model.held.items())
+    assert {(4, held) for held in range(5)} < set(model.held), "every number of drafts held"
+    engine.stop(5)
+
+
+class Digits:
+    """Three digits, written as their characters' codes."""
+
+    def __init__(self) -> None:
+        self.taken: list[int] = []
+
+    def mask(self) -> np.ndarray:
+        words = np.zeros(-(-VOCAB // 32), np.uint32)
+        for token in range(48, 58):
+            words[token // 32] |= np.uint32(1 << token % 32)
+        return words
+
+    def accept(self, token: int) -> None:
+        self.taken.append(token)
+
+    @property
+    def finished(self) -> bool:
+        return len(self.taken) == 3
+
+
+def test_a_grammar_leads_and_ends_its_request() -> None:
+    engine = Engine(PageModel(draft_tokens=2))
+    engine.start()
+    grammar = Digits()
+    asked, other = Asked([1, 2], 20, grammar=grammar), Asked([3], 20)
+    engine.submit_all([asked.request, other.request])
+    tokens, reason, stop = ended(asked)
+    assert (reason, stop) == ("stop", None) and tokens == grammar.taken and all(48 <= t < 58 for t in tokens)
+    assert ended(other)[0] == continuation([3], 20)
+
+    class Breaks(Digits):
+        def mask(self) -> np.ndarray:
+            if len(self.taken) == 1:
+                raise ValueError("no way on")
+            return super().mask()
+
+    broken, other = Asked([1, 2], 20, grammar=Breaks()), Asked([4], 20)
+    engine.submit_all([broken.request, other.request])
+    assert broken.result()[1] == Failed("The request's next token could not be prepared.", "internal")
+    assert ended(other)[0] == continuation([4], 20)
+
+    class Refuses(Digits):
+        def accept(self, token: int) -> None:
+            raise GrammarError("too hard")
+
+    refused, other = Asked([1, 2], 20, grammar=Refuses()), Asked([5], 20)
+    engine.submit_all([refused.request, other.request])
+    assert refused.result()[1] == Failed("too hard", "grammar")
+    assert ended(other)[0] == continuation([5], 20)
+    engine.stop(5)
+    assert engine.idle
+
+
+def test_no_end_before_min_tokens(engine: Engine) -> None:
+    free = continuation([5], 12)
+    even = frozenset(range(0, VOCAB, 2))
+    asked = Asked([5], 40, even, min_tokens=4)
+    engine.submit(asked.request)
+    tokens, reason, stop = ended(asked)
+    assert reason == "stop" and len(tokens) >= 5 and tokens[-1] == stop
+    assert not set(tokens[:-1]) & even and set(free[:4]) & even, "the bans changed something"
+    text = TextStream(byte_tokenizer(), [chr(t) for t in free if 32 <= t < 127])
+    asked = Asked([5], 12, text=text, min_tokens=11)
+    engine.submit(asked.request)
+    assert len(ended(asked)[0]) >= 11
+
+
+def test_scored_prompts(engine: Engine) -> None:
+    prompt = [7, 1, 7] * 8
+    engine.submit(first := Asked(prompt, 1).request)
+    scored = Asked(prompt, 0, score_prompt=True)
+    engine.submit(scored.request)
+    assert ended(scored) == ([], "length", None)
+    [event, _] = scored.all
+    assert isinstance(event, PromptScored) and np.isnan(event.logprobs[0])
+    assert event.logprobs[1:].tolist() == [logprob(prompt[:n], prompt[n]) for n in range(1, 24)]
+    assert event.top_tokens.shape == event.top_logprobs.shape == (24, 20)
+    after = Asked(prompt, 1)
+    engine.submit(after.request)
+    end = after.result()[1]
+    assert isinstance(end, Finished) and end.cached_tokens == 20 and first.cached_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "most", "options", "message"),
+    [
+        ([], 1, {}, "prompt"),
+        ([1], 0, {}, "max_tokens: must be at least 1, got 0"),
+        ([1], -1, {"score_prompt": True}, "max_tokens: must be at least 0"),
+        ([1], 3, {"min_tokens": 4}, "min_tokens: must be 0 to max_tokens=3, got 4"),
+    ],
+)
+def test_requests_that_can_not_be(prompt: list[int], most: int, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Asked(prompt, most, **options)
