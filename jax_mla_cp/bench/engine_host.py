@@ -9,11 +9,13 @@ import numpy as np
 
 from jax_mla_cp.batch import Sampling, Work
 from jax_mla_cp.engine.engine import Engine
-from jax_mla_cp.engine.observer import Observer, StepReport
+from jax_mla_cp.engine.observer import StepReport
 from jax_mla_cp.engine.request import Event, Failed, Finished, Request
 from jax_mla_cp.engine.steps import Steps
 from jax_mla_cp.engine.text import TextStream
+from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.outcome import Outcome, Sampled
+from jax_mla_cp.serve.status import About, Telemetry
 from jax_mla_cp.tokenizer import Tokenizer
 
 
@@ -41,11 +43,15 @@ class NoModel:
         """There is nothing to lose."""
 
 
-class _Steps(Observer):
+class _Steps(Telemetry):
+    """The server's own observer, whose time counts too; and the reports of all steps."""
+
     def __init__(self) -> None:
+        super().__init__(About("none", 1, chat=False, mesh=MeshShape(), facts={}))
         self.reports: list[StepReport] = []
 
     def step(self, report: StepReport) -> None:
+        super().step(report)
         self.reports.append(report)
 
 

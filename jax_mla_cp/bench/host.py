@@ -54,7 +54,7 @@ def run(options: Options, config: ModelConfig, report: Report) -> None:
             report.hold(f"{requests} requests: host ms per step, without the transfer", row["ms"] if row else None,
                         at_most=_HOLD_MS[requests])  # fmt: skip
     report.notes.append(
-        "ms: engine + arrays + pack + outcomes. engine: schedule, works, tokens to text, events. arrays: works are checked, laid out over the ranks and made into arrays. "
+        "ms: engine + arrays + pack + outcomes. engine: schedule, works, tokens to text, events, metrics. arrays: works are checked, laid out over the ranks and made into arrays. "
         "put: two arrays to every device, and waiting for them."
     )
 
