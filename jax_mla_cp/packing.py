@@ -23,6 +23,9 @@ from jax_mla_cp.mesh import DP, TOKENS, MeshShape
 
 _WORDS = PartitionSpec(TOKENS), PartitionSpec(DP)
 """How the two arrays of words are divided."""
+_ALIGNMENT = 32
+"""Words after which an array may begin, 128 bytes: XLA hands a slice to a kernel where it lies, and those of FlashAttention-3
+refuse an address that is no multiple of 16 bytes (ffi/arguments.h)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +37,10 @@ class _Part:
     start: int
     shape: tuple[int, ...]
     dtype: str
+
+    @property
+    def end(self) -> int:
+        return self.start + math.prod(self.shape)
 
 
 @jax.tree_util.register_dataclass
@@ -58,11 +65,16 @@ def pack(batch: Batch, mesh: MeshShape) -> Packed:
     leaves, tree = jax.tree.flatten(dataclasses.replace(batch, embeds=None))
     counts = mesh.dp * mesh.cp, mesh.dp
     parts = _parts(tree, tuple((leaf.shape, leaf.dtype.name) for leaf in leaves), counts)
-    words: tuple[list[Any], list[Any]] = ([], [])
+    ends = [max((part.end for part in parts if part.array == array), default=0) for array in (0, 1)]
+    words = [np.zeros((count, _aligned(end)), np.int32) for count, end in zip(counts, ends, strict=True)]
     for leaf, part in zip(leaves, parts, strict=True):
-        words[part.array].append(leaf.reshape(counts[part.array], -1).view(np.int32))
-    ranks, groups = (np.concatenate(arrays, axis=1).reshape(-1) for arrays in words)
+        words[part.array][:, part.start : part.end] = leaf.reshape(counts[part.array], -1).view(np.int32)
+    ranks, groups = (array.reshape(-1) for array in words)
     return Packed(ranks, groups, batch.embeds, parts, tree)
+
+
+def _aligned(words: int) -> int:
+    return -(-words // _ALIGNMENT) * _ALIGNMENT
 
 
 @functools.lru_cache
@@ -76,7 +88,7 @@ def _parts(tree: Any, arrays: tuple[tuple[tuple[int, ...], str], ...], counts: t
         which = _WORDS.index(spec)
         local = (shape[0] // counts[which], *shape[1:])
         parts.append(_Part(which, ends[which], local, dtype))
-        ends[which] += math.prod(local)
+        ends[which] = _aligned(parts[-1].end)
     return tuple(parts)
 
 
@@ -87,7 +99,7 @@ def unpack(packed: Packed | Batch) -> Batch:
     arrays = packed.ranks, packed.groups
 
     def cut(part: _Part) -> jax.Array:
-        words = arrays[part.array][part.start : part.start + math.prod(part.shape)].reshape(part.shape)
+        words = arrays[part.array][part.start : part.end].reshape(part.shape)
         return words if part.dtype == "int32" else lax.bitcast_convert_type(words, jnp.dtype(part.dtype))
 
     batch: Batch = jax.tree.unflatten(packed.tree, [cut(part) for part in packed.parts])

@@ -36,6 +36,8 @@ def test_each_device_unpacks_its_own(dp: int, cp: int, drafts: int, seed: int) -
     packed = pack(host, MeshShape(dp=dp, cp=cp))
     assert len({jax.tree.structure(pack(batch(dp, cp, drafts, s), MeshShape(dp=dp, cp=cp))) for s in (1, 2)}) == 1
     ranks, groups = packed.ranks.reshape(dp * cp, -1), packed.groups.reshape(dp, -1)
+    starts = [4 * part.start for part in packed.parts] + [4 * ranks.shape[1], 4 * groups.shape[1]]
+    assert not any(start % 16 for start in starts), "a kernel that is handed a slice refuses any other address"
     for rank in range(dp * cp):
         got = unpack(dataclasses.replace(packed, ranks=ranks[rank], groups=groups[rank // cp]))
         for ours, whole, spec in zip(

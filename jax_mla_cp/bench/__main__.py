@@ -32,11 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _topology(options: Options) -> MeshShape | None:
-    """The devices that the run takes part in; None: one real device."""
+    """The devices that the run takes part in, mocked or virtual; None: those that there are."""
     if options.command in ("layer", "model", "host") or options.full:
         return options.mesh
-    if options.command == "load" and options.platform == "cpu":
+    if options.platform == "cpu" and options.command == "load":
         return options.mesh
+    if options.platform == "cpu" and options.command == "scaling":
+        return max(options.meshes, key=lambda mesh: mesh.devices)
     return None
 
 

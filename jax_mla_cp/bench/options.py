@@ -14,7 +14,7 @@ from jax_mla_cp import presets
 from jax_mla_cp.config import ConfigError, Implementation
 from jax_mla_cp.mesh import MeshShape
 
-Command = Literal["attention", "layer", "model", "decode", "load", "host"]
+Command = Literal["attention", "layer", "model", "decode", "load", "host", "scaling"]
 FormName = Literal["expanded", "absorbed"]
 EpName = Literal["tp", "tp,cp", "tp,cp,dp"]
 WeightsName = Literal["bf16", "fp8"]
@@ -44,6 +44,7 @@ class Options:
     heads: tuple[int, ...] = ()
     cp: tuple[int, ...] = (4, 8)
     mesh: MeshShape = dataclasses.field(default_factory=lambda: MeshShape(tp=8, cp=4))
+    meshes: tuple[MeshShape, ...] = ()
     ep_axes: tuple[EpName, ...] = ("tp", "tp,cp")
     weights: tuple[WeightsName, ...] = ("bf16",)
     layers: int | None = None
@@ -81,10 +82,9 @@ class Options:
             for value in values:
                 if not low <= value <= high:
                     raise ConfigError(f"{flag}: must be whole numbers from {low} to {high}, got {value}.")
-        if self.mesh.dp != 1:
-            raise ConfigError(
-                f"--mesh {self.mesh}: dp only repeats the same work. Use tp and cp alone, e.g. tp=8,cp=4."
-            )
+        for flag, mesh in [("--mesh", self.mesh), *(("--meshes", mesh) for mesh in self.meshes)]:
+            if mesh.dp != 1:
+                raise ConfigError(f"{flag} {mesh}: dp only repeats the same work. Use tp and cp alone, e.g. tp=8,cp=4.")
         if self.json is not None and not self.json.absolute().parent.is_dir():
             raise ConfigError(f"--json {self.json}: the directory {self.json.parent} does not exist. Make it first.")
         if self.scratch is not None and not self.scratch.is_dir():
@@ -101,7 +101,7 @@ class Options:
                 f"--platform cpu: it is there to try the program, and {most} tokens would take it hours. "
                 f"{_SMALL[self.command]}"
             )
-        if self.command in ("layer", "model") and self.model != "tiny":
+        if self.command in ("layer", "model", "scaling") and self.model != "tiny":
             raise ConfigError(f"--platform cpu: {self.model} does not fit a CPU's memory. {_SMALL[self.command]}")
 
 
@@ -110,6 +110,7 @@ _SMALL: dict[str, str] = {
     "decode": "Give small sizes: --shapes 4x128 --heads 2.",
     "layer": "Give small sizes: --model tiny --seq 1K.",
     "model": "Give small sizes: --model tiny --seq 1K --long 4K --chunk 2K --layers 2.",
+    "scaling": "Give small sizes: --model tiny --seq 1K.",
 }
 
 _K = 1024
@@ -124,6 +125,13 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "ep_axes": ("tp",),
     },
     "load": {"mesh": MeshShape(tp=2, cp=2), "samples": 3},
+    "scaling": {
+        "model": "deepseek_v2_lite",
+        "seq": (8 * _K, 32 * _K, 128 * _K),
+        "forms": ("expanded",),
+        "ep_axes": ("tp",),
+        "meshes": (MeshShape(), MeshShape(cp=2), MeshShape(tp=2)),
+    },
     "host": {"platform": "cpu", "shapes": tuple((n, 8 * _K) for n in (1, 8, 16, 32, 64)), "samples": 20},
 }
 _QUICK: dict[str, dict[str, Any]] = {
@@ -133,6 +141,7 @@ _QUICK: dict[str, dict[str, Any]] = {
     "decode": {"shapes": ((64, 8 * _K), (8, 128 * _K)), "heads": (16,), "tokens": (1,), "samples": 3},
     "load": {"gb": 1, "samples": 1},
     "host": {"shapes": ((1, 8 * _K), (64, 8 * _K)), "samples": 3},
+    "scaling": {"seq": (32 * _K,), "samples": 3},
 }
 
 
@@ -246,6 +255,16 @@ and what they would have brought is random numbers. Their time comes from a link
 Calls go over different regions of the cache ("layers") within one program, so that no L2 cache serves them.
 
 {_METHOD}""",
+    "scaling": f"""examples:
+  python -m jax_mla_cp.bench scaling --json scaling.json
+  python -m jax_mla_cp.bench scaling --meshes tp=1 cp=8 tp=8 tp=4,cp=2 --seq 128K
+  python -m jax_mla_cp.bench scaling --model deepseek_v3 --meshes tp=8 tp=4,cp=2 --layers 12 --ep-axes tp,cp
+  python -m jax_mla_cp.bench scaling --platform cpu --model tiny --seq 1K      try it without a GPU
+
+Needs as many GPUs as the largest mesh. Random weights of the model's sizes: deepseek_v2_lite's 31 GB fit every GPU of 80 GB.
+A mesh of one axis of size 1 is one GPU.
+
+{_METHOD}""",
     "host": """examples:
   python -m jax_mla_cp.bench host --json host.json
   python -m jax_mla_cp.bench host --mesh tp=8,cp=1 --shapes 64x1K,64x128K
@@ -268,7 +287,8 @@ def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     p = _Parser(
         prog="python -m jax_mla_cp.bench",
-        description="Times the kernels and the real 32-GPU program of jax_mla_cp on one GPU, beside what the GPU can do.",
+        description="Times the kernels and the real 32-GPU program of jax_mla_cp on one GPU, beside what the GPU can do; "
+        "the model on several GPUs; and the server.",
         epilog="python -m jax_mla_cp.bench COMMAND --help tells each one's flags, with examples.\n\n" + _METHOD,
         formatter_class=raw,
         allow_abbrev=False,
@@ -305,6 +325,8 @@ def _parser() -> argparse.ArgumentParser:
         "--shapes", "--heads", "--tokens", "--full", "--layers", "--mesh", "--ep-axes")  # fmt: skip
     add(command("load", "Loading a checkpoint, safetensors beside Orbax: time and the host's memory."),
         "--gb", "--scratch", "--mesh")  # fmt: skip
+    add(command("scaling", "A whole model's prefill on meshes of the GPUs that are here, with real collectives."),
+        "--meshes", "--seq", "--ep-axes", "--forms", "--layers")  # fmt: skip
     add(command("host", "What the host does for a step: works to arrays, to the devices, and results to outcomes."),
         "--shapes", "--mesh")  # fmt: skip
     # Listed here, run by bench/serve: __main__ hands it over before this parser sees it.
@@ -323,12 +345,14 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "--cp": {"metavar": "N,N,...", "type": _list(_number), "help": "sizes of the cp group (default: 4,8)"},
     "--forms": {"metavar": "FORM,FORM", "type": _list(str), "help": "expanded,absorbed (default: both)"},
     "--mesh": {"metavar": "AXES", "type": _mesh, "help": "the GPUs that are mocked, e.g. tp=8,cp=4"},
+    "--meshes": {"metavar": "AXES", "nargs": "+", "type": _mesh,
+                 "help": "one after the other, the first to compare with (default: tp=1 cp=2 tp=2)"},
     "--ep-axes": {"metavar": "AXES", "nargs": "+", "type": str,
                   "help": 'what divides the experts, one or several: tp "tp,cp"'},
     "--weights": {"metavar": "NAME,NAME", "type": _list(str),
                   "help": "of the whole layers: bf16 (--dtype's), fp8 (kept so, dequantised by every use) (default: bf16)"},
     "--layers": {"metavar": "N", "type": _number,
-                 "help": "layers that really run (default: layer 4, model as many as fit, decode 4)"},
+                 "help": "layers that really run (default: layer 4, model as many as fit, decode 4, scaling all)"},
     "--profile": {"metavar": "DIR", "type": lambda t: Path(t).expanduser(),
                   "help": "record a trace there, and add a table of its time by named scope"},
     "--shapes": {"metavar": "NxN,...", "type": _list(_shape), "help": "requests x context, e.g. 64x8K,8x128K"},

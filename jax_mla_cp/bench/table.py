@@ -27,7 +27,7 @@ _TITLES = {
     "memory_gb": "run GB", "total_gb": "all layers GB", "load_gbs": "GB/s", "cpu_s": "CPU s",
     "host_gb": "host GB", "peak": "of local shards",
 }  # fmt: skip
-_DIGITS = {"fraction": 3, "balance": 3, "gbs": 0, "n": 0}
+_DIGITS = {"fraction": 3, "efficiency": 3, "tokens_per_s": 0, "balance": 3, "gbs": 0, "n": 0}
 
 
 @dataclasses.dataclass(frozen=True)

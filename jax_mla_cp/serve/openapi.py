@@ -27,6 +27,10 @@ ERRORS: Responses = {
 
 
 def streams(chunk: type[BaseModel]) -> Responses:
-    """The 200 of a route that answers in one piece or, with `stream`, in server-sent events."""
+    """The 200 of a route that answers in one piece or, with `stream`, in server-sent events.
+
+    OpenAPI before 3.2 has no word for a stream's items; its readers take the schema for that of each event.
+    """
     text = f"With `stream`: events `data: {{...}}`, each a {chunk.__name__} or an Error, then `data: [DONE]`."
-    return {200: {"description": text, "content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+    event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+    return {200: {"description": text, "content": {"text/event-stream": {"schema": event}}}}

@@ -12,7 +12,7 @@ import httpx
 
 from tests.clients.schema import fuzz, operations
 from tests.live import Live
-from tests.soak.ask import ask_alone, differ
+from tests.soak.ask import TIMEOUT, ask_alone, differ
 from tests.soak.mutate import mutated, send_raw
 from tests.soak.sizes import Sizes
 
@@ -34,7 +34,7 @@ def test_mutated_bytes(live: Live, sizes: Sizes, record: Callable[..., None]) ->
     rng = random.Random(1)
     requests = [mutated(live.model, rng) for _ in range(sizes.mutated)]
     with ThreadPoolExecutor(AT_A_TIME) as pool:
-        statuses = list(pool.map(lambda request: send_raw(live.url, request, 120), requests))
+        statuses = list(pool.map(lambda request: send_raw(live.url, request, TIMEOUT), requests))
     seen = collections.Counter(statuses)
     record("mutated bytes", requests=len(requests), statuses={str(status): n for status, n in seen.most_common()})
     answered = list(zip(statuses, requests, strict=True))

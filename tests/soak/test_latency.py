@@ -13,7 +13,7 @@ import httpx
 
 from tests.live import CHUNK, PAGE, Live
 from tests.soak.ask import TIMEOUT, ask, ask_alone, prompt, stream
-from tests.soak.sizes import Sizes
+from tests.soak.sizes import FULL, Sizes
 
 RUNNING, TRIES = 4, 3
 
@@ -58,6 +58,6 @@ def test_a_long_prompt_beside_running_requests(live: Live, sizes: Sizes, record:
         median_ms=round(statistics.median(itertools.chain(*tries)) * 1e3),
         longest_ms=[round(seconds * 1e3) for seconds in longest],
     )  # fmt: skip
-    # Of several tries the best: a scheduler that stalls does so in each, a machine that other work shares now and then.
-    assert min(longest) <= 2 * chunk
+    # `make test` takes the best of its tries: a scheduler that stalls does so in each, a machine that is shared now and then.
+    assert (max(longest) if sizes is FULL else min(longest)) <= 2 * chunk
     live.wait_until_idle()

@@ -1,0 +1,70 @@
+"""`scaling`: a whole model's prefill on the GPUs that are here, divided in one way after the other.
+
+Nothing is mocked: the collectives are NCCL's, and every device computes what it would in a server. Rows compare themselves
+with the first mesh of `--meshes`.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+from jax_mla_cp.bench.options import FormName, Options
+from jax_mla_cp.bench.program import (
+    clean_up,
+    compile_program,
+    make_build,
+    make_model,
+    make_planner,
+    prompt,
+    with_layers,
+)
+from jax_mla_cp.bench.table import Report
+from jax_mla_cp.config import ModelConfig
+from jax_mla_cp.mesh import make_mesh
+from jax_mla_cp.model.handle import Model
+
+
+def run(options: Options, config: ModelConfig, report: Report) -> None:
+    """Adds a row for each mesh, number of tokens and form.
+
+    Raises:
+      ConfigError: a mesh that needs more devices than there are.
+    """
+    for mesh in options.meshes:
+        make_mesh(mesh)
+    layers = min(options.layers or config.num_layers, config.num_layers)
+    dense = min(config.num_dense_layers, layers)
+    config = with_layers(config, dense, layers - dense, max(options.seq))
+    gpu_seconds: dict[tuple[int, FormName], float] = {}
+    for mesh, ep in itertools.product(options.meshes, options.ep_axes):
+        build = make_build(config, mesh, ep, options.dtype, options.attention)
+        make = functools.cache(functools.partial(make_model, build))  # in the first row: what fails is a row
+        for seq, form in itertools.product(options.seq, options.forms):
+            report.row(
+                f"prefill, {options.model}, {layers} layers", str(mesh),
+                functools.partial(_row, make, seq, form, options.samples, gpu_seconds),
+                devices=mesh.devices, ep_axes=ep, seq=seq, form=form, dtype=options.dtype,
+            )  # fmt: skip
+            clean_up()
+        make.cache_clear()
+        clean_up()
+    report.notes.append(
+        f"efficiency: devices times seconds of {options.meshes[0]}, over the row's. From tokens to the last one's logits; "
+        "random weights, routing even."
+    )
+
+
+def _row(
+    make: Callable[[], Model], seq: int, form: FormName, samples: int, gpu_seconds: dict[tuple[int, FormName], float]
+) -> dict[str, Any]:
+    """`gpu_seconds`: of the first mesh that ran so many tokens in this form."""
+    model = make()
+    planner = make_planner(model, seq, form=form)
+    program = compile_program(model, planner, prompt(model, planner, seq))
+    timing = program.time(samples)
+    used = timing.seconds * program.pages.sharding.num_devices
+    first = gpu_seconds.setdefault((seq, form), used)
+    return timing.row() | {"tokens_per_s": seq / timing.seconds, "efficiency": first / used} | program.memory
