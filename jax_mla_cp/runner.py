@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -25,6 +26,9 @@ from jax_mla_cp.platform import default_memory_fraction, device_memory
 from jax_mla_cp.step import put, step
 
 log = logging.getLogger(__name__)
+
+_COMPILERS = 4
+"""Programs that are compiled at a time: XLA's own threads leave most of a machine's cores idle."""
 
 
 class Runner:
@@ -94,11 +98,12 @@ class Runner:
         sizes = " ".join(str(bucket * cp) for bucket in self.planner.buckets)
         return f"{len(self._shapes)} programs, tokens per step: {sizes}"
 
-    def warmup(self, progress: Callable[[Sequence[StepShape]], Any] = iter) -> None:
-        """Compiles all programs. `progress` wraps the sequence of their shapes, as rich.progress.track does."""
+    def warmup(self, progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda done, total: done) -> None:
+        """Compiles all programs, several at a time. `progress` wraps what yields once for each, as rich.progress.track does."""
         self._spreader.warmup()
-        for shape in progress(self._shapes):
-            self._program(shape)
+        with ThreadPoolExecutor(_COMPILERS) as pool:
+            for _ in progress(pool.map(self._program, self._shapes), len(self._shapes)):
+                pass
 
     @property
     def _shapes(self) -> tuple[StepShape, ...]:
@@ -201,6 +206,7 @@ def _pages_that_fit(probe: Planner, fraction: float) -> int:
     model = probe.model
     # The last has the most absorbed tokens, but only few of them take decode's kernel and its scratch (attention/fa3.py).
     largest = [probe.scored_steps[-1], *(probe.steps[-2:-1] if model.build.attention == "fa3" else ())]
+    log.info("compiling the largest steps, to know the memory that they need")
     needs = max(map(_temporaries, (compile_step(probe, shape) for shape in largest)))
     free = device_memory() * fraction - needs - spread.device_bytes(model, probe.shape)
     if jax.local_devices()[0].platform != "cpu":  # what is free on a CPU no longer holds the weights

@@ -98,7 +98,7 @@ def _serve(config: ServeConfig, listener: socket.socket, guards: Guards, tls: di
         runner.pages_per_group, runner.page_size, runner.max_model_len, runner.max_running * runner.dp,
     )  # fmt: skip
     log.info(runner.grid)
-    if config.warmup:
+    if config.warmup or (config.warmup is None and used == "cuda"):
         _warm_up(runner)
     telemetry = Telemetry(describe(config.served_model_name, runner, tokenizer))
     engine = Engine(runner, max_queued=config.max_queued, observer=telemetry, watchdog_seconds=config.watchdog)

@@ -172,7 +172,8 @@ def _add_engine_flags(p: argparse.ArgumentParser) -> None:
                                   "which /health tells (default: 1)")  # fmt: skip
     start = p.add_argument_group("start")
     start.add_argument("--warmup", action=argparse.BooleanOptionalAction,
-                       help="compile every program before serving, behind a progress bar; without, each at its first use")  # fmt: skip
+                       help="compile every program before serving, behind a progress bar; without, each at its first use, which a "
+                            "request then waits for (default: on GPUs)")  # fmt: skip
     start.add_argument("--seed", metavar="N", type=whole_number,
                        help="the seed of requests that carry none (default: a fresh one each)")  # fmt: skip
 
@@ -212,7 +213,7 @@ def _add_limit_flags(p: argparse.ArgumentParser) -> None:
                              "(default: off)")  # fmt: skip
     limits.add_argument("--watchdog", metavar="S", type=_seconds,
                         help="a step that takes longer makes /health answer 503, so that whoever watches it can start the "
-                             "server again. Compiling counts: without --warmup a step's first use may take minutes "
+                             "server again. Compiling counts: with --no-warmup a step's first use may take minutes "
                              "(default: 600)")  # fmt: skip
     limits.add_argument("--drain-timeout", metavar="S", type=real_number,
                         help="after SIGTERM or Ctrl-C: /ready and new requests get 503, and what runs has so long to "

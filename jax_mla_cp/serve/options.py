@@ -53,7 +53,8 @@ class ServeConfig:
     """None: 1 with speculation. DeepSeek-V3's layer is trained to guess one token, and 85 to 90% of these are right
     (arXiv:2412.19437, section 5.4.3); those after it are right less often, and each costs a pass of the layer."""
     seed: int | None = None
-    warmup: bool = False
+    warmup: bool | None = None
+    """None: on GPUs, where each program takes XLA 8 to 16 s and a request would wait for it."""
     compile_cache: str = "auto"
     """A directory, "auto" (under the user's cache folder) or "off"."""
     host: str = "127.0.0.1"

@@ -28,7 +28,7 @@ def test_passkeys(mesh: str, tmp_path: Path) -> None:
     tokenizer = require_tokenizer(Tokenizer.from_dir(DIRECTORY, ModelConfig.from_dir(DIRECTORY).vocab_size))
     text = Text(tokenizer, heldout_text())
     prompts = [text.prompt(length, depth, seed=0) for length in LENGTHS for depth in (0.1, 0.9)]
-    with serving(tmp_path / "server.log", ("--platform", "cuda", "--mesh", mesh)) as live:
+    with serving(tmp_path / "server.log", ("--platform", "cuda", "--mesh", mesh, "--no-warmup")) as live:
 
         def ask(tokens: list[int]) -> str:
             body = {"model": live.model, "prompt": tokens, "max_tokens": 8, "temperature": 0}

@@ -71,6 +71,8 @@ def _as_it_was(raw: bytes, rng: random.Random) -> bytes:
     return raw
 
 
+HANG_UP = 1.0
+"""Seconds after which a client does."""
 MUTATIONS: list[Callable[[bytes, random.Random], bytes]] = [
     _truncated, _flipped, _inserted, _replaced, _unknown, _twice, _as_it_was,
 ]  # fmt: skip
@@ -85,6 +87,8 @@ class Mutated:
     """How it was made."""
     incomplete: bool
     """It announces more than it has."""
+    endless: bool
+    """It asks for as many tokens as fit, minutes of them: the client hangs up."""
 
 
 def mutated(model: str, rng: random.Random) -> Mutated:
@@ -98,17 +102,26 @@ def mutated(model: str, rng: random.Random) -> Mutated:
     kind = rng.choice(["application/json"] * 18 + ["text/plain", ""])
     head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: {kind}\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n"
     what = f"{path} {mutation.__name__[1:]}, {length} of {len(raw)} bytes announced: {raw[:200]!r}"
-    return Mutated(head.encode() + raw, what, length > len(raw))
+    return Mutated(head.encode() + raw, what, length > len(raw), _is_endless(raw))
+
+
+def _is_endless(raw: bytes) -> bool:
+    try:
+        fields = json.loads(raw)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(fields, dict) and fields.get("max_tokens", 0) is None
 
 
 def send_raw(url: str, mutated: Mutated, seconds: float) -> int | None:
-    """The status; None: the server closed the connection without one.
+    """The status; None: the server closed the connection without one, or the client hung up.
 
     Raises:
       TimeoutError: neither came.
     """
     address = urlsplit(url)
     with socket.create_connection((address.hostname, address.port), timeout=seconds) as connection:
+        connection.settimeout(HANG_UP if mutated.endless else seconds)
         received = b""
         try:
             connection.sendall(mutated.request)
@@ -118,4 +131,7 @@ def send_raw(url: str, mutated: Mutated, seconds: float) -> int | None:
                 received += more
         except (ConnectionResetError, BrokenPipeError):
             pass
+        except TimeoutError:
+            if not mutated.endless:
+                raise
     return int(received.split(b" ", 2)[1]) if received else None
