@@ -14,6 +14,8 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+_FLOAT32 = np.finfo(np.float32)
+
 
 @dataclasses.dataclass(frozen=True)
 class Adjust:
@@ -58,14 +60,14 @@ class Adjuster:
           banned: tokens that `adjust(ban=True)` rules out: those that would end the answer.
 
         Raises:
-          ValueError: a number that is not finite, or a repetition penalty that is not positive.
+          ValueError: a number that is not finite, or a repetition penalty that is not positive as a float32.
         """
         numbers = {"presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty}
         for name, value in (numbers | {f"logit_bias[{t}]": bias for t, bias in logit_bias.items()}).items():
             if not math.isfinite(value):
                 raise ValueError(f"{name} must be a finite number, got {value}.")
-        if not (math.isfinite(repetition_penalty) and repetition_penalty > 0):
-            raise ValueError(f"repetition_penalty must be a positive number, got {repetition_penalty}.")
+        if not _FLOAT32.tiny <= repetition_penalty <= _FLOAT32.max:
+            raise ValueError(f"repetition_penalty must be a positive float32, got {repetition_penalty}.")
         self._presence, self._frequency, self._repetition = presence_penalty, frequency_penalty, repetition_penalty
         self._counts_answer = presence_penalty != 0 or frequency_penalty != 0
         seen = np.unique(np.asarray(prompt, np.int32)) if repetition_penalty != 1 else np.zeros(0, np.int32)

@@ -75,6 +75,14 @@ class Runner:
         """A new, empty cache: after a step failed, the donated one may be gone."""
         self._pages = self.planner.new_cache()
 
+    def check(self, work: Work) -> None:
+        """Looks at one work, as `step` does.
+
+        Raises:
+          ValueError: it doesn't fit.
+        """
+        self.planner.lay_out([[work], *[[]] * (self.dp - 1)])
+
     def step(self, work: Sequence[Sequence[Work]]) -> list[list[Outcome]]:
         """Runs one step and waits for it.
 

@@ -76,7 +76,9 @@ def likely(
 
 
 def _draw(logprobs: jax.Array, how: SamplingArrays) -> Int32[Array, " J"]:
-    scaled = logprobs / jnp.where(how.temperature > 0, how.temperature, 1.0)[:, None]
+    # Less the largest, which stays 0: at tiny temperatures the others may overflow to -inf.
+    below = logprobs - logprobs.max(-1, keepdims=True)
+    scaled = below / jnp.where(how.temperature > 0, how.temperature, 1.0)[:, None]
     scaled = lax.cond((how.min_p > 0).any(), lambda s: _likely_enough(s, how), lambda s: vary_like(s, how), scaled)
     truncated = ((how.top_p < 1) | (how.top_k > 0)).any()
     everything = vary_like(jnp.ones(scaled.shape, jnp.bool_), scaled, how)

@@ -108,7 +108,10 @@ def test_a_ban_gives_way_to_a_grammar_at_its_end() -> None:
     [
         ({"presence_penalty": float("nan")}, "presence_penalty must be a finite number, got nan"),
         ({"logit_bias": {3: float("inf")}}, r"logit_bias\[3\] must be a finite number, got inf"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty must be a positive number, got 0.0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be a positive float32, got 0.0"),
+        ({"repetition_penalty": 1e-46}, "repetition_penalty must be a positive float32, got 1e-46"),
+        ({"repetition_penalty": 1e39}, "repetition_penalty must be a positive float32, got 1e[+]39"),
+        ({"repetition_penalty": float("nan")}, "repetition_penalty must be a positive float32, got nan"),
     ],
 )
 def test_adjuster_refuses(fields: dict[str, Any], message: str) -> None:

@@ -54,6 +54,15 @@ def test_distribution(fields: dict[str, object], expect: list[float]) -> None:
     assert (np.abs(got - p) <= 5 * np.sqrt(p * (1 - p) / 20_000)).all(), got
 
 
+@pytest.mark.parametrize("temperature", [1e-5, 1.2e-38, 1e-45])
+def test_tiny_temperatures_are_greedy(temperature: float) -> None:
+    """Of hundreds of tokens, all log-probabilities overflow when they are divided by the smallest float32."""
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(20, 300)), jnp.float32) / 10
+    for top_p in (0.9, 1.0):
+        fields = how(20, temperature=np.full(20, temperature, np.float32), top_p=np.full(20, top_p, np.float32))
+        np.testing.assert_array_equal(jax.jit(sample)(logits, fields).token, logits.argmax(-1))
+
+
 def test_depends_on_seed_and_position_alone() -> None:
     """Alone or in a batch, first or last, next to any other request; and it does depend on them."""
     rng = np.random.default_rng(0)

@@ -36,6 +36,9 @@ class NoModel:
         top = np.arange(20, dtype=np.int32), np.linspace(-1, -9, 20, dtype=np.float32)
         self._sampled = Outcome([Sampled(token, -1.0, *top)], [])
 
+    def check(self, work: Work) -> None:
+        """Nothing is wrong with any."""
+
     def step(self, work: Sequence[Sequence[Work]]) -> list[list[Outcome]]:
         return [[self._sampled if w.sampling else Outcome([], []) for w in works] for works in work]
 

@@ -226,9 +226,14 @@ class Engine:
         self._step_began = dispatched = time.monotonic()
         try:
             results = self._runner.step([[work for _, work in group] for group in step])
-        except Exception:
-            log.exception("a step failed; its requests get an error")
-            self._recover([scheduled.request for group in step for scheduled, _ in group])
+        except Exception as error:
+            log.exception("a step failed")
+            # Where it was refused before it ran, whoever's work it was is to blame, and the others lose nothing.
+            refused = self._refused(step) if isinstance(error, ValueError) else []
+            for request in refused:
+                self._fail(request, "The request's next step is not one that can be run.", "internal")
+            if not refused:
+                self._recover([scheduled.request for group in step for scheduled, _ in group])
             return
         finally:
             self._step_began, ended = None, time.monotonic()
@@ -253,6 +258,16 @@ class Engine:
                 log.exception("a request's next token could not be prepared")
                 self._fail(scheduled.request, "The request's next token could not be prepared.", "internal")
         return works
+
+    def _refused(self, step: Sequence[Sequence[tuple[Scheduled, Work]]]) -> list[Request]:
+        """Requests whose works can't be run, each looked at alone."""
+        refused = []
+        for scheduled, work in (part for group in step for part in group):
+            try:
+                self._runner.check(work)
+            except ValueError:
+                refused.append(scheduled.request)
+        return refused
 
     def _take(self, scheduled: Scheduled, outcome: Outcome, now: float) -> None:
         """What goes wrong with one request's text, or its owner, is no other request's concern."""

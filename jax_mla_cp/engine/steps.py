@@ -30,6 +30,10 @@ class Steps(Protocol):
     @property
     def pages_per_group(self) -> int: ...
 
-    def step(self, work: Sequence[Sequence[Work]]) -> list[list[Outcome]]: ...
+    def check(self, work: Work) -> None:
+        """Raises ValueError if `step` would for this work alone."""
+
+    def step(self, work: Sequence[Sequence[Work]]) -> list[list[Outcome]]:
+        """Raises ValueError for a work that can't be run; nothing has run then."""
 
     def reset(self) -> None: ...

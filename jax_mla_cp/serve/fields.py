@@ -82,7 +82,11 @@ class Generation(Body):
     presence_penalty: Penalty | None = Field(default=0.0, description="off each logit that the answer already has")
     frequency_penalty: Penalty | None = Field(default=0.0, description="the same, for each time that it has it")
     repetition_penalty: float | None = Field(
-        default=1.0, gt=0, le=1e4, allow_inf_nan=False, description="divides the logits of what prompt and answer have"
+        default=1.0,
+        ge=1e-4,
+        le=1e4,
+        allow_inf_nan=False,
+        description="divides the logits of what prompt and answer have",
     )
     logit_bias: Annotated[dict[TokenKey, Bias], Field(max_length=1024)] | None = Field(
         default=None, description="added to logits, by token id"

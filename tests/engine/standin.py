@@ -77,6 +77,8 @@ class PageModel:
         self.held: collections.Counter[tuple[int, int]] = collections.Counter()
         """How often so many drafts were given, and so many of them held."""
         self.fail_next = 0
+        self.refused: int | None = None
+        """A token: works that have it can't be run."""
         self.steps = 0
         self.prefilled = 0
         """Tokens of works with more than one."""
@@ -88,9 +90,15 @@ class PageModel:
         shape = (self.dp, self.pages_per_group * self.page_size)
         self.slots, self._following = np.full(shape, NOTHING), np.full(shape, NOTHING)
 
+    def check(self, work: Work) -> None:
+        if self.refused in work.tokens:
+            raise ValueError("a token that is refused")
+
     def step(self, work: Sequence[Sequence[Work]]) -> list[list[Outcome]]:
         if self.gate:
             self.gate.acquire()
+        for each in (w for works in work for w in works):
+            self.check(each)
         self.steps += 1
         if self.fail_next:  # after dispatch: the donated cache is gone
             self.fail_next -= 1

@@ -51,6 +51,26 @@ def test_a_failed_step_fails_its_requests_and_the_others_go_on(model: PageModel,
     assert engine.alive and engine.unhealthy_reason is None
 
 
+def test_a_refused_work_concerns_its_request_alone(model: PageModel, engine: Engine) -> None:
+    """However often: nothing has run, so that the cache and what is named in it stay."""
+    model.gate = threading.Semaphore(0)
+    running = Asked([1] * 4, 60)
+    engine.submit(running.request)
+    model.gate.release(3)
+    until(lambda: running.events.qsize() == 3)
+    model.refused = 777
+    bad = [Asked([9, 777, 9], 5) for _ in range(5)]
+    for asked in bad:
+        engine.submit(asked.request)
+        model.gate.release(4)
+        end = asked.result()[1]
+        assert end == Failed("The request's next step is not one that can be run.", "internal")
+    model.gate.release(200)
+    assert running.result()[0] == continuation([1] * 4, 60)
+    assert engine.alive and engine.unhealthy_reason is None
+    until(lambda: engine.idle)
+
+
 def test_repeated_failures_end_the_engine(model: PageModel, engine: Engine) -> None:
     model.fail_next = 3
     for _ in range(3):

@@ -98,3 +98,12 @@ def test_a_step_that_raises_after_dispatch() -> None:
         got = tokens([a])[0]
         assert got == (want[: len(got)] if lost else want)
     assert engine.idle
+
+
+def test_a_work_that_is_refused_concerns_its_request_alone() -> None:
+    """A token that no vocabulary has, in the middle of the others' steps. The server would not let it through."""
+    prompts = [*PROMPTS[:2], [*PREFIX, CONFIG.vocab_size], PROMPTS[2]]
+    asked, engine = ask(Few(runner(0)), prompts)
+    assert isinstance(asked[2].all[-1], Failed) and asked[2].all[-1].kind == "internal"
+    assert tokens([asked[0], asked[1]]) == alone(0)[:2] and isinstance(asked[3].all[-1], Finished)
+    assert engine.idle
