@@ -26,7 +26,7 @@ INSTALL = JAX_MLA_CP_CUDA=$(JAX_MLA_CP_CUDA) $(BIN)/python -m pip install --no-b
 help:
 	@echo "make serve [ARGS='--port 9000'] [MESH=tp=8,cp=4]   serve the built-in model"
 	@echo "make test [ARGS='-k zigzag']                      run the tests"
-	@echo "make soak                                         load, fault and fuzz tests in full (hours on 2 cores)"
+	@echo "make soak                                         load, fault and fuzz tests in full (25 minutes on 2 cores)"
 	@echo "make lint | format                                ruff and mypy"
 	@echo "make env                                          the run-time environment in $(VENV)"
 	@echo "make ffi                                          with the FlashAttention-3 kernels in it (needs nvcc)"
