@@ -13,6 +13,7 @@ from jax_mla_cp.engine import EngineDead, Failed, QueueFull
 from jax_mla_cp.engine.request import FailedKind
 from jax_mla_cp.serve.errors import failure
 from tests.serve.guarded import BODY, Running, running
+from tests.waiting import until
 
 
 def test_health_and_readiness() -> None:
@@ -63,10 +64,7 @@ def streaming(server: Running) -> tuple[threading.Thread, list[str]]:
     server.engine.gate = threading.Semaphore(1)
     thread = threading.Thread(target=read, daemon=True)
     thread.start()
-    deadline = time.monotonic() + 10
-    while not texts:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    until(lambda: texts)
     return thread, texts
 
 
@@ -75,7 +73,9 @@ def test_a_drain_finishes_what_runs_and_refuses_what_is_new() -> None:
         reader, texts = streaming(server)
         server.server.begin_drain()
         assert httpx.get(f"{server.url}/ready").status_code == 503
-        assert httpx.get(f"{server.url}/health").status_code == 200, "nobody should kill it now"
+        for path in ("/health", "/version", "/metrics"):
+            assert httpx.get(server.url + path).status_code == 200, "nobody should kill it now, and it is watched"
+        assert httpx.get(f"{server.url}/v1/models").status_code == 503
         refused = httpx.post(f"{server.url}/v1/completions", json=BODY)
         assert refused.status_code == 503 and refused.headers["retry-after"]
         assert refused.json()["error"]["code"] == "stopping"
