@@ -22,6 +22,8 @@ from jax_mla_cp.serve.status import About, Telemetry
 from tests.byte_tokenizer import byte_tokenizer
 from tests.waiting import until
 
+SEED = 77
+"""The server's, for requests without one."""
 BODY = {"model": "tiny", "prompt": "Hello", "max_tokens": 3}
 
 
@@ -35,6 +37,8 @@ class Echo:
         self.refuse: Exception | None = None
         self.gate: threading.Semaphore | None = None
         self.requests: list[Request] = []
+        self.ends: list[Finished | Failed] = []
+        """How the next requests end, one after the other; where there is none, of their length."""
         self._stopped = threading.Event()
         self._threads: list[threading.Thread] = []
 
@@ -69,7 +73,7 @@ class Echo:
                     request.emit(Failed("The server is stopping.", "stopping"))
                     return
             request.emit(Token(97, "a", -0.5, np.zeros(0, np.int32), np.zeros(0, np.float32)))
-        request.emit(Finished("length", ""))
+        request.emit(self.ends.pop(0) if self.ends else Finished("length", ""))
 
 
 class Running:
@@ -78,7 +82,7 @@ class Running:
     def __init__(self, guards: Guards | None, tls: dict[str, Any], drain_seconds: float, send_buffer: int | None):
         self.engine = Echo()
         guards = guards or Guards()
-        served = Served("tiny", self.engine, byte_tokenizer(), 259, 600, (3,), None)  # type: ignore[arg-type]
+        served = Served("tiny", self.engine, byte_tokenizer(), 259, 600, (3,), SEED)  # type: ignore[arg-type]
         telemetry = Telemetry(About("tiny", 600, False, MeshShape(), {}))
         self.app = create_app(served, guards, telemetry)
         self.server = Server(uvicorn_config(self.app, tls), self.engine, guards.drain, drain_seconds)

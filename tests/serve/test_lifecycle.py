@@ -1,4 +1,4 @@
-"""Health, readiness, what the engine refuses, and the drain, over an engine without a model."""
+"""Health, readiness, what the engine is given and refuses, and the drain, over an engine without a model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from jax_mla_cp.engine import EngineDead, Failed, QueueFull
 from jax_mla_cp.engine.request import FailedKind
 from jax_mla_cp.serve.errors import failure
-from tests.serve.guarded import BODY, Running, running
+from tests.serve.guarded import BODY, SEED, Running, running
 from tests.waiting import until
 
 
@@ -36,6 +36,14 @@ def test_what_the_engine_refuses() -> None:
         server.engine.refuse = EngineDead("the engine is dead")
         dead = httpx.post(f"{server.url}/v1/completions", json=BODY)
         assert dead.status_code == 503 and dead.json()["error"]["code"] == "engine_dead"
+
+
+@pytest.mark.parametrize(("given", "want"), [({}, SEED), ({"seed": 5}, 5), ({"seed": 0}, 0), ({"seed": -1}, 2**64 - 1)])
+def test_seeds(given: dict[str, int], want: int) -> None:
+    """The request's, or else the server's; choice i of a prompt takes i more."""
+    with running() as server:
+        assert httpx.post(f"{server.url}/v1/completions", json={**BODY, "n": 3, **given}).status_code == 200
+        assert [r.sampling.seed for r in server.engine.requests] == [(want + i) % 2**64 for i in range(3)]
 
 
 @pytest.mark.parametrize(
