@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from jax_mla_cp.bench.serve.options import parse
 from jax_mla_cp.bench.serve.workload import Lengths, SharedPrefix, arrivals, plan
 from jax_mla_cp.config import ConfigError
 from tests.eval.fake_server import running
+from tests.waiting import until
 
 FIRST, GAP = 0.2, 0.03
 """Seconds until the first token, and between tokens."""
@@ -111,8 +111,12 @@ def test_what_is_known_is_measured(
     assert code == 0 and picture.read_bytes().startswith(b"\x89PNG")
     ttft, itl, tpot, e2e = (row(found, name) for name in ("TTFT", "ITL", "TPOT", "E2E"))
     # A busy machine makes everything later, nothing earlier.
-    assert FIRST * 1e3 <= ttft["p50"] <= FIRST * 1e3 + 150 and ttft["p50"] <= ttft["p90"] <= ttft["p99"] <= ttft["most"]
-    assert 0.9 * GAP * 1e3 <= itl["mean"] <= 3 * GAP * 1e3 and itl["mean"] == pytest.approx(tpot["mean"], rel=0.5)
+    assert (
+        FIRST * 1e3 <= ttft["p50"] <= FIRST * 1e3 + 1000 and ttft["p50"] <= ttft["p90"] <= ttft["p99"] <= ttft["most"]
+    )
+    assert ttft["p50"] <= e2e["p50"] - 2.5 * GAP * 1e3, "three gaps and more follow each"
+    assert itl["mean"] >= 0.9 * GAP * 1e3 and itl["mean"] == pytest.approx(tpot["mean"], rel=0.5)
+    assert itl["mean"] * itl["n"] == pytest.approx(20 * (e2e["mean"] - ttft["mean"]), rel=0.2)
     asked = [body["max_tokens"] for body in server.bodies]
     assert itl["n"] == sum(asked) - 20 and set(asked) == {4, 5, 6, 7, 8}
     assert e2e["p50"] >= (FIRST + 3 * GAP) * 1e3
@@ -146,7 +150,7 @@ def test_slow_answers_delay_nothing(fake: tuple[Fake, str], tmp_path: Path) -> N
         "ttft:900ms",
     )
     _, free = measure(url, tmp_path, *flags)
-    assert row(free, "sent late")["most"] < 250 and row(free, "all requests")["most_in_flight"] == 6
+    assert row(free, "sent late")["most"] < 400 and row(free, "all requests")["most_in_flight"] == 6
     assert [r["at"] for r in free["requests"]] == sorted(r["at"] for r in free["requests"])
     _, capped = measure(url, tmp_path, *flags, "--concurrency", "2")
     assert row(capped, "all requests")["most_in_flight"] == 2
@@ -197,9 +201,7 @@ def test_ctrl_c_prints_what_there_is(fake: tuple[Fake, str], tmp_path: Path) -> 
          "--prompt-tokens", "8", "--output-tokens", "3", "--json", str(file)],
         text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ,
     )  # fmt: skip
-    deadline = time.monotonic() + 60
-    while len(server.bodies) < 15 and time.monotonic() < deadline:
-        time.sleep(0.02)
+    until(lambda: len(server.bodies) >= 15, 60)
     process.send_signal(signal.SIGINT)
     out, errors = process.communicate(timeout=30)
     assert process.returncode == 130 and "Traceback" not in errors, errors

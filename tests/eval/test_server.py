@@ -24,6 +24,7 @@ from jax_mla_cp.tokenizer import Tokenizer, require_tokenizer
 from tests.engine.standin import PageModel
 from tests.eval.fake_server import Fake, refuse, running
 from tests.serve.in_process import serving
+from tests.waiting import until
 
 SMALL = ["--lengths", "400,700", "--depths", "3", "--perplexity-tokens", "600"]
 
@@ -158,10 +159,8 @@ def test_ctrl_c_shows_what_has_been_answered(tmp_path: Path) -> None:
         process = subprocess.Popen(
             command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ}
         )
-        deadline = time.monotonic() + 120
         # Four at a time: the last two are asked when the first two answers have come.
-        while len(answered) < 6 and time.monotonic() < deadline:
-            time.sleep(0.05)
+        until(lambda: len(answered) == 6, 120)
         process.send_signal(signal.SIGINT)
         out, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
