@@ -12,10 +12,11 @@ from typing import Any
 import jax
 import pytest
 
-from jax_mla_cp.bench import attention, decode, host, layer, load, model, program
+from jax_mla_cp.bench import attention, decode, host, layer, load, model, program, scaling
 from jax_mla_cp.bench.options import Options
 from jax_mla_cp.bench.roofline import Ceilings
 from jax_mla_cp.bench.table import Report
+from jax_mla_cp.config import ConfigError
 from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.presets import model_config
 
@@ -128,6 +129,20 @@ def test_model() -> None:
         ("chunks of 600", 1200),
     ]
     assert first[0]["ttft_compute_s"] == pytest.approx(first[0]["ms"] / 1e3 * 4 / 2)
+
+
+def test_scaling() -> None:
+    report = run(scaling, command="scaling", model="tiny", seq=(300,), forms=("expanded",), ep_axes=("tp",), layers=2,
+                 meshes=(MeshShape(), MeshShape(cp=2)))  # fmt: skip
+    alone, two = report.rows
+    assert (alone["what"], alone["devices"], two["devices"]) == ("tp=1,cp=1", 1, 2) and alone["efficiency"] == 1
+    assert two["efficiency"] == pytest.approx(alone["ms"] / (2 * two["ms"]))
+    assert two["tokens_per_s"] == pytest.approx(300e3 / two["ms"]) and alone["temp_gb"] > two["temp_gb"]
+
+
+def test_scaling_needs_the_devices() -> None:
+    with pytest.raises(ConfigError, match="cp=64 needs 64 devices"):
+        run(scaling, command="scaling", model="tiny", seq=(300,), meshes=(MeshShape(cp=64),))
 
 
 def test_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
