@@ -222,6 +222,9 @@ def test_ctrl_c_prints_what_there_is(fake: tuple[Fake, str], tmp_path: Path) -> 
     (["--api-key-env", "NO_SUCH_KEY"], "the environment has no NO_SUCH_KEY"),
     (["--picture", "load.bmp"], "must end in .png"),
     (["--reqests", "3"], "Did you mean --requests"),
+    ([""], "'': no such flag"),
+    (["=3"], "'': no such flag"),
+    (["--json", "/"], "--json /: is not a file"),
 ])  # fmt: skip
 def test_settings_that_cant_work(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     base = [] if "--base-url" in flags else ["--base-url", "http://127.0.0.1:9/v1"]
