@@ -17,9 +17,10 @@ _K = 1024
 
 def parse(argv: Sequence[str] | None = None) -> Options:
     """The flags of a command line. Ends the process with code 2 and one line if they can't work."""
-    values = vars(_parser().parse_args(argv))
+    values: dict[str, Any] = vars(_parser().parse_args(argv))
+    given: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in values.items()}
     try:
-        return make(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        return make(**given)
     except ConfigError as error:
         fail(error)
 
