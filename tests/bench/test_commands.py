@@ -233,7 +233,9 @@ def test_settings_that_cant_work(flags: list[str], message: str) -> None:
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", [(), ("attention",), ("layer",), ("model",), ("decode",), ("load",), ("host",), ("scaling",)])
+@pytest.mark.parametrize(
+    "command", [(), ("attention",), ("layer",), ("model",), ("decode",), ("load",), ("host",), ("scaling",)]
+)
 def test_help_teaches(command: tuple[str, ...]) -> None:
     done = bench(*command, "--help")
     assert done.returncode == 0 and "method:" in done.stdout
