@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import queue
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from jax_mla_cp.batch import Sampling
@@ -31,20 +30,13 @@ class Asked:
         )
         self.all: list[Event] = []
 
-    def result(self, timeout: float = 10) -> tuple[list[int], Finished | Failed]:
+    def result(self, timeout: float = 30) -> tuple[list[int], Finished | Failed]:
         """The tokens and the end; all events are in `all`."""
         while True:
             event = self.events.get(timeout=timeout)
             self.all.append(event)
             if isinstance(event, Finished | Failed):
                 return [e.token for e in self.all if isinstance(e, Token)], event
-
-
-def until(condition: Callable[[], object], seconds: float = 5) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "did not come true in time"
-        time.sleep(0.005)
 
 
 def ended(asked: Asked) -> tuple[list[int], str, int | str | None]:

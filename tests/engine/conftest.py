@@ -1,4 +1,4 @@
-"""An engine over the stand-in for the model."""
+"""An engine over the stand-in for the model, which every request and page must have left at the end of its test."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from jax_mla_cp.engine import (
-    Engine,
-)
+from jax_mla_cp.engine import Engine
 from tests.engine.standin import PageModel
 
 
@@ -24,4 +22,6 @@ def engine(model: PageModel) -> Iterator[Engine]:
     yield engine
     if model.gate:
         model.gate.release(10_000)
-    engine.stop(timeout=10)
+    ended = engine.drain(timeout=30)
+    engine.stop(timeout=30)
+    assert ended and engine.idle

@@ -14,8 +14,9 @@ from jax_mla_cp.engine import (
     StepReport,
 )
 from jax_mla_cp.engine.pages import Pages
-from tests.engine.asked import Asked, until
+from tests.engine.asked import Asked
 from tests.engine.standin import PageModel, continuation
+from tests.waiting import until
 
 
 def test_many_threads(engine: Engine) -> None:
@@ -109,7 +110,7 @@ class Seen(Observer):
 
 
 def test_what_an_observer_is_told() -> None:
-    model, seen = PageModel(pages=14, cp=2), Seen()
+    model, seen = PageModel(pages=13, cp=2), Seen()
     engine = Engine(model, observer=seen)
     asked = [Asked([i] * 19, 9, id=f"r{i}") for i in range(3)] + [Asked([0] * 19, 1)]
     engine.submit_all([a.request for a in asked])
@@ -129,7 +130,8 @@ def test_what_an_observer_is_told() -> None:
         r.reason == "length" and r.e2e_seconds >= r.queue_seconds + r.prefill_seconds >= 0 for r in seen.requests
     )
     assert sum(r.cached_tokens for r in seen.requests) == engine.status().prefix_hits > 0
-    assert seen.preemptions == engine.status().preemptions
+    assert seen.preemptions == engine.status().preemptions > 0
+    assert engine.status().prefix_queries == 4 * 19, "who comes back is not counted again"
 
 
 def test_a_shared_prefix_is_computed_once() -> None:

@@ -16,8 +16,9 @@ from jax_mla_cp.engine import (
     QueueFull,
     StepReport,
 )
-from tests.engine.asked import Asked, ended, until
+from tests.engine.asked import Asked, ended
 from tests.engine.standin import PageModel, continuation
+from tests.waiting import until
 
 
 def test_abort_frees_the_pages_within_a_step(model: PageModel, engine: Engine) -> None:
@@ -72,33 +73,60 @@ def test_a_refused_work_concerns_its_request_alone(model: PageModel, engine: Eng
 
 
 def test_repeated_failures_end_the_engine(model: PageModel, engine: Engine) -> None:
-    model.fail_next = 3
-    for _ in range(3):
-        asked = Asked([1], 2)
-        engine.submit(asked.request)
-        end = asked.result()[1]
-        assert isinstance(end, Failed) and end.kind == "step"
+    """Three in a row: a step that succeeds begins the count anew."""
+
+    def fail(times: int) -> None:
+        model.fail_next = times
+        for _ in range(times):
+            asked = Asked([1], 2)
+            engine.submit(asked.request)
+            end = asked.result()[1]
+            assert isinstance(end, Failed) and end.kind == "step"
+
+    fail(2)
+    good = Asked([1], 2)
+    engine.submit(good.request)
+    assert good.result()[0] == continuation([1], 2)
+    fail(2)
+    assert engine.alive and engine.unhealthy_reason is None
+    fail(1)
     until(lambda: not engine.alive)
     assert engine.unhealthy_reason == "3 steps failed in a row."
     with pytest.raises(EngineDead, match="3 steps failed"):
         engine.submit(Asked([1], 1).request)
 
 
+def test_an_engine_without_a_cache_ends(model: PageModel, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory() -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(model, "reset", no_memory)
+    model.gate, model.fail_next = threading.Semaphore(0), 1
+    failed, waiting = Asked([9] * 16, 9), Asked([8], 9)  # the first's prompt fills the step
+    engine.submit_all([failed.request, waiting.request])
+    model.gate.release(1)
+    kinds = [end.kind for a in (failed, waiting) if isinstance(end := a.result()[1], Failed)]
+    assert kinds == ["step", "dead"]
+    assert not engine.alive and engine.unhealthy_reason == "a step failed, and no new cache could be made."
+
+
 def test_stop_fails_what_is_left() -> None:
-    model = PageModel()
+    """Requests that run, one that waits, and one that has come while a step ran."""
+    model = PageModel(max_running=2)
     model.gate = threading.Semaphore(0)
-    engine = Engine(model)
+    engine = Engine(model, watchdog_seconds=0)  # any step that runs is told
     engine.start()
-    asked = [Asked([1], 100), Asked([2], 150)]
-    for a in asked:
-        engine.submit(a.request)
+    asked = [Asked([i], 100) for i in range(4)]
+    engine.submit_all([a.request for a in asked[:3]])
     model.gate.release(2)
     until(lambda: asked[0].events.qsize() == 2)
+    until(lambda: engine.unhealthy_reason is not None)
+    engine.submit(asked[3].request)
     stopper = threading.Thread(target=engine.stop)
     stopper.start()
     model.gate.release(10)
-    stopper.join(5)
-    assert all(isinstance(a.result()[1], Failed) for a in asked)
+    stopper.join(30)
+    assert [a.result()[1] for a in asked] == [Failed("The server is stopping.", "stopping")] * 4
     assert not engine.alive and engine.idle
 
 
@@ -164,11 +192,13 @@ def test_drain_ends_what_is_there_and_takes_nothing_new(model: PageModel, engine
     model.gate = threading.Semaphore(0)
     asked = Asked([1], 10)
     engine.submit(asked.request)
-    assert not engine.drain(0.05)
+    assert not engine.drain(0.05), "it runs"
     with pytest.raises(EngineDead, match="stopping"):
         engine.submit(Asked([1], 1).request)
     model.gate.release(100)
-    assert engine.drain(5)
+    started = time.monotonic()
+    assert engine.drain(30)
+    assert time.monotonic() - started < 20, "it waits for the requests, not for the time"
     assert asked.result()[0] == continuation([1], 10)
 
 

@@ -11,11 +11,13 @@ from jax_mla_cp.engine import (
     Finished,
     GrammarError,
     PromptScored,
+    Token,
 )
 from jax_mla_cp.engine.text import TextStream
 from tests.byte_tokenizer import byte_tokenizer
-from tests.engine.asked import Asked, ended, until
+from tests.engine.asked import Asked, ended
 from tests.engine.standin import VOCAB, PageModel, continuation, logprob
+from tests.waiting import until
 
 
 def test_what_follows_an_end_within_a_run_is_dropped() -> None:
@@ -46,6 +48,19 @@ def test_what_follows_an_end_within_a_run_is_dropped() -> None:
     assert engine.speculation.accepted == sum(held * times for (_, held), times in model.held.items())
     assert {(4, held) for held in range(5)} < set(model.held), "every number of drafts held"
     engine.stop(5)
+
+
+def test_text_that_was_held_back_comes_with_the_end(engine: Engine) -> None:
+    """ "ab" may begin "abc"; it is the answer's if a stop token, or the last of `max_tokens`, follows."""
+    prompt = next([n] for n in range(VOCAB) if all(32 <= t < 127 for t in continuation([n], 3)))
+    a, b, third = continuation(prompt, 3)
+    held = chr(a) + chr(b)
+    for most, stop in ((2, frozenset[int]()), (9, frozenset({third}))):
+        asked = Asked(prompt, most, stop, TextStream(byte_tokenizer(), [held + "\n"]))
+        engine.submit(asked.request)
+        end = asked.result()[1]
+        assert isinstance(end, Finished) and end.text == held
+        assert [e.text for e in asked.all if isinstance(e, Token)] == [""] * len(asked.all[:-1])
 
 
 class Digits:

@@ -30,6 +30,13 @@ def request(
     return Request(prompt, most, Sampling(), STOP, TextStream(None), emit, **options)
 
 
+def endless(prompt: list[int], most: int, **options: Any) -> Request:
+    """Without a stop token, so that `most` is what it gets."""
+    made = request(prompt, most, **options)
+    made.stop_tokens = frozenset()
+    return made
+
+
 def scheduler_of(model: PageModel) -> Scheduler:
     return Scheduler(
         groups=model.dp, pages_per_group=model.pages_per_group, page_size=model.page_size,
@@ -69,7 +76,6 @@ class Anything(RuleBasedStateMachine):
         self.requests: list[Request] = []
         self.events: dict[Request, list[Event]] = {}
         self.gone: set[Request] = set()
-        self.salt_of: dict[tuple[int, int], str] = {}
 
     @rule(
         text=st.integers(0, 1), length=st.integers(1, 50), change=st.integers(0, 60), most=st.integers(0, 20),
@@ -195,17 +201,50 @@ def test_the_youngest_gives_way_and_comes_back_in_its_place() -> None:
     ended: list[Request] = []
     requests = []
     for i in range(5):
-        made = request(
+        made = endless(
             [i, 9, i], 30, emit=lambda e, i=i: ended.append(requests[i]) if isinstance(e, Finished) else None
         )  # type: ignore[misc]
-        made.stop_tokens = frozenset()
         requests.append(made)
         scheduler.add(made)
     steps = finish(scheduler, model)
     assert ended == requests, "oldest first served"
-    assert 0 < scheduler.counts.preemptions <= 6, "who gave way waits until there is room, and not again and again"
+    assert scheduler.counts.preemptions > 0
     assert all(r.tokens == [*r.prompt, *continuation(r.prompt, 30)] for r in requests)
     assert all(any(s.request is requests[0] for s in step[0]) for step in steps[:30]), "the oldest never waits"
+
+
+def test_who_gave_way_waits_for_room_for_all_its_tokens() -> None:
+    """When the first one ends, there is room for a chunk of the youngest, but not for all that it had: it would give way
+    a second time."""
+    model = PageModel(pages=12, page_size=4, max_running=4, prefill_chunk=8)
+    scheduler = scheduler_of(model)
+    for i, (length, most) in enumerate(((1, 17), (13, 34), (13, 29))):
+        scheduler.add(endless([i] * length, most))
+    finish(scheduler, model)
+    assert scheduler.counts.preemptions == 1
+
+
+def test_nobody_starts_on_the_pages_that_running_requests_need_next() -> None:
+    model = PageModel(pages=4, page_size=4, max_running=2, prefill_chunk=16)
+    scheduler = scheduler_of(model)
+    scheduler.add(endless([1] * 8, 8))
+    run(scheduler, model)
+    scheduler.add(endless([2] * 4, 4))
+    finish(scheduler, model)
+    assert scheduler.counts.preemptions == 0
+
+
+def test_a_request_goes_where_its_pages_are_and_else_where_there_is_room() -> None:
+    model = PageModel(dp=2, pages=20, page_size=4, max_running=4, prefill_chunk=32)
+    scheduler = scheduler_of(model)
+    first, other, alike, last = (endless(p, 4) for p in ([1] * 24, [2] * 16, [1] * 24 + [5], [3] * 4))
+    scheduler.add(first)
+    run(scheduler, model)
+    for made in (other, alike, last):
+        scheduler.add(made)
+    run(scheduler, model)
+    assert other.group == last.group != first.group == alike.group
+    assert (alike.cached_tokens, other.cached_tokens) == (24, 0)
 
 
 def test_a_long_prompt_at_the_head_is_not_overtaken_for_ever() -> None:
@@ -230,9 +269,7 @@ def test_drafts_shrink_before_anyone_gives_way() -> None:
     model = PageModel(pages=18, page_size=4, max_running=2, prefill_chunk=16, draft_tokens=4)
     scheduler = scheduler_of(model)
     for i in range(2):
-        made = request([i] * 8, 29)
-        made.stop_tokens = frozenset()
-        scheduler.add(made)
+        scheduler.add(endless([i] * 8, 29))
     finish(scheduler, model)
     assert scheduler.counts.preemptions == 0
     assert {drafts for drafts, _ in model.held} >= {0, 4}, "some were shrunk, some were not"
@@ -244,9 +281,7 @@ def visits(requests: int) -> int:
     model = PageModel(pages=requests * 20, page_size=4, max_running=requests, prefill_chunk=8 * requests)
     scheduler = scheduler_of(model)
     for i in range(requests):
-        made = request([i % 200, i // 200, 1, 2], 60)
-        made.stop_tokens = frozenset()
-        scheduler.add(made)
+        scheduler.add(endless([i % 200, i // 200, 1, 2], 60))
     run(scheduler, model)
     calls = 0
 
