@@ -12,9 +12,13 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from pydantic import ValidationError
 
 from jax_mla_cp.engine import Engine
+from jax_mla_cp.serve.fields import Body
+from jax_mla_cp.serve.schemas import ChatRequest, CompletionRequest
 from jax_mla_cp.serve.served import Served
+from jax_mla_cp.serve.tokens import DetokenizeRequest, TokenizeRequest
 from tests.byte_tokenizer import byte_tokenizer
 from tests.engine.standin import VOCAB, PageModel, continuation
 from tests.serve.in_process import serving
@@ -164,6 +168,7 @@ BAD = [
     ({"logit_bias": {"4294967301": 1}}, "logit_bias", "token id 4294967301 is not in the vocabulary"),
     ({"logit_bias": {"-1": 1}}, "logit_bias", "match pattern"),
     ({"logit_bias": {"5": 100.5}}, "logit_bias", "less than or equal to 100"),
+    ({"logit_bias": dict.fromkeys(map(str, range(1025)), 1)}, "logit_bias", "at most 1024 entries, not 1025"),
     ({"stop_token_ids": [259]}, "stop_token_ids", "token id 259 is not in the vocabulary"),
     ({"stop_token_ids": [-1]}, "stop_token_ids", "greater than or equal to 0"),
     ({"min_tokens": 17}, None, "min_tokens is 17, but at most 16 tokens"),
@@ -207,6 +212,32 @@ def test_bodies_that_are_no_request(server: Server, body: bytes) -> None:
     answer = httpx.post(f"{server.url}/v1/completions", content=body, headers=headers)
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["message"]
+
+
+_MANY = 10_000
+_USER = {"role": "user", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    ("form", "body"),
+    [
+        (CompletionRequest, {"prompt": [-1] * _MANY}),
+        (CompletionRequest, {"prompt": [[-1] * _MANY]}),
+        (CompletionRequest, {"prompt": "a"} | {f"x{i}": 0 for i in range(_MANY)}),
+        (CompletionRequest, {"prompt": "a", "logit_bias": {f"x{i}": 0 for i in range(_MANY)}}),
+        (CompletionRequest, {"prompt": "a", "stop": [0] * _MANY, "stop_token_ids": [-1] * _MANY}),
+        (ChatRequest, {"messages": [{}] * _MANY}),
+        (ChatRequest, {"messages": [_USER | {"content": [{}] * _MANY}]}),
+        (ChatRequest, {"messages": [_USER | {f"x{i}": 0 for i in range(_MANY)}]}),
+        (TokenizeRequest, {"messages": [{}] * _MANY}),
+        (DetokenizeRequest, {"tokens": [-1] * _MANY}),
+    ],
+)
+def test_a_body_full_of_mistakes_is_refused_for_few_of_them(form: type[Body], body: dict[str, Any]) -> None:
+    """Each takes a kilobyte and some microseconds: 16 MiB of them took all memory, on the event loop."""
+    with pytest.raises(ValidationError) as refused:
+        form.model_validate({"model": "tiny", **body})
+    assert 1 <= refused.value.error_count() <= 10
 
 
 def test_other_errors(server: Server, client: openai.OpenAI) -> None:
