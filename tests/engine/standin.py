@@ -80,6 +80,7 @@ class PageModel:
         self.refused: int | None = None
         """A token: works that have it can't be run."""
         self.steps = 0
+        """Those that succeeded."""
         self.prefilled = 0
         """Tokens of works with more than one."""
         self.gate: threading.Semaphore | None = None
@@ -99,13 +100,13 @@ class PageModel:
             self.gate.acquire()
         for each in (w for works in work for w in works):
             self.check(each)
-        self.steps += 1
         if self.fail_next:  # after dispatch: the donated cache is gone
             self.fail_next -= 1
             self.slots[:] = self._following[:] = STALE
             raise RuntimeError("a device fell over")
         for works in work:
             self._check(works)
+        self.steps += 1
         return [[self._run(g, w) for w in works] for g, works in enumerate(work)]
 
     def slots_of(self, pages: Sequence[int], tokens: int) -> np.ndarray:

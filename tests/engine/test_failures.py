@@ -110,6 +110,21 @@ def test_an_engine_without_a_cache_ends(model: PageModel, engine: Engine, monkey
     assert not engine.alive and engine.unhealthy_reason == "a step failed, and no new cache could be made."
 
 
+def test_a_fault_of_the_loop_itself_ends_the_engine(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who has come meanwhile is told too."""
+    first, late = Asked([1], 1), Asked([2], 1)
+
+    def faulty() -> None:
+        engine.submit(late.request)
+        raise AssertionError
+
+    monkeypatch.setattr(engine._scheduler, "schedule", faulty)
+    engine.submit(first.request)
+    why = "the engine's loop failed (AssertionError)."
+    assert [a.result()[1] for a in (first, late)] == [Failed(f"The engine has stopped: {why}", "dead")] * 2
+    assert not engine.alive and engine.unhealthy_reason == why
+
+
 def test_stop_fails_what_is_left() -> None:
     """Requests that run, one that waits, and one that has come while a step ran."""
     model = PageModel(max_running=2)

@@ -12,13 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from jax_mla_cp.engine import Failed, Finished, Request, Token
+from jax_mla_cp.engine import EngineStatus, Failed, Finished, Request, Token
+from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.serve.app import create_app
 from jax_mla_cp.serve.guards import Guards
 from jax_mla_cp.serve.lifecycle import Server, uvicorn_config
 from jax_mla_cp.serve.served import Served
+from jax_mla_cp.serve.status import About, Telemetry
 from tests.byte_tokenizer import byte_tokenizer
+from tests.waiting import until
 
+SEED = 77
+"""The server's, for requests without one."""
 BODY = {"model": "tiny", "prompt": "Hello", "max_tokens": 3}
 
 
@@ -32,8 +37,13 @@ class Echo:
         self.refuse: Exception | None = None
         self.gate: threading.Semaphore | None = None
         self.requests: list[Request] = []
+        self.ends: list[Finished | Failed] = []
+        """How the next requests end, one after the other; where there is none, of their length."""
         self._stopped = threading.Event()
         self._threads: list[threading.Thread] = []
+
+    def status(self) -> EngineStatus:
+        return EngineStatus(0, 0, 1, 1, 0, 0, 0, 0, 0, None, None)
 
     def submit_all(self, requests: Sequence[Request]) -> None:
         if self.refuse is not None:
@@ -63,22 +73,22 @@ class Echo:
                     request.emit(Failed("The server is stopping.", "stopping"))
                     return
             request.emit(Token(97, "a", -0.5, np.zeros(0, np.int32), np.zeros(0, np.float32)))
-        request.emit(Finished("length", ""))
+        request.emit(self.ends.pop(0) if self.ends else Finished("length", ""))
 
 
 class Running:
     """One with its port open."""
 
-    def __init__(self, guards: Guards | None, tls: dict[str, Any], drain_seconds: float, **config: Any):
+    def __init__(self, guards: Guards | None, tls: dict[str, Any], drain_seconds: float, send_buffer: int | None):
         self.engine = Echo()
         guards = guards or Guards()
-        served = Served("tiny", self.engine, byte_tokenizer(), 259, 600, (3,), None)  # type: ignore[arg-type]
-        self.app = create_app(served, guards)
-        settings = uvicorn_config(self.app, tls)
-        for name, value in config.items():
-            setattr(settings, name, value)
-        self.server = Server(settings, self.engine, guards.drain, drain_seconds)
+        served = Served("tiny", self.engine, byte_tokenizer(), 259, 600, (3,), SEED)  # type: ignore[arg-type]
+        telemetry = Telemetry(About("tiny", 600, False, MeshShape(), {}))
+        self.app = create_app(served, guards, telemetry)
+        self.server = Server(uvicorn_config(self.app, tls), self.engine, guards.drain, drain_seconds)
         self._listener = socket.create_server(("127.0.0.1", 0))
+        if send_buffer is not None:
+            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)  # its connections have it too
         self.address = self._listener.getsockname()
         self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.address[1]}"
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self._listener]}, daemon=True)
@@ -96,12 +106,17 @@ class Running:
 
 @contextlib.contextmanager
 def running(
-    guards: Guards | None = None, *, tls: dict[str, Any] | None = None, drain_seconds: float = 10, **config: Any
-) -> Iterator[Running]:
-    one = Running(guards, tls or {}, drain_seconds, **config)
+    guards: Guards | None = None, *, tls: dict[str, Any] | None = None, drain_seconds: float = 10,
+    send_buffer: int | None = None,
+) -> Iterator[Running]:  # fmt: skip
+    """A server on a thread.
+
+    Args:
+      send_buffer: bytes that the system takes of an answer that nobody reads; None: its own choice, megabytes.
+    """
+    one = Running(guards, tls or {}, drain_seconds, send_buffer)
     one.thread.start()
-    while not one.server.started:
-        time.sleep(0.005)
+    until(lambda: one.server.started)
     try:
         yield one
     finally:

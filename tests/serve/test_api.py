@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import time
@@ -22,6 +23,7 @@ from jax_mla_cp.serve.tokens import DetokenizeRequest, TokenizeRequest
 from tests.byte_tokenizer import byte_tokenizer
 from tests.engine.standin import VOCAB, PageModel, continuation
 from tests.serve.in_process import serving
+from tests.waiting import until
 
 MAX_LEN = 600
 TOKENIZER = byte_tokenizer()
@@ -59,10 +61,8 @@ def text_of(tokens: list[int]) -> str:
 
 
 def until_idle(server: Server) -> None:
-    deadline = time.monotonic() + 5
-    while not server.engine.idle:
-        assert time.monotonic() < deadline, "pages were not returned"
-        time.sleep(0.01)
+    """Every page has been given back."""
+    until(lambda: server.engine.idle)
 
 
 def test_completion(client: openai.OpenAI) -> None:
@@ -109,6 +109,7 @@ def test_many_prompts_usage_and_logprobs(client: openai.OpenAI) -> None:
     )
     assert chunks[-1].choices == [] and chunks[-1].usage is not None and chunks[-1].usage.prompt_tokens == 3
     assert {c.choices[0].index for c in chunks[:-1]} == {0, 1}
+    assert chunks[-1].usage.completion_tokens == sum(c.choices[0].logprobs is not None for c in chunks[:-1])
     answer = client.completions.create(model="tiny", prompt=[[1, 2], [5]], max_tokens=4, logprobs=2)
     assert [c.index for c in answer.choices] == [0, 1]
     for choice in answer.choices:
@@ -118,6 +119,27 @@ def test_many_prompts_usage_and_logprobs(client: openai.OpenAI) -> None:
         assert logprobs.text_offset is not None and logprobs.text_offset[0] == 0
         for token, logprob, top in zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
             assert top[token] == logprob
+        parts = [c.choices[0] for c in chunks[:-1] if c.choices[0].index == choice.index]
+        told = [part.logprobs for part in parts if part.logprobs is not None]
+        for field in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+            assert [value for part in told for value in getattr(part, field)] == getattr(logprobs, field)
+        starts = itertools.accumulate((len(part.text) for part in parts), initial=0)
+        assert logprobs.text_offset == list(starts)[: len(told)] and logprobs.text_offset[-1] > 0
+
+
+def test_usage_counts_a_prompt_once_however_many_answers_it_has(server: Server, client: openai.OpenAI) -> None:
+    prompts = [[t % 250 for t in range(41)], [7] * 20]
+    for cached in (0, 40 + 16):
+        answer = client.completions.create(model="tiny", prompt=prompts, n=3, max_tokens=5, logprobs=0, temperature=0)
+        usage = answer.usage
+        assert usage is not None and usage.prompt_tokens == 61 and usage.total_tokens == 61 + usage.completion_tokens
+        assert [c.index for c in answer.choices] == list(range(6))
+        assert [c.text for c in answer.choices] == [
+            text_of(continuation(prompt, 5, frozenset({3}))) for prompt in prompts for _ in range(3)
+        ]
+        assert usage.completion_tokens == sum(len(c.logprobs.tokens or ()) for c in answer.choices if c.logprobs)
+        assert usage.prompt_tokens_details is not None and usage.prompt_tokens_details.cached_tokens == cached
+        until_idle(server)
 
 
 def test_stop_strings(client: openai.OpenAI) -> None:
@@ -275,10 +297,16 @@ def test_a_client_that_goes_away_frees_its_pages(server: Server, stream: bool) -
         server.model.gate.release(3)
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{server.url}/v1/completions", json=body, timeout=0.5)
-        time.sleep(0.3)  # the server notices
-        server.model.gate.release(2)
-        until_idle(server)
-        assert server.model.steps - before <= 5
+
+        def idle() -> bool:
+            """After one more step: when the server notices is its own affair."""
+            assert server.model.gate is not None
+            server.model.gate.release()
+            time.sleep(0.02)
+            return server.engine.idle
+
+        until(idle)
+        assert server.model.steps - before < 250, "it did not go on to its end"
     finally:
         server.model.gate.release(10_000)
         server.model.gate = None
@@ -339,18 +367,42 @@ def test_a_full_queue_is_a_503_that_says_when_to_come_again(server: Server, clie
     until_idle(server)
 
 
-def test_a_request_that_takes_too_long(client: openai.OpenAI) -> None:
+def test_a_request_that_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     server = Server(request_timeout=0.2)
     server.start()
-    server.model.gate = threading.Semaphore(0)
+    step = server.model.step
+
+    def slow(work: Any) -> Any:
+        time.sleep(0.3)
+        return step(work)
+
+    monkeypatch.setattr(server.model, "step", slow)
     try:
-        body: dict[str, Any] = {"model": "tiny", "prompt": "a"}
-        opener = threading.Timer(0.5, server.model.gate.release, args=[10_000])
-        opener.start()
-        answer = httpx.post(f"{server.url}/v1/completions", json=body)
+        answer = httpx.post(f"{server.url}/v1/completions", json={"model": "tiny", "prompt": "a"})
         assert answer.status_code == 408 and answer.json()["error"]["code"] == "request_timeout"
     finally:
-        server.model.gate.release(10_000)
+        server.stop()
+
+
+def test_a_request_that_waits_too_long() -> None:
+    """It comes while a step runs that takes longer."""
+    server = Server(queue_timeout=0.4)
+    server.start()
+    server.model.gate = gate = threading.Semaphore(1)
+    try:
+        body = {"model": "tiny", "prompt": [1, 2], "max_tokens": 300, "ignore_eos": True}
+        with ThreadPoolExecutor(2) as pool:
+            runs = pool.submit(httpx.post, f"{server.url}/v1/completions", json=body, timeout=60)
+            until(lambda: server.engine.status().steps == 1)
+            waits = pool.submit(httpx.post, f"{server.url}/v1/completions", json=body, timeout=60)
+            until(lambda: server.engine.status().waiting == 1)
+            time.sleep(0.45)
+            gate.release(10_000)
+            answer = waits.result()
+            assert answer.status_code == 503 and answer.json()["error"]["code"] == "queue_timeout"
+            assert runs.result().status_code == 200
+    finally:
+        gate.release(10_000)
         server.stop()
 
 

@@ -163,4 +163,6 @@ def test_special_tokens_of_a_prompt_are_optional(url: str) -> None:
 
     said = tokens(messages=[{"role": "user", "content": "ab"}], add_generation_prompt=False)
     assert said == [*b"ab\x02"] and tokens(prompt="ab", add_special_tokens=False) == [*b"ab"]
-    assert httpx.post(f"{url}/tokenize", json={"prompt": "a", "model": "other"}).status_code == 404
+    for path, body in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [97]})):
+        assert httpx.post(url + path, json=body).status_code == 200
+        assert httpx.post(url + path, json={**body, "model": "other"}).status_code == 404

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import collections
 import json
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +18,7 @@ from jax_mla_cp.mesh import MeshShape, make_mesh
 from jax_mla_cp.runner import create_runner
 from jax_mla_cp.serve.served import Served
 from tests.serve.in_process import client_of, serving
+from tests.waiting import until
 
 PROMPT = "The context parallel prefill is a way of"
 SCHEMA = {
@@ -52,7 +52,7 @@ def client(url: str) -> openai.OpenAI:
 
 
 def complete(url: str, **fields: Any) -> Any:
-    """The answer to a greedy completion of `PROMPT`, with what the fields change; from the server as it writes it."""
+    """The answer to a greedy completion of `PROMPT`, with what the fields change; as the server writes it."""
     body = {"model": "tiny", "prompt": PROMPT, "temperature": 0, "max_tokens": 8, **fields}
     answer = httpx.post(f"{url}/v1/completions", json=body, timeout=120)
     assert answer.status_code == 200, answer.text
@@ -272,7 +272,11 @@ def test_chat_is_the_template_and_a_completion(client: openai.OpenAI, url: str) 
     for entry in choice.logprobs.content:
         assert len(entry.top_logprobs) == 2 and entry.top_logprobs[0].logprob == entry.logprob
 
-    chunks = list(client.chat.completions.create(**arguments, stream=True, stream_options={"include_usage": True}))
+    arguments |= {"logprobs": True, "top_logprobs": 2, "stream": True, "stream_options": {"include_usage": True}}
+    chunks = list(client.chat.completions.create(**arguments))
+    told = [e for c in chunks[:-1] if c.choices[0].logprobs for e in c.choices[0].logprobs.content or ()]
+    assert [e.token for e in told] == [e.token for e in choice.logprobs.content]
+    assert [e.logprob for e in told] == pytest.approx([e.logprob for e in choice.logprobs.content], abs=1e-3)
     assert chunks[0].choices[0].delta.role == "assistant"
     assert "".join(c.choices[0].delta.content or "" for c in chunks[:-1]) == choice.message.content
     assert chunks[-1].choices == [] and chunks[-1].usage == answer.usage.model_copy(
@@ -317,7 +321,4 @@ def test_the_async_client_and_a_stream_that_is_left(url: str, served: Served) ->
             return answers[0].choices[0].message.content or ""
 
     assert asyncio.run(run())
-    deadline = time.monotonic() + 5
-    while not served.engine.idle:
-        assert time.monotonic() < deadline, "what was left goes on"
-        time.sleep(0.01)
+    until(lambda: served.engine.idle, 5)  # what was left does not go on

@@ -1,4 +1,4 @@
-"""Health, readiness, what the engine refuses, and the drain, over an engine without a model."""
+"""Health, readiness, what the engine is given and refuses, and the drain, over an engine without a model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 from jax_mla_cp.engine import EngineDead, Failed, QueueFull
 from jax_mla_cp.engine.request import FailedKind
 from jax_mla_cp.serve.errors import failure
-from tests.serve.guarded import BODY, Running, running
+from tests.serve.guarded import BODY, SEED, Running, running
+from tests.waiting import until
 
 
 def test_health_and_readiness() -> None:
@@ -35,6 +36,14 @@ def test_what_the_engine_refuses() -> None:
         server.engine.refuse = EngineDead("the engine is dead")
         dead = httpx.post(f"{server.url}/v1/completions", json=BODY)
         assert dead.status_code == 503 and dead.json()["error"]["code"] == "engine_dead"
+
+
+@pytest.mark.parametrize(("given", "want"), [({}, SEED), ({"seed": 5}, 5), ({"seed": 0}, 0), ({"seed": -1}, 2**64 - 1)])
+def test_seeds(given: dict[str, int], want: int) -> None:
+    """The request's, or else the server's; choice i of a prompt takes i more."""
+    with running() as server:
+        assert httpx.post(f"{server.url}/v1/completions", json={**BODY, "n": 3, **given}).status_code == 200
+        assert [r.sampling.seed for r in server.engine.requests] == [(want + i) % 2**64 for i in range(3)]
 
 
 @pytest.mark.parametrize(
@@ -63,10 +72,7 @@ def streaming(server: Running) -> tuple[threading.Thread, list[str]]:
     server.engine.gate = threading.Semaphore(1)
     thread = threading.Thread(target=read, daemon=True)
     thread.start()
-    deadline = time.monotonic() + 10
-    while not texts:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    until(lambda: texts)
     return thread, texts
 
 
@@ -75,7 +81,9 @@ def test_a_drain_finishes_what_runs_and_refuses_what_is_new() -> None:
         reader, texts = streaming(server)
         server.server.begin_drain()
         assert httpx.get(f"{server.url}/ready").status_code == 503
-        assert httpx.get(f"{server.url}/health").status_code == 200, "nobody should kill it now"
+        for path in ("/health", "/version", "/metrics"):
+            assert httpx.get(server.url + path).status_code == 200, "nobody should kill it now, and it is watched"
+        assert httpx.get(f"{server.url}/v1/models").status_code == 503
         refused = httpx.post(f"{server.url}/v1/completions", json=BODY)
         assert refused.status_code == 503 and refused.headers["retry-after"]
         assert refused.json()["error"]["code"] == "stopping"

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
+from jax_mla_cp.engine import Failed, Finished
 from jax_mla_cp.serve import logs
 from jax_mla_cp.serve.guards import Guards
 from jax_mla_cp.serve.security import ApiKeys
@@ -63,6 +64,16 @@ def test_a_json_line_has_what_is_known(capfd: pytest.CaptureFixture[str]) -> Non
     assert 0 <= whole["queue_s"] <= whole["ttft_s"] <= whole["total_s"] < 30
     assert streamed["output_tokens"] == 3 and whole["level"] == "info"
     assert bad["status"] == 400 and "prompt_tokens" not in bad
+
+
+def test_a_line_tells_what_was_reused_and_why_it_failed(capfd: pytest.CaptureFixture[str]) -> None:
+    with logged(capfd, "json") as (server, lines):
+        server.engine.ends = [Finished("stop", "", cached_tokens=4), Failed("too late", "timeout")]
+        for status in (200, 408):
+            assert httpx.post(f"{server.url}/v1/completions", json=BODY).status_code == status
+    reused, failed = map(json.loads, lines)
+    assert (reused["cached_tokens"], reused["finish"]) == (4, "stop")
+    assert (failed["finish"], failed["status"]) == ("timeout", 408)
 
 
 def test_a_client_that_goes_away_is_an_abort(capfd: pytest.CaptureFixture[str]) -> None:

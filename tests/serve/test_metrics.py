@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-import time
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as open_metrics
 from prometheus_client.parser import text_string_to_metric_families as plain
 
-from jax_mla_cp.engine import Engine, Prefilled, StepReport
+from jax_mla_cp.engine import Engine, Prefilled, RequestReport, StepReport
 from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.serve.app import create_app
+from jax_mla_cp.serve.metrics import Metrics
 from jax_mla_cp.serve.served import Served
 from jax_mla_cp.serve.status import Telemetry
 from jax_mla_cp.serve.status.about import About
@@ -27,15 +28,17 @@ from jax_mla_cp.serve.status.prompts import Prompts
 from jax_mla_cp.serve.status.recent import SECONDS, Latencies, Rates, percentile
 from jax_mla_cp.serve.status.schemas import Status
 from tests.byte_tokenizer import byte_tokenizer
+from tests.engine.asked import Asked
 from tests.engine.standin import PageModel
+from tests.waiting import until
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "observability.md"
 BODY = {"model": "tiny", "max_tokens": 6, "ignore_eos": True}
 
 
 class Observed:
-    def __init__(self, draft_tokens: int = 0) -> None:
-        self.model = PageModel(pages=40, draft_tokens=draft_tokens, cp=2)
+    def __init__(self, pages: int = 40, **model: int) -> None:
+        self.model = PageModel(pages=pages, cp=2, **model)
         telemetry = Telemetry(About("tiny", 100, False, MeshShape(cp=2, tp=3), {"version": "0.0"}))
         self.engine = Engine(self.model, observer=telemetry)
         served = Served("tiny", self.engine, byte_tokenizer(), 259, 100, (3,), None)
@@ -46,17 +49,23 @@ class Observed:
         return self.client.post("/v1/completions", json={**BODY, "prompt": prompt, **more}).status_code
 
     def values(self) -> dict[str, float]:
-        """Sample -> value, labels other than the model's and the buckets' in braces."""
-        until = time.monotonic() + 5
-        while not self.engine.idle and time.monotonic() < until:
-            time.sleep(0.01)
-        found = {}
-        for family in plain(self.client.get("/metrics").text):
-            for sample in family.samples:
-                assert sample.labels["model_name"] == "tiny"
-                rest = ",".join(f"{k}={v}" for k, v in sample.labels.items() if k != "model_name")
-                found[sample.name.removeprefix("jax_mla_cp:") + (f"{{{rest}}}" if rest else "")] = sample.value
-        return found
+        """`now`, when the engine is idle and has told of its last step: its requests have heard of their end before."""
+        until(lambda: self.engine.idle and self.now()["engine_step_seconds_count"] == self.model.steps)
+        return self.now()
+
+    def now(self) -> dict[str, float]:
+        return samples(self.client.get("/metrics").text)
+
+
+def samples(text: str) -> dict[str, float]:
+    """Sample -> value, labels other than the model's in braces."""
+    found = {}
+    for family in plain(text):
+        for sample in family.samples:
+            assert sample.labels["model_name"] == "tiny"
+            rest = ",".join(f"{k}={v}" for k, v in sample.labels.items() if k != "model_name")
+            found[sample.name.removeprefix("jax_mla_cp:") + (f"{{{rest}}}" if rest else "")] = sample.value
+    return found
 
 
 @pytest.fixture
@@ -77,7 +86,7 @@ def test_counts_are_those_of_the_requests(observed: Observed) -> None:
     assert first["request_success_total{finished_reason=length}"] == 1
     assert first["request_prompt_tokens_bucket{le=50.0}"] == 1 and first["request_prompt_tokens_bucket{le=20.0}"] == 0
     assert first["request_generation_tokens_sum"] == 6
-    assert first["engine_step_seconds_count"] == first["engine_step_host_seconds_count"] == observed.model.steps
+    assert first["engine_step_host_seconds_count"] == observed.model.steps
     assert first["engine_step_seconds_sum"] >= first["engine_step_host_seconds_sum"] > 0
     parts = [first[f"request_{part}_time_seconds_sum"] for part in ("queue", "prefill", "decode")]
     assert first["e2e_request_latency_seconds_sum"] == pytest.approx(sum(parts)) and min(parts) > 0
@@ -88,6 +97,55 @@ def test_counts_are_those_of_the_requests(observed: Observed) -> None:
     assert reused >= 32 and again["prefix_cache_queries_total"] == 80
     assert again["prompt_tokens_total"] == 80 - reused, "reused tokens are not computed"
     assert (again["num_requests_running"], again["num_requests_waiting"], again["kv_cache_usage_perc"]) == (0, 0, 0)
+
+
+def test_every_number_has_its_place() -> None:
+    """Each is told a value that no other is."""
+    metrics = Metrics("tiny", 1000, {})
+    metrics.step(StepReport(0.01, 0.002, 30, 7, 8, (20, 17), (100, 60), ()))
+    metrics.started(0.1)
+    metrics.first_token(0.3)
+    metrics.token(0.05)
+    metrics.token(0.06)
+    metrics.finished(RequestReport("stop", 30, 10, 3, queue_seconds=0.1, prefill_seconds=0.2, e2e_seconds=0.7))
+    for reason in ("abort", "timeout"):
+        metrics.finished(RequestReport(reason, 999, 0, 999, queue_seconds=99, prefill_seconds=99, e2e_seconds=99))
+    found = samples(metrics.render("")[0].decode())
+    assert {name: pytest.approx(value) for name, value in found.items() if "{" not in name and "_count" not in name} == {
+        "prompt_tokens_total": 30, "generation_tokens_total": 3, "cp_prefill_steps_total": 1,
+        "time_to_first_token_seconds_sum": 0.3, "inter_token_latency_seconds_sum": 0.11,
+        "request_queue_time_seconds_sum": 0.1, "request_prefill_time_seconds_sum": 0.2, "e2e_request_latency_seconds_sum": 0.7,
+        "request_prompt_tokens_sum": 30, "request_generation_tokens_sum": 3, "cp_prefill_balance_sum": 0.8,
+        "engine_step_seconds_sum": 0.01, "engine_step_host_seconds_sum": 0.002, "engine_info": 1,
+    }  # fmt: skip
+    ended = {name: value for name, value in found.items() if name.startswith(("request_success", "request_failure"))}
+    assert ended == {
+        "request_success_total{finished_reason=stop}": 1, "request_success_total{finished_reason=abort}": 1,
+        "request_failure_total{kind=timeout}": 1,
+    }  # fmt: skip
+
+
+def test_what_is_true_at_a_moment() -> None:
+    """Two run, on 5 pages and on 6, and one waits, which gives up; the two do not fit the 12 pages to their ends."""
+    observed = Observed(pages=12, max_running=2)
+    observed.model.gate = gate = threading.Semaphore(2)  # 32 of the 40 prompt tokens
+    asked = [Asked([i] * 20, 9) for i in range(3)]
+    try:
+        observed.engine.submit_all([a.request for a in asked])
+        until(lambda: observed.now()["engine_step_seconds_count"] == 2)
+        until(lambda: observed.now()["kv_cache_usage_perc"] == 11 / 12)
+        now = observed.now()
+        assert (now["num_requests_running"], now["num_requests_waiting"]) == (2, 1)
+        observed.engine.abort(asked[2].request)
+        gate.release(10_000)
+        for a in asked[:2]:
+            a.result()
+        after = observed.values()
+        assert after["request_success_total{finished_reason=abort}"] == 1
+        assert after["num_preemptions_total"] == observed.engine.status().preemptions > 0
+    finally:
+        gate.release(10_000)
+        observed.engine.stop(30)
 
 
 def test_failures_are_counted_by_kind_and_in_no_latency(observed: Observed) -> None:
@@ -144,13 +202,14 @@ def test_two_servers_share_nothing(observed: Observed) -> None:
         other.engine.stop(5)
 
 
-def test_the_document_has_every_metric(observed: Observed) -> None:
-    observed.complete([1, 2, 3])
-    names = {family.name for family in plain(observed.client.get("/metrics").text)}
+def test_the_document_has_every_metric_and_no_other() -> None:
+    drafting = Observed(draft_tokens=2)
+    try:
+        names = {family.name for family in plain(drafting.client.get("/metrics").text)}
+    finally:
+        drafting.engine.stop(5)
     documented = set(re.findall(r"^\| `([a-z0-9_]+)", DOCUMENT.read_text(), re.M))
-    counters = {name.removesuffix("_total") for name in documented}
-    assert {name.removeprefix("jax_mla_cp:") for name in names} <= counters
-    assert {"spec_decode_num_draft_tokens", "request_failure", "num_preemptions"} <= counters
+    assert {name.removeprefix("jax_mla_cp:") for name in names} == {name.removesuffix("_total") for name in documented}
 
 
 def test_status_shows_the_zigzag(observed: Observed) -> None:

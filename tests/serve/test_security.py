@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hmac
 import logging
 import ssl
@@ -17,7 +18,7 @@ import trustme
 import jax_mla_cp
 from jax_mla_cp.config import ConfigError
 from jax_mla_cp.serve.guards import Guards
-from jax_mla_cp.serve.security import OPEN_PATHS, ApiKeys, read_keys, tls_settings, warn_if_open
+from jax_mla_cp.serve.security import ApiKeys, read_keys, tls_settings, warn_if_open
 from tests.serve.guarded import BODY, Running, running, write
 
 KEYS = ["first-key-0123456789", "second-key-0123456789", "third-key-0123456789"]
@@ -35,21 +36,32 @@ def bearer(key: str) -> dict[str, str]:
 
 def test_every_route_but_the_open_ones_needs_a_key(guarded: Running) -> None:
     """CVE-2025-59425 and servers that guard only /v1: a route that is added later is guarded too."""
-    routes = {
-        (method, route.path.replace("{name:path}", "tiny")) for route in guarded.app.routes for method in route.methods
-    }
-    routes |= {("GET", "/metrics"), ("GET", "/nothing"), ("GET", "//v1/models"), ("GET", "/health/../v1/models")}
-    assert {("POST", "/v1/completions"), ("GET", "/openapi.json"), ("GET", "/docs")} < routes
+    names = {"{name:path}": "tiny", "{name}": "main.js"}
+    routes = set()
+    for route in guarded.app.routes:
+        path = functools.reduce(lambda path, name: path.replace(name, names[name]), names, route.path)
+        routes |= {(method, path) for method in route.methods}
+    routes |= {("GET", "/nothing"), ("GET", "//v1/models"), ("GET", "/health/../v1/models"), ("GET", "/pages")}
+    assert {("POST", "/v1/completions"), ("GET", "/openapi.json"), ("GET", "/docs"), ("GET", "/metrics")} < routes
     with httpx.Client(base_url=guarded.url) as client:
         for method, path in sorted(routes):
             answer = client.request(method, path, json=BODY if method == "POST" else None)
-            if path in OPEN_PATHS:
-                assert answer.status_code in (200, 404), path
+            if path in ("/", "/health", "/ready", "/version", "/page/main.js"):
+                assert answer.status_code == 200, path
                 continue
             assert answer.status_code == 401, path
             assert answer.headers["www-authenticate"] == "Bearer"
             if method != "HEAD":
                 assert answer.json()["error"]["code"] == "invalid_api_key"
+
+
+@pytest.mark.parametrize(
+    "path", ["/page/../v1/models", "/page/..%2fv1/models", "/page//v1/models", "/page/%2e%2e/status"]
+)
+def test_an_open_folder_is_no_way_round(guarded: Running, path: str) -> None:
+    """As it is written, which httpx would not send."""
+    answer = guarded.raw(f"GET {path} HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n".encode())
+    assert answer.startswith((b"HTTP/1.1 401", b"HTTP/1.1 404")) and b"max_model_len" not in answer
 
 
 def test_each_key_is_let_in_and_no_other(guarded: Running) -> None:
@@ -243,9 +255,13 @@ def test_clients_bring_no_templates_tensors_or_code(field: dict[str, object]) ->
     bodies = {
         "/v1/completions": BODY,
         "/v1/chat/completions": {"model": "tiny", "messages": [{"role": "user", "content": "a"}]},
+        "/tokenize": {"prompt": "a"},
+        "/detokenize": {"tokens": [1]},
     }
     with running() as server:
-        for path in sorted(set(bodies) & set(server.app.openapi()["paths"])):
+        paths = server.app.openapi()["paths"]
+        assert set(bodies) == {path for path, operations in paths.items() if "post" in operations}
+        for path in sorted(bodies):
             answer = httpx.post(server.url + path, json={**bodies[path], **field})
             assert answer.status_code == 400, (path, answer.text)
             assert next(iter(field)) in answer.json()["error"]["message"]
