@@ -12,6 +12,9 @@ MAX_CHOICES = 128
 MAX_N = 8
 MAX_LOGPROBS = 20
 MAX_BIASES = 1024
+MAX_PROMPT_SCORES = 4 << 20
+"""Log-probabilities of prompts in one answer. Each takes some hundred bytes until it is sent: 20 of each token of a million
+tokens would take ten gigabytes."""
 
 
 def _encodable(text: str) -> str:
@@ -167,3 +170,7 @@ class Generation(Body):
     def scores_prompt(self) -> bool:
         """Whether the prompt's log-probabilities are needed."""
         return self.prompt_logprobs is not None
+
+    def scores_per_token(self) -> int:
+        """Log-probabilities that the answer has for each token of the prompt."""
+        return 0 if self.prompt_logprobs is None else 1 + self.prompt_logprobs

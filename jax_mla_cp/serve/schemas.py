@@ -42,6 +42,10 @@ class CompletionRequest(Generation):
     def scores_prompt(self) -> bool:
         return super().scores_prompt() or (bool(self.echo) and (self.logprobs is not None or self.max_tokens == 0))
 
+    def scores_per_token(self) -> int:
+        echoed = self.echo and self.logprobs is not None
+        return super().scores_per_token() + (1 + (self.logprobs or 0) if echoed else 0)
+
     def prompts(self) -> list[str | list[int]]:
         """One or many, each text or token ids."""
         if isinstance(self.prompt, str):

@@ -16,6 +16,7 @@ import pytest
 from pydantic import ValidationError
 
 from jax_mla_cp.engine import Engine
+from jax_mla_cp.serve import prompts
 from jax_mla_cp.serve.fields import Body
 from jax_mla_cp.serve.schemas import ChatRequest, CompletionRequest
 from jax_mla_cp.serve.served import Served
@@ -260,6 +261,33 @@ def test_a_body_full_of_mistakes_is_refused_for_few_of_them(form: type[Body], bo
     with pytest.raises(ValidationError) as refused:
         form.model_validate({"model": "tiny", **body})
     assert 1 <= refused.value.error_count() <= 10
+
+
+@pytest.mark.parametrize(
+    ("fields", "scores", "param"),
+    [
+        ({"prompt_logprobs": 20}, 21, "prompt_logprobs"),
+        ({"echo": True, "logprobs": 1, "n": 2}, 4, "logprobs"),
+        ({"echo": True, "logprobs": 0, "prompt_logprobs": 0}, 2, "prompt_logprobs"),
+        ({"logprobs": 20}, 0, None),
+        ({"echo": True, "max_tokens": 0}, 0, None),
+    ],
+)
+def test_answers_with_too_many_scores_are_refused(
+    server: Server, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], scores: int, param: str | None
+) -> None:
+    body = {"model": "tiny", "prompt": [[5] * 30, [6] * 20], "max_tokens": 1, **fields}
+
+    def post(most: int) -> httpx.Response:
+        monkeypatch.setattr(prompts, "MAX_PROMPT_SCORES", most)
+        return httpx.post(f"{server.url}/v1/completions", json=body)
+
+    assert post(50 * scores).status_code == 200
+    if scores:
+        refused = post(50 * scores - 1)
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == param
+        assert f"would have {50 * scores} log-probabilities" in refused.json()["error"]["message"]
 
 
 def test_other_errors(server: Server, client: openai.OpenAI) -> None:
