@@ -114,7 +114,8 @@ def test_every_number_has_its_place() -> None:
     assert {name: pytest.approx(value) for name, value in found.items() if "{" not in name and "_count" not in name} == {
         "prompt_tokens_total": 30, "generation_tokens_total": 3, "cp_prefill_steps_total": 1,
         "time_to_first_token_seconds_sum": 0.3, "inter_token_latency_seconds_sum": 0.11,
-        "request_queue_time_seconds_sum": 0.1, "request_prefill_time_seconds_sum": 0.2, "e2e_request_latency_seconds_sum": 0.7,
+        "request_queue_time_seconds_sum": 0.1, "request_prefill_time_seconds_sum": 0.2,
+        "request_decode_time_seconds_sum": 0.4, "e2e_request_latency_seconds_sum": 0.7,
         "request_prompt_tokens_sum": 30, "request_generation_tokens_sum": 3, "cp_prefill_balance_sum": 0.8,
         "engine_step_seconds_sum": 0.01, "engine_step_host_seconds_sum": 0.002, "engine_info": 1,
     }  # fmt: skip
