@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +13,8 @@ from typing import Any
 
 import httpx
 import psutil
+
+from tests.processes import server, url_of
 
 PAGE, CHUNK, RUNNING = 64, 512, 64
 """Of the shared server: tokens of a page, prompt tokens of a step, requests at a time."""
@@ -89,20 +89,9 @@ def wait_for(look: Callable[[], Any], good: Callable[[Any], bool], seconds: floa
 @contextlib.contextmanager
 def serving(log: Path, flags: Sequence[str] = FLAGS) -> Iterator[Live]:
     """A server with the built-in model, its log in a file. It must have ended cleanly, if not ended by the test."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}
-    command = [sys.executable, "-m", "jax_mla_cp.serve", "--port", "0", "--log-level", "debug", *flags]
-    with log.open("w") as errors:
-        process = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=errors)
-        try:
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            match = re.search(r"ready in \d+ s: (http://\S+)/v1", line)
-            assert match, f"{line}{log.read_text()}"
-            live = Live(process, match[1], log)
-            yield live
-            if process.poll() is None:
-                assert live.stop() == 0, log.read_text()[-5000:]
-        finally:
-            process.kill()
-            process.wait()
+    with log.open("w") as errors, server("--log-level", "debug", *flags, errors=errors) as process:
+        live = Live(process, url_of(process, log), log)
+        yield live
+        if process.poll() is None:
+            assert live.stop() == 0, log.read_text()[-5000:]
     assert "Traceback" not in log.read_text()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from jax_mla_cp.bench.table import Report
 from jax_mla_cp.config import ConfigError
 from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.presets import model_config
+from tests.processes import environment
 
 MESH = MeshShape(tp=2, cp=2)
 
@@ -197,9 +197,8 @@ def test_host() -> None:
 
 
 def bench(*flags: str) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}
     command = [sys.executable, "-m", "jax_mla_cp.bench", *flags]
-    return subprocess.run(command, env=environment, text=True, capture_output=True, timeout=300, check=False)
+    return subprocess.run(command, env=environment(), text=True, capture_output=True, timeout=300, check=False)
 
 
 def test_as_a_user_runs_it(tmp_path: Path) -> None:

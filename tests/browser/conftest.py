@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import re
 import shutil
 import signal
-import socket
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
-import uvicorn
 from selenium import webdriver
 from selenium.webdriver.remote.webdriver import WebDriver
 
@@ -23,12 +16,13 @@ from jax_mla_cp.batch import Work
 from jax_mla_cp.engine import Engine
 from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.outcome import Outcome, Sampled
-from jax_mla_cp.serve.app import create_app
 from jax_mla_cp.serve.served import Served
 from jax_mla_cp.serve.status import Telemetry
 from jax_mla_cp.serve.status.about import About
 from tests.byte_tokenizer import byte_tokenizer
 from tests.engine.standin import PageModel
+from tests.processes import server, url_of
+from tests.serve.in_process import serving
 
 KEY = "the-key-of-the-browser-tests"
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script><b>bold</b> "
@@ -59,31 +53,11 @@ def browser() -> Iterator[WebDriver]:
 @pytest.fixture(scope="session")
 def guarded_url(browser: WebDriver) -> Iterator[str]:
     """The built-in model on 8 virtual devices; KEY is its key. After `browser`, so that nothing starts without one."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}
-    flags = (
-        "--mesh",
-        "tp=2,cp=4",
-        "--port",
-        "0",
-        "--prefill-chunk",
-        "128",
-        "--max-model-len",
-        "3072",
-        "--max-running",
-        "4",
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-m", "jax_mla_cp.serve", *flags],
-        env=environment | {"JAX_MLA_CP_API_KEY": KEY},
-        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    assert process.stdout is not None and process.stderr is not None
-    line = process.stdout.readline()
-    match = re.search(r"ready in \d+ s: (http://\S+)/v1", line)
-    assert match, f"{line}{process.stderr.read()}"
-    yield match[1]
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    flags = ("--mesh", "tp=2,cp=4", "--prefill-chunk", "128", "--max-model-len", "3072", "--max-running", "4")
+    with server(*flags, JAX_MLA_CP_API_KEY=KEY) as process:
+        yield url_of(process)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
     assert process.returncode == 0 and "Traceback" not in errors
 
 
@@ -106,14 +80,5 @@ def hostile_url(browser: WebDriver) -> Iterator[str]:
     telemetry = Telemetry(About("<i>tiny</i>", 600, False, MeshShape(dp=2, cp=3, tp=2), {"version": "<u>0</u>"}))
     engine = Engine(HostileModel(pages=200, cp=3), observer=telemetry)
     served = Served("<i>tiny</i>", engine, byte_tokenizer(), 259, 600, (), None)
-    server = uvicorn.Server(uvicorn.Config(create_app(served, telemetry=telemetry), log_level="error"))
-    listener = socket.create_server(("127.0.0.1", 0))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    engine.start()
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server.should_exit = True
-    thread.join(10)
-    engine.stop(10)
+    with serving(served, telemetry) as url:
+        yield url

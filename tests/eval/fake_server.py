@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import re
-import socket
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
+
+from tests.serve.in_process import listening
 
 LOGPROB = -2.0
 """Of every token: the perplexity is exp(2)."""
@@ -63,12 +61,5 @@ def refuse(status: int, message: str) -> JSONResponse:
 @contextmanager
 def running(app: FastAPI) -> Iterator[str]:
     """The address of a server for the app, with its /v1."""
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="critical", timeout_graceful_shutdown=1))
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-        server.should_exit = True
-        thread.join(10)
+    with listening(app) as url:
+        yield f"{url}/v1"

@@ -1,35 +1,45 @@
-"""A server on a thread of the test's own process."""
+"""Servers on threads of the test's own process."""
 
 from __future__ import annotations
 
 import contextlib
 import socket
 import threading
-import time
 from collections.abc import Iterator
 
 import openai
 import uvicorn
+from fastapi import FastAPI
 
 from jax_mla_cp.serve.app import create_app
 from jax_mla_cp.serve.served import Served
+from jax_mla_cp.serve.status import Telemetry
+from tests.waiting import until
 
 
 @contextlib.contextmanager
-def serving(served: Served) -> Iterator[str]:
+def listening(app: FastAPI) -> Iterator[str]:
+    """The address of a server for any app."""
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="critical", timeout_graceful_shutdown=1))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        until(lambda: server.started)
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(10)
+
+
+@contextlib.contextmanager
+def serving(served: Served, telemetry: Telemetry | None = None) -> Iterator[str]:
     """Starts engine and server, gives the address, and stops both."""
-    server = uvicorn.Server(uvicorn.Config(create_app(served), log_level="error"))
-    listener = socket.create_server(("127.0.0.1", 0))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     served.engine.start()
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
     try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with listening(create_app(served, telemetry=telemetry)) as url:
+            yield url
     finally:
-        server.should_exit = True
-        thread.join(10)
         served.engine.stop(10)
 
 

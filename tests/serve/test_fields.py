@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import functools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -69,6 +70,7 @@ def ids(url: str, **fields: Any) -> list[int]:
     return [token_of(url, name) for name in logprobs["tokens"]]
 
 
+@functools.cache  # the same few are asked for again and again
 def token_of(url: str, name: str) -> int:
     if name.startswith("token_id:"):
         return int(name.removeprefix("token_id:"))

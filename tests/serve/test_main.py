@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,22 +23,9 @@ from jax_mla_cp.eval.passkey import Passkey
 from jax_mla_cp.serve.names import TokenNames
 from jax_mla_cp.tokenizer import Tokenizer
 from tests.checkpoints import hf_generate
+from tests.processes import server, url_of
 
 Checkpoints = Callable[[str], tuple[dict[str, Any], Path]]
-
-
-def start(*flags: str, **variables: str) -> subprocess.Popen[str]:
-    environment = {k: v for k, v in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")} | variables
-    command = [sys.executable, "-m", "jax_mla_cp.serve", "--port", "0", *flags]
-    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def url_of(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None and process.stderr is not None
-    line = process.stdout.readline()
-    match = re.search(r"ready in \d+ s: (http://\S+)/v1", line)
-    assert match, f"{line}{process.stderr.read()}"
-    return match[1]
 
 
 def built_in_tokenizer() -> Tokenizer:
@@ -53,10 +36,10 @@ def built_in_tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def tiny() -> Iterator[str]:
-    process = start("--mesh", "tp=8,cp=4")
-    yield url_of(process)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    with server("--mesh", "tp=8,cp=4") as process:
+        yield url_of(process)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, "Ctrl-C ends it cleanly"
     assert "Traceback" not in errors
 
@@ -99,8 +82,7 @@ def test_speculation_changes_no_answer(tiny: str) -> None:
     """On one device, with drafts, and prompts in chunks: the same greedy tokens."""
     flags = ("--speculative", "mtp", "--draft-tokens", "2", "--prefill-chunk", "26", "--max-running", "2",
              "--max-model-len", "128", "--form", "absorbed")  # fmt: skip
-    process = start(*flags)
-    try:
+    with server(*flags) as process:
         clients = [openai.OpenAI(base_url=f"{url}/v1", api_key="none") for url in (tiny, url_of(process))]
         prompts = [[t * t % 256 for t in range(length)] for length in (3, 70)]
         arguments: dict[str, Any] = {
@@ -110,7 +92,6 @@ def test_speculation_changes_no_answer(tiny: str) -> None:
         assert got == want
         counts = httpx.get(f"{clients[1].base_url}".removesuffix("v1/") + "health").json()["speculation"]
         assert counts["drafted"] > 0
-    finally:
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     assert f"{counts['accepted']} of {counts['drafted']} drafts accepted" in " ".join(errors.split())
@@ -121,8 +102,7 @@ def test_a_checkpoint_that_transformers_wrote(
 ) -> None:
     """Greedy answers of the server at cp=4, with prompts longer than a chunk, are transformers' own."""
     config, path = checkpoint("v3")
-    process = start("--model", str(path), "--mesh", "cp=4,tp=2", "--prefill-chunk", "50", "--page-size", "7")
-    try:
+    with server("--model", str(path), "--mesh", "cp=4,tp=2", "--prefill-chunk", "50", "--page-size", "7") as process:
         client = openai.OpenAI(base_url=f"{url_of(process)}/v1", api_key="none", max_retries=0, timeout=300)
         prompts = [[(7 * i + t) % config["vocab_size"] for t in range(n)] for i, n in enumerate((1, 8, 60, 230))]
         want = hf_generate(transformers_model("v3"), prompts, 16)
@@ -143,7 +123,6 @@ def test_a_checkpoint_that_transformers_wrote(
             got = list(pool.map(tokens, prompts))
         names = TokenNames(Tokenizer.from_dir(path, config["vocab_size"]))
         assert got == [[names(int(i)) for i in ids] for ids in want]
-    finally:
         process.terminate()
         process.communicate(timeout=60)
     assert process.returncode == 0, "SIGTERM ends it cleanly"
@@ -181,8 +160,8 @@ BAD = [
 
 @pytest.mark.parametrize(("flags", "message"), BAD, ids=[" ".join(flags) for flags, _ in BAD])
 def test_settings_that_cant_work(flags: list[str], message: str, tmp_path: Path) -> None:
-    process = start(*(flag.replace("{empty}", str(tmp_path)) for flag in flags))
-    out, errors = process.communicate(timeout=120)
+    with server(*(flag.replace("{empty}", str(tmp_path)) for flag in flags)) as process:
+        out, errors = process.communicate(timeout=120)
     assert process.returncode == 2, errors
     assert not out, "it never said that it is ready"
     assert message in " ".join(errors.split()) and "Traceback" not in errors
@@ -190,16 +169,15 @@ def test_settings_that_cant_work(flags: list[str], message: str, tmp_path: Path)
 
 
 def test_an_occupied_port_is_known_at_once() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        started = time.monotonic()
-        process = start("--port", str(taken.getsockname()[1]))
+    with socket.create_server(("127.0.0.1", 0)) as taken, server("--port", str(taken.getsockname()[1])) as process:
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 2 and "can't listen there" in errors
-    assert time.monotonic() - started < 30
+    assert "loaded" not in errors, "before a model is loaded"
 
 
 def test_help_teaches() -> None:
-    out, _ = start("--help").communicate(timeout=60)
+    with server("--help") as process:
+        out, _ = process.communicate(timeout=60)
     assert "examples:" in out and "--prefill-chunk" in out
 
 
@@ -210,8 +188,8 @@ DRAINS = ("--max-model-len", "4000", "--max-running", "2", "--form", "absorbed")
 def test_sigterm_lets_what_runs_finish(cut_off: bool) -> None:
     """A stream goes on to its end or, with a second signal, doesn't; what is new gets 503; the exit code tells."""
     key = "a-key-for-this-test-0123"
-    process = start(*DRAINS, "--log-format", "json", "--drain-timeout", "100", JAX_MLA_CP_API_KEY=key)
-    try:
+    flags = (*DRAINS, "--log-format", "json", "--drain-timeout", "100")
+    with server(*flags, JAX_MLA_CP_API_KEY=key) as process:
         url = url_of(process)
         heard = {c.laddr.ip for c in psutil.Process(process.pid).net_connections() if c.status == psutil.CONN_LISTEN}
         assert heard == {"127.0.0.1"}, "nothing else listens, and not to other machines (CVE-2025-32444)"
@@ -234,8 +212,6 @@ def test_sigterm_lets_what_runs_finish(cut_off: bool) -> None:
             chunks += stream
             assert chunks[-1].choices[0].finish_reason == "length"
         _, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
     assert process.returncode == int(cut_off)
     assert "Traceback" not in errors and key not in errors
     if not cut_off:
@@ -245,10 +221,10 @@ def test_sigterm_lets_what_runs_finish(cut_off: bool) -> None:
 
 
 def test_ctrl_c_while_it_starts() -> None:
-    process = start("--mesh", "tp=8,cp=4", "--compile-cache", "off")
-    assert process.stderr is not None
-    process.stderr.readline()  # the first log line: it is loading
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    with server("--mesh", "tp=8,cp=4", "--compile-cache", "off") as process:
+        assert process.stderr is not None
+        process.stderr.readline()  # the first log line: it is loading
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
     assert process.returncode == 0 and "Traceback" not in errors
