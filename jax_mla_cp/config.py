@@ -89,13 +89,19 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "kv_lora_rank", "qk_nope_head_dim",
-                     "v_head_dim", "max_position"):  # fmt: skip
+                     "v_head_dim", "intermediate_size", "max_position"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"config.json: {name} must be at least 1, got {getattr(self, name)}.")
+        if self.q_lora_rank is not None and self.q_lora_rank < 1:
+            raise ConfigError(f"config.json: q_lora_rank must be at least 1, or null, got {self.q_lora_rank}.")
         if self.qk_rope_head_dim < 2 or self.qk_rope_head_dim % 2:
             raise ConfigError(f"config.json: qk_rope_head_dim must be even and positive, got {self.qk_rope_head_dim}.")
         if self.num_moe_layers:
             self._check_routing()
+            if self.moe_intermediate_size < 1:
+                raise ConfigError(
+                    f"config.json: moe_intermediate_size must be at least 1, got {self.moe_intermediate_size}."
+                )
             packed = self.quantization.packed if self.quantization else 1
             if self.hidden_size % packed or self.moe_intermediate_size % packed:
                 raise ConfigError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,45 +41,82 @@ def read(raw: Mapping[str, Any]) -> ModelConfig:
     raw, weight_prefix = _text_part(raw)
     _refuse_unsupported(raw)
 
-    def need(key: str) -> Any:
-        if raw.get(key) is None:
-            raise ConfigError(f"config.json: the key {key!r} is missing.")
-        return raw[key]
-
-    experts = raw.get("n_routed_experts", raw.get("num_local_experts")) or 0
+    keys = _Keys(raw)
+    experts = keys.whole("n_routed_experts" if raw.get("n_routed_experts") is not None else "num_local_experts", 0)
     topk_method = _topk_method(raw)
     grouped = experts and topk_method != "greedy"  # which ignores the groups that a config may name
     return ModelConfig(
-        vocab_size=need("vocab_size"),
-        hidden_size=need("hidden_size"),
-        num_layers=need("num_hidden_layers"),
-        num_heads=need("num_attention_heads"),
-        q_lora_rank=raw.get("q_lora_rank"),
-        kv_lora_rank=need("kv_lora_rank"),
-        qk_rope_head_dim=need("qk_rope_head_dim"),
-        qk_nope_head_dim=need("qk_nope_head_dim"),
-        v_head_dim=need("v_head_dim"),
-        intermediate_size=need("intermediate_size"),
-        first_k_dense=raw.get("first_k_dense_replace") or 0,
-        moe_intermediate_size=need("moe_intermediate_size") if experts else 0,
+        vocab_size=keys.whole("vocab_size"),
+        hidden_size=keys.whole("hidden_size"),
+        num_layers=keys.whole("num_hidden_layers"),
+        num_heads=keys.whole("num_attention_heads"),
+        q_lora_rank=None if raw.get("q_lora_rank") is None else keys.whole("q_lora_rank"),
+        kv_lora_rank=keys.whole("kv_lora_rank"),
+        qk_rope_head_dim=keys.whole("qk_rope_head_dim"),
+        qk_nope_head_dim=keys.whole("qk_nope_head_dim"),
+        v_head_dim=keys.whole("v_head_dim"),
+        intermediate_size=keys.whole("intermediate_size"),
+        first_k_dense=keys.whole("first_k_dense_replace", 0),
+        moe_intermediate_size=keys.whole("moe_intermediate_size") if experts else 0,
         n_routed_experts=experts,
-        n_shared_experts=raw.get("n_shared_experts") or 0,
-        experts_per_token=need("num_experts_per_tok") if experts else 0,
-        n_group=need("n_group") if grouped else 1,
-        topk_group=need("topk_group") if grouped else 1,
-        norm_topk_prob=bool(raw.get("norm_topk_prob", topk_method == "noaux_tc")),
-        routed_scaling_factor=float(need("routed_scaling_factor")) if experts else 1.0,
-        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        max_position=need("max_position_embeddings"),
-        rope=_rope(raw),
+        n_shared_experts=keys.whole("n_shared_experts", 0),
+        experts_per_token=keys.whole("num_experts_per_tok") if experts else 0,
+        n_group=keys.whole("n_group") if grouped else 1,
+        topk_group=keys.whole("topk_group") if grouped else 1,
+        norm_topk_prob=keys.flag("norm_topk_prob", topk_method == "noaux_tc"),
+        routed_scaling_factor=keys.number("routed_scaling_factor") if experts else 1.0,
+        rms_norm_eps=keys.number("rms_norm_eps", 1e-6),
+        max_position=keys.whole("max_position_embeddings"),
+        rope=_rope(keys),
         topk_method=topk_method,
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        num_mtp_layers=raw.get("num_nextn_predict_layers") or raw.get("num_mtp_layers") or 0,
-        bos_token_id=raw.get("bos_token_id"),
+        tie_word_embeddings=keys.flag("tie_word_embeddings", False),
+        num_mtp_layers=keys.whole("num_nextn_predict_layers", 0) or keys.whole("num_mtp_layers", 0),
+        bos_token_id=next(iter(_token_ids(raw.get("bos_token_id"), "bos_token_id")), None),
         eos_token_ids=_token_ids(raw.get("eos_token_id"), "eos_token_id"),
         weight_prefix=weight_prefix,
         quantization=_quantization(raw),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Keys:
+    """The keys of an object in config.json, each read as what it must be: a "false" in quotes would be true to Python. null is
+    no key. A key without a default must be there."""
+
+    raw: Mapping[str, Any]
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        value = self._get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ConfigError(f"config.json: {key} must be a whole number, 0 or more, got {value!r}.")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self._get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise ConfigError(f"config.json: {key} must be a number, 0 or more, got {value!r}.")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self._get(key, default)
+        if not isinstance(value, bool):
+            raise ConfigError(f"config.json: {key} must be true or false, got {value!r}.")
+        return value
+
+    def part(self, key: str) -> Mapping[str, Any]:
+        """An object, empty if it is not there."""
+        value = self._get(key, {})
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"config.json: {key} must be an object, got {value!r}.")
+        return value
+
+    def _get(self, key: str, default: Any) -> Any:
+        value = self.raw.get(key)
+        if value is None:
+            value = default
+        if value is None:
+            raise ConfigError(f"config.json: the key {key!r} is missing.")
+        return value
 
 
 def _text_part(raw: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
@@ -139,31 +177,40 @@ def _quantization(raw: Mapping[str, Any]) -> Quantization | None:
         raise ConfigError(f"config.json: {error}") from None
 
 
-def _rope(raw: Mapping[str, Any]) -> RopeConfig:
+def _rope(keys: _Keys) -> RopeConfig:
     # transformers 5 writes rope_parameters, 4 writes rope_theta and rope_scaling; the same numbers.
-    new = dict(raw.get("rope_parameters") or {})
-    old = dict(raw.get("rope_scaling") or {})
-    scaling = new or old
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    new, old = (
+        {"rope_type" if key == "type" else key: value for key, value in keys.part(name).items()}
+        for name in ("rope_parameters", "rope_scaling")
+    )
+    differ = [key for key in old if old[key] != new.get(key)]
+    if new and differ:
+        raise ConfigError(
+            f"config.json: rope_parameters and rope_scaling differ in {', '.join(differ)}: no telling which is meant. Keep one."
+        )
+    scaling = _Keys(new or old)
+    kind = scaling.raw.get("rope_type", "default")
     if kind not in ("default", "yarn"):
         raise ConfigError(f"config.json: rope type {kind!r} is not supported; this version runs 'default' and 'yarn'.")
-    theta = float(new.get("rope_theta", raw.get("rope_theta", 10000.0)))
-    interleaved = bool(raw.get("rope_interleave", True))
+    theta = _Keys(new).number("rope_theta", keys.number("rope_theta", 10000.0))
+    if not theta:
+        raise ConfigError("config.json: rope_theta must be above 0, got 0.")
+    interleaved = keys.flag("rope_interleave", True)
     if kind == "default":
         return RopeConfig(theta=theta, interleaved=interleaved)
-    if scaling.get("attention_factor") is not None or scaling.get("truncate") is False:
+    if scaling.raw.get("attention_factor") is not None or scaling.raw.get("truncate") is False:
         raise ConfigError("config.json: rope_scaling with attention_factor or truncate=false is not supported.")
-    original = scaling.get("original_max_position_embeddings")
-    if original is None:
+    original = scaling.whole("original_max_position_embeddings", 0)
+    if not original:
         raise ConfigError("config.json: YaRN needs rope_scaling.original_max_position_embeddings.")
     return RopeConfig(
         theta=theta,
-        factor=float(scaling.get("factor") or raw["max_position_embeddings"] / original),
-        original_max_position=int(original),
-        beta_fast=float(scaling.get("beta_fast") or 32),
-        beta_slow=float(scaling.get("beta_slow") or 1),
-        mscale=float(scaling.get("mscale") or 0),
-        mscale_all_dim=float(scaling.get("mscale_all_dim") or 0),
+        factor=scaling.number("factor", 0) or keys.whole("max_position_embeddings") / original,
+        original_max_position=original,
+        beta_fast=scaling.number("beta_fast", 0) or 32.0,
+        beta_slow=scaling.number("beta_slow", 0) or 1.0,
+        mscale=scaling.number("mscale", 0),
+        mscale_all_dim=scaling.number("mscale_all_dim", 0),
         yarn=True,
         interleaved=interleaved,
     )

@@ -90,6 +90,8 @@ class Quantization:
         """
         if raw is None:
             return None
+        if not isinstance(raw, Mapping):
+            raise ValueError(f"quantization_config must be an object, got {raw!r}.")
         method = raw.get("quant_method")
         if method == "fp8":
             return cls("fp8", _fp8_block(raw))
@@ -117,12 +119,14 @@ def _int4_group(raw: Mapping[str, Any]) -> int:
     if raw.get("kv_cache_scheme") is not None:
         raise ValueError(_refused("kv_cache_scheme", raw["kv_cache_scheme"], "null"))
     groups = raw.get("config_groups")
-    if not isinstance(groups, Mapping) or len(groups) != 1:
+    if not isinstance(groups, Mapping) or len(groups) != 1 or not all(isinstance(g, Mapping) for g in groups.values()):
         raise ValueError(_refused("config_groups", groups, "a single group"))
     (name, group), = groups.items()  # fmt: skip
     if group.get("input_activations") is not None:
         raise ValueError(_refused(f"config_groups.{name}.input_activations", group["input_activations"], "null"))
-    weights = group.get("weights") or {}
+    weights = group.get("weights")
+    if not isinstance(weights, Mapping):
+        raise ValueError(_refused(f"config_groups.{name}.weights", weights, "4-bit integers in groups"))
     for key, wanted in (
         ("num_bits", 4), ("type", "int"), ("strategy", "group"), ("symmetric", True), ("actorder", None)
     ):  # fmt: skip

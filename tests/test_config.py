@@ -61,11 +61,37 @@ def test_both_styles_read_the_same() -> None:
         ({"qk_rope_head_dim": 7}, "qk_rope_head_dim must be even"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "rope type 'llama3'"),
         ({"eos_token_id": "x"}, "eos_token_id must be a token id"),
+        ({"bos_token_id": "x"}, "bos_token_id must be a token id"),
+        ({"hidden_size": "64"}, "hidden_size must be a whole number, 0 or more, got '64'"),
+        ({"num_hidden_layers": 3.0}, "num_hidden_layers must be a whole number"),
+        ({"first_k_dense_replace": -1}, "first_k_dense_replace must be a whole number"),
+        ({"q_lora_rank": 0}, "q_lora_rank must be at least 1, or null"),
+        ({"moe_intermediate_size": 0}, "moe_intermediate_size must be at least 1"),
+        ({"norm_topk_prob": "false"}, "norm_topk_prob must be true or false, got 'false'"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false"),
+        ({"routed_scaling_factor": float("nan")}, "routed_scaling_factor must be a number"),
+        ({"rope_parameters": "yarn"}, "rope_parameters must be an object"),
+        ({"rope_parameters": {"rope_theta": 0}}, "rope_theta must be above 0"),
+        ({"rope_scaling": {"type": "yarn", "factor": 8.0}}, "rope_parameters and rope_scaling differ in factor"),
+        ({"quantization_config": "fp8"}, "quantization_config must be an object"),
     ],
 )
 def test_configs_that_cant_run(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ModelConfig.from_hf(raw(**change))
+
+
+def test_null_is_no_key() -> None:
+    """As Python writes a default that nobody has set."""
+    missing = {key: value for key, value in raw().items() if key not in ("rms_norm_eps", "norm_topk_prob")}
+    nulls = {"rms_norm_eps": None, "norm_topk_prob": None, "rope_scaling": None, "tie_word_embeddings": None}
+    assert ModelConfig.from_hf(raw(**nulls)) == ModelConfig.from_hf(missing)
+
+
+def test_both_spellings_of_rope_may_say_the_same() -> None:
+    same = dict(raw()["rope_parameters"])
+    same["type"] = same.pop("rope_type")
+    assert ModelConfig.from_hf(raw(rope_scaling=same)) == ModelConfig.from_hf(raw())
 
 
 def test_deepseek_v2_routes_by_its_own_keys() -> None:

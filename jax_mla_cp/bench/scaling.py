@@ -26,45 +26,53 @@ from jax_mla_cp.config import ModelConfig
 from jax_mla_cp.mesh import make_mesh
 from jax_mla_cp.model.handle import Model
 
+_GpuSeconds = dict[tuple[int, FormName], float]
+"""By tokens and form: devices times seconds of what the other rows are compared with."""
+
 
 def run(options: Options, config: ModelConfig, report: Report) -> None:
     """Adds a row for each mesh, number of tokens and form.
 
     Raises:
-      ConfigError: a mesh that needs more devices than there are.
+      ConfigError: a mesh that needs more devices than there are, or that can't divide the model.
     """
     for mesh in options.meshes:
         make_mesh(mesh)
     layers = min(options.layers or config.num_layers, config.num_layers)
     dense = min(config.num_dense_layers, layers)
     config = with_layers(config, dense, layers - dense, max(options.seq))
-    gpu_seconds: dict[tuple[int, FormName], float] = {}
-    for mesh, ep in itertools.product(options.meshes, options.ep_axes):
-        build = make_build(config, mesh, ep, options.dtype, options.attention)
+    builds = [  # all of them before any is measured: what can't work is said at once
+        (mesh, ep, make_build(config, mesh, ep, options.dtype, options.attention))
+        for mesh, ep in itertools.product(options.meshes, options.ep_axes)
+    ]
+    gpu_seconds: _GpuSeconds = {}
+    for i, (mesh, ep, build) in enumerate(builds):
         make = functools.cache(functools.partial(make_model, build))  # in the first row: what fails is a row
         for seq, form in itertools.product(options.seq, options.forms):
             report.row(
                 f"prefill, {options.model}, {layers} layers", str(mesh),
-                functools.partial(_row, make, seq, form, options.samples, gpu_seconds),
+                functools.partial(_row, make, seq, form, options.samples, gpu_seconds, first=i == 0),
                 devices=mesh.devices, ep_axes=ep, seq=seq, form=form, dtype=options.dtype,
             )  # fmt: skip
             clean_up()
         make.cache_clear()
         clean_up()
     report.notes.append(
-        f"efficiency: devices times seconds of {options.meshes[0]}, over the row's. From tokens to the last one's logits; "
-        "random weights, routing even."
+        f"efficiency: devices times seconds of {options.meshes[0]}, experts over {options.ep_axes[0]}, over the row's; none where "
+        "that row failed. From tokens to the last one's logits; random weights, routing even."
     )
 
 
 def _row(
-    make: Callable[[], Model], seq: int, form: FormName, samples: int, gpu_seconds: dict[tuple[int, FormName], float]
+    make: Callable[[], Model], seq: int, form: FormName, samples: int, gpu_seconds: _GpuSeconds, *, first: bool
 ) -> dict[str, Any]:
-    """`gpu_seconds`: of the first mesh that ran so many tokens in this form."""
+    """`first`: it is what the others are compared with."""
     model = make()
     planner = make_planner(model, seq, form=form)
     program = compile_program(model, planner, prompt(model, planner, seq))
     timing = program.time(samples)
     used = timing.seconds * program.pages.sharding.num_devices
-    first = gpu_seconds.setdefault((seq, form), used)
-    return timing.row() | {"tokens_per_s": seq / timing.seconds, "efficiency": first / used} | program.memory
+    if first:
+        gpu_seconds[seq, form] = used
+    compared = {"efficiency": gpu_seconds[seq, form] / used} if (seq, form) in gpu_seconds else {}
+    return timing.row() | {"tokens_per_s": seq / timing.seconds} | compared | program.memory

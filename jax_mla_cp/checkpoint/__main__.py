@@ -7,15 +7,14 @@ import json
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType
 from typing import NoReturn, get_args
 
 from jax_mla_cp.checkpoint.orbax import command
 from jax_mla_cp.checkpoint.source import CheckpointError
 from jax_mla_cp.config import ConfigError
-from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.quantization import Weights
+from jax_mla_cp.serve.flags import Parser, mesh, path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,25 +67,6 @@ def _inspect(args: argparse.Namespace) -> int:
     return int(bool(report["problems"]))
 
 
-class _Parser(argparse.ArgumentParser):
-    """Errors in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {message.removeprefix('argument ')} (see --help)", file=sys.stderr)
-        raise SystemExit(2)
-
-
-def _mesh(text: str) -> MeshShape:
-    try:
-        return MeshShape.parse(text)
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error).removeprefix("--mesh ")) from None
-
-
-def _path(text: str) -> Path:
-    return Path(text).expanduser()
-
-
 _EPILOG = """examples:
   python -m jax_mla_cp.checkpoint inspect DeepSeek-V3 --mesh tp=8,cp=4     what is in it, and what each device would hold
   python -m jax_mla_cp.checkpoint convert DeepSeek-V3 DeepSeek-V3-orbax    to Orbax; Ctrl-C and again: it goes on
@@ -111,20 +91,20 @@ model, whether all is there, and what each device of a mesh would keep. Reads he
 
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    p = _Parser(
+    p = Parser(
         prog="python -m jax_mla_cp.checkpoint",
         description="Checkpoints: Hugging Face directories (safetensors), and what convert makes of them (Orbax).",
         epilog=_EPILOG,
         formatter_class=raw,
         allow_abbrev=False,
     )
-    commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     convert = commands.add_parser(
         "convert", help="a Hugging Face directory to an Orbax checkpoint", description=_CONVERT, epilog=_CONVERT_EPILOG,
         formatter_class=raw, allow_abbrev=False,
     )  # fmt: skip
-    convert.add_argument("hf_dir", metavar="HF_DIR", type=_path, help="config.json and *.safetensors")
-    convert.add_argument("out", metavar="OUT", type=_path, help="new, empty, or begun by an earlier run")
+    convert.add_argument("hf_dir", metavar="HF_DIR", type=path, help="config.json and *.safetensors")
+    convert.add_argument("out", metavar="OUT", type=path, help="new, empty, or begun by an earlier run")
     convert.add_argument(
         "--weights", choices=get_args(Weights), default="auto",
         help="of a quantised checkpoint: fp8 (as auto) keeps its matrices in FP8, bf16 dequantises them",
@@ -134,8 +114,8 @@ def _parser() -> argparse.ArgumentParser:
         "inspect", help="what a checkpoint holds, and whether it is sound", description=_INSPECT, formatter_class=raw,
         allow_abbrev=False,
     )  # fmt: skip
-    inspect.add_argument("directory", metavar="DIR", type=_path, help="a Hugging Face directory, or what convert made")
-    inspect.add_argument("--mesh", metavar="AXES", type=_mesh, help="also what each device would hold, e.g. tp=8,cp=4")
+    inspect.add_argument("directory", metavar="DIR", type=path, help="a Hugging Face directory, or what convert made")
+    inspect.add_argument("--mesh", metavar="AXES", type=mesh, help="also what each device would hold, e.g. tp=8,cp=4")
     inspect.add_argument(
         "--ep-axes",
         metavar='{tp,"tp,cp","tp,cp,dp"}',

@@ -31,7 +31,7 @@ from orbax.checkpoint import v1 as ocp
 from jax_mla_cp.checkpoint.check import check_tensors
 from jax_mla_cp.checkpoint.directories import alone, check_directories, check_room, check_same
 from jax_mla_cp.checkpoint.huggingface import mtp_marker
-from jax_mla_cp.checkpoint.orbax import MANIFEST, WEIGHTS, Converted, StoredArray, command, sha256_files
+from jax_mla_cp.checkpoint.orbax import MANIFEST, WEIGHTS, Converted, StoredArray, command, is_converted, sha256_files
 from jax_mla_cp.checkpoint.progress import loading_bar
 from jax_mla_cp.checkpoint.source import INDEX, CheckpointError, SafetensorsSource
 from jax_mla_cp.checkpoint.target import Place, Target
@@ -146,8 +146,10 @@ def _fingerprint(source: Path, tensors: SafetensorsSource) -> str:
 
 
 def _delete(out: Path) -> None:
+    """The manifest last: a directory that is half deleted is still known for what it is."""
+    if is_converted(out):
+        shutil.rmtree(out / WEIGHTS, ignore_errors=True)
     (out / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(out / WEIGHTS, ignore_errors=True)
 
 
 def _make_tree(checkpoint: Converted) -> None:

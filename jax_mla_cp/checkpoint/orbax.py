@@ -248,8 +248,8 @@ class Converted:
 
 
 def is_converted(directory: Path) -> bool:
-    """Whether a directory is (or should be) a converted checkpoint, not a Hugging Face one."""
-    return (directory / MANIFEST).exists() or (directory / WEIGHTS).is_dir()
+    """Whether a directory is (or should be) a converted checkpoint, not a Hugging Face one, which may have a "weights" too."""
+    return (directory / MANIFEST).exists() or (directory / _STATE).is_dir()
 
 
 def open_converted(directory: Path) -> Converted:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jax_mla_cp.config import ConfigError
 from jax_mla_cp.mesh import MeshShape
-from jax_mla_cp.serve.flags import Parser, add_model_flags, fail, path
+from jax_mla_cp.serve.flags import Parser, add_model_flags, check_output, fail, path
 from jax_mla_cp.serve.options import ServeConfig
 
 _K = 1024
@@ -73,8 +73,7 @@ class Options:
         if self.text is not None and not self.text.is_file():
             raise ConfigError(f"--text: {self.text} is not a file. Give a text file (UTF-8).")
         for flag, file in (("--json", self.json), ("--picture", self.picture)):
-            if file is not None and not file.absolute().parent.is_dir():
-                raise ConfigError(f"{flag} {file}: the directory {file.parent} does not exist. Make it first.")
+            check_output(flag, file)
         if self.picture is not None:
             if self.picture.suffix not in _PICTURES:
                 raise ConfigError(f"--picture {self.picture}: must end in {', '.join(_PICTURES)}.")

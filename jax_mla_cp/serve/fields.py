@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import abc
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 MAX_CHOICES = 128
 """Prompts times `n`: requests to the engine that one HTTP request may become."""
 MAX_N = 8
 MAX_LOGPROBS = 20
+MAX_BIASES = 1024
+MAX_PROMPT_SCORES = 4 << 20
+"""Log-probabilities of prompts in one answer. Each takes some hundred bytes until it is sent: 20 of each token of a million
+tokens would take ten gigabytes."""
 
 
 def _encodable(text: str) -> str:
@@ -22,6 +26,17 @@ def _encodable(text: str) -> str:
     return text
 
 
+def _few(biases: object) -> object:
+    """pydantic counts a dict's entries only behind a complaint about each, which costs a few hundred bytes."""
+    if isinstance(biases, dict) and len(biases) > MAX_BIASES:
+        raise ValueError(f"must have at most {MAX_BIASES} entries, not {len(biases)}")
+    return biases
+
+
+T = TypeVar("T")
+Many = Annotated[list[T], Field(fail_fast=True)]
+"""A list that is refused at its first bad element: without that, a body of a few megabytes makes a complaint of a
+kilobyte for each of a million elements."""
 ENCODABLE = AfterValidator(_encodable)
 Text = Annotated[str, ENCODABLE]
 TokenId = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
@@ -36,6 +51,16 @@ class Body(BaseModel):
     """A request body. A field that is not there is refused, and no value is made into one of another type."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown(cls, value: Any) -> Any:
+        """Keeps one of the fields that are not there: it is refused for that one as well as for a million."""
+        if not isinstance(value, dict) or len(value) <= len(cls.model_fields):
+            return value
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        unknown = next(name for name in value if name not in known)
+        return {name: part for name, part in value.items() if name in known or name == unknown}
 
 
 class StreamOptions(Body):
@@ -88,17 +113,17 @@ class Generation(Body):
         allow_inf_nan=False,
         description="divides the logits of what prompt and answer have",
     )
-    logit_bias: Annotated[dict[TokenKey, Bias], Field(max_length=1024)] | None = Field(
+    logit_bias: Annotated[dict[TokenKey, Bias], Field(max_length=MAX_BIASES), BeforeValidator(_few)] | None = Field(
         default=None, description="added to logits, by token id"
     )
     seed: int | None = Field(
         default=None, ge=-(2**63), lt=2**63, description="the same seed gives the same answer; choice i takes seed + i"
     )
     n: int | None = Field(default=1, ge=1, le=MAX_N, description="choices per prompt")
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = Field(
+    stop: Stop | Annotated[Many[Stop], Field(max_length=4)] | None = Field(
         default=None, description="at most 4 strings; the answer ends before them"
     )
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=128)] | None = Field(
+    stop_token_ids: Annotated[Many[TokenId], Field(max_length=128)] | None = Field(
         default=None, description="tokens that end the answer, beside the model's own"
     )
     ignore_eos: bool = Field(default=False, description="the model's own end tokens don't end the answer")
@@ -145,3 +170,7 @@ class Generation(Body):
     def scores_prompt(self) -> bool:
         """Whether the prompt's log-probabilities are needed."""
         return self.prompt_logprobs is not None
+
+    def scores_per_token(self) -> int:
+        """Log-probabilities that the answer has for each token of the prompt."""
+        return 0 if self.prompt_logprobs is None else 1 + self.prompt_logprobs

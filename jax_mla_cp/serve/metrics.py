@@ -79,6 +79,7 @@ class Metrics(Observer):
         self._itl = self._histogram("inter_token_latency_seconds", "Between a request's tokens.", _BETWEEN_TOKENS)
         self._queue = self._histogram("request_queue_time_seconds", "From arrival to the first step.", _REQUEST)
         self._prefill = self._histogram("request_prefill_time_seconds", "From first step to first token.", _REQUEST)
+        self._decode = self._histogram("request_decode_time_seconds", "From first token to the end.", _REQUEST)
         self._e2e = self._histogram("e2e_request_latency_seconds", "From arrival to the end.", _REQUEST)
         lengths = steps_1_2_5(max_model_len)
         self._request_prompt = self._histogram("request_prompt_tokens", "Tokens of a request's prompt.", lengths)
@@ -138,6 +139,7 @@ class Metrics(Observer):
         self._request_prompt.observe(report.prompt_tokens)
         self._request_output.observe(report.output_tokens)
         self._prefill.observe(report.prefill_seconds)
+        self._decode.observe(max(0.0, report.e2e_seconds - report.queue_seconds - report.prefill_seconds))
 
     # What is asked.
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from jax_mla_cp.engine import GrammarError
 from jax_mla_cp.serve.errors import ApiError
-from jax_mla_cp.serve.fields import MAX_CHOICES, Generation, SchemaFormat, TextFormat
+from jax_mla_cp.serve.fields import MAX_CHOICES, MAX_PROMPT_SCORES, Generation, SchemaFormat, TextFormat
 from jax_mla_cp.serve.grammar import JsonGrammar
 from jax_mla_cp.serve.schemas import CompletionRequest, Message
 from jax_mla_cp.serve.served import Served
@@ -64,6 +64,14 @@ def check(served: Served, body: Generation, prompts: Sequence[Sequence[int]], pa
                 f"min_tokens: {least} tokens behind {len(prompt)} of the prompt are more than {served.max_model_len}."
             )
             raise ApiError(400, message, param="min_tokens", code="context_length_exceeded")
+    scores = sum(map(len, prompts)) * (body.n or 1) * body.scores_per_token()
+    if scores > MAX_PROMPT_SCORES:
+        asked = "logprobs" if body.prompt_logprobs is None else "prompt_logprobs"
+        message = (
+            f"{asked}: the answer would have {scores} log-probabilities of prompts; at most {MAX_PROMPT_SCORES} are allowed. "
+            "Send fewer prompts at a time, or ask for fewer of each token."
+        )
+        raise ApiError(400, message, param=asked)
     served.check_tokens(body.stop_token_ids or (), "stop_token_ids")
     served.check_tokens(list(body.biases()), "logit_bias")
     if body.stops() and served.tokenizer is None:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, cast
 
 from pydantic import BaseModel, Field, model_validator
 
-from jax_mla_cp.serve.fields import MAX_LOGPROBS, Body, Count, Generation, Text, TokenId
+from jax_mla_cp.serve.fields import MAX_LOGPROBS, Body, Count, Generation, Many, Text, TokenId
 
 MAX_MESSAGES = 4096
 
@@ -18,7 +18,7 @@ IF_SAID = Field(exclude_if=lambda value: value is None)
 class CompletionRequest(Generation):
     """POST /v1/completions."""
 
-    prompt: Text | list[Text] | list[TokenId] | list[list[TokenId]] = Field(
+    prompt: Text | Many[Text] | Many[TokenId] | Many[Many[TokenId]] = Field(
         description="text or token ids, one or many"
     )
     max_tokens: Count | None = Field(default=16, description="at least 1; with echo 0 too")
@@ -42,6 +42,10 @@ class CompletionRequest(Generation):
     def scores_prompt(self) -> bool:
         return super().scores_prompt() or (bool(self.echo) and (self.logprobs is not None or self.max_tokens == 0))
 
+    def scores_per_token(self) -> int:
+        echoed = self.echo and self.logprobs is not None
+        return super().scores_per_token() + (1 + (self.logprobs or 0) if echoed else 0)
+
     def prompts(self) -> list[str | list[int]]:
         """One or many, each text or token ids."""
         if isinstance(self.prompt, str):
@@ -58,7 +62,7 @@ class TextPart(Body):
 
 class Message(Body):
     role: Literal["system", "user", "assistant"]
-    content: Text | list[TextPart]
+    content: Text | Many[TextPart]
     reasoning_content: Text | None = Field(
         default=None, description="of an earlier answer; models are not shown their earlier thoughts"
     )
@@ -67,7 +71,7 @@ class Message(Body):
 class ChatRequest(Generation):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[Many[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = Field(
         default=None, description="default: what fits"
     )

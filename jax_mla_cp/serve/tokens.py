@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from jax_mla_cp.serve import prompts
-from jax_mla_cp.serve.fields import Body, Text, TokenId
+from jax_mla_cp.serve.fields import Body, Many, Text, TokenId
 from jax_mla_cp.serve.schemas import IF_SAID, MAX_MESSAGES, Message
 from jax_mla_cp.serve.served import Served
 
@@ -21,7 +21,7 @@ class TokenizeRequest(Body):
 
     model: Text | None = None
     prompt: Text | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    messages: Annotated[Many[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
     add_special_tokens: bool = Field(default=True, description="the BOS and EOS tokens around a prompt")
     add_generation_prompt: bool = Field(default=True, description="what begins an answer, behind messages")
     return_token_strs: bool | None = False
@@ -42,7 +42,7 @@ class TokenizeResponse(BaseModel):
 
 class DetokenizeRequest(Body):
     model: Text | None = None
-    tokens: list[TokenId]
+    tokens: Many[TokenId]
 
 
 class DetokenizeResponse(BaseModel):

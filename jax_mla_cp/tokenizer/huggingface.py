@@ -54,7 +54,9 @@ class JsonVocabulary:
         return cls(backend)
 
     def encode(self, text: str) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=False).ids
+        # `encode` would hold Python's lock: a text of megabytes takes seconds, in which no other thread could run.
+        ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._backend.decode(list(ids), skip_special_tokens=True)

@@ -11,10 +11,11 @@ from typing import Any
 import jax
 import pytest
 
-from jax_mla_cp.bench import attention, decode, host, layer, load, model, program
-from jax_mla_cp.bench.options import Options
+from jax_mla_cp.bench import attention, decode, host, layer, load, model, program, scaling
+from jax_mla_cp.bench.options import Options, make
 from jax_mla_cp.bench.roofline import Ceilings
 from jax_mla_cp.bench.table import Report
+from jax_mla_cp.config import ConfigError
 from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.presets import model_config
 from tests.processes import environment
@@ -147,6 +148,45 @@ def test_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert len(report.holds) == 4 * 3 and not list(tmp_path.iterdir())
 
 
+def scale(**flags: Any) -> tuple[Options, Report]:
+    options = make(
+        "scaling", platform="cpu", model="tiny", samples=1, seq=(40,), layers=1,
+        **{"meshes": (MeshShape(), MeshShape(cp=2))} | flags,
+    )  # fmt: skip
+    return options, Report(options.command, [], quiet=True)
+
+
+def test_scaling_compares_with_the_first_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
+    options, report = scale()
+    scaling.run(options, model_config("tiny"), report)
+    report.show()
+    one, two = report.rows
+    assert (one["efficiency"], one["devices"], two["devices"]) == (1, 1, 2)
+    assert two["efficiency"] == pytest.approx(one["ms"] / (2 * two["ms"]))
+    assert one["tokens_per_s"] == pytest.approx(40 / one["ms"] * 1e3)
+
+    real = scaling.make_model
+
+    def no_room_on_one(build: Any) -> Any:
+        if build.shape.devices == 1:
+            raise MemoryError("no room")
+        return real(build)
+
+    monkeypatch.setattr(scaling, "make_model", no_room_on_one)
+    options, report = scale()
+    scaling.run(options, model_config("tiny"), report)
+    one, two = report.rows
+    assert "no room" in one["error"] and "efficiency" not in two, "or the second would be its own measure"
+
+
+def test_scaling_refuses_before_it_measures() -> None:
+    for mesh, message in ((MeshShape(tp=3), "tp=3"), (MeshShape(cp=64), "needs 64 devices")):
+        options, report = scale(meshes=(MeshShape(), mesh))
+        with pytest.raises(ConfigError, match=message):
+            scaling.run(options, model_config("tiny"), report)
+        assert not report.rows
+
+
 def test_host() -> None:
     report = run(host, command="host", shapes=((1, 100), (6, 300)), mesh=MESH)
     for row, requests in zip(report.rows, (1, 6), strict=True):
@@ -193,7 +233,9 @@ def test_settings_that_cant_work(flags: list[str], message: str) -> None:
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", [(), ("attention",), ("layer",), ("model",), ("decode",), ("load",), ("host",)])
+@pytest.mark.parametrize(
+    "command", [(), ("attention",), ("layer",), ("model",), ("decode",), ("load",), ("host",), ("scaling",)]
+)
 def test_help_teaches(command: tuple[str, ...]) -> None:
     done = bench(*command, "--help")
     assert done.returncode == 0 and "method:" in done.stdout

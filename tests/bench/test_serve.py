@@ -36,6 +36,8 @@ class Fake:
         self.headers: list[dict[str, str]] = []
         self.tokenizes, self.usage = True, True
         self.fault = ""
+        self.pieces: list[bytes] = []
+        """A whole answer, in place of the usual one, in the pieces that the network brings."""
         self.first, self.gap = FIRST, GAP
         self.app = FastAPI()
 
@@ -57,6 +59,10 @@ class Fake:
             self.bodies.append(body)
             self.headers.append(dict(request.headers))
             index = len(self.bodies)
+            if self.fault == "not text":
+                return Response(b"\xff\xfe bad gateway", 502, media_type="text/html")
+            if self.pieces:
+                return StreamingResponse(self._in_pieces(), media_type="text/event-stream")
             if self.fault == "refuse" or (self.fault == "every third" and index % 3 == 0):
                 return JSONResponse({"error": {"message": "The queue is full."}}, 503)
             return StreamingResponse(self._stream(body), media_type="text/event-stream")
@@ -79,6 +85,16 @@ class Fake:
             usage = {"prompt_tokens": prompt, "completion_tokens": body["max_tokens"], "prompt_tokens_details": details}
             yield chunk([], usage=usage)
         yield "data: [DONE]\n\n"
+
+    async def _in_pieces(self) -> AsyncIterator[bytes]:
+        for piece in self.pieces:
+            yield piece
+            await asyncio.sleep(self.gap)
+
+
+def event(text: str | None = None, *, reason: str | None = None, end: str = "\n\n", **more: Any) -> bytes:
+    choices = [] if text is None else [{"index": 0, "text": text, "finish_reason": reason}]
+    return f"data: {json.dumps({'choices': choices, **more})}{end}".encode()
 
 
 @pytest.fixture
@@ -193,6 +209,98 @@ def test_a_server_without_tokenizer_and_usage(fake: tuple[Fake, str], tmp_path: 
     assert row(found, "all requests")["out_tokens"] == 6 and row(found, "all requests")["in_tokens"] == 18
 
 
+USAGE = {"prompt_tokens": 8, "completion_tokens": 6, "prompt_tokens_details": None}
+
+
+def test_other_servers_streams(fake: tuple[Fake, str], tmp_path: Path) -> None:
+    """Line ends, comments, names, empty events, chunks of several tokens, and pieces that end anywhere."""
+    server, url = fake
+    flags = ("--requests", "1", "--rate", "inf", "--output-tokens", "6", "--prompt-tokens", "8")
+    end = "\r\n\r\n"
+    whole = event("c d", end=end)
+    server.pieces = [
+        b": ping\r\n\r\nevent: message\r\n" + event("a", end=end, usage=None),
+        b"data:\r\n\r\nid: 7\r\n" + event("b", end=end)[:9],
+        event("b", end=end)[9:] + whole[:-3],
+        whole[-3:] + b"data:" + event("e f", reason="length", end=end)[6:],
+        event(end=end, usage=USAGE) + b"data: [DONE]",
+    ]
+    code, found = measure(url, tmp_path, *flags)
+    assert code == 0, found["rows"]
+    assert row(found, "all requests")["out_tokens"] == 6 and row(found, "ITL")["n"] == 3
+    (request,) = found["requests"]
+    a, b, c, e = request["chunks"]
+    assert b >= a + 1.8 * GAP and e == c >= b + 0.9 * GAP, "an event is there when its end is"
+    # Of six tokens in four chunks: the mean time of the five after the first.
+    assert row(found, "TPOT")["mean"] == pytest.approx((e - a) / 5 * 1e3)
+
+
+@pytest.mark.parametrize(("pieces", "kind", "message"), [
+    ([event("a"), event(error={"message": "out of pages"})], "error in the stream", "out of pages"),
+    ([event("a"), b'data: {"object": "error", "message": "out of pages"}\n\n'], "error in the stream", "out of pages"),
+    ([event("a", reason="abort")], "finish_reason abort", "stop or length"),
+    ([b"data: 5\n\n"], "not a completion", "5"),
+    ([b"data: {\n\n"], "not a completion", "{"),
+    ([event("a", usage=[1])], "not a completion", "usage"),
+    ([event("a", usage={"prompt_tokens_details": 3})], "not a completion", "usage"),
+    ([event("a", usage={"completion_tokens": None}), event("", reason="stop")], None, ""),
+    ([event("", reason="stop")], "no tokens", "empty"),
+    ([b"data: [DONE]\n\n"], "stream cut off", "finish_reason"),
+])  # fmt: skip
+def test_odd_answers(
+    pieces: list[bytes], kind: str | None, message: str, fake: tuple[Fake, str], tmp_path: Path
+) -> None:
+    server, url = fake
+    server.gap, server.pieces = 0, pieces
+    code, found = measure(
+        url, tmp_path, "--requests", "2", "--rate", "inf", "--output-tokens", "3", "--prompt-tokens", "8"
+    )
+    if kind is None:
+        assert code == 0 and row(found, "all requests")["out_tokens"] == 2
+    else:
+        assert code == 1 and row(found, kind)["n"] == 2 and message in row(found, kind)["message"]
+
+
+def test_an_error_page_in_another_encoding(fake: tuple[Fake, str], tmp_path: Path) -> None:
+    server, url = fake
+    server.fault = "not text"
+    code, found = measure(url, tmp_path, "--requests", "2", "--output-tokens", "3", "--prompt-tokens", "8")
+    assert code == 1 and "bad gateway" in row(found, "HTTP 502")["message"]
+
+
+def test_more_requests_than_open_files(fake: tuple[Fake, str], tmp_path: Path) -> None:
+    """Shells allow 1024; the client takes what the system allows."""
+    file = tmp_path / "out.json"
+    command = [sys.executable, "-m", "jax_mla_cp.bench", "serve", "--base-url", fake[1], "--requests", "80", "--rate", "inf",
+               "--prompt-tokens", "8", "--output-tokens", "3", "--json", str(file)]  # fmt: skip
+    subprocess.run(
+        ["bash", "-c", 'ulimit -Sn 50; exec "$@"', "bash", *command], check=True, timeout=120, capture_output=True
+    )
+    assert row(json.loads(file.read_text()), "all requests")["most_in_flight"] == 80
+
+
+def test_ctrl_c_before_the_first_request(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jax_mla_cp.bench.serve.client.Client.prepare", stop)
+    assert main(["serve", "--base-url", "http://127.0.0.1:9/v1"]) == 130
+    assert capsys.readouterr().err == "stopped before the first request.\n"
+
+
+def test_tables_are_shown_though_the_file_cant_be_written(
+    fake: tuple[Fake, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("jax_mla_cp.bench.serve.report.Report.save", full)
+    with pytest.raises(SystemExit):
+        main(["serve", "--base-url", fake[1], "--requests", "1", "--output-tokens", "1", "--json", str(tmp_path / "a")])
+    said = capsys.readouterr()
+    assert "TTFT" in said.out and "error: --json" in said.err and "No space left on device" in said.err
+
+
 def test_ctrl_c_prints_what_there_is(fake: tuple[Fake, str], tmp_path: Path) -> None:
     server, url = fake
     file = tmp_path / "out.json"
@@ -224,6 +332,9 @@ def test_ctrl_c_prints_what_there_is(fake: tuple[Fake, str], tmp_path: Path) -> 
     (["--api-key-env", "NO_SUCH_KEY"], "the environment has no NO_SUCH_KEY"),
     (["--picture", "load.bmp"], "must end in .png"),
     (["--reqests", "3"], "Did you mean --requests"),
+    ([""], "'': no such flag"),
+    (["=3"], "'': no such flag"),
+    (["--json", "/"], "--json /: is not a file"),
 ])  # fmt: skip
 def test_settings_that_cant_work(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     base = [] if "--base-url" in flags else ["--base-url", "http://127.0.0.1:9/v1"]

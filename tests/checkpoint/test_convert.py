@@ -25,6 +25,7 @@ from jax_mla_cp.checkpoint.__main__ import main
 from jax_mla_cp.checkpoint.convert import convert
 from jax_mla_cp.checkpoint.directories import alone
 from jax_mla_cp.checkpoint.orbax import StoredArray
+from jax_mla_cp.config import ConfigError
 from tests.checkpoint import hf
 
 
@@ -163,6 +164,19 @@ def test_another_source_is_refused(source: Path, out: Path, tmp_path: Path) -> N
     done = convert(other, out, overwrite=True, progress=False)
     assert done.kept == 0
     open_converted(out)
+
+
+def test_somebody_elses_weights_stay(source: Path, tmp_path: Path) -> None:
+    """A folder of that name makes no converted checkpoint: neither OUT, which would be deleted, nor HF_DIR, which is refused."""
+    foreign = tmp_path / "foreign"
+    (foreign / "weights").mkdir(parents=True)
+    (foreign / "weights" / "thesis.bin").write_bytes(b"years of work")
+    with pytest.raises(ConfigError, match="is not empty, and not a converted checkpoint"):
+        convert(source, foreign, overwrite=True, progress=False)
+    assert (foreign / "weights" / "thesis.bin").read_bytes() == b"years of work"
+    shutil.copytree(source, foreign, dirs_exist_ok=True)
+    convert(foreign, tmp_path / "made", progress=False)
+    open_converted(tmp_path / "made")
 
 
 def test_all_that_a_server_needs_is_there(source: Path, made: Path) -> None:

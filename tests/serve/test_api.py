@@ -13,9 +13,14 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from pydantic import ValidationError
 
 from jax_mla_cp.engine import Engine
+from jax_mla_cp.serve import prompts
+from jax_mla_cp.serve.fields import Body
+from jax_mla_cp.serve.schemas import ChatRequest, CompletionRequest
 from jax_mla_cp.serve.served import Served
+from jax_mla_cp.serve.tokens import DetokenizeRequest, TokenizeRequest
 from tests.byte_tokenizer import byte_tokenizer
 from tests.engine.standin import VOCAB, PageModel, continuation
 from tests.serve.in_process import serving
@@ -186,6 +191,7 @@ BAD = [
     ({"logit_bias": {"4294967301": 1}}, "logit_bias", "token id 4294967301 is not in the vocabulary"),
     ({"logit_bias": {"-1": 1}}, "logit_bias", "match pattern"),
     ({"logit_bias": {"5": 100.5}}, "logit_bias", "less than or equal to 100"),
+    ({"logit_bias": dict.fromkeys(map(str, range(1025)), 1)}, "logit_bias", "at most 1024 entries, not 1025"),
     ({"stop_token_ids": [259]}, "stop_token_ids", "token id 259 is not in the vocabulary"),
     ({"stop_token_ids": [-1]}, "stop_token_ids", "greater than or equal to 0"),
     ({"min_tokens": 17}, None, "min_tokens is 17, but at most 16 tokens"),
@@ -229,6 +235,59 @@ def test_bodies_that_are_no_request(server: Server, body: bytes) -> None:
     answer = httpx.post(f"{server.url}/v1/completions", content=body, headers=headers)
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["message"]
+
+
+_MANY = 10_000
+_USER = {"role": "user", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    ("form", "body"),
+    [
+        (CompletionRequest, {"prompt": [-1] * _MANY}),
+        (CompletionRequest, {"prompt": [[-1] * _MANY]}),
+        (CompletionRequest, {"prompt": "a"} | {f"x{i}": 0 for i in range(_MANY)}),
+        (CompletionRequest, {"prompt": "a", "logit_bias": {f"x{i}": 0 for i in range(_MANY)}}),
+        (CompletionRequest, {"prompt": "a", "stop": [0] * _MANY, "stop_token_ids": [-1] * _MANY}),
+        (ChatRequest, {"messages": [{}] * _MANY}),
+        (ChatRequest, {"messages": [_USER | {"content": [{}] * _MANY}]}),
+        (ChatRequest, {"messages": [_USER | {f"x{i}": 0 for i in range(_MANY)}]}),
+        (TokenizeRequest, {"messages": [{}] * _MANY}),
+        (DetokenizeRequest, {"tokens": [-1] * _MANY}),
+    ],
+)
+def test_a_body_full_of_mistakes_is_refused_for_few_of_them(form: type[Body], body: dict[str, Any]) -> None:
+    """Each takes a kilobyte and some microseconds: 16 MiB of them took all memory, on the event loop."""
+    with pytest.raises(ValidationError) as refused:
+        form.model_validate({"model": "tiny", **body})
+    assert 1 <= refused.value.error_count() <= 10
+
+
+@pytest.mark.parametrize(
+    ("fields", "scores", "param"),
+    [
+        ({"prompt_logprobs": 20}, 21, "prompt_logprobs"),
+        ({"echo": True, "logprobs": 1, "n": 2}, 4, "logprobs"),
+        ({"echo": True, "logprobs": 0, "prompt_logprobs": 0}, 2, "prompt_logprobs"),
+        ({"logprobs": 20}, 0, None),
+        ({"echo": True, "max_tokens": 0}, 0, None),
+    ],
+)
+def test_answers_with_too_many_scores_are_refused(
+    server: Server, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], scores: int, param: str | None
+) -> None:
+    body = {"model": "tiny", "prompt": [[5] * 30, [6] * 20], "max_tokens": 1, **fields}
+
+    def post(most: int) -> httpx.Response:
+        monkeypatch.setattr(prompts, "MAX_PROMPT_SCORES", most)
+        return httpx.post(f"{server.url}/v1/completions", json=body)
+
+    assert post(50 * scores).status_code == 200
+    if scores:
+        refused = post(50 * scores - 1)
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == param
+        assert f"would have {50 * scores} log-probabilities" in refused.json()["error"]["message"]
 
 
 def test_other_errors(server: Server, client: openai.OpenAI) -> None:

@@ -88,9 +88,8 @@ def test_counts_are_those_of_the_requests(observed: Observed) -> None:
     assert first["request_generation_tokens_sum"] == 6
     assert first["engine_step_host_seconds_count"] == observed.model.steps
     assert first["engine_step_seconds_sum"] >= first["engine_step_host_seconds_sum"] > 0
-    assert first["e2e_request_latency_seconds_sum"] >= (
-        first["request_queue_time_seconds_sum"] + first["request_prefill_time_seconds_sum"]
-    )
+    parts = [first[f"request_{part}_time_seconds_sum"] for part in ("queue", "prefill", "decode")]
+    assert first["e2e_request_latency_seconds_sum"] == pytest.approx(sum(parts)) and min(parts) > 0
     assert (first["prefix_cache_queries_total"], first["prefix_cache_hits_total"]) == (40, 0)
     assert observed.complete(prompt) == 200
     again = observed.values()
@@ -115,7 +114,8 @@ def test_every_number_has_its_place() -> None:
     assert {name: pytest.approx(value) for name, value in found.items() if "{" not in name and "_count" not in name} == {
         "prompt_tokens_total": 30, "generation_tokens_total": 3, "cp_prefill_steps_total": 1,
         "time_to_first_token_seconds_sum": 0.3, "inter_token_latency_seconds_sum": 0.11,
-        "request_queue_time_seconds_sum": 0.1, "request_prefill_time_seconds_sum": 0.2, "e2e_request_latency_seconds_sum": 0.7,
+        "request_queue_time_seconds_sum": 0.1, "request_prefill_time_seconds_sum": 0.2,
+        "request_decode_time_seconds_sum": 0.4, "e2e_request_latency_seconds_sum": 0.7,
         "request_prompt_tokens_sum": 30, "request_generation_tokens_sum": 3, "cp_prefill_balance_sum": 0.8,
         "engine_step_seconds_sum": 0.01, "engine_step_host_seconds_sum": 0.002, "engine_info": 1,
     }  # fmt: skip

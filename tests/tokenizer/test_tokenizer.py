@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,22 @@ def test_tokenizer_json_goes_before_tiktoken_model(tmp_path: Path) -> None:
         == BYTE_LEVEL.encode("hello 世界")
         != kimi.encode("hello 世界")
     )
+
+
+@pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, KIMI], ids=["json", "kimi"])
+def test_other_threads_run_while_a_long_text_is_encoded(tokenizer: Tokenizer) -> None:
+    done, ticks = threading.Event(), 0
+
+    def encode() -> None:
+        tokenizer.encode("one and 2 " * 50_000)
+        done.set()
+
+    thread = threading.Thread(target=encode)
+    thread.start()
+    while not done.wait(0.001):
+        ticks += 1
+    thread.join()
+    assert ticks > 10  # it takes some tenths of a second; with Python's lock held there are none, or one
 
 
 @pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, KIMI], ids=["json", "kimi"])

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import itertools
 import json
+import resource
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
@@ -148,6 +149,9 @@ class Client:
             cancelled leaves what it has.
           done: is told of each answer that is complete or failed.
         """
+        # A connection is an open file, of which shells allow 1024: as many as the system does.
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         slots = None if concurrency is None else asyncio.Semaphore(concurrency)
         async with self._session() as session, asyncio.TaskGroup() as group:
             start = time.perf_counter()
@@ -179,13 +183,15 @@ class Client:
         try:
             async with session.post(self.url + "/completions", json=body) as response:
                 if response.status != 200:
-                    raise _Failure(f"HTTP {response.status}", _reason(await response.text()))
+                    raise _Failure(f"HTTP {response.status}", _reason(await response.text(errors="replace")))
                 async for data, moment in _events(response.content):
                     if data == b"[DONE]":
                         break
                     _take(answer, data, moment - start)
             if answer.finish_reason is None:
                 raise _Failure("stream cut off", "it ended before a finish_reason")
+            if answer.finish_reason not in ("stop", "length"):
+                raise _Failure(f"finish_reason {answer.finish_reason}", "an answer ends with stop or length")
             if not answer.chunks:
                 raise _Failure("no tokens", "the answer is empty")
         except _Failure as failure:
@@ -203,24 +209,28 @@ class _Failure(Exception):
 
 def _take(answer: Answer, data: bytes, moment: float) -> None:
     """One event of the stream."""
+    text = data.decode(errors="replace")
     try:
         event = json.loads(data)
         choices, usage = event.get("choices") or [], event.get("usage") or {}
-        error = event.get("error")
-        text = "".join(choice["text"] for choice in choices)
+        failed = event.get("error") is not None or event.get("object") == "error"
+        said = "".join(choice["text"] for choice in choices)
         reason = next((choice["finish_reason"] for choice in choices if choice.get("finish_reason")), None)
+        counts = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
+        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise _Failure("not a completion", data[:200].decode(errors="replace")) from None
-    if error is not None:
-        raise _Failure("error in the stream", _reason(data.decode(errors="replace")))
-    if choices and (text or reason is None):  # the end alone is no token; a token may have no text of its own yet
+        raise _Failure("not a completion", text[:200]) from None
+    if failed:
+        raise _Failure("error in the stream", _reason(text))
+    if choices and (said or reason is None):  # the end alone is no token; a token may have no text of its own yet
         answer.chunks.append(moment)
         answer.output_tokens += 1
     answer.finish_reason = answer.finish_reason or reason
     if usage:
-        answer.prompt_tokens = usage.get("prompt_tokens")
-        answer.output_tokens = usage.get("completion_tokens", answer.output_tokens)
-        answer.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        prompt, output = (count if isinstance(count, int) else None for count in counts)
+        answer.prompt_tokens = prompt
+        answer.output_tokens = answer.output_tokens if output is None else output
+        answer.cached_tokens = cached
 
 
 async def _events(content: aiohttp.StreamReader) -> AsyncIterator[tuple[bytes, float]]:
@@ -231,8 +241,8 @@ async def _events(content: aiohttp.StreamReader) -> AsyncIterator[tuple[bytes, f
         moment = time.perf_counter()
         *lines, rest = (rest + received).split(b"\n")
         for line in lines:
-            if line.startswith(b"data:"):
-                yield line[5:].strip(), moment
+            if line.startswith(b"data:") and (data := line[5:].strip()):
+                yield data, moment
 
 
 def _reason(text: str) -> str:

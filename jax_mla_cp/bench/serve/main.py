@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import collections
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from jax_mla_cp.bench.options import fail
 from jax_mla_cp.bench.serve.options import Options, parse
 from jax_mla_cp.config import ConfigError
 from jax_mla_cp.eval.heldout import heldout_text
+from jax_mla_cp.serve.flags import fail
 
 _TEXT = 200_000
 """Characters of the text that prompts are cut from: some 50K tokens, quickly tokenised by any server."""
@@ -34,7 +35,11 @@ def _run(options: Options, argv: Sequence[str]) -> int:
     from jax_mla_cp.bench.serve.workload import plan
 
     client = Client(options.base_url, model=options.model, headers=options.headers, timeout=options.timeout)
-    pool, server = asyncio.run(client.prepare(heldout_text()[:_TEXT]))
+    try:
+        pool, server = asyncio.run(client.prepare(heldout_text()[:_TEXT]))
+    except KeyboardInterrupt:
+        print("stopped before the first request.", file=sys.stderr)
+        return 130
     planned = plan(
         pool,
         requests=options.requests,
@@ -69,11 +74,18 @@ def _run(options: Options, argv: Sequence[str]) -> int:
         "prompts": "words" if isinstance(pool[0], str) else "token ids",
     }
     report = Report(answers, options.goodput, facts, stopped)
-    if options.json is not None:
-        report.save(options.json)
     report.show(Console(width=None if sys.stdout.isatty() else 160, highlight=False))
+    if options.json is not None:
+        _write("--json", options.json, report.save)
     if options.picture is not None:
         from jax_mla_cp.bench.serve.picture import draw
 
-        draw(report, options.picture)
+        _write("--picture", options.picture, lambda path: draw(report, path))
     return 130 if stopped else int(not report.good)
+
+
+def _write(flag: str, path: Path, write: Callable[[Path], None]) -> None:
+    try:
+        write(path)
+    except OSError as error:
+        raise ConfigError(f"{flag} {path}: can't be written ({error.strerror}).") from error

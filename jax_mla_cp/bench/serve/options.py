@@ -10,10 +10,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from jax_mla_cp.bench.options import fail
 from jax_mla_cp.bench.serve.workload import Lengths, SharedPrefix
 from jax_mla_cp.config import ConfigError
-from jax_mla_cp.serve.flags import Parser, path, real_number, whole_number
+from jax_mla_cp.serve.flags import Parser, check_output, fail, path, real_number, whole_number
 
 _PICTURES = (".png", ".pdf", ".svg")
 GOALS = ("ttft", "itl", "tpot", "e2e")
@@ -66,8 +65,7 @@ class Options:
                 f"--api-key-env: the environment has no {self.api_key_env}. Set it to the server's API key."
             )
         for flag, file in (("--json", self.json), ("--picture", self.picture)):
-            if file is not None and not file.absolute().parent.is_dir():
-                raise ConfigError(f"{flag} {file}: the directory {file.parent} does not exist. Make it first.")
+            check_output(flag, file)
         if self.picture is not None and self.picture.suffix not in _PICTURES:
             raise ConfigError(f"--picture {self.picture}: must end in {', '.join(_PICTURES)}.")
         needed = ("aiohttp", "matplotlib") if self.picture else ("aiohttp",)

@@ -11,9 +11,9 @@ let running = null;
 
 export function setModel(now) {
   model = now;
-  if (model.chat) return;
-  byId("chat-label").textContent = "Text to continue";
-  byId("chat-input").placeholder = "A text for the model to continue. Enter sends, Shift+Enter makes a line.";
+  const [label, hint] = model.chat ? ["Message", "Say something."] : ["Text to continue", "A text for the model to continue."];
+  byId("chat-label").textContent = label;
+  byId("chat-input").placeholder = `${hint} Enter sends, Shift+Enter makes a line.`;
 }
 
 function say(kind, text) {

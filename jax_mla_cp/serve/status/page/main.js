@@ -9,6 +9,7 @@ import { startTheme } from "./theme.js";
 import { describe, drawBars, drawPrompts, stateOf } from "./zigzag.js";
 
 const EVERY = 1000;
+const PATIENCE = 5000;
 let last = null;
 
 const text = (id, value) => { byId(id).textContent = value; };
@@ -101,9 +102,11 @@ function draw(status) {
 async function poll() {
   if (!document.hidden) {
     try {
-      const status = await (await call("status")).json();
-      if (!last || last.model.name !== status.model.name) drawOnce(status);
-      if (!last) drawMeshCard(status.mesh);
+      const status = await (await call("status", { signal: AbortSignal.timeout(PATIENCE) })).json();
+      if (!last || status.uptime < last.uptime) { // the first answer, or that of another server
+        drawOnce(status);
+        drawMeshCard(status.mesh);
+      }
       last = status;
       draw(status);
     } catch (error) {

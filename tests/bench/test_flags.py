@@ -1,0 +1,77 @@
+"""The benchmarks' command line: examples that can be typed, defaults as --help tells them, errors in a line."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from jax_mla_cp.bench import flags
+from jax_mla_cp.bench.flags import parse
+from jax_mla_cp.mesh import MeshShape
+
+EXAMPLES = [
+    (name, line.split("jax_mla_cp.bench ")[1])
+    for name, text in flags._EPILOG.items()
+    for line in text.splitlines()
+    if line.startswith("  python -m jax_mla_cp.bench ")
+]
+
+
+def help_of(command: str) -> str:
+    found = next(a.choices for a in flags._parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return " ".join(found[command].format_help().split())
+
+
+@pytest.mark.parametrize(("command", "line"), EXAMPLES)
+def test_examples_can_be_typed(command: str, line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(line.replace("/mnt/nvme", str(tmp_path)), comments=True)
+    assert parse(words).command == command
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("attention", "--samples N samples of a row (default: 10)"),
+        ("load", "--samples N samples of a row (default: 3)"),
+        ("host", "cpu: to try the program with small sizes (default: cpu)"),
+        ("scaling", "tiny (default: deepseek_v2_lite)"),
+        ("scaling", "(default: tp=1,cp=1 tp=1,cp=2 tp=2,cp=1)"),
+        ("scaling", "expanded,absorbed (default: expanded)"),
+        ("model", "(default: 256K,512K,1M)"),
+        ("decode", "64x8K,8x128K (default: 64x8K,8x128K,256x2K,16x32K,1x128K)"),
+    ],
+)
+def test_help_tells_the_commands_own_defaults(command: str, told: str) -> None:
+    assert told in help_of(command)
+
+
+def test_a_list_of_meshes_goes_back_in() -> None:
+    told = re.search(r"to compare with \(default: ([^)]*)\)", help_of("scaling"))
+    assert told
+    assert parse(["scaling", "--meshes", *told[1].split()]) == parse(["scaling"])
+    assert parse(["scaling"]).meshes == (MeshShape(), MeshShape(cp=2), MeshShape(tp=2))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("load --model tiny", "--model: no such flag"),
+        ("load --attention xla", "--attention: no such flag"),
+        ("host --dtype float32", "--dtype: no such flag"),
+        ("attention ''", "'': no such flag"),
+        ("attention --seq none", "must be whole numbers"),
+        ("attention --json /", "--json /: is not a file"),
+        ("attention --json /dev/null", "--json /dev/null: is not a file"),
+        ("attention --json /no/such/a.json", "the directory /no/such does not exist"),
+    ],
+)
+def test_settings_that_cant_work(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(shlex.split(line))
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and message in error and error.count("\n") == 1
