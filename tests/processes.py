@@ -18,17 +18,26 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def server(
-    *flags: str, errors: int | IO[str] = subprocess.PIPE, **variables: str
-) -> Iterator[subprocess.Popen[str]]:  # fmt: skip
-    """`python -m jax_mla_cp.serve` on any free port, unless the flags say which. It is killed if it still runs at the end."""
-    command = [sys.executable, "-m", "jax_mla_cp.serve", "--port", "0", *flags]
-    process = subprocess.Popen(command, env=environment(**variables), text=True, stdout=subprocess.PIPE, stderr=errors)
+def started(
+    module: str, *flags: str, errors: int | IO[str] = subprocess.PIPE, **variables: str
+) -> Iterator[subprocess.Popen[str]]:
+    """`python -m` a module, killed if it still runs at the end."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", module, *flags],
+        env=environment(**variables), text=True, stdout=subprocess.PIPE, stderr=errors,
+    )  # fmt: skip
     try:
         yield process
     finally:
         process.kill()
         process.communicate()
+
+
+def server(
+    *flags: str, errors: int | IO[str] = subprocess.PIPE, **variables: str
+) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
+    """The server, on any free port unless the flags say which."""
+    return started("jax_mla_cp.serve", "--port", "0", *flags, errors=errors, **variables)
 
 
 def url_of(process: subprocess.Popen[str], log: Path | None = None) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from jax_mla_cp.bench.serve.options import parse
 from jax_mla_cp.bench.serve.workload import Lengths, SharedPrefix, arrivals, plan
 from jax_mla_cp.config import ConfigError
 from tests.eval.fake_server import running
+from tests.processes import started
 from tests.waiting import until
 
 FIRST, GAP = 0.2, 0.03
@@ -304,14 +304,11 @@ def test_tables_are_shown_though_the_file_cant_be_written(
 def test_ctrl_c_prints_what_there_is(fake: tuple[Fake, str], tmp_path: Path) -> None:
     server, url = fake
     file = tmp_path / "out.json"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "jax_mla_cp.bench", "serve", "--base-url", url, "--requests", "500", "--rate", "20",
-         "--prompt-tokens", "8", "--output-tokens", "3", "--json", str(file)],
-        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ,
-    )  # fmt: skip
-    until(lambda: len(server.bodies) >= 15, 60)
-    process.send_signal(signal.SIGINT)
-    out, errors = process.communicate(timeout=30)
+    flags = ("--requests", "500", "--rate", "20", "--prompt-tokens", "8", "--output-tokens", "3", "--json", str(file))
+    with started("jax_mla_cp.bench", "serve", "--base-url", url, *flags) as process:
+        until(lambda: len(server.bodies) >= 15, 60)
+        process.send_signal(signal.SIGINT)
+        out, errors = process.communicate(timeout=30)
     assert process.returncode == 130 and "Traceback" not in errors, errors
     found = json.loads(file.read_text())
     assert found["stopped"] and row(found, "TTFT")["n"] >= 1 and row(found, "not finished")["n"] >= 400

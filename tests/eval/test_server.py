@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +20,7 @@ from jax_mla_cp.serve.served import Served
 from jax_mla_cp.tokenizer import Tokenizer, require_tokenizer
 from tests.engine.standin import PageModel
 from tests.eval.fake_server import Fake, refuse, running
+from tests.processes import started
 from tests.serve.in_process import serving
 from tests.waiting import until
 
@@ -146,23 +144,12 @@ def test_ctrl_c_shows_what_has_been_answered(tmp_path: Path) -> None:
 
     answered: list[Any] = []
     with running(Fake(change).app()) as url:
-        command = [
-            sys.executable,
-            "-m",
-            "jax_mla_cp.eval",
-            "--base-url",
-            url,
-            *SMALL,
-            "--json",
-            str(tmp_path / "o.json"),
-        ]
-        process = subprocess.Popen(
-            command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ}
-        )
-        # Four at a time: the last two are asked when the first two answers have come.
-        until(lambda: len(answered) == 6, 120)
-        process.send_signal(signal.SIGINT)
-        out, errors = process.communicate(timeout=60)
+        flags = ("--base-url", url, *SMALL, "--json", str(tmp_path / "o.json"))
+        with started("jax_mla_cp.eval", *flags) as process:
+            # Four at a time: the last two are asked when the first two answers have come.
+            until(lambda: len(answered) == 6, 120)
+            process.send_signal(signal.SIGINT)
+            out, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "not complete: stopped with Ctrl-C" in out and "(2 of 2; 6 asked)" in out and "Traceback" not in errors
     assert len(json.loads((tmp_path / "o.json").read_text())["rows"]) == 2
