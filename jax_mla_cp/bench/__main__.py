@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from jax_mla_cp.bench.flags import parse
 from jax_mla_cp.bench.options import Options
+from jax_mla_cp.command_line import fail
 from jax_mla_cp.config import ConfigError
 from jax_mla_cp.mesh import MeshShape
-from jax_mla_cp.serve.flags import fail
 
 _WITHOUT_KERNELS = ("load", "host")
 """Commands whose numbers are not the device's."""

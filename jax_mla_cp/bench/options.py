@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from jax_mla_cp import presets
+from jax_mla_cp.command_line import check_output
 from jax_mla_cp.config import ConfigError, Implementation
 from jax_mla_cp.mesh import MeshShape
-from jax_mla_cp.serve.flags import check_output
 
 Command = Literal["attention", "layer", "model", "decode", "load", "host", "scaling"]
 FormName = Literal["expanded", "absorbed"]

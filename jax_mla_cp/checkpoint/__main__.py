@@ -12,9 +12,9 @@ from typing import NoReturn, get_args
 
 from jax_mla_cp.checkpoint.orbax import command
 from jax_mla_cp.checkpoint.source import CheckpointError
+from jax_mla_cp.command_line import Parser, mesh, path
 from jax_mla_cp.config import ConfigError
 from jax_mla_cp.quantization import Weights
-from jax_mla_cp.serve.flags import Parser, mesh, path
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from jax_mla_cp.command_line import fail
 from jax_mla_cp.config import ConfigError
 from jax_mla_cp.default_model import DIRECTORY
 from jax_mla_cp.eval.heldout import heldout_text
@@ -16,7 +17,6 @@ from jax_mla_cp.eval.picture import draw
 from jax_mla_cp.eval.prompts import Prompt, Text, even_depths
 from jax_mla_cp.eval.report import Report
 from jax_mla_cp.eval.target import CannotScore, Target, TargetError
-from jax_mla_cp.serve.flags import fail
 from jax_mla_cp.tokenizer import Tokenizer, require_tokenizer
 
 _ANSWER_TOKENS = 7

@@ -9,9 +9,10 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from jax_mla_cp.command_line import Parser, check_output, fail, path
 from jax_mla_cp.config import ConfigError
 from jax_mla_cp.mesh import MeshShape
-from jax_mla_cp.serve.flags import Parser, add_model_flags, check_output, fail, path
+from jax_mla_cp.serve.flags import add_model_flags
 from jax_mla_cp.serve.options import ServeConfig
 
 _K = 1024

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from jax_mla_cp.command_line import fail
 from jax_mla_cp.config import ConfigError, Form, Implementation
 from jax_mla_cp.load import Dtype, EpAxes
 from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.platform import Platform
 from jax_mla_cp.quantization import Weights
-from jax_mla_cp.serve.flags import fail, make_parser
+from jax_mla_cp.serve.flags import make_parser
 
 Speculative = Literal["off", "mtp"]
 LogLevel = Literal["debug", "info", "warning", "error"]

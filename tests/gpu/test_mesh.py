@@ -63,5 +63,6 @@ def test_the_step_gathers_latents_and_copies_no_cache() -> None:
     on = driver("cp=2")
     step = next(s for s in reversed(on.planner.steps) if s.expanded_keys)
     text = compile_step(on.planner, step).as_text()
-    assert "all-gather" in text
+    latents = f",{REAL_DIMS_CONFIG.latent_dim}]"
+    assert any("all-gather" in line and latents in line for line in text.splitlines())
     assert not copies_of(text, on.pages.shape)

@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jax_mla_cp.bench.serve.options import Options, parse
+from jax_mla_cp.command_line import fail
 from jax_mla_cp.config import ConfigError
 from jax_mla_cp.eval.heldout import heldout_text
-from jax_mla_cp.serve.flags import fail
 
 _TEXT = 200_000
 """Characters of the text that prompts are cut from: some 50K tokens, quickly tokenised by any server."""
