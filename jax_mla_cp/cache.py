@@ -22,7 +22,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int32
 
-from jax_mla_cp.config import ConfigError
+from jax_mla_cp.config.model import ConfigError
 from jax_mla_cp.mesh import DP, mesh_shape
 
 PAGES_SPEC = PartitionSpec(DP)

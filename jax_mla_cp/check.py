@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from jax_mla_cp.adjust import Adjust
 from jax_mla_cp.batch import BatchShape
 from jax_mla_cp.columns import Columns
-from jax_mla_cp.config import ModelConfig
+from jax_mla_cp.config.model import ModelConfig
 
 
 def check_works(c: Columns, shape: BatchShape, config: ModelConfig) -> None:

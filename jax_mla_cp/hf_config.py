@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jax_mla_cp.config import ConfigError, ModelConfig, RopeConfig, TopkMethod
+from jax_mla_cp.config.model import ConfigError, ModelConfig, RopeConfig, TopkMethod
 from jax_mla_cp.quantization import Quantization
 
 # What this package implements, for the keys whose other values would change the model's arithmetic.

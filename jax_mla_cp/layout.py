@@ -18,7 +18,7 @@ from jax_mla_cp.attention.form import use_expanded
 from jax_mla_cp.attention.rows import Rows
 from jax_mla_cp.batch import Batch, BatchShape, SamplingArrays, SpeculationArrays, StepShape
 from jax_mla_cp.columns import Columns, Ints, within
-from jax_mla_cp.config import ModelConfig
+from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.zigzag import Plan, plan
 
 KEY_ALIGN = 128

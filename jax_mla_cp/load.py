@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from jax_mla_cp.attention import resolve_implementation
 from jax_mla_cp.checkpoint import SafetensorsSource, is_converted, load_converted, load_params, open_converted
-from jax_mla_cp.config import ConfigError, Implementation, ModelConfig
+from jax_mla_cp.config.model import ConfigError, Implementation, ModelConfig
 from jax_mla_cp.default_model import DIRECTORY
 from jax_mla_cp.mesh import mesh_shape
 from jax_mla_cp.model.context import EP_CHOICES, Build

@@ -11,7 +11,7 @@ from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
-from jax_mla_cp.config import ConfigError, ModelConfig
+from jax_mla_cp.config.model import ConfigError, ModelConfig
 
 
 def _folder() -> Traversable:

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from jax_mla_cp import cache, spread
 from jax_mla_cp.batch import StepShape, Work
 from jax_mla_cp.cache import PAGES_SPEC
-from jax_mla_cp.config import ConfigError, Form, ModelConfig
+from jax_mla_cp.config.model import ConfigError, Form, ModelConfig
 from jax_mla_cp.layout import build
 from jax_mla_cp.mesh import mesh_shape
 from jax_mla_cp.model.handle import Model, weight_bytes

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jax_mla_cp.checkpoint import expected_shapes
-from jax_mla_cp.config import ModelConfig
+from jax_mla_cp.config.model import ModelConfig
 
 
 def random_weights(config: ModelConfig, seed: int, *, mtp: bool = False) -> dict[str, NDArray[np.float32]]:

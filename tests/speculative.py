@@ -15,7 +15,7 @@ from flax import nnx
 
 from jax_mla_cp.batch import Batch, Sampling, Work
 from jax_mla_cp.checkpoint import ArraySource, load_params
-from jax_mla_cp.config import Form, ModelConfig
+from jax_mla_cp.config.model import Form, ModelConfig
 from jax_mla_cp.engine import Engine, Event, Finished, Request, Speculation, Token
 from jax_mla_cp.engine.text import TextStream
 from jax_mla_cp.mesh import make_mesh, mesh_shape

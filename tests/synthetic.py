@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from jax_mla_cp.batch import Work
-from jax_mla_cp.config import ModelConfig, RopeConfig
+from jax_mla_cp.config.model import ModelConfig, RopeConfig
 from jax_mla_cp.mesh import make_mesh, mesh_shape
 from jax_mla_cp.model.context import EP_CHOICES, Build
 from jax_mla_cp.model.decoder import Decoder

@@ -11,7 +11,7 @@ import pytest
 
 from jax_mla_cp import cache
 from jax_mla_cp.cache import CacheShape
-from jax_mla_cp.config import ConfigError
+from jax_mla_cp.config.model import ConfigError
 
 SHAPE = CacheShape(layers=3, pages_per_layer=5, page_size=4)
 

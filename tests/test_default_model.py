@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jax_mla_cp as mla
-from jax_mla_cp.config import ModelConfig
+from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.default_model import DIRECTORY
 from jax_mla_cp.eval.passkey import Passkey
 from tests.synthetic import Driver

@@ -18,7 +18,7 @@ import pytest
 
 from jax_mla_cp import presets
 from jax_mla_cp.checkpoint import expected_shapes
-from jax_mla_cp.config import ConfigError
+from jax_mla_cp.config.model import ConfigError
 from jax_mla_cp.default_model import DIRECTORY
 
 ROOT = Path(__file__).resolve().parent.parent

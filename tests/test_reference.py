@@ -12,7 +12,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from jax_mla_cp.config import ModelConfig
+from jax_mla_cp.config.model import ModelConfig
 from tests import reference
 from tests.checkpoints import VARIANTS, hf_cache, hf_generate, hf_logits, hf_model, make_checkpoint, read_weights
 

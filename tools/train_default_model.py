@@ -118,7 +118,7 @@ def train(work: Path, workers: int, scale: float) -> None:
 
     from default_model import network
     from default_model.training import ROUNDED_FROM, STAGES, State, optimizer, score, total_steps, train_step
-    from jax_mla_cp.config import ModelConfig
+    from jax_mla_cp.config.model import ModelConfig
 
     c = ModelConfig.from_hf(json.loads(CONFIG.read_text()))
     cudnn = jax.default_backend() == "gpu"

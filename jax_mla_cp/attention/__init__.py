@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int32
 
 from jax_mla_cp.attention import fa3, xla
 from jax_mla_cp.attention.rows import Rows
-from jax_mla_cp.config import ConfigError, Implementation, ModelConfig
+from jax_mla_cp.config.model import ConfigError, Implementation, ModelConfig
 
 __all__ = ["Resolved", "Rows", "attend_absorbed", "attend_expanded", "resolve_implementation"]
 

@@ -20,7 +20,7 @@ from jax_mla_cp.bench.program import PAGE_SIZE, clean_up
 from jax_mla_cp.bench.roofline import Cost, attention_bytes, attention_flops, rank_rows
 from jax_mla_cp.bench.table import Report
 from jax_mla_cp.bench.timing import Timing, measure, measure_in_turn
-from jax_mla_cp.config import ModelConfig
+from jax_mla_cp.config.model import ModelConfig
 
 _HELD_SEQ, _HELD_HEADS = 131072, 16
 _HOLD: dict[str, dict[str, float]] = {

@@ -30,7 +30,7 @@ from jax_mla_cp.bench.program import (
 from jax_mla_cp.bench.roofline import Cost, attention_flops
 from jax_mla_cp.bench.table import Report
 from jax_mla_cp.bench.timing import measure
-from jax_mla_cp.config import ModelConfig
+from jax_mla_cp.config.model import ModelConfig
 
 _CACHE_BYTES = 5e9  # of all regions
 _LEAST_BYTES = 1e9

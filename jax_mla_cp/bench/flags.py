@@ -9,7 +9,7 @@ from typing import Any
 from jax_mla_cp import presets
 from jax_mla_cp.bench.options import Command, Options, make
 from jax_mla_cp.command_line import Parser, fail, mesh, path
-from jax_mla_cp.config import ConfigError
+from jax_mla_cp.config.model import ConfigError
 from jax_mla_cp.mesh import MeshShape
 
 _K = 1024

@@ -30,7 +30,7 @@ from jax_mla_cp.bench.program import (
 from jax_mla_cp.bench.roofline import Cost
 from jax_mla_cp.bench.table import Report
 from jax_mla_cp.bench.weights import favour_first_rank
-from jax_mla_cp.config import ModelConfig
+from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.model.context import LayerInputs
 from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.mla import Mla

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from jax_mla_cp.config import ModelConfig
+from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.mesh import MeshShape
 
 NVLINK = 360e9

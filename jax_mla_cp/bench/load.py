@@ -33,7 +33,7 @@ from jax_mla_cp.bench.options import Options
 from jax_mla_cp.bench.table import Report
 from jax_mla_cp.checkpoint import SafetensorsSource, expected_shapes, load_converted, load_params, open_converted
 from jax_mla_cp.checkpoint.convert import convert
-from jax_mla_cp.config import ModelConfig
+from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.mesh import make_mesh, mesh_shape
 from jax_mla_cp.model.context import EP_CHOICES, Build
 from jax_mla_cp.model.decoder import Decoder

@@ -20,7 +20,7 @@ from jax_mla_cp.bench.roofline import Cost, attention_bytes, attention_flops, ra
 from jax_mla_cp.bench.table import Report
 from jax_mla_cp.bench.timing import measure
 from jax_mla_cp.cache import CacheShape
-from jax_mla_cp.config import ModelConfig
+from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.model.mla import up_project
 
 

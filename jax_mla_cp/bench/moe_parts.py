@@ -16,7 +16,7 @@ from jax_mla_cp.bench.options import Options
 from jax_mla_cp.bench.program import clean_up
 from jax_mla_cp.bench.roofline import Cost
 from jax_mla_cp.bench.table import Report
-from jax_mla_cp.config import ModelConfig
+from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.model.experts import apply_experts
 from jax_mla_cp.model.grouped_matmul import group_alignment, grouped_matmul
 from jax_mla_cp.model.moe import route

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from jax_mla_cp import presets
 from jax_mla_cp.command_line import check_output
-from jax_mla_cp.config import ConfigError, Implementation
+from jax_mla_cp.config.model import ConfigError, Implementation
 from jax_mla_cp.mesh import MeshShape
 
 Command = Literal["attention", "layer", "model", "decode", "load", "host", "scaling"]

@@ -20,7 +20,7 @@ from jax_mla_cp.bench.mock import MockBuild, mock_build
 from jax_mla_cp.bench.timing import Timing, measure
 from jax_mla_cp.bench.weights import random_params, replicated
 from jax_mla_cp.cache import PAGES_SPEC
-from jax_mla_cp.config import Form, Implementation, ModelConfig
+from jax_mla_cp.config.model import Form, Implementation, ModelConfig
 from jax_mla_cp.mesh import TOKENS, TP, MeshShape, make_mesh
 from jax_mla_cp.model.context import EP_CHOICES
 from jax_mla_cp.model.decoder import Decoder

@@ -12,7 +12,7 @@ import numpy as np
 from jax_mla_cp.attention import Rows
 from jax_mla_cp.bench.data import normal
 from jax_mla_cp.bench.timing import measure
-from jax_mla_cp.config import Form, ModelConfig
+from jax_mla_cp.config.model import Form, ModelConfig
 from jax_mla_cp.zigzag import plan
 
 

@@ -22,7 +22,7 @@ from jax_mla_cp.bench.program import (
     with_layers,
 )
 from jax_mla_cp.bench.table import Report
-from jax_mla_cp.config import ModelConfig
+from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.mesh import make_mesh
 from jax_mla_cp.model.handle import Model
 

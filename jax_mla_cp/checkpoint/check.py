@@ -13,7 +13,7 @@ import numpy as np
 from jax_mla_cp.checkpoint.huggingface import expected_shapes
 from jax_mla_cp.checkpoint.source import CheckpointError, TensorSource
 from jax_mla_cp.checkpoint.target import Target
-from jax_mla_cp.config import ModelConfig
+from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.quantization import Tensors
 
 _SHOWN = 20  # tensors listed per kind of mistake

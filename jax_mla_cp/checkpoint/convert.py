@@ -35,7 +35,7 @@ from jax_mla_cp.checkpoint.orbax import MANIFEST, WEIGHTS, Converted, StoredArra
 from jax_mla_cp.checkpoint.progress import loading_bar
 from jax_mla_cp.checkpoint.source import INDEX, CheckpointError, SafetensorsSource
 from jax_mla_cp.checkpoint.target import Place, Target
-from jax_mla_cp.config import ConfigError, ModelConfig
+from jax_mla_cp.config.model import ConfigError, ModelConfig
 from jax_mla_cp.model.context import Build
 from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.quantization import Weights

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jax_mla_cp.config import ModelConfig
+from jax_mla_cp.config.model import ModelConfig
 
 View = Callable[[NDArray[Any]], NDArray[Any]]
 

@@ -27,7 +27,7 @@ from jax_mla_cp.checkpoint.orbax import Converted, command, is_converted
 from jax_mla_cp.checkpoint.progress import loading_bar
 from jax_mla_cp.checkpoint.source import CheckpointError, SafetensorsSource
 from jax_mla_cp.checkpoint.target import Target
-from jax_mla_cp.config import ConfigError, ModelConfig
+from jax_mla_cp.config.model import ConfigError, ModelConfig
 from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.model.context import EP_CHOICES, Build
 from jax_mla_cp.model.decoder import Decoder

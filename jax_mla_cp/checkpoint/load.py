@@ -28,7 +28,7 @@ from jax_mla_cp.checkpoint.check import check_tensors
 from jax_mla_cp.checkpoint.progress import loading_bar, report_loaded
 from jax_mla_cp.checkpoint.source import TensorSource
 from jax_mla_cp.checkpoint.target import Decode, Operand, Place, Target
-from jax_mla_cp.config import ModelConfig
+from jax_mla_cp.config.model import ModelConfig
 
 
 def load_params(

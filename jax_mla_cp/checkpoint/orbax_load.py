@@ -29,7 +29,7 @@ from jax_mla_cp.checkpoint.orbax import Converted
 from jax_mla_cp.checkpoint.progress import loading_bar, report_loaded
 from jax_mla_cp.checkpoint.source import CheckpointError
 from jax_mla_cp.checkpoint.target import Decode, Target
-from jax_mla_cp.config import ModelConfig
+from jax_mla_cp.config.model import ModelConfig
 
 _BLOCK = 32 << 20
 """One layer of one expert, or of what is no expert, may be larger."""

@@ -12,7 +12,7 @@ import jax
 
 from jax_mla_cp.batch import Sampling
 from jax_mla_cp.bench.table import versions
-from jax_mla_cp.config import ConfigError, ModelConfig
+from jax_mla_cp.config.model import ConfigError, ModelConfig
 from jax_mla_cp.default_model import DIRECTORY
 from jax_mla_cp.engine import Engine, Event, Failed, Finished, Request, Token
 from jax_mla_cp.engine.text import TextStream

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int32
 
 from jax_mla_cp.attention import Resolved, Rows
-from jax_mla_cp.config import ConfigError, ModelConfig
+from jax_mla_cp.config.model import ConfigError, ModelConfig
 from jax_mla_cp.mesh import CP, DP, TP, Axes, MeshShape
 from jax_mla_cp.model.quantised import Fp8
 from jax_mla_cp.quantization import Quantization

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jax_mla_cp.config import ModelConfig
+from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.mesh import MeshShape, spec_axes
 from jax_mla_cp.model.context import Build
 from jax_mla_cp.model.decoder import Decoder

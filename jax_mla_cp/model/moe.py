@@ -13,7 +13,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
-from jax_mla_cp.config import ModelConfig
+from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.mesh import TP
 from jax_mla_cp.model.context import Build, Declare
 from jax_mla_cp.model.experts import apply_experts

@@ -22,7 +22,7 @@ from jax_mla_cp.bench.options import Options
 from jax_mla_cp.bench.profile import scope_of
 from jax_mla_cp.bench.roofline import Ceilings, Cost, attention_flops, rank_rows
 from jax_mla_cp.bench.table import Report
-from jax_mla_cp.config import ConfigError
+from jax_mla_cp.config.model import ConfigError
 from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.presets import model_config
 

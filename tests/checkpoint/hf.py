@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
-from jax_mla_cp.config import ModelConfig
+from jax_mla_cp.config.model import ModelConfig
 
 TINY: dict[str, Any] = dict(
     vocab_size=98, hidden_size=32, num_hidden_layers=3, first_k_dense_replace=1, num_attention_heads=4,

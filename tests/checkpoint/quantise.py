@@ -13,7 +13,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jax_mla_cp.checkpoint import expected_shapes
-from jax_mla_cp.config import ModelConfig
+from jax_mla_cp.config.model import ModelConfig
 
 FP8_CONFIG: dict[str, Any] = {
     "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128],

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from jax_mla_cp.checkpoint import expected_shapes
 from jax_mla_cp.checkpoint.convert import convert
-from jax_mla_cp.config import ModelConfig
+from jax_mla_cp.config.model import ModelConfig
 from tests.checkpoint import hf, quantise
 
 RAW = {
@@ -33,7 +33,7 @@ jax.config.update("jax_compilation_cache_dir", sys.argv[5])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 from flax import nnx
 from jax_mla_cp.checkpoint import SafetensorsSource, load_converted, load_params, open_converted, orbax_load
-from jax_mla_cp.config import ModelConfig
+from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.mesh import make_mesh, mesh_shape
 from jax_mla_cp.model.context import Build
 from jax_mla_cp.model.decoder import Decoder

@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 from jax_mla_cp.checkpoint import ArraySource, CheckpointError, load_params
-from jax_mla_cp.config import ConfigError, ModelConfig
+from jax_mla_cp.config.model import ConfigError, ModelConfig
 from jax_mla_cp.mesh import make_mesh, mesh_shape
 from jax_mla_cp.model.context import Build
 from jax_mla_cp.model.decoder import Decoder

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jax_mla_cp.batch import StepShape
-from jax_mla_cp.config import ConfigError
+from jax_mla_cp.config.model import ConfigError
 from jax_mla_cp.planner import Planner
 from jax_mla_cp.runner import compile_step
 from tests.speculative import REAL_DIMS, OneBucket, generate

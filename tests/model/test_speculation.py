@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 
 from jax_mla_cp.batch import Sampling, Work
-from jax_mla_cp.config import ConfigError, Form
+from jax_mla_cp.config.model import ConfigError, Form
 from jax_mla_cp.outcome import Outcome
 from jax_mla_cp.planner import Planner
 from tests import reference

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from jax_mla_cp.config import ModelConfig
+from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.default_model import DIRECTORY
 from jax_mla_cp.eval.heldout import heldout_text
 from jax_mla_cp.tokenizer import Tokenizer, require_tokenizer

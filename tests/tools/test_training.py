@@ -16,7 +16,7 @@ import jax_mla_cp as mla
 import train_default_model
 from default_model import corpus, export, network, training, vocabulary
 from default_model.sequences import Sequences
-from jax_mla_cp.config import ModelConfig
+from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.default_model import DIRECTORY
 from tests.synthetic import Driver
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from default_model import corpus, network, vocabulary
-from jax_mla_cp.config import ModelConfig
+from jax_mla_cp.config.model import ModelConfig
 
 CONFIG = Path(__file__).parent / "config.json"
 _SHARD_BYTES = 12 << 20

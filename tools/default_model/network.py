@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import ml_dtypes
 from jax import lax
 
-from jax_mla_cp.config import ModelConfig
+from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.model.layers import rope_frequencies
 
 Params = dict[str, jax.Array]

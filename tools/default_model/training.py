@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from default_model import network
-from jax_mla_cp.config import ModelConfig
+from jax_mla_cp.config.model import ModelConfig
 
 _MTP_WEIGHT = 0.2
 _BIAS_SPEED = 1e-3  # DeepSeek-V3's: arXiv:2412.19437, section 4.2
