@@ -182,6 +182,6 @@ class ModelConfig:
         Raises:
           ConfigError: a missing key, or a setting that this package does not implement.
         """
-        from jax_mla_cp import hf_config
+        from jax_mla_cp.config import huggingface as hf_config
 
         return hf_config.read(raw)
