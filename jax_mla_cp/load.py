@@ -19,7 +19,7 @@ from jax_mla_cp.model.context import EP_CHOICES, Build
 from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.handle import Model, weight_bytes
 from jax_mla_cp.platform import device_memory
-from jax_mla_cp.quantization import Weights
+from jax_mla_cp.config.quantization import Weights
 from jax_mla_cp.tokenizer import Tokenizer
 
 EpAxes = Literal["auto", "tp", "tp,cp", "tp,cp,dp"]

@@ -14,7 +14,7 @@ from jax_mla_cp.checkpoint.orbax import command
 from jax_mla_cp.checkpoint.source import CheckpointError
 from jax_mla_cp.command_line import Parser, mesh, path
 from jax_mla_cp.config.model import ConfigError
-from jax_mla_cp.quantization import Weights
+from jax_mla_cp.config.quantization import Weights
 
 
 def main(argv: Sequence[str] | None = None) -> int:

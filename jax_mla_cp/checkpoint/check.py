@@ -14,7 +14,7 @@ from jax_mla_cp.checkpoint.huggingface import expected_shapes
 from jax_mla_cp.checkpoint.source import CheckpointError, TensorSource
 from jax_mla_cp.checkpoint.target import Target
 from jax_mla_cp.config.model import ModelConfig
-from jax_mla_cp.quantization import Tensors
+from jax_mla_cp.config.quantization import Tensors
 
 _SHOWN = 20  # tensors listed per kind of mistake
 _VISION = ("vision_tower.", "mm_projector.")  # beside the text part, in KimiK25ForConditionalGeneration

@@ -38,7 +38,7 @@ from jax_mla_cp.checkpoint.target import Place, Target
 from jax_mla_cp.config.model import ConfigError, ModelConfig
 from jax_mla_cp.model.context import Build
 from jax_mla_cp.model.decoder import Decoder
-from jax_mla_cp.quantization import Weights
+from jax_mla_cp.config.quantization import Weights
 
 _IN_FLIGHT = 256 << 20
 """Bytes that are being written while the next piece is made."""

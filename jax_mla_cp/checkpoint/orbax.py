@@ -31,7 +31,7 @@ import tensorstore as ts
 
 from jax_mla_cp.checkpoint.source import CheckpointError
 from jax_mla_cp.config.model import ConfigError
-from jax_mla_cp.quantization import Weights
+from jax_mla_cp.config.quantization import Weights
 
 LAYOUT = 1
 """Raised whenever a reader of the old layout would misread the new one."""

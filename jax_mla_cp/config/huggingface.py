@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_mla_cp.config.model import ConfigError, ModelConfig, RopeConfig, TopkMethod
-from jax_mla_cp.quantization import Quantization
+from jax_mla_cp.config.quantization import Quantization
 
 # What this package implements, for the keys whose other values would change the model's arithmetic.
 _ONLY: dict[str, tuple[Any, ...]] = {

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from jax_mla_cp.quantization import Quantization
+from jax_mla_cp.config.quantization import Quantization
 
 Form = Literal["auto", "expanded", "absorbed"]
 Implementation = Literal["auto", "fa3", "xla"]

@@ -15,7 +15,7 @@ from jax_mla_cp.config.model import ConfigError, Form, Implementation
 from jax_mla_cp.load import Dtype, EpAxes
 from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.platform import Platform
-from jax_mla_cp.quantization import Weights
+from jax_mla_cp.config.quantization import Weights
 from jax_mla_cp.serve.flags import make_parser
 
 Speculative = Literal["off", "mtp"]
