@@ -18,7 +18,7 @@ from jax_mla_cp.check import check_works
 from jax_mla_cp.columns import Columns
 from jax_mla_cp.layout import Layout, build, lay_out
 from jax_mla_cp.planner import _buckets
-from jax_mla_cp.presets import model_config
+from jax_mla_cp.config.presets import model_config
 from jax_mla_cp.zigzag import plan
 from tests.synthetic import CONFIG
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 import jax_mla_cp as mla
-from jax_mla_cp import presets
+from jax_mla_cp.config import presets
 from jax_mla_cp.config.model import ConfigError, ModelConfig
 from jax_mla_cp.load import plan_build
 from jax_mla_cp.mesh import MeshShape

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from jax_mla_cp import presets
+from jax_mla_cp.config import presets
 from jax_mla_cp.checkpoint import expected_shapes
 from jax_mla_cp.config.model import ConfigError
 from jax_mla_cp.default_model import DIRECTORY
@@ -30,7 +30,7 @@ VARIABLES = ("JAX_MLA_CP_CUDA", "CXX", "CC", "CUDACXX", "CUDA_HOME", "CUDA_PATH"
 PROBE = """
 import json, jax_mla_cp
 from importlib.util import find_spec
-from jax_mla_cp import presets
+from jax_mla_cp.config import presets
 extension = find_spec("jax_mla_cp._ffi")
 if extension:
     import jax_mla_cp._ffi

@@ -47,7 +47,7 @@ def _topology(options: Options) -> MeshShape | None:
 def _run(options: Options, argv: list[str]) -> int:
     from jax_mla_cp.bench.roofline import measure_ceilings
     from jax_mla_cp.bench.table import Report
-    from jax_mla_cp.presets import model_config
+    from jax_mla_cp.config.presets import model_config
 
     report = Report(options.command, argv, path=options.json)
     stopped = False

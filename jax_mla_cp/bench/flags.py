@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jax_mla_cp import presets
+from jax_mla_cp.config import presets
 from jax_mla_cp.bench.options import Command, Options, make
 from jax_mla_cp.command_line import Parser, fail, mesh, path
 from jax_mla_cp.config.model import ConfigError

@@ -17,7 +17,7 @@ from jax_mla_cp.bench.roofline import Ceilings
 from jax_mla_cp.bench.table import Report
 from jax_mla_cp.config.model import ConfigError
 from jax_mla_cp.mesh import MeshShape
-from jax_mla_cp.presets import model_config
+from jax_mla_cp.config.presets import model_config
 from tests.processes import environment
 
 MESH = MeshShape(tp=2, cp=2)

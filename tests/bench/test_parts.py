@@ -24,7 +24,7 @@ from jax_mla_cp.bench.roofline import Ceilings, Cost, attention_flops, rank_rows
 from jax_mla_cp.bench.table import Report
 from jax_mla_cp.config.model import ConfigError
 from jax_mla_cp.mesh import MeshShape
-from jax_mla_cp.presets import model_config
+from jax_mla_cp.config.presets import model_config
 
 V3 = model_config("deepseek_v3")
 S = 131072

@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 import jax_mla_cp as mla
-from jax_mla_cp import presets
+from jax_mla_cp.config import presets
 from jax_mla_cp.config.model import ConfigError
 from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.model import moe
