@@ -3,7 +3,7 @@
 The public names, for notebooks; the server is `python -m jax_mla_cp.serve`. See README.md for a complete example.
 """
 
-from jax_mla_cp.batch import Sampling, Work
+from jax_mla_cp.batch.arrays import Sampling, Work
 from jax_mla_cp.config.model import ConfigError, ModelConfig
 from jax_mla_cp.load import load
 from jax_mla_cp.mesh import MeshShape, make_mesh

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jax_mla_cp.adjust import Adjust
-from jax_mla_cp.batch import BatchShape
+from jax_mla_cp.batch.arrays import BatchShape
 from jax_mla_cp.columns import Columns
 from jax_mla_cp.config.model import ModelConfig
 

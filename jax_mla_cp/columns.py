@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jax_mla_cp.batch import BatchShape, Work
+from jax_mla_cp.batch.arrays import BatchShape, Work
 
 Ints = NDArray[np.int64]
 

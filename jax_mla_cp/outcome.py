@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from jax_mla_cp.batch import Batch, BatchShape, Work
+from jax_mla_cp.batch.arrays import Batch, BatchShape, Work
 from jax_mla_cp.layout import Layout
 from jax_mla_cp.sampling import SampledArrays, ScoredArrays
 

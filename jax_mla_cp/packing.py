@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jax_mla_cp.batch import Batch, batch_specs
+from jax_mla_cp.batch.arrays import Batch, batch_specs
 from jax_mla_cp.mesh import DP, TOKENS, MeshShape
 
 _WORDS = PartitionSpec(TOKENS), PartitionSpec(DP)

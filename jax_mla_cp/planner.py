@@ -9,7 +9,7 @@ import jax
 
 from jax_mla_cp import cache
 from jax_mla_cp.attention import fa3
-from jax_mla_cp.batch import Batch, BatchShape, StepShape, Work
+from jax_mla_cp.batch.arrays import Batch, BatchShape, StepShape, Work
 from jax_mla_cp.cache import CacheShape
 from jax_mla_cp.check import check_works
 from jax_mla_cp.columns import Columns

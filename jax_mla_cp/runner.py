@@ -13,7 +13,7 @@ import jax
 from jax.sharding import NamedSharding
 
 from jax_mla_cp import cache, spread
-from jax_mla_cp.batch import StepShape, Work
+from jax_mla_cp.batch.arrays import StepShape, Work
 from jax_mla_cp.cache import PAGES_SPEC
 from jax_mla_cp.config.model import ConfigError, Form, ModelConfig
 from jax_mla_cp.layout import build

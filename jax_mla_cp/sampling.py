@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
-from jax_mla_cp.batch import SamplingArrays
+from jax_mla_cp.batch.arrays import SamplingArrays
 from jax_mla_cp.mesh import vary_like
 from jax_mla_cp.spread import AdjustArrays, adjusted
 

@@ -15,7 +15,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from jax_mla_cp.batch import Batch
+from jax_mla_cp.batch.arrays import Batch
 from jax_mla_cp.cache import PAGES_SPEC
 from jax_mla_cp.mesh import CP, TOKENS, mesh_shape, on_devices
 from jax_mla_cp.model.decoder import Decoder

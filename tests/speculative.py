@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jax_mla_cp.batch import Batch, Sampling, Work
+from jax_mla_cp.batch.arrays import Batch, Sampling, Work
 from jax_mla_cp.checkpoint import ArraySource, load_params
 from jax_mla_cp.config.model import Form, ModelConfig
 from jax_mla_cp.engine import Engine, Event, Finished, Request, Speculation, Token

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from jax_mla_cp.batch import Work
+from jax_mla_cp.batch.arrays import Work
 from jax_mla_cp.config.model import ModelConfig, RopeConfig
 from jax_mla_cp.mesh import make_mesh, mesh_shape
 from jax_mla_cp.model.context import EP_CHOICES, Build

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from jax_mla_cp import spread
 from jax_mla_cp.adjust import Adjust, Adjuster
-from jax_mla_cp.batch import BatchShape, Sampling, Work
+from jax_mla_cp.batch.arrays import BatchShape, Sampling, Work
 from jax_mla_cp.cache import CacheShape
 from jax_mla_cp.check import check_works
 from jax_mla_cp.columns import Columns

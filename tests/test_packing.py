@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_mla_cp.batch import Batch, BatchShape, Sampling, StepShape, Work, batch_specs
+from jax_mla_cp.batch.arrays import Batch, BatchShape, Sampling, StepShape, Work, batch_specs
 from jax_mla_cp.cache import CacheShape
 from jax_mla_cp.columns import Columns
 from jax_mla_cp.layout import build, lay_out

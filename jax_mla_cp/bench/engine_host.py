@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jax_mla_cp.batch import Sampling, Work
+from jax_mla_cp.batch.arrays import Sampling, Work
 from jax_mla_cp.engine.engine import Engine
 from jax_mla_cp.engine.observer import StepReport
 from jax_mla_cp.engine.request import Event, Failed, Finished, Request

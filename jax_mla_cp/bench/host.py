@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_mla_cp.batch import Sampling, Work
+from jax_mla_cp.batch.arrays import Sampling, Work
 from jax_mla_cp.bench.engine_host import NoModel, host_seconds
 from jax_mla_cp.bench.options import Options
 from jax_mla_cp.bench.program import PAGE_SIZE

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from jax_mla_cp.attention import resolve_implementation
-from jax_mla_cp.batch import Work
+from jax_mla_cp.batch.arrays import Work
 from jax_mla_cp.bench.data import normal
 from jax_mla_cp.bench.mock import MockBuild, mock_build
 from jax_mla_cp.bench.timing import Timing, measure

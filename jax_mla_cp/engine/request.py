@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from jax_mla_cp.adjust import Adjust, Adjuster
-from jax_mla_cp.batch import Sampling
+from jax_mla_cp.batch.arrays import Sampling
 from jax_mla_cp.engine.text import TextStream
 from jax_mla_cp.outcome import Scored
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jax_mla_cp.batch import Sampling
+from jax_mla_cp.batch.arrays import Sampling
 from jax_mla_cp.bench.table import versions
 from jax_mla_cp.config.model import ConfigError, ModelConfig
 from jax_mla_cp.default_model import DIRECTORY

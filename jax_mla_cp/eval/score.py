@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from jax_mla_cp.batch import Batch, Work
+from jax_mla_cp.batch.arrays import Batch, Work
 from jax_mla_cp.config.model import Form
 from jax_mla_cp.model.handle import Model
 from jax_mla_cp.planner import Planner

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
 from jax_mla_cp.adjust import Adjuster
-from jax_mla_cp.batch import Sampling
+from jax_mla_cp.batch.arrays import Sampling
 from jax_mla_cp.engine import EngineDead, Event, Failed, Finished, Grammar, PromptScored, QueueFull, Request, Token
 from jax_mla_cp.engine.text import TextStream
 from jax_mla_cp.serve import logs

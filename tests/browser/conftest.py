@@ -12,7 +12,7 @@ import pytest
 from selenium import webdriver
 from selenium.webdriver.remote.webdriver import WebDriver
 
-from jax_mla_cp.batch import Work
+from jax_mla_cp.batch.arrays import Work
 from jax_mla_cp.engine import Engine
 from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.outcome import Outcome, Sampled

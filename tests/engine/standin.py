@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jax_mla_cp.adjust import Adjust
-from jax_mla_cp.batch import Work
+from jax_mla_cp.batch.arrays import Work
 from jax_mla_cp.outcome import Outcome, Sampled, Scored
 
 VOCAB = 251

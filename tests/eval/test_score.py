@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jax_mla_cp.batch import Batch
+from jax_mla_cp.batch.arrays import Batch
 from jax_mla_cp.eval import score
 from jax_mla_cp.eval.score import token_logprobs
 from jax_mla_cp.load import load

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_mla_cp.batch import StepShape
+from jax_mla_cp.batch.arrays import StepShape
 from jax_mla_cp.config.model import ConfigError
 from jax_mla_cp.planner import Planner
 from jax_mla_cp.runner import compile_step

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jax_mla_cp.batch import Sampling, Work
+from jax_mla_cp.batch.arrays import Sampling, Work
 from jax_mla_cp.config.model import ConfigError, Form
 from jax_mla_cp.outcome import Outcome
 from jax_mla_cp.planner import Planner

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_mla_cp.batch import Work
+from jax_mla_cp.batch.arrays import Work
 from jax_mla_cp.runner import compile_step
 from jax_mla_cp.step import forward
 from tests.synthetic import CONFIG, Driver, random_model

@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from jax_mla_cp.batch import Work
+from jax_mla_cp.batch.arrays import Work
 from jax_mla_cp.engine import Engine
 from jax_mla_cp.outcome import Outcome, Sampled
 from jax_mla_cp.serve.reasoning import Splitter
