@@ -11,7 +11,7 @@ from jax_mla_cp.model.handle import Model
 from jax_mla_cp.planner import Planner
 from jax_mla_cp.step import forward, step
 from jax_mla_cp.tokenizer import Tokenizer
-from jax_mla_cp.zigzag import plan
+from jax_mla_cp.batch.zigzag import plan
 
 __all__ = [
     "ConfigError",

@@ -19,7 +19,7 @@ from jax_mla_cp.attention.rows import Rows
 from jax_mla_cp.batch.arrays import Batch, BatchShape, SamplingArrays, SpeculationArrays, StepShape
 from jax_mla_cp.columns import Columns, Ints, within
 from jax_mla_cp.config.model import ModelConfig
-from jax_mla_cp.zigzag import Plan, plan
+from jax_mla_cp.batch.zigzag import Plan, plan
 
 KEY_ALIGN = 128
 """Packed keys of different requests never share a tile of so many keys (FA3's largest KV tile here)."""

@@ -19,7 +19,7 @@ from jax_mla_cp.columns import Columns
 from jax_mla_cp.layout import Layout, build, lay_out
 from jax_mla_cp.planner import _buckets
 from jax_mla_cp.config.presets import model_config
-from jax_mla_cp.zigzag import plan
+from jax_mla_cp.batch.zigzag import plan
 from tests.synthetic import CONFIG
 
 PAGE = 8

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jax_mla_cp import zigzag
-from jax_mla_cp.zigzag import Plan, plan
+from jax_mla_cp.batch import zigzag
+from jax_mla_cp.batch.zigzag import Plan, plan
 
 requests = st.lists(st.tuples(st.integers(1, 70), st.integers(0, 50)), min_size=1, max_size=9)
 cps = st.integers(1, 9)

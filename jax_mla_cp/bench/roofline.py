@@ -13,7 +13,7 @@ from jax_mla_cp.attention import Rows
 from jax_mla_cp.bench.data import normal
 from jax_mla_cp.bench.timing import measure
 from jax_mla_cp.config.model import Form, ModelConfig
-from jax_mla_cp.zigzag import plan
+from jax_mla_cp.batch.zigzag import plan
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 
 from jax_mla_cp.batch.arrays import Work
 from jax_mla_cp.engine.request import Request
-from jax_mla_cp.zigzag import loads
+from jax_mla_cp.batch.zigzag import loads
 
 log = logging.getLogger(__name__)
 

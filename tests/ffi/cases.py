@@ -17,7 +17,7 @@ import numpy as np
 
 from jax_mla_cp.attention import fa3
 from jax_mla_cp.attention.rows import Rows
-from jax_mla_cp.zigzag import Plan
+from jax_mla_cp.batch.zigzag import Plan
 
 LATENT, ROPE, QUERY, VALUE = 512, 64, 192, 128
 KEY_TILE = 128  # of the expanded kernel; the absorbed ones' is fa3.PAGE_MULTIPLE

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jax_mla_cp import cache, zigzag
+from jax_mla_cp import cache
+from jax_mla_cp.batch import zigzag
 from jax_mla_cp.attention import fa3
 from jax_mla_cp.attention.rows import Rows
 from tests.ffi import cases

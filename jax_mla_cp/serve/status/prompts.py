@@ -12,7 +12,7 @@ import numpy as np
 
 from jax_mla_cp.engine.observer import Prefilled
 from jax_mla_cp.serve.status.schemas import Chunk, Prompt, PromptStep
-from jax_mla_cp.zigzag import plan
+from jax_mla_cp.batch.zigzag import plan
 
 _PROMPTS = 6
 _STEPS = 24  # of a prompt: what a picture can show
@@ -20,7 +20,7 @@ _STEPS = 24  # of a prompt: what a picture can show
 
 @functools.lru_cache(maxsize=1024)  # asked again every second
 def chunks(cached: int, new: int, cp: int) -> list[Chunk]:
-    """The step's pieces of a prompt by `jax_mla_cp.zigzag`, in the order of the prompt.
+    """The step's pieces of a prompt by `jax_mla_cp.batch.zigzag`, in the order of the prompt.
 
     >>> [(c.rank, c.start, c.end) for c in chunks(100, 8, cp=2)]
     [(0, 100, 102), (1, 102, 104), (1, 104, 106), (0, 106, 108)]
