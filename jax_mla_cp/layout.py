@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jax_mla_cp.attention.form import use_expanded
-from jax_mla_cp.attention.rows import Rows
+from jax_mla_cp.batch.rows import Rows
 from jax_mla_cp.batch.arrays import Batch, BatchShape, SamplingArrays, SpeculationArrays, StepShape
 from jax_mla_cp.columns import Columns, Ints, within
 from jax_mla_cp.config.model import ModelConfig

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from jax_mla_cp.attention.rows import Rows
+from jax_mla_cp.batch.rows import Rows
 from jax_mla_cp.batch.arrays import Batch
 from jax_mla_cp.mesh import CP
 from jax_mla_cp.model.context import LayerInputs

@@ -9,7 +9,7 @@ import jax
 from jaxtyping import Array, Float, Int32
 
 from jax_mla_cp.attention import fa3, xla
-from jax_mla_cp.attention.rows import Rows
+from jax_mla_cp.batch.rows import Rows
 from jax_mla_cp.config.model import ConfigError, Implementation, ModelConfig
 
 __all__ = ["Resolved", "Rows", "attend_absorbed", "attend_expanded", "resolve_implementation"]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from jax_mla_cp.attention.rows import Rows
+from jax_mla_cp.batch.rows import Rows
 from jax_mla_cp.cache import read
 from jax_mla_cp.mesh import vary_like
 from jax_mla_cp.numerics import einsum_float32

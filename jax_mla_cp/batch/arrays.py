@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from numpy.typing import NDArray
 
 from jax_mla_cp.adjust import Adjust
-from jax_mla_cp.attention.rows import Rows
+from jax_mla_cp.batch.rows import Rows
 from jax_mla_cp.cache import CacheShape
 from jax_mla_cp.config.model import Form
 from jax_mla_cp.mesh import DP, TOKENS

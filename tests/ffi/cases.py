@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from jax_mla_cp.attention import fa3
-from jax_mla_cp.attention.rows import Rows
+from jax_mla_cp.batch.rows import Rows
 from jax_mla_cp.batch.zigzag import Plan
 
 LATENT, ROPE, QUERY, VALUE = 512, 64, 192, 128

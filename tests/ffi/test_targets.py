@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jax_mla_cp import cache
 from jax_mla_cp.batch import zigzag
 from jax_mla_cp.attention import fa3, xla
-from jax_mla_cp.attention.rows import Rows
+from jax_mla_cp.batch.rows import Rows
 from jax_mla_cp.mesh import make_mesh
 from tests.ffi import cases
 from tests.ffi.cases import ABSORBED, BF16, LATENT, QUERY, RAGGED, ROPE, TARGETS, VALUE, Case, Row
