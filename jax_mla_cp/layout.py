@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from jax_mla_cp.attention.form import use_expanded
+from jax_mla_cp.batch.form import use_expanded
 from jax_mla_cp.batch.rows import Rows
 from jax_mla_cp.batch.arrays import Batch, BatchShape, SamplingArrays, SpeculationArrays, StepShape
 from jax_mla_cp.columns import Columns, Ints, within

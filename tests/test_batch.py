@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_mla_cp import columns, mesh, planner
-from jax_mla_cp.attention.form import use_expanded
+from jax_mla_cp.batch.form import use_expanded
 from jax_mla_cp.batch.arrays import Batch, BatchShape, Sampling, StepShape, Work
 from jax_mla_cp.cache import CacheShape
 from jax_mla_cp.check import check_works
