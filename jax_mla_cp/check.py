@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from jax_mla_cp.adjust import Adjust
 from jax_mla_cp.batch.arrays import BatchShape
-from jax_mla_cp.columns import Columns
+from jax_mla_cp.batch.columns import Columns
 from jax_mla_cp.config.model import ModelConfig
 
 

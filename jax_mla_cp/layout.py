@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from jax_mla_cp.batch.form import use_expanded
 from jax_mla_cp.batch.rows import Rows
 from jax_mla_cp.batch.arrays import Batch, BatchShape, SamplingArrays, SpeculationArrays, StepShape
-from jax_mla_cp.columns import Columns, Ints, within
+from jax_mla_cp.batch.columns import Columns, Ints, within
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.batch.zigzag import Plan, plan
 
