@@ -22,7 +22,7 @@ class Adjust:
     """The changes to one place's logits. A listed token's logit x becomes `(x / scale if x > 0 else x * scale) + add`, any
     other stays; then whatever the mask does not allow is -inf.
 
-    Which of the arrays' values make sense is looked at before a step (jax_mla_cp/check.py).
+    Which of the arrays' values make sense is looked at before a step (jax_mla_cp/batch/check.py).
     """
 
     tokens: NDArray[np.int32]

@@ -1,7 +1,7 @@
 """A step's requests -> all its arrays, on the host (NumPy).
 
 `lay_out` chooses the requests' form of attention and plans the zigzag over the cp ranks; `build` makes the arrays, with the
-page slot that each token's latent goes to. The works have been checked before (jax_mla_cp/check.py).
+page slot that each token's latent goes to. The works have been checked before (jax_mla_cp/batch/check.py).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from jax_mla_cp import cache
 from jax_mla_cp.attention import fa3
 from jax_mla_cp.batch.arrays import Batch, BatchShape, StepShape, Work
 from jax_mla_cp.cache import CacheShape
-from jax_mla_cp.check import check_works
+from jax_mla_cp.batch.check import check_works
 from jax_mla_cp.batch.columns import Columns
 from jax_mla_cp.config.model import ConfigError, Form
 from jax_mla_cp.layout import KEY_ALIGN, Layout, build, lay_out, packed_keys

@@ -17,7 +17,7 @@ from jax_mla_cp import spread
 from jax_mla_cp.adjust import Adjust, Adjuster
 from jax_mla_cp.batch.arrays import BatchShape, Sampling, Work
 from jax_mla_cp.cache import CacheShape
-from jax_mla_cp.check import check_works
+from jax_mla_cp.batch.check import check_works
 from jax_mla_cp.batch.columns import Columns
 from jax_mla_cp.mesh import make_mesh, mesh_shape
 from jax_mla_cp.model.context import Build
