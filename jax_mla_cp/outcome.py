@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jax_mla_cp.batch.arrays import Batch, BatchShape, Work
-from jax_mla_cp.layout import Layout
+from jax_mla_cp.batch.layout import Layout
 from jax_mla_cp.sampling import SampledArrays, ScoredArrays
 
 

@@ -14,7 +14,7 @@ from jax_mla_cp.cache import CacheShape
 from jax_mla_cp.batch.check import check_works
 from jax_mla_cp.batch.columns import Columns
 from jax_mla_cp.config.model import ConfigError, Form
-from jax_mla_cp.layout import KEY_ALIGN, Layout, build, lay_out, packed_keys
+from jax_mla_cp.batch.layout import KEY_ALIGN, Layout, build, lay_out, packed_keys
 from jax_mla_cp.mesh import mesh_shape
 from jax_mla_cp.model.handle import Model
 from jax_mla_cp.packing import Packed

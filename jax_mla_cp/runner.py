@@ -16,7 +16,7 @@ from jax_mla_cp import cache, spread
 from jax_mla_cp.batch.arrays import StepShape, Work
 from jax_mla_cp.cache import PAGES_SPEC
 from jax_mla_cp.config.model import ConfigError, Form, ModelConfig
-from jax_mla_cp.layout import build
+from jax_mla_cp.batch.layout import build
 from jax_mla_cp.mesh import mesh_shape
 from jax_mla_cp.model.handle import Model, weight_bytes
 from jax_mla_cp.outcome import Outcome, outcomes

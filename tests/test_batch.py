@@ -17,7 +17,7 @@ from jax_mla_cp.batch.arrays import Batch, BatchShape, Sampling, StepShape, Work
 from jax_mla_cp.cache import CacheShape
 from jax_mla_cp.batch.check import check_works
 from jax_mla_cp.batch.columns import Columns
-from jax_mla_cp.layout import Layout, build, lay_out
+from jax_mla_cp.batch.layout import Layout, build, lay_out
 from jax_mla_cp.planner import _buckets
 from jax_mla_cp.config.presets import model_config
 from jax_mla_cp.batch.zigzag import plan

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax_mla_cp.batch.arrays import Batch, BatchShape, Sampling, StepShape, Work, batch_specs
 from jax_mla_cp.cache import CacheShape
 from jax_mla_cp.batch.columns import Columns
-from jax_mla_cp.layout import build, lay_out
+from jax_mla_cp.batch.layout import build, lay_out
 from jax_mla_cp.mesh import MeshShape, make_mesh, on_devices
 from jax_mla_cp.packing import pack, packed_specs, unpack
 from tests.synthetic import CONFIG

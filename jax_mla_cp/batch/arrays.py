@@ -1,6 +1,6 @@
 """What a step is given: its requests' work on the host, and the arrays that become of it on the devices.
 
-`jax_mla_cp.layout` makes the one into the other.
+`jax_mla_cp.batch.layout` makes the one into the other.
 """
 
 from __future__ import annotations

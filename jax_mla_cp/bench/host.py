@@ -22,7 +22,7 @@ from jax_mla_cp.bench.table import Report
 from jax_mla_cp.bench.timing import measure
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.default_model import DIRECTORY
-from jax_mla_cp.layout import build
+from jax_mla_cp.batch.layout import build
 from jax_mla_cp.mesh import make_mesh, on_devices
 from jax_mla_cp.model.context import Build
 from jax_mla_cp.model.handle import Model
