@@ -17,7 +17,7 @@ from jax_mla_cp.config.model import ConfigError, Form
 from jax_mla_cp.batch.layout import KEY_ALIGN, Layout, build, lay_out, packed_keys
 from jax_mla_cp.mesh import mesh_shape
 from jax_mla_cp.model.handle import Model
-from jax_mla_cp.packing import Packed
+from jax_mla_cp.batch.packing import Packed
 from jax_mla_cp.step import put
 
 _SMALLEST = 16

@@ -15,7 +15,7 @@ from jax_mla_cp.cache import CacheShape
 from jax_mla_cp.batch.columns import Columns
 from jax_mla_cp.batch.layout import build, lay_out
 from jax_mla_cp.mesh import MeshShape, make_mesh, on_devices
-from jax_mla_cp.packing import pack, packed_specs, unpack
+from jax_mla_cp.batch.packing import pack, packed_specs, unpack
 from tests.synthetic import CONFIG
 
 
