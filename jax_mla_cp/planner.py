@@ -18,7 +18,7 @@ from jax_mla_cp.batch.layout import KEY_ALIGN, Layout, build, lay_out, packed_ke
 from jax_mla_cp.mesh import mesh_shape
 from jax_mla_cp.model.handle import Model
 from jax_mla_cp.batch.packing import Packed
-from jax_mla_cp.step import put
+from jax_mla_cp.step.forward import put
 
 _SMALLEST = 16
 _FINE_FROM = 4096

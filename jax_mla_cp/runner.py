@@ -23,7 +23,7 @@ from jax_mla_cp.outcome import Outcome, outcomes
 from jax_mla_cp.batch.packing import pack, packed_specs
 from jax_mla_cp.planner import Planner
 from jax_mla_cp.platform import default_memory_fraction, device_memory
-from jax_mla_cp.step import put, step
+from jax_mla_cp.step.forward import put, step
 
 log = logging.getLogger(__name__)
 

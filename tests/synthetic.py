@@ -18,7 +18,7 @@ from jax_mla_cp.model.context import EP_CHOICES, Build
 from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.handle import Model
 from jax_mla_cp.planner import Planner
-from jax_mla_cp.step import forward
+from jax_mla_cp.step.forward import forward
 
 CONFIG = ModelConfig(
     vocab_size=250, hidden_size=64, num_layers=3, num_heads=8, q_lora_rank=32, kv_lora_rank=32, qk_rope_head_dim=8,

@@ -28,7 +28,7 @@ from jax_mla_cp.model.handle import Model, param_specs
 from jax_mla_cp.batch.packing import Packed, packed_specs, unpack
 from jax_mla_cp.planner import Planner
 from jax_mla_cp.config.quantization import Quantization
-from jax_mla_cp.step import forward, put
+from jax_mla_cp.step.forward import forward, put
 
 PAGE_SIZE = 64
 

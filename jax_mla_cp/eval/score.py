@@ -12,7 +12,7 @@ from jax_mla_cp.batch.arrays import Batch, Work
 from jax_mla_cp.config.model import Form
 from jax_mla_cp.model.handle import Model
 from jax_mla_cp.planner import Planner
-from jax_mla_cp.step import put, score
+from jax_mla_cp.step.forward import put, score
 
 
 def token_logprobs(
