@@ -8,7 +8,7 @@ from jax_mla_cp.config.model import ConfigError, ModelConfig
 from jax_mla_cp.load import load
 from jax_mla_cp.mesh import MeshShape, make_mesh
 from jax_mla_cp.model.handle import Model
-from jax_mla_cp.planner import Planner
+from jax_mla_cp.step.planner import Planner
 from jax_mla_cp.step.forward import forward, step
 from jax_mla_cp.tokenizer import Tokenizer
 from jax_mla_cp.batch.zigzag import plan

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_mla_cp import mesh, planner
+from jax_mla_cp import mesh
+from jax_mla_cp.step import planner
 from jax_mla_cp.batch import columns
 from jax_mla_cp.batch.form import use_expanded
 from jax_mla_cp.batch.arrays import Batch, BatchShape, Sampling, StepShape, Work
@@ -18,7 +19,7 @@ from jax_mla_cp.cache import CacheShape
 from jax_mla_cp.batch.check import check_works
 from jax_mla_cp.batch.columns import Columns
 from jax_mla_cp.batch.layout import Layout, build, lay_out
-from jax_mla_cp.planner import _buckets
+from jax_mla_cp.step.planner import _buckets
 from jax_mla_cp.config.presets import model_config
 from jax_mla_cp.batch.zigzag import plan
 from tests.synthetic import CONFIG

@@ -26,7 +26,7 @@ from jax_mla_cp.model.context import EP_CHOICES
 from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.handle import Model, param_specs
 from jax_mla_cp.batch.packing import Packed, packed_specs, unpack
-from jax_mla_cp.planner import Planner
+from jax_mla_cp.step.planner import Planner
 from jax_mla_cp.config.quantization import Quantization
 from jax_mla_cp.step.forward import forward, put
 

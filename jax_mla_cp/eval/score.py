@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from jax_mla_cp.batch.arrays import Batch, Work
 from jax_mla_cp.config.model import Form
 from jax_mla_cp.model.handle import Model
-from jax_mla_cp.planner import Planner
+from jax_mla_cp.step.planner import Planner
 from jax_mla_cp.step.forward import put, score
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from jax_mla_cp.batch.arrays import StepShape
 from jax_mla_cp.config.model import ConfigError
-from jax_mla_cp.planner import Planner
+from jax_mla_cp.step.planner import Planner
 from jax_mla_cp.runner import compile_step
 from tests.speculative import REAL_DIMS, OneBucket, generate
 from tests.speculative import model as speculative

@@ -22,7 +22,7 @@ from jax_mla_cp.model import moe
 from jax_mla_cp.model.context import Build
 from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.handle import Model, weight_bytes
-from jax_mla_cp.planner import Planner
+from jax_mla_cp.step.planner import Planner
 from jax_mla_cp.config.quantization import Quantization
 from jax_mla_cp.runner import compile_step
 from tests.checkpoint import quantise

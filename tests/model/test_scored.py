@@ -17,7 +17,7 @@ from jax_mla_cp.model.context import Build
 from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.handle import Model
 from jax_mla_cp.outcome import Outcome
-from jax_mla_cp.planner import Planner
+from jax_mla_cp.step.planner import Planner
 from jax_mla_cp.runner import Runner
 from tests import reference
 from tests.random_weights import random_weights
