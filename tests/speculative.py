@@ -24,7 +24,7 @@ from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.handle import Model
 from jax_mla_cp.outcome import Outcome
 from jax_mla_cp.step.planner import Planner
-from jax_mla_cp.runner import Runner
+from jax_mla_cp.step.runner import Runner
 from jax_mla_cp.step.forward import put
 from tests.random_weights import random_weights
 from tests.synthetic import CONFIG as SYNTHETIC

@@ -10,7 +10,7 @@ from jax_mla_cp.outcome import Outcome
 
 
 class Steps(Protocol):
-    """`jax_mla_cp.runner.Runner`, or what stands in for it."""
+    """`jax_mla_cp.step.runner.Runner`, or what stands in for it."""
 
     prefill_chunk: int
     max_running: int

@@ -19,7 +19,7 @@ from jax_mla_cp.engine.text import TextStream
 from jax_mla_cp.eval.prompts import Prompt
 from jax_mla_cp.eval.score import token_logprobs
 from jax_mla_cp.eval.target import TargetError
-from jax_mla_cp.runner import Runner
+from jax_mla_cp.step.runner import Runner
 from jax_mla_cp.serve.options import ServeConfig
 from jax_mla_cp.serve.start import load_model, make_runner, set_up_devices
 from jax_mla_cp.tokenizer import Tokenizer, require_tokenizer

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from jax_mla_cp.config.model import ConfigError
 from jax_mla_cp.engine import Engine
-from jax_mla_cp.runner import Runner
+from jax_mla_cp.step.runner import Runner
 from jax_mla_cp.serve import logs, security
 from jax_mla_cp.serve.app import create_app
 from jax_mla_cp.serve.guards import Guards

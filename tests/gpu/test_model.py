@@ -15,7 +15,7 @@ from jax_mla_cp.model.context import Build
 from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.handle import Model
 from jax_mla_cp.config.quantization import Quantization
-from jax_mla_cp.runner import compile_step
+from jax_mla_cp.step.runner import compile_step
 from tests.checkpoint import quantise
 from tests.ffi.cases import moves
 from tests.synthetic import REAL_DIMS_CONFIG, Driver, random_model, tempered

@@ -11,7 +11,7 @@ import pytest
 from jax_mla_cp.batch.arrays import StepShape
 from jax_mla_cp.config.model import ConfigError
 from jax_mla_cp.step.planner import Planner
-from jax_mla_cp.runner import compile_step
+from jax_mla_cp.step.runner import compile_step
 from tests.speculative import REAL_DIMS, OneBucket, generate
 from tests.speculative import model as speculative
 from tests.synthetic import REAL_DIMS_CONFIG, Driver, random_model, tempered

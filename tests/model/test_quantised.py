@@ -24,7 +24,7 @@ from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.handle import Model, weight_bytes
 from jax_mla_cp.step.planner import Planner
 from jax_mla_cp.config.quantization import Quantization
-from jax_mla_cp.runner import compile_step
+from jax_mla_cp.step.runner import compile_step
 from tests.checkpoint import quantise
 from tests.checkpoints import BASE, make_checkpoint, read_weights
 from tests.synthetic import Driver

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jax_mla_cp.batch.arrays import Work
-from jax_mla_cp.runner import compile_step
+from jax_mla_cp.step.runner import compile_step
 from jax_mla_cp.step.forward import forward
 from tests.synthetic import CONFIG, Driver, random_model
 from tests.test_cache import copies_of

@@ -16,7 +16,7 @@ import pytest
 from jax_mla_cp.engine import Engine
 from jax_mla_cp.load import load
 from jax_mla_cp.mesh import MeshShape, make_mesh
-from jax_mla_cp.runner import create_runner
+from jax_mla_cp.step.runner import create_runner
 from jax_mla_cp.serve.served import Served
 from tests.serve.in_process import client_of, serving
 from tests.waiting import until
