@@ -22,7 +22,7 @@ from jax_mla_cp.mesh import make_mesh, mesh_shape
 from jax_mla_cp.model.context import EP_CHOICES, Build
 from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.handle import Model
-from jax_mla_cp.outcome import Outcome
+from jax_mla_cp.step.results import Outcome
 from jax_mla_cp.step.planner import Planner
 from jax_mla_cp.step.runner import Runner
 from jax_mla_cp.step.forward import put

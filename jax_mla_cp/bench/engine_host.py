@@ -14,7 +14,7 @@ from jax_mla_cp.engine.request import Event, Failed, Finished, Request
 from jax_mla_cp.engine.steps import Steps
 from jax_mla_cp.engine.text import TextStream
 from jax_mla_cp.mesh import MeshShape
-from jax_mla_cp.outcome import Outcome, Sampled
+from jax_mla_cp.step.results import Outcome, Sampled
 from jax_mla_cp.serve.status import About, Telemetry
 from jax_mla_cp.tokenizer import Tokenizer
 

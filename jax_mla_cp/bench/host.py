@@ -26,7 +26,7 @@ from jax_mla_cp.batch.layout import build
 from jax_mla_cp.mesh import make_mesh, on_devices
 from jax_mla_cp.model.context import Build
 from jax_mla_cp.model.handle import Model
-from jax_mla_cp.outcome import outcomes
+from jax_mla_cp.step.results import outcomes
 from jax_mla_cp.batch.packing import pack, packed_specs
 from jax_mla_cp.step.planner import Planner
 from jax_mla_cp.sampling import TOP_LOGPROBS, SampledArrays

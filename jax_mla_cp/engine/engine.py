@@ -18,7 +18,7 @@ from jax_mla_cp.engine.request import Failed, FailedKind, Finished, GrammarError
 from jax_mla_cp.engine.scheduler import Scheduler
 from jax_mla_cp.engine.status import EngineStatus, Speculation
 from jax_mla_cp.engine.steps import Steps
-from jax_mla_cp.outcome import Outcome
+from jax_mla_cp.step.results import Outcome
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from jax_mla_cp.engine.group import Scheduled
 from jax_mla_cp.engine.request import Event, Finished, PromptScored, Request, Token
-from jax_mla_cp.outcome import Outcome, Sampled
+from jax_mla_cp.step.results import Outcome, Sampled
 
 
 def take(scheduled: Scheduled, outcome: Outcome) -> list[Event]:

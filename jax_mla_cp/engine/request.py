@@ -13,7 +13,7 @@ import numpy as np
 from jax_mla_cp.adjust import Adjust, Adjuster
 from jax_mla_cp.batch.arrays import Sampling
 from jax_mla_cp.engine.text import TextStream
-from jax_mla_cp.outcome import Scored
+from jax_mla_cp.step.results import Scored
 
 FailedKind = Literal["step", "timeout", "queue_timeout", "grammar", "stopping", "dead", "internal"]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from jax_mla_cp.batch.arrays import Work
-from jax_mla_cp.outcome import Outcome
+from jax_mla_cp.step.results import Outcome
 
 
 class Steps(Protocol):

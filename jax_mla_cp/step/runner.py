@@ -19,7 +19,7 @@ from jax_mla_cp.config.model import ConfigError, Form, ModelConfig
 from jax_mla_cp.batch.layout import build
 from jax_mla_cp.mesh import mesh_shape
 from jax_mla_cp.model.handle import Model, weight_bytes
-from jax_mla_cp.outcome import Outcome, outcomes
+from jax_mla_cp.step.results import Outcome, outcomes
 from jax_mla_cp.batch.packing import pack, packed_specs
 from jax_mla_cp.step.planner import Planner
 from jax_mla_cp.platform import default_memory_fraction, device_memory

@@ -15,7 +15,7 @@ from selenium.webdriver.remote.webdriver import WebDriver
 from jax_mla_cp.batch.arrays import Work
 from jax_mla_cp.engine import Engine
 from jax_mla_cp.mesh import MeshShape
-from jax_mla_cp.outcome import Outcome, Sampled
+from jax_mla_cp.step.results import Outcome, Sampled
 from jax_mla_cp.serve.served import Served
 from jax_mla_cp.serve.status import Telemetry
 from jax_mla_cp.serve.status.about import About

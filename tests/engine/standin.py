@@ -10,7 +10,7 @@ import numpy as np
 
 from jax_mla_cp.adjust import Adjust
 from jax_mla_cp.batch.arrays import Work
-from jax_mla_cp.outcome import Outcome, Sampled, Scored
+from jax_mla_cp.step.results import Outcome, Sampled, Scored
 
 VOCAB = 251
 

@@ -11,7 +11,7 @@ import pytest
 
 from jax_mla_cp.batch.arrays import Sampling, Work
 from jax_mla_cp.engine import Engine, Failed, Finished
-from jax_mla_cp.outcome import Outcome
+from jax_mla_cp.step.results import Outcome
 from tests.engine.asked import Asked
 from tests.speculative import CONFIG, OneBucket, model
 

@@ -14,7 +14,7 @@ from scipy import stats
 
 from jax_mla_cp.batch.arrays import Sampling, Work
 from jax_mla_cp.config.model import ConfigError, Form
-from jax_mla_cp.outcome import Outcome
+from jax_mla_cp.step.results import Outcome
 from jax_mla_cp.step.planner import Planner
 from tests import reference
 from tests.speculative import CONFIG, PAGE, OneBucket, Watched, generate, model, weights

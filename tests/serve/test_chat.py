@@ -11,7 +11,7 @@ import pytest
 
 from jax_mla_cp.batch.arrays import Work
 from jax_mla_cp.engine import Engine
-from jax_mla_cp.outcome import Outcome, Sampled
+from jax_mla_cp.step.results import Outcome, Sampled
 from jax_mla_cp.serve.reasoning import Splitter
 from jax_mla_cp.serve.served import Served
 from jax_mla_cp.tokenizer import ChatTemplate, Tokenizer
