@@ -22,7 +22,7 @@ from jax_mla_cp.batch.columns import Columns
 from jax_mla_cp.mesh import make_mesh, mesh_shape
 from jax_mla_cp.model.context import Build
 from jax_mla_cp.model.handle import Model
-from jax_mla_cp.sampling import sample
+from jax_mla_cp.step.sampling import sample
 from tests.synthetic import CONFIG
 from tests.test_sampling import how
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jax_mla_cp.batch.arrays import SamplingArrays
-from jax_mla_cp.sampling import sample
+from jax_mla_cp.step.sampling import sample
 
 LOGITS = jnp.log(jnp.array([0.4, 0.3, 0.15, 0.1, 0.05]))
 

@@ -29,7 +29,7 @@ from jax_mla_cp.model.handle import Model
 from jax_mla_cp.step.results import outcomes
 from jax_mla_cp.batch.packing import pack, packed_specs
 from jax_mla_cp.step.planner import Planner
-from jax_mla_cp.sampling import TOP_LOGPROBS, SampledArrays
+from jax_mla_cp.step.sampling import TOP_LOGPROBS, SampledArrays
 from jax_mla_cp.tokenizer import Tokenizer
 
 _HOLD_MS = {64: 2.0}

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from jax_mla_cp.batch.arrays import Batch, BatchShape, Work
 from jax_mla_cp.batch.layout import Layout
-from jax_mla_cp.sampling import SampledArrays, ScoredArrays
+from jax_mla_cp.step.sampling import SampledArrays, ScoredArrays
 
 
 @dataclasses.dataclass(frozen=True)
