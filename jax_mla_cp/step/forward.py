@@ -22,7 +22,7 @@ from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.handle import Model, param_specs
 from jax_mla_cp.batch.packing import Packed, pack, packed_specs, unpack
 from jax_mla_cp.step.sampling import SampledArrays, ScoredArrays, likely, sample
-from jax_mla_cp.speculation import propose
+from jax_mla_cp.step.speculation import propose
 from jax_mla_cp.spread import AdjustArrays
 
 _SCORED_AT_ONCE = 256
