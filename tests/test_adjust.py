@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_mla_cp import spread
+from jax_mla_cp.step import logit_bias as spread
 from jax_mla_cp.adjust import Adjust, Adjuster
 from jax_mla_cp.batch.arrays import BatchShape, Sampling, Work
 from jax_mla_cp.cache import CacheShape

@@ -12,7 +12,8 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
-from jax_mla_cp import cache, spread
+from jax_mla_cp import cache
+from jax_mla_cp.step import logit_bias as spread
 from jax_mla_cp.batch.arrays import StepShape, Work
 from jax_mla_cp.cache import PAGES_SPEC
 from jax_mla_cp.config.model import ConfigError, Form, ModelConfig

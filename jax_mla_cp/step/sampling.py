@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from jax_mla_cp.batch.arrays import SamplingArrays
 from jax_mla_cp.mesh import vary_like
-from jax_mla_cp.spread import AdjustArrays, adjusted
+from jax_mla_cp.step.logit_bias import AdjustArrays, adjusted
 
 TOP_LOGPROBS = 20
 
