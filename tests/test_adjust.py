@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_mla_cp.step import logit_bias as spread
-from jax_mla_cp.adjust import Adjust, Adjuster
+from jax_mla_cp.engine.logits_processor import Adjust, Adjuster
 from jax_mla_cp.batch.arrays import BatchShape, Sampling, Work
 from jax_mla_cp.cache import CacheShape
 from jax_mla_cp.batch.check import check_works

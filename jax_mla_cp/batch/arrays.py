@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from numpy.typing import NDArray
 
-from jax_mla_cp.adjust import Adjust
+from jax_mla_cp.engine.logits_processor import Adjust
 from jax_mla_cp.batch.rows import Rows
 from jax_mla_cp.cache import CacheShape
 from jax_mla_cp.config.model import Form

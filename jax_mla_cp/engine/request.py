@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from jax_mla_cp.adjust import Adjust, Adjuster
+from jax_mla_cp.engine.logits_processor import Adjust, Adjuster
 from jax_mla_cp.batch.arrays import Sampling
 from jax_mla_cp.engine.text import TextStream
 from jax_mla_cp.step.results import Scored

@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
-from jax_mla_cp.adjust import Adjuster
+from jax_mla_cp.engine.logits_processor import Adjuster
 from jax_mla_cp.batch.arrays import Sampling
 from jax_mla_cp.engine import EngineDead, Event, Failed, Finished, Grammar, PromptScored, QueueFull, Request, Token
 from jax_mla_cp.engine.text import TextStream

@@ -1,4 +1,4 @@
-"""A step's adjustments (jax_mla_cp/adjust.py) on the devices, where every place has a whole vocabulary of them.
+"""A step's adjustments (jax_mla_cp/engine/logits_processor.py) on the devices, where every place has a whole vocabulary of them.
 
 The arrays have the same shapes in every step, so that there is one program of a step with and without adjustments, and it
 begins with a `lax.cond`. Without, it is given the same arrays each time, in which nothing is changed. With, a small program

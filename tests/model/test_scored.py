@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_mla_cp.adjust import Adjuster
+from jax_mla_cp.engine.logits_processor import Adjuster
 from jax_mla_cp.batch.arrays import Sampling, Work
 from jax_mla_cp.checkpoint import ArraySource, load_params
 from jax_mla_cp.mesh import make_mesh, mesh_shape
