@@ -13,7 +13,7 @@ from jax_mla_cp.batch.arrays import Work
 from jax_mla_cp.engine.deadlines import Deadlines
 from jax_mla_cp.engine.group import Scheduled
 from jax_mla_cp.engine.observer import Observer, Reports, StepReport, describe
-from jax_mla_cp.engine.outcome import take
+from jax_mla_cp.engine.output import take
 from jax_mla_cp.engine.request import Failed, FailedKind, Finished, GrammarError, Request, Token
 from jax_mla_cp.engine.scheduler import Scheduler
 from jax_mla_cp.engine.status import EngineStatus, Speculation

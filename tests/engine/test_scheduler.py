@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from jax_mla_cp.batch.arrays import Sampling
 from jax_mla_cp.engine import Event, Finished, PromptScored, Request, Token
 from jax_mla_cp.engine.group import Scheduled
-from jax_mla_cp.engine.outcome import take
+from jax_mla_cp.engine.output import take
 from jax_mla_cp.engine.scheduler import Scheduler
 from jax_mla_cp.engine.text import TextStream
 from tests.engine.standin import PageModel, continuation, logprob
