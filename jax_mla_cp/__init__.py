@@ -5,7 +5,7 @@ The public names, for notebooks; the server is `python -m jax_mla_cp.serve`. See
 
 from jax_mla_cp.batch.arrays import Sampling, Work
 from jax_mla_cp.config.model import ConfigError, ModelConfig
-from jax_mla_cp.load import load
+from jax_mla_cp.launch import load
 from jax_mla_cp.mesh import MeshShape, make_mesh
 from jax_mla_cp.model.handle import Model
 from jax_mla_cp.step.planner import Planner

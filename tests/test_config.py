@@ -14,7 +14,7 @@ import pytest
 import jax_mla_cp as mla
 from jax_mla_cp.config import presets
 from jax_mla_cp.config.model import ConfigError, ModelConfig
-from jax_mla_cp.load import plan_build
+from jax_mla_cp.launch import plan_build
 from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.model.context import EP_CHOICES, Build
 from jax_mla_cp.model.handle import weight_bytes
@@ -186,7 +186,7 @@ def test_fewer_experts_than_devices_run_on_a_part_of_the_mesh() -> None:
 def test_auto_ep_takes_the_fewest_axes_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     config = presets.model_config("deepseek_v3")
     mesh = mla.make_mesh("dp=2,tp=8,cp=2")
-    load_module = importlib.import_module("jax_mla_cp.load")  # the package's own `load` is the function
+    load_module = importlib.import_module("jax_mla_cp.launch")  # the package's own `load` is the function
     sizes = {
         name: weight_bytes(Build(config, MeshShape(2, 2, 8), axes, jnp.dtype(jnp.bfloat16)))
         for name, axes in EP_CHOICES.items()

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from jax_mla_cp.command_line import fail
 from jax_mla_cp.config.model import ConfigError, Form, Implementation
-from jax_mla_cp.load import Dtype, EpAxes
+from jax_mla_cp.launch import Dtype, EpAxes
 from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.platform import Platform
 from jax_mla_cp.config.quantization import Weights

@@ -13,7 +13,7 @@ import pytest
 from jax_mla_cp.batch.arrays import Batch
 from jax_mla_cp.eval import score
 from jax_mla_cp.eval.score import token_logprobs
-from jax_mla_cp.load import load
+from jax_mla_cp.launch import load
 from jax_mla_cp.mesh import make_mesh
 from tests.checkpoints import read_weights
 from tests.reference import forward

@@ -142,7 +142,7 @@ def test_wrong_scales_are_noticed(
 
 def test_what_weights_auto_takes(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     def kept(name: str, weights: Any = "auto") -> bool:
-        from jax_mla_cp.load import plan_build
+        from jax_mla_cp.launch import plan_build
 
         config = mla.ModelConfig.from_dir(checkpoints[name])
         return plan_build(config, None, dtype="float32", weights=weights, ep_axes="auto", attention="xla").fp8

@@ -14,7 +14,7 @@ import openai
 import pytest
 
 from jax_mla_cp.engine import Engine
-from jax_mla_cp.load import load
+from jax_mla_cp.launch import load
 from jax_mla_cp.mesh import MeshShape, make_mesh
 from jax_mla_cp.step.runner import create_runner
 from jax_mla_cp.serve.served import Served
