@@ -8,7 +8,7 @@ from typing import Any
 
 from jax_mla_cp.config import presets
 from jax_mla_cp.bench.options import Command, Options, make
-from jax_mla_cp.command_line import Parser, fail, mesh, path
+from jax_mla_cp.cli import Parser, fail, mesh, path
 from jax_mla_cp.config.model import ConfigError
 from jax_mla_cp.mesh import MeshShape
 

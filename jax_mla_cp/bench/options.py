@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from jax_mla_cp.config import presets
-from jax_mla_cp.command_line import check_output
+from jax_mla_cp.cli import check_output
 from jax_mla_cp.config.model import ConfigError, Implementation
 from jax_mla_cp.mesh import MeshShape
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from jax_mla_cp.command_line import Parser, path, real_number, whole_number
+from jax_mla_cp.cli import Parser, path, real_number, whole_number
 from jax_mla_cp.platform import default_compile_cache
 
 KEY_VARIABLE = "JAX_MLA_CP_API_KEY"

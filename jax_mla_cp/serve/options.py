@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from jax_mla_cp.command_line import fail
+from jax_mla_cp.cli import fail
 from jax_mla_cp.config.model import ConfigError, Form, Implementation
 from jax_mla_cp.launch import Dtype, EpAxes
 from jax_mla_cp.mesh import MeshShape

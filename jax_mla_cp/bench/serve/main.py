@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jax_mla_cp.bench.serve.options import Options, parse
-from jax_mla_cp.command_line import fail
+from jax_mla_cp.cli import fail
 from jax_mla_cp.config.model import ConfigError
 from jax_mla_cp.eval.heldout import heldout_text
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jax_mla_cp.bench.serve.workload import Lengths, SharedPrefix
-from jax_mla_cp.command_line import Parser, check_output, fail, path, real_number, whole_number
+from jax_mla_cp.cli import Parser, check_output, fail, path, real_number, whole_number
 from jax_mla_cp.config.model import ConfigError
 
 _PICTURES = (".png", ".pdf", ".svg")
