@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_mla_cp.model.quantised import fp8_bytes
+from jax_mla_cp.model.fp8 import fp8_bytes
 
 _BLOCK = 1 << 26  # numbers at a time, so that their float32 intermediates stay small
 

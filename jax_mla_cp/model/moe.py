@@ -18,7 +18,7 @@ from jax_mla_cp.mesh import TP
 from jax_mla_cp.model.context import Build, Declare
 from jax_mla_cp.model.experts import apply_experts
 from jax_mla_cp.model.layers import Mlp
-from jax_mla_cp.model.quantised import Fp8
+from jax_mla_cp.model.fp8 import Fp8
 from jax_mla_cp.attention.numerics import einsum_float32
 
 # At a time, gathered ones: with the windows of `apply_experts` it bounds the buffers. 32K, and what a bucket is above it.
