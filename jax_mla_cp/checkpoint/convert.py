@@ -28,7 +28,7 @@ from flax import nnx
 from numpy.typing import NDArray
 from orbax.checkpoint import v1 as ocp
 
-from jax_mla_cp.checkpoint.check import check_tensors
+from jax_mla_cp.checkpoint.tensors import check_tensors
 from jax_mla_cp.checkpoint.directories import alone, check_directories, check_room, check_same
 from jax_mla_cp.checkpoint.huggingface import mtp_marker
 from jax_mla_cp.checkpoint.orbax import MANIFEST, WEIGHTS, Converted, StoredArray, command, is_converted, sha256_files

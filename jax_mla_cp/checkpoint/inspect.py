@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Column, Table
 
-from jax_mla_cp.checkpoint.check import check_tensors
+from jax_mla_cp.checkpoint.tensors import check_tensors
 from jax_mla_cp.checkpoint.orbax import Converted, command, is_converted
 from jax_mla_cp.checkpoint.progress import loading_bar
 from jax_mla_cp.checkpoint.source import CheckpointError, SafetensorsSource
