@@ -3,15 +3,16 @@
 The public names, for notebooks; the server is `python -m jax_mla_cp.serve`. See README.md for a complete example.
 """
 
-from jax_mla_cp.batch.arrays import Sampling, Work
-from jax_mla_cp.config.model import ConfigError, ModelConfig
+from jax_mla_cp.batch.work import Sampling, Work
+from jax_mla_cp.batch.zigzag import plan
+from jax_mla_cp.config.errors import ConfigError
+from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.launch import load
 from jax_mla_cp.mesh import MeshShape, make_mesh
 from jax_mla_cp.model.handle import Model
-from jax_mla_cp.step.planner import Planner
 from jax_mla_cp.step.forward import forward, step
+from jax_mla_cp.step.planner import Planner
 from jax_mla_cp.tokenizer import Tokenizer
-from jax_mla_cp.batch.zigzag import plan
 
 __all__ = [
     "ConfigError",

@@ -13,60 +13,16 @@ of the *whole* array, so that they stay outside after any layer's offset.
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int32
 
-from jax_mla_cp.config.model import ConfigError
+from jax_mla_cp.batch.shapes import CacheShape
 from jax_mla_cp.mesh import DP, mesh_shape
 
 PAGES_SPEC = PartitionSpec(DP)
-
-
-@dataclasses.dataclass(frozen=True)
-class CacheShape:
-    """Where things are in one dp group's part of the array."""
-
-    layers: int
-    pages_per_layer: int
-    page_size: int
-
-    def __post_init__(self) -> None:
-        for name, least in (("layers", 1), ("pages_per_layer", 1), ("page_size", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"cache: {name} must be at least {least}, got {getattr(self, name)}.")
-        # A slot out of range plus the last layer's offset must still be an int32.
-        if 3 * self.total_slots >= 2**31:
-            raise ConfigError(
-                f"cache: {self.pages_per_layer} pages of {self.page_size} tokens x {self.layers} layers are "
-                f"{self.total_slots} slots; int32 indices allow {2**31 // 3}. Use fewer pages (--kv-pages)."
-            )
-
-    @property
-    def total_pages(self) -> int:
-        return self.layers * self.pages_per_layer
-
-    @property
-    def total_slots(self) -> int:
-        return self.total_pages * self.page_size
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that one dp group's pages hold."""
-        return self.pages_per_layer * self.page_size
-
-    def no_page(self, count: int) -> np.ndarray:
-        """`count` different page ids that are in no layer."""
-        return self.total_pages + np.arange(count, dtype=np.int32)
-
-    def no_slot(self, count: int) -> np.ndarray:
-        """`count` different slots that are in no layer."""
-        return self.total_slots + np.arange(count, dtype=np.int32)
 
 
 def create(shape: CacheShape, latent_dim: int, dtype: jax.typing.DTypeLike, mesh: Mesh | None = None) -> jax.Array:

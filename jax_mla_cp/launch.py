@@ -10,16 +10,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jax_mla_cp.attention import resolve_implementation
+from jax_mla_cp.attention import Implementation, resolve_implementation
 from jax_mla_cp.checkpoint import SafetensorsSource, is_converted, load_converted, load_params, open_converted
-from jax_mla_cp.config.model import ConfigError, Implementation, ModelConfig
+from jax_mla_cp.config.errors import ConfigError
+from jax_mla_cp.config.model import ModelConfig
+from jax_mla_cp.config.quantization import Weights
 from jax_mla_cp.default_model import DIRECTORY
 from jax_mla_cp.mesh import mesh_shape
 from jax_mla_cp.model.context import EP_CHOICES, Build
 from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.handle import Model, weight_bytes
 from jax_mla_cp.platform import device_memory
-from jax_mla_cp.config.quantization import Weights
 from jax_mla_cp.tokenizer import Tokenizer
 
 EpAxes = Literal["auto", "tp", "tp,cp", "tp,cp,dp"]

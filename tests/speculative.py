@@ -13,19 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jax_mla_cp.batch.arrays import Batch, Sampling, Work
+from jax_mla_cp.batch.arrays import Batch
+from jax_mla_cp.batch.form import Form
+from jax_mla_cp.batch.work import Sampling, Work
 from jax_mla_cp.checkpoint import ArraySource, load_params
-from jax_mla_cp.config.model import Form, ModelConfig
+from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.engine import Engine, Event, Finished, Request, Speculation, Token
 from jax_mla_cp.engine.text import TextStream
 from jax_mla_cp.mesh import make_mesh, mesh_shape
 from jax_mla_cp.model.context import EP_CHOICES, Build
 from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.handle import Model
-from jax_mla_cp.step.results import Outcome
-from jax_mla_cp.step.planner import Planner
-from jax_mla_cp.step.runner import Runner
 from jax_mla_cp.step.forward import put
+from jax_mla_cp.step.planner import Planner
+from jax_mla_cp.step.results import Outcome
+from jax_mla_cp.step.runner import Runner
 from tests.random_weights import random_weights
 from tests.synthetic import CONFIG as SYNTHETIC
 from tests.synthetic import REAL_DIMS_CONFIG

@@ -11,14 +11,15 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from jax_mla_cp.batch.arrays import Work
-from jax_mla_cp.config.model import ModelConfig, RopeConfig
+from jax_mla_cp.batch.work import Work
+from jax_mla_cp.config.model import ModelConfig
+from jax_mla_cp.config.rope import RopeConfig
 from jax_mla_cp.mesh import make_mesh, mesh_shape
 from jax_mla_cp.model.context import EP_CHOICES, Build
 from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.handle import Model
-from jax_mla_cp.step.planner import Planner
 from jax_mla_cp.step.forward import forward
+from jax_mla_cp.step.planner import Planner
 
 CONFIG = ModelConfig(
     vocab_size=250, hidden_size=64, num_layers=3, num_heads=8, q_lora_rank=32, kv_lora_rank=32, qk_rope_head_dim=8,

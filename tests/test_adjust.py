@@ -13,15 +13,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_mla_cp.step import logit_bias as spread
-from jax_mla_cp.engine.logits_processor import Adjust, Adjuster
-from jax_mla_cp.batch.arrays import BatchShape, Sampling, Work
-from jax_mla_cp.cache import CacheShape
 from jax_mla_cp.batch.check import check_works
 from jax_mla_cp.batch.columns import Columns
+from jax_mla_cp.batch.logit_bias import Adjust
+from jax_mla_cp.batch.shapes import BatchShape, CacheShape
+from jax_mla_cp.batch.work import Sampling, Work
+from jax_mla_cp.engine.logits_processor import Adjuster
 from jax_mla_cp.mesh import make_mesh, mesh_shape
 from jax_mla_cp.model.context import Build
 from jax_mla_cp.model.handle import Model
+from jax_mla_cp.step import logit_bias as spread
 from jax_mla_cp.step.sampling import sample
 from tests.synthetic import CONFIG
 from tests.test_sampling import how

@@ -11,17 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_mla_cp import mesh
-from jax_mla_cp.step import planner
 from jax_mla_cp.batch import columns
-from jax_mla_cp.batch.form import use_expanded
-from jax_mla_cp.batch.arrays import Batch, BatchShape, Sampling, StepShape, Work
-from jax_mla_cp.cache import CacheShape
+from jax_mla_cp.batch.arrays import Batch
 from jax_mla_cp.batch.check import check_works
 from jax_mla_cp.batch.columns import Columns
+from jax_mla_cp.batch.form import use_expanded
 from jax_mla_cp.batch.layout import Layout, build, lay_out
-from jax_mla_cp.step.planner import _buckets
-from jax_mla_cp.config.presets import model_config
+from jax_mla_cp.batch.shapes import BatchShape, CacheShape, StepShape
+from jax_mla_cp.batch.work import Sampling, Work
 from jax_mla_cp.batch.zigzag import plan
+from jax_mla_cp.config.presets import model_config
+from jax_mla_cp.step import planner
+from jax_mla_cp.step.planner import _buckets
 from tests.synthetic import CONFIG
 
 PAGE = 8

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from jax_mla_cp import cache
-from jax_mla_cp.cache import CacheShape
-from jax_mla_cp.config.model import ConfigError
+from jax_mla_cp.batch.shapes import CacheShape
+from jax_mla_cp.config.errors import ConfigError
 
 SHAPE = CacheShape(layers=3, pages_per_layer=5, page_size=4)
 

@@ -13,7 +13,8 @@ import pytest
 
 import jax_mla_cp as mla
 from jax_mla_cp.config import presets
-from jax_mla_cp.config.model import ConfigError, ModelConfig
+from jax_mla_cp.config.errors import ConfigError
+from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.launch import plan_build
 from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.model.context import EP_CHOICES, Build

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from jax_mla_cp.config import presets
 from jax_mla_cp.checkpoint import expected_shapes
-from jax_mla_cp.config.model import ConfigError
+from jax_mla_cp.config import presets
+from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.default_model import DIRECTORY
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_mla_cp.batch.arrays import Batch, BatchShape, Sampling, StepShape, Work, batch_specs
-from jax_mla_cp.cache import CacheShape
+from jax_mla_cp.batch.arrays import Batch, batch_specs
 from jax_mla_cp.batch.columns import Columns
 from jax_mla_cp.batch.layout import build, lay_out
-from jax_mla_cp.mesh import MeshShape, make_mesh, on_devices
 from jax_mla_cp.batch.packing import pack, packed_specs, unpack
+from jax_mla_cp.batch.shapes import BatchShape, CacheShape, StepShape
+from jax_mla_cp.batch.work import Sampling, Work
+from jax_mla_cp.mesh import MeshShape, make_mesh, on_devices
 from tests.synthetic import CONFIG
 
 

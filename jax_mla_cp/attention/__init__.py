@@ -10,12 +10,14 @@ from jaxtyping import Array, Float, Int32
 
 from jax_mla_cp.attention import fa3, xla
 from jax_mla_cp.batch.rows import Rows
-from jax_mla_cp.config.model import ConfigError, Implementation, ModelConfig
+from jax_mla_cp.config.errors import ConfigError
+from jax_mla_cp.config.model import ModelConfig
 
 __all__ = ["Resolved", "Rows", "attend_absorbed", "attend_expanded", "resolve_implementation"]
 
 log = logging.getLogger(__name__)
 
+Implementation = Literal["auto", "fa3", "xla"]
 Resolved = Literal["fa3", "xla"]
 
 

@@ -23,7 +23,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from jax_mla_cp.batch.rows import Rows
-from jax_mla_cp.config.model import ConfigError, ModelConfig
+from jax_mla_cp.config.errors import ConfigError
+from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.mesh import vary_like
 
 PAGE_MULTIPLE = 64

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from jax_mla_cp.attention.numerics import einsum_float32
 from jax_mla_cp.batch.rows import Rows
 from jax_mla_cp.cache import read
 from jax_mla_cp.mesh import vary_like
-from jax_mla_cp.attention.numerics import einsum_float32
 
 _QUERY_BLOCK = 128
 _SHORT_QUERY_BLOCK = 4  # for rows of a few tokens (decode), where a block of 128 would be mostly masked

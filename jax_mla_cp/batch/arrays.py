@@ -6,105 +6,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import PartitionSpec
-from numpy.typing import NDArray
 
-from jax_mla_cp.engine.logits_processor import Adjust
 from jax_mla_cp.batch.rows import Rows
-from jax_mla_cp.cache import CacheShape
-from jax_mla_cp.config.model import Form
 from jax_mla_cp.mesh import DP, TOKENS
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. `temperature` 0 is greedy; `top_p` 1, `top_k` 0 and `min_p` 0 are off."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
-    min_p: float = 0.0
-    """Tokens less likely than `min_p` times the most likely one, at this temperature, are not drawn."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """One request's part of one step."""
-
-    tokens: Sequence[int] | NDArray[np.integer[Any]]
-    """The new tokens, at positions `cached` and following. The last `drafts` of them are guesses."""
-    cached: int
-    """Tokens whose latents are in the pages already."""
-    pages: Sequence[int]
-    """The request's pages, in order; at least those that the new tokens reach. Ids are local to the dp group."""
-    sampling: Sampling | None = None
-    """None: nothing is sampled after these tokens (they end inside a prompt)."""
-    embeds: NDArray[np.floating[Any]] | None = None
-    """[len(tokens), D]: input embeddings in place of the tokens', for all requests of a step or for none."""
-    drafts: int = 0
-    """Guesses among the tokens: after the token before them and after each of them, a token is sampled."""
-    next_token: int | None = None
-    """The token that follows, for tokens that end inside a prompt; the MTP layer reads it."""
-    adjust: Adjust | None = None
-    """What is done to the logits before the token after these is chosen. Not with drafts: what it does depends on them."""
-    score: bool = False
-    """The log-probability of the token after each of these is wanted too (`runner.Scored`)."""
-
-
-@dataclasses.dataclass(frozen=True)
-class BatchShape:
-    """What is the same in the shapes of all steps, per dp group."""
-
-    dp: int
-    cp: int
-    requests: int
-    """Most requests in a step; a multiple of cp."""
-    table_width: int
-    """Pages of the longest request."""
-    expanded_keys: int
-    """Keys that the expanded form has room for, a multiple of the page size; 0: every row is absorbed."""
-    cache: CacheShape
-    form: Form = "auto"
-    draft_tokens: int = 0
-    """Most drafts of a request, and how many the step proposes; 0: no speculation."""
-
-    @property
-    def samples(self) -> int:
-        """Places for sampled tokens, per request."""
-        return 1 + self.draft_tokens
-
-    @property
-    def fresh(self) -> int:
-        """Most pages of a request that a step begins and does not fill: the last, and those that recycled drafts reach."""
-        return 1 + -(-max(self.draft_tokens - 1, 0) // self.cache.page_size)
-
-    def __post_init__(self) -> None:
-        if self.requests < 1 or self.requests % self.cp:
-            raise ValueError(f"requests must be a positive multiple of cp={self.cp}, got {self.requests}.")
-        if self.expanded_keys % self.cache.page_size:
-            raise ValueError(
-                f"expanded_keys must be a multiple of page_size={self.cache.page_size}, got {self.expanded_keys}."
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class StepShape:
-    """What differs between the programs: the shape of one step."""
-
-    tokens: int
-    """Of each rank's buffer."""
-    absorbed_tokens: int
-    """The first so many tokens of a buffer may be of absorbed rows; only they take that form's products."""
-    expanded_keys: int
-    """`BatchShape.expanded_keys`, or 0: the step has no expanded row."""
-    scored: bool = False
-    """The step also tells the log-probability of the token after each token."""
 
 
 @jax.tree_util.register_dataclass

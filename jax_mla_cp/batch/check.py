@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jax_mla_cp.engine.logits_processor import Adjust
-from jax_mla_cp.batch.arrays import BatchShape
 from jax_mla_cp.batch.columns import Columns
+from jax_mla_cp.batch.logit_bias import Adjust
+from jax_mla_cp.batch.shapes import BatchShape
 from jax_mla_cp.config.model import ModelConfig
 
 

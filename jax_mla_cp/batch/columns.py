@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jax_mla_cp.batch.arrays import BatchShape, Work
+from jax_mla_cp.batch.shapes import BatchShape
+from jax_mla_cp.batch.work import Work
 
 Ints = NDArray[np.int64]
 

@@ -7,7 +7,11 @@ absorbed one only this rank's queries (`R (h + v)`).
 
 from __future__ import annotations
 
-from jax_mla_cp.config.model import Form, ModelConfig
+from typing import Literal
+
+from jax_mla_cp.config.model import ModelConfig
+
+Form = Literal["auto", "expanded", "absorbed"]
 
 # Of a matrix product's rate on an H200, what FlashAttention-3 reaches at 128K keys (docs/benchmarks.md).
 _EXPANDED_RATE = 0.98

@@ -14,12 +14,13 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
+from jax_mla_cp.batch.arrays import Batch, SamplingArrays, SpeculationArrays
+from jax_mla_cp.batch.columns import Columns, Ints, within
 from jax_mla_cp.batch.form import use_expanded
 from jax_mla_cp.batch.rows import Rows
-from jax_mla_cp.batch.arrays import Batch, BatchShape, SamplingArrays, SpeculationArrays, StepShape
-from jax_mla_cp.batch.columns import Columns, Ints, within
-from jax_mla_cp.config.model import ModelConfig
+from jax_mla_cp.batch.shapes import BatchShape, StepShape
 from jax_mla_cp.batch.zigzag import Plan, plan
+from jax_mla_cp.config.model import ModelConfig
 
 KEY_ALIGN = 128
 """Packed keys of different requests never share a tile of so many keys (FA3's largest KV tile here)."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from jax_mla_cp.bench.flags import parse
 from jax_mla_cp.bench.options import Options
 from jax_mla_cp.cli import fail
-from jax_mla_cp.config.model import ConfigError
+from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.mesh import MeshShape
 
 _WITHOUT_KERNELS = ("load", "host")

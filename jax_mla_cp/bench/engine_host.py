@@ -7,15 +7,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jax_mla_cp.batch.arrays import Sampling, Work
+from jax_mla_cp.batch.work import Sampling, Work
 from jax_mla_cp.engine.engine import Engine
 from jax_mla_cp.engine.observer import StepReport
 from jax_mla_cp.engine.request import Event, Failed, Finished, Request
 from jax_mla_cp.engine.steps import Steps
 from jax_mla_cp.engine.text import TextStream
 from jax_mla_cp.mesh import MeshShape
-from jax_mla_cp.step.results import Outcome, Sampled
 from jax_mla_cp.serve.status import About, Telemetry
+from jax_mla_cp.step.results import Outcome, Sampled
 from jax_mla_cp.tokenizer import Tokenizer
 
 

@@ -6,10 +6,10 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jax_mla_cp.config import presets
 from jax_mla_cp.bench.options import Command, Options, make
 from jax_mla_cp.cli import Parser, fail, mesh, path
-from jax_mla_cp.config.model import ConfigError
+from jax_mla_cp.config import presets
+from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.mesh import MeshShape
 
 _K = 1024

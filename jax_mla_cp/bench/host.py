@@ -14,7 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_mla_cp.batch.arrays import Sampling, Work
+from jax_mla_cp.batch.layout import build
+from jax_mla_cp.batch.packing import pack, packed_specs
+from jax_mla_cp.batch.work import Sampling, Work
 from jax_mla_cp.bench.engine_host import NoModel, host_seconds
 from jax_mla_cp.bench.options import Options
 from jax_mla_cp.bench.program import PAGE_SIZE
@@ -22,13 +24,11 @@ from jax_mla_cp.bench.table import Report
 from jax_mla_cp.bench.timing import measure
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.default_model import DIRECTORY
-from jax_mla_cp.batch.layout import build
 from jax_mla_cp.mesh import make_mesh, on_devices
 from jax_mla_cp.model.context import Build
 from jax_mla_cp.model.handle import Model
-from jax_mla_cp.step.results import outcomes
-from jax_mla_cp.batch.packing import pack, packed_specs
 from jax_mla_cp.step.planner import Planner
+from jax_mla_cp.step.results import outcomes
 from jax_mla_cp.step.sampling import TOP_LOGPROBS, SampledArrays
 from jax_mla_cp.tokenizer import Tokenizer
 

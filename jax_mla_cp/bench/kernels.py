@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from jax_mla_cp.attention import Resolved, attend_absorbed, attend_expanded, fa3, resolve_implementation
+from jax_mla_cp.batch.form import Form
 from jax_mla_cp.bench.options import Options
-from jax_mla_cp.config.model import Form, ModelConfig
+from jax_mla_cp.config.model import ModelConfig
 
 Kernel = Callable[..., Any]
 

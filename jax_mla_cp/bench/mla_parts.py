@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_mla_cp import cache
+from jax_mla_cp.batch.shapes import CacheShape
 from jax_mla_cp.bench import kernels
 from jax_mla_cp.bench.data import normal
 from jax_mla_cp.bench.mock import noise
@@ -19,7 +20,6 @@ from jax_mla_cp.bench.program import PAGE_SIZE
 from jax_mla_cp.bench.roofline import Cost, attention_bytes, attention_flops, rank_rows
 from jax_mla_cp.bench.table import Report
 from jax_mla_cp.bench.timing import measure
-from jax_mla_cp.cache import CacheShape
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.model.mla import up_project
 

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from jax_mla_cp.config import presets
+from jax_mla_cp.attention import Implementation
 from jax_mla_cp.cli import check_output
-from jax_mla_cp.config.model import ConfigError, Implementation
+from jax_mla_cp.config import presets
+from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.mesh import MeshShape
 
 Command = Literal["attention", "layer", "model", "decode", "load", "host", "scaling"]

@@ -13,22 +13,23 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from jax_mla_cp.attention import resolve_implementation
-from jax_mla_cp.batch.arrays import Work
+from jax_mla_cp.attention import Implementation, resolve_implementation
+from jax_mla_cp.batch.form import Form
+from jax_mla_cp.batch.packing import Packed, packed_specs, unpack
+from jax_mla_cp.batch.work import Work
 from jax_mla_cp.bench.data import normal
 from jax_mla_cp.bench.mock import MockBuild, mock_build
 from jax_mla_cp.bench.timing import Timing, measure
 from jax_mla_cp.bench.weights import random_params, replicated
 from jax_mla_cp.cache import PAGES_SPEC
-from jax_mla_cp.config.model import Form, Implementation, ModelConfig
+from jax_mla_cp.config.model import ModelConfig
+from jax_mla_cp.config.quantization import Quantization
 from jax_mla_cp.mesh import TOKENS, TP, MeshShape, make_mesh
 from jax_mla_cp.model.context import EP_CHOICES
 from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.handle import Model, param_specs
-from jax_mla_cp.batch.packing import Packed, packed_specs, unpack
-from jax_mla_cp.step.planner import Planner
-from jax_mla_cp.config.quantization import Quantization
 from jax_mla_cp.step.forward import forward, put
+from jax_mla_cp.step.planner import Planner
 
 PAGE_SIZE = 64
 

@@ -22,12 +22,13 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Column, Table
 
-from jax_mla_cp.checkpoint.tensors import check_tensors
 from jax_mla_cp.checkpoint.orbax import Converted, command, is_converted
 from jax_mla_cp.checkpoint.progress import loading_bar
 from jax_mla_cp.checkpoint.source import CheckpointError, SafetensorsSource
 from jax_mla_cp.checkpoint.target import Target
-from jax_mla_cp.config.model import ConfigError, ModelConfig
+from jax_mla_cp.checkpoint.tensors import check_tensors
+from jax_mla_cp.config.errors import ConfigError
+from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.model.context import EP_CHOICES, Build
 from jax_mla_cp.model.decoder import Decoder

@@ -30,7 +30,7 @@ import numpy as np
 import tensorstore as ts
 
 from jax_mla_cp.checkpoint.source import CheckpointError
-from jax_mla_cp.config.model import ConfigError
+from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.config.quantization import Weights
 
 LAYOUT = 1

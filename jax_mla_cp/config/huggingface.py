@@ -1,4 +1,4 @@
-"""Hugging Face's config.json -> `ModelConfig`: its keys, their older and newer spellings, and what is refused."""
+"""Hugging Face's config.json -> the fields of `ModelConfig`: its keys, their older and newer spellings, and what is refused."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from jax_mla_cp.config.model import ConfigError, ModelConfig, RopeConfig, TopkMethod
+from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.config.quantization import Quantization
+from jax_mla_cp.config.rope import RopeConfig
 
 # What this package implements, for the keys whose other values would change the model's arithmetic.
 _ONLY: dict[str, tuple[Any, ...]] = {
@@ -20,24 +21,34 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "moe_layer_freq": (1,),
 }
 
+TopkMethod = Literal["noaux_tc", "greedy", "group_limited_greedy"]
+
 _TEXT_MODELS = ("deepseek_v2", "deepseek_v3", "kimi_k2")
 
 # The scores that each way of choosing experts is defined for, by DeepSeek's modeling files and transformers.
 _SCORING: dict[TopkMethod, str] = {"noaux_tc": "sigmoid", "greedy": "softmax", "group_limited_greedy": "softmax"}
 
 
-def read_directory(directory: Path) -> ModelConfig:
-    """`ModelConfig.from_dir`."""
+def directory_fields(directory: Path) -> dict[str, Any]:
+    """The fields of `ModelConfig.from_dir`: those of config.json, and the stop tokens of generation_config.json besides.
+
+    Raises:
+      ConfigError: as `ModelConfig.from_dir`.
+    """
     path = directory / "config.json"
     raw = _read_json(path, required=True)
     generation = _read_json(path.with_name("generation_config.json"), required=False)
-    config = read(raw)
-    eos = dict.fromkeys(config.eos_token_ids + _token_ids(generation.get("eos_token_id"), "eos_token_id"))
-    return dataclasses.replace(config, eos_token_ids=tuple(eos))
+    found = fields(raw)
+    more = _token_ids(generation.get("eos_token_id"), "eos_token_id")
+    return found | {"eos_token_ids": tuple(dict.fromkeys(found["eos_token_ids"] + more))}
 
 
-def read(raw: Mapping[str, Any]) -> ModelConfig:
-    """`ModelConfig.from_hf`."""
+def fields(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `ModelConfig.from_hf`, each of its type. `ModelConfig` checks how they fit together.
+
+    Raises:
+      ConfigError: as `ModelConfig.from_hf`.
+    """
     raw, weight_prefix = _text_part(raw)
     _refuse_unsupported(raw)
 
@@ -45,7 +56,7 @@ def read(raw: Mapping[str, Any]) -> ModelConfig:
     experts = keys.whole("n_routed_experts" if raw.get("n_routed_experts") is not None else "num_local_experts", 0)
     topk_method = _topk_method(raw)
     grouped = experts and topk_method != "greedy"  # which ignores the groups that a config may name
-    return ModelConfig(
+    return dict(
         vocab_size=keys.whole("vocab_size"),
         hidden_size=keys.whole("hidden_size"),
         num_layers=keys.whole("num_hidden_layers"),

@@ -1,53 +1,17 @@
-"""A model's shape, checked (`ModelConfig`), and the error for a setting that can't work (`ConfigError`)."""
+"""`ModelConfig`: the shape of a model, checked."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from jax_mla_cp.config import huggingface
+from jax_mla_cp.config.errors import ConfigError
+from jax_mla_cp.config.huggingface import TopkMethod
 from jax_mla_cp.config.quantization import Quantization
-
-Form = Literal["auto", "expanded", "absorbed"]
-Implementation = Literal["auto", "fa3", "xla"]
-TopkMethod = Literal["noaux_tc", "greedy", "group_limited_greedy"]
-
-
-class ConfigError(ValueError):
-    """A setting that can't work: names the setting, what it got, what is allowed and what to change."""
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeConfig:
-    """Rotary embedding, plain or YaRN (arXiv:2309.00071; `modeling_rope_utils.py` of transformers)."""
-
-    theta: float = 10000.0
-    factor: float = 1.0
-    """YaRN's context extension; 1 is plain RoPE."""
-    original_max_position: int = 4096
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 0.0
-    mscale_all_dim: float = 0.0
-    yarn: bool = False
-    interleaved: bool = True
-    """The checkpoint rotates even/odd pairs; the loader reorders such weights into halves."""
-
-    @property
-    def amplitude(self) -> float:
-        """What cos and sin are multiplied with: 1 whenever `mscale == mscale_all_dim`."""
-        if not self.yarn:
-            return 1.0
-        if self.mscale and self.mscale_all_dim:
-            return yarn_mscale(self.factor, self.mscale) / yarn_mscale(self.factor, self.mscale_all_dim)
-        return yarn_mscale(self.factor, 1.0)
-
-
-def yarn_mscale(factor: float, mscale: float) -> float:
-    """`0.1 m ln(factor) + 1`, YaRN's attention temperature (arXiv:2309.00071, equation 22)."""
-    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+from jax_mla_cp.config.rope import RopeConfig, yarn_mscale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,9 +135,7 @@ class ModelConfig:
         Raises:
           ConfigError: no such directory or file, not JSON, or a model that this package can't run.
         """
-        from jax_mla_cp import hf_config  # not above: it is built on this module
-
-        return hf_config.read_directory(Path(directory))
+        return cls(**huggingface.directory_fields(Path(directory)))
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> ModelConfig:
@@ -182,6 +144,4 @@ class ModelConfig:
         Raises:
           ConfigError: a missing key, or a setting that this package does not implement.
         """
-        from jax_mla_cp.config import huggingface as hf_config
-
-        return hf_config.read(raw)
+        return cls(**huggingface.fields(raw))

@@ -11,7 +11,8 @@ from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
-from jax_mla_cp.config.model import ConfigError, ModelConfig
+from jax_mla_cp.config.errors import ConfigError
+from jax_mla_cp.config.model import ModelConfig
 
 
 def _folder() -> Traversable:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from array import array
 
-from jax_mla_cp.batch.arrays import Work
+from jax_mla_cp.batch.work import Work
 from jax_mla_cp.engine.line import Line
 from jax_mla_cp.engine.pages import Pages
 from jax_mla_cp.engine.prefix import Names

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jax_mla_cp.batch.arrays import Work
-from jax_mla_cp.engine.request import Request
+from jax_mla_cp.batch.work import Work
 from jax_mla_cp.batch.zigzag import loads
+from jax_mla_cp.engine.request import Request
 
 log = logging.getLogger(__name__)
 

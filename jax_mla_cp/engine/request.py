@@ -10,8 +10,9 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from jax_mla_cp.engine.logits_processor import Adjust, Adjuster
-from jax_mla_cp.batch.arrays import Sampling
+from jax_mla_cp.batch.logit_bias import Adjust
+from jax_mla_cp.batch.work import Sampling
+from jax_mla_cp.engine.logits_processor import Adjuster
 from jax_mla_cp.engine.text import TextStream
 from jax_mla_cp.step.results import Scored
 

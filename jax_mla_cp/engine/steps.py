@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from jax_mla_cp.batch.arrays import Work
+from jax_mla_cp.batch.work import Work
 from jax_mla_cp.step.results import Outcome
 
 

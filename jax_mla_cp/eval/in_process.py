@@ -10,18 +10,19 @@ from typing import Any
 
 import jax
 
-from jax_mla_cp.batch.arrays import Sampling
+from jax_mla_cp.batch.work import Sampling
 from jax_mla_cp.bench.table import versions
-from jax_mla_cp.config.model import ConfigError, ModelConfig
+from jax_mla_cp.config.errors import ConfigError
+from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.default_model import DIRECTORY
 from jax_mla_cp.engine import Engine, Event, Failed, Finished, Request, Token
 from jax_mla_cp.engine.text import TextStream
 from jax_mla_cp.eval.prompts import Prompt
 from jax_mla_cp.eval.score import token_logprobs
 from jax_mla_cp.eval.target import TargetError
-from jax_mla_cp.step.runner import Runner
 from jax_mla_cp.serve.options import ServeConfig
 from jax_mla_cp.serve.start import load_model, make_runner, set_up_devices
+from jax_mla_cp.step.runner import Runner
 from jax_mla_cp.tokenizer import Tokenizer, require_tokenizer
 
 _RUNNING = 2

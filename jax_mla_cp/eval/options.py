@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jax_mla_cp.cli import Parser, check_output, fail, path
-from jax_mla_cp.config.model import ConfigError
+from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.serve.flags import add_model_flags
 from jax_mla_cp.serve.options import ServeConfig

@@ -12,7 +12,7 @@ import re
 
 import numpy as np
 
-from jax_mla_cp.config.model import ConfigError
+from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.eval.passkey import Passkey
 from jax_mla_cp.tokenizer import Tokenizer
 

@@ -8,11 +8,12 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from jax_mla_cp.batch.arrays import Batch, Work
-from jax_mla_cp.config.model import Form
+from jax_mla_cp.batch.arrays import Batch
+from jax_mla_cp.batch.form import Form
+from jax_mla_cp.batch.work import Work
 from jax_mla_cp.model.handle import Model
-from jax_mla_cp.step.planner import Planner
 from jax_mla_cp.step.forward import put, score
+from jax_mla_cp.step.planner import Planner
 
 
 def token_logprobs(

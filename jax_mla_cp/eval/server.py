@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from jax_mla_cp.config.model import ConfigError
+from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.eval.prompts import Prompt
 from jax_mla_cp.eval.target import CannotScore, TargetError
 from jax_mla_cp.tokenizer import Tokenizer

@@ -12,10 +12,11 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int32
 
 from jax_mla_cp.attention import Resolved, Rows
-from jax_mla_cp.config.model import ConfigError, ModelConfig
+from jax_mla_cp.config.errors import ConfigError
+from jax_mla_cp.config.model import ModelConfig
+from jax_mla_cp.config.quantization import Quantization
 from jax_mla_cp.mesh import CP, DP, TP, Axes, MeshShape
 from jax_mla_cp.model.fp8 import Fp8
-from jax_mla_cp.config.quantization import Quantization
 
 EP_CHOICES: dict[str, tuple[str, ...]] = {"tp": (TP,), "tp,cp": (CP, TP), "tp,cp,dp": (DP, CP, TP)}
 """--ep-axes -> the mesh axes that divide the experts, slowest first."""

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
+from jax_mla_cp.attention.numerics import einsum_float32
 from jax_mla_cp.batch.arrays import Batch
 from jax_mla_cp.mesh import TP, vary_like
 from jax_mla_cp.model.context import Build, Declare, LayerInputs
 from jax_mla_cp.model.layers import rms_norm, rope_angles
 from jax_mla_cp.model.mtp import Mtp
 from jax_mla_cp.model.stack import Layer, run
-from jax_mla_cp.attention.numerics import einsum_float32
 
 
 class Decoder(nnx.Module):

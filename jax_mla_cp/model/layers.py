@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 from numpy.typing import NDArray
 
-from jax_mla_cp.config.model import RopeConfig
+from jax_mla_cp.config.rope import RopeConfig
 from jax_mla_cp.mesh import TP
 from jax_mla_cp.model.context import Declare
 

@@ -13,13 +13,13 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
+from jax_mla_cp.attention.numerics import einsum_float32
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.mesh import TP
 from jax_mla_cp.model.context import Build, Declare
 from jax_mla_cp.model.experts import apply_experts
-from jax_mla_cp.model.layers import Mlp
 from jax_mla_cp.model.fp8 import Fp8
-from jax_mla_cp.attention.numerics import einsum_float32
+from jax_mla_cp.model.layers import Mlp
 
 # At a time, gathered ones: with the windows of `apply_experts` it bounds the buffers. 32K, and what a bucket is above it.
 _MOST_TOKENS = 36 << 10

@@ -15,9 +15,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from jax_mla_cp.config.model import ConfigError
+from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.engine import Engine
-from jax_mla_cp.step.runner import Runner
 from jax_mla_cp.serve import logs, security
 from jax_mla_cp.serve.app import create_app
 from jax_mla_cp.serve.guards import Guards
@@ -26,6 +25,7 @@ from jax_mla_cp.serve.options import ServeConfig, parse
 from jax_mla_cp.serve.served import Served
 from jax_mla_cp.serve.start import load_model, make_runner, set_up_devices
 from jax_mla_cp.serve.status import Telemetry, describe
+from jax_mla_cp.step.runner import Runner
 
 log = logging.getLogger("jax_mla_cp.serve")
 

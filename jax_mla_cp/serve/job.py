@@ -16,9 +16,9 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
-from jax_mla_cp.engine.logits_processor import Adjuster
-from jax_mla_cp.batch.arrays import Sampling
+from jax_mla_cp.batch.work import Sampling
 from jax_mla_cp.engine import EngineDead, Event, Failed, Finished, Grammar, PromptScored, QueueFull, Request, Token
+from jax_mla_cp.engine.logits_processor import Adjuster
 from jax_mla_cp.engine.text import TextStream
 from jax_mla_cp.serve import logs
 from jax_mla_cp.serve.errors import ApiError, failure, unavailable

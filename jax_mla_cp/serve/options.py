@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from jax_mla_cp.attention import Implementation
+from jax_mla_cp.batch.form import Form
 from jax_mla_cp.cli import fail
-from jax_mla_cp.config.model import ConfigError, Form, Implementation
+from jax_mla_cp.config.errors import ConfigError
+from jax_mla_cp.config.quantization import Weights
 from jax_mla_cp.launch import Dtype, EpAxes
 from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.platform import Platform
-from jax_mla_cp.config.quantization import Weights
 from jax_mla_cp.serve.flags import make_parser
 
 Speculative = Literal["off", "mtp"]

@@ -6,8 +6,8 @@ from jax_mla_cp import platform
 from jax_mla_cp.launch import load
 from jax_mla_cp.mesh import make_mesh
 from jax_mla_cp.model.handle import Model
-from jax_mla_cp.step.runner import Runner, create_runner
 from jax_mla_cp.serve.options import ServeConfig
+from jax_mla_cp.step.runner import Runner, create_runner
 from jax_mla_cp.tokenizer import Tokenizer
 
 

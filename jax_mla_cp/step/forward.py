@@ -16,14 +16,14 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from jax_mla_cp.batch.arrays import Batch
+from jax_mla_cp.batch.packing import Packed, pack, packed_specs, unpack
 from jax_mla_cp.cache import PAGES_SPEC
 from jax_mla_cp.mesh import CP, TOKENS, mesh_shape, on_devices
 from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.handle import Model, param_specs
-from jax_mla_cp.batch.packing import Packed, pack, packed_specs, unpack
+from jax_mla_cp.step.logit_bias import AdjustArrays
 from jax_mla_cp.step.sampling import SampledArrays, ScoredArrays, likely, sample
 from jax_mla_cp.step.speculation import propose
-from jax_mla_cp.step.logit_bias import AdjustArrays
 
 _SCORED_AT_ONCE = 256
 """Tokens whose logits `score` has in memory at a time: of 129K words, 132 MB."""

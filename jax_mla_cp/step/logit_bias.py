@@ -21,7 +21,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int32
 from numpy.typing import NDArray
 
-from jax_mla_cp.batch.arrays import BatchShape, Work
+from jax_mla_cp.batch.shapes import BatchShape
+from jax_mla_cp.batch.work import Work
 from jax_mla_cp.mesh import TOKENS, Axes, on_devices, vary_like
 from jax_mla_cp.model.handle import Model
 

@@ -9,15 +9,17 @@ import jax
 
 from jax_mla_cp import cache
 from jax_mla_cp.attention import fa3
-from jax_mla_cp.batch.arrays import Batch, BatchShape, StepShape, Work
-from jax_mla_cp.cache import CacheShape
+from jax_mla_cp.batch.arrays import Batch
 from jax_mla_cp.batch.check import check_works
 from jax_mla_cp.batch.columns import Columns
-from jax_mla_cp.config.model import ConfigError, Form
+from jax_mla_cp.batch.form import Form
 from jax_mla_cp.batch.layout import KEY_ALIGN, Layout, build, lay_out, packed_keys
+from jax_mla_cp.batch.packing import Packed
+from jax_mla_cp.batch.shapes import BatchShape, CacheShape, StepShape
+from jax_mla_cp.batch.work import Work
+from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.mesh import mesh_shape
 from jax_mla_cp.model.handle import Model
-from jax_mla_cp.batch.packing import Packed
 from jax_mla_cp.step.forward import put
 
 _SMALLEST = 16

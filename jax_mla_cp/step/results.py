@@ -8,8 +8,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from jax_mla_cp.batch.arrays import Batch, BatchShape, Work
+from jax_mla_cp.batch.arrays import Batch
 from jax_mla_cp.batch.layout import Layout
+from jax_mla_cp.batch.shapes import BatchShape
+from jax_mla_cp.batch.work import Work
 from jax_mla_cp.step.sampling import SampledArrays, ScoredArrays
 
 

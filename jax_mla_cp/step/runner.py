@@ -13,18 +13,21 @@ import jax
 from jax.sharding import NamedSharding
 
 from jax_mla_cp import cache
-from jax_mla_cp.step import logit_bias as spread
-from jax_mla_cp.batch.arrays import StepShape, Work
-from jax_mla_cp.cache import PAGES_SPEC
-from jax_mla_cp.config.model import ConfigError, Form, ModelConfig
+from jax_mla_cp.batch.form import Form
 from jax_mla_cp.batch.layout import build
+from jax_mla_cp.batch.packing import pack, packed_specs
+from jax_mla_cp.batch.shapes import StepShape
+from jax_mla_cp.batch.work import Work
+from jax_mla_cp.cache import PAGES_SPEC
+from jax_mla_cp.config.errors import ConfigError
+from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.mesh import mesh_shape
 from jax_mla_cp.model.handle import Model, weight_bytes
-from jax_mla_cp.step.results import Outcome, outcomes
-from jax_mla_cp.batch.packing import pack, packed_specs
-from jax_mla_cp.step.planner import Planner
 from jax_mla_cp.platform import default_memory_fraction, device_memory
+from jax_mla_cp.step import logit_bias as spread
 from jax_mla_cp.step.forward import put, step
+from jax_mla_cp.step.planner import Planner
+from jax_mla_cp.step.results import Outcome, outcomes
 
 log = logging.getLogger(__name__)
 

@@ -27,8 +27,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from jax_mla_cp.batch.rows import Rows
 from jax_mla_cp.batch.arrays import Batch
+from jax_mla_cp.batch.rows import Rows
 from jax_mla_cp.mesh import CP
 from jax_mla_cp.model.context import LayerInputs
 from jax_mla_cp.model.decoder import Decoder

@@ -1,4 +1,4 @@
-from jax_mla_cp.config.model import ConfigError
+from jax_mla_cp.config.errors import ConfigError
 
 
 class TokenizerError(ConfigError):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jax_mla_cp.attention import Rows, attend_absorbed, attend_expanded, resolve_implementation
-from jax_mla_cp.config.model import ConfigError
+from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.config.presets import model_config
 
 N, H, ROPE, V, RANK = 2, 16, 8, 12, 24

@@ -15,9 +15,9 @@ from jax_mla_cp.bench import attention, decode, host, layer, load, model, progra
 from jax_mla_cp.bench.options import Options, make
 from jax_mla_cp.bench.roofline import Ceilings
 from jax_mla_cp.bench.table import Report
-from jax_mla_cp.config.model import ConfigError
-from jax_mla_cp.mesh import MeshShape
+from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.config.presets import model_config
+from jax_mla_cp.mesh import MeshShape
 from tests.processes import environment
 
 MESH = MeshShape(tp=2, cp=2)

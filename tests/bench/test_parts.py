@@ -22,9 +22,9 @@ from jax_mla_cp.bench.options import Options
 from jax_mla_cp.bench.profile import scope_of
 from jax_mla_cp.bench.roofline import Ceilings, Cost, attention_flops, rank_rows
 from jax_mla_cp.bench.table import Report
-from jax_mla_cp.config.model import ConfigError
-from jax_mla_cp.mesh import MeshShape
+from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.config.presets import model_config
+from jax_mla_cp.mesh import MeshShape
 
 V3 = model_config("deepseek_v3")
 S = 131072

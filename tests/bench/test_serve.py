@@ -19,7 +19,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from jax_mla_cp.bench.__main__ import main
 from jax_mla_cp.bench.serve.options import parse
 from jax_mla_cp.bench.serve.workload import Lengths, SharedPrefix, arrivals, plan
-from jax_mla_cp.config.model import ConfigError
+from jax_mla_cp.config.errors import ConfigError
 from tests.eval.fake_server import running
 from tests.processes import started
 from tests.waiting import until

@@ -12,13 +12,13 @@ import pytest
 from selenium import webdriver
 from selenium.webdriver.remote.webdriver import WebDriver
 
-from jax_mla_cp.batch.arrays import Work
+from jax_mla_cp.batch.work import Work
 from jax_mla_cp.engine import Engine
 from jax_mla_cp.mesh import MeshShape
-from jax_mla_cp.step.results import Outcome, Sampled
 from jax_mla_cp.serve.served import Served
 from jax_mla_cp.serve.status import Telemetry
 from jax_mla_cp.serve.status.about import About
+from jax_mla_cp.step.results import Outcome, Sampled
 from tests.byte_tokenizer import byte_tokenizer
 from tests.engine.standin import PageModel
 from tests.processes import server, url_of

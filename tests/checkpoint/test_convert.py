@@ -25,7 +25,7 @@ from jax_mla_cp.checkpoint.__main__ import main
 from jax_mla_cp.checkpoint.convert import convert
 from jax_mla_cp.checkpoint.directories import alone
 from jax_mla_cp.checkpoint.orbax import StoredArray
-from jax_mla_cp.config.model import ConfigError
+from jax_mla_cp.config.errors import ConfigError
 from tests.checkpoint import hf
 
 

@@ -34,10 +34,10 @@ from jax_mla_cp.checkpoint import (
 from jax_mla_cp.checkpoint.convert import convert
 from jax_mla_cp.checkpoint.orbax import StoredArray
 from jax_mla_cp.config.model import ModelConfig
+from jax_mla_cp.config.quantization import FP8
 from jax_mla_cp.mesh import make_mesh, mesh_shape
 from jax_mla_cp.model.context import Build
 from jax_mla_cp.model.decoder import Decoder
-from jax_mla_cp.config.quantization import FP8
 from tests.checkpoint import hf, test_quantised
 from tests.random_weights import random_weights
 

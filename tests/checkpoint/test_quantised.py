@@ -14,12 +14,13 @@ import pytest
 from flax import nnx
 
 from jax_mla_cp.checkpoint import ArraySource, CheckpointError, load_params
-from jax_mla_cp.config.model import ConfigError, ModelConfig
+from jax_mla_cp.config.errors import ConfigError
+from jax_mla_cp.config.model import ModelConfig
+from jax_mla_cp.config.quantization import Quantization
 from jax_mla_cp.mesh import make_mesh, mesh_shape
 from jax_mla_cp.model.context import Build
 from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.fp8 import unpack_int4
-from jax_mla_cp.config.quantization import Quantization
 from tests.checkpoint import quantise
 from tests.checkpoints import BASE
 

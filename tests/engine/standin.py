@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jax_mla_cp.engine.logits_processor import Adjust
-from jax_mla_cp.batch.arrays import Work
+from jax_mla_cp.batch.logit_bias import Adjust
+from jax_mla_cp.batch.work import Work
 from jax_mla_cp.step.results import Outcome, Sampled, Scored
 
 VOCAB = 251

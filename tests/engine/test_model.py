@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jax_mla_cp.batch.arrays import Sampling, Work
+from jax_mla_cp.batch.work import Sampling, Work
 from jax_mla_cp.engine import Engine, Failed, Finished
 from jax_mla_cp.step.results import Outcome
 from tests.engine.asked import Asked

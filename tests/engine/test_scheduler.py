@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from jax_mla_cp.batch.arrays import Sampling
+from jax_mla_cp.batch.work import Sampling
 from jax_mla_cp.engine import Event, Finished, PromptScored, Request, Token
 from jax_mla_cp.engine.group import Scheduled
 from jax_mla_cp.engine.output import take

@@ -16,7 +16,7 @@ from jax import export
 import jax_mla_cp
 from jax_mla_cp.attention import fa3
 from jax_mla_cp.batch.rows import Rows
-from jax_mla_cp.config.model import ConfigError
+from jax_mla_cp.config.errors import ConfigError
 from tests.ffi.cases import LATENT, QUERY, ROPE, TARGETS, VALUE
 from tests.synthetic import CONFIG
 

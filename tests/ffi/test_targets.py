@@ -18,8 +18,8 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from jax_mla_cp import cache
-from jax_mla_cp.batch import zigzag
 from jax_mla_cp.attention import fa3, xla
+from jax_mla_cp.batch import zigzag
 from jax_mla_cp.batch.rows import Rows
 from jax_mla_cp.mesh import make_mesh
 from tests.ffi import cases

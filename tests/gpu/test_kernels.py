@@ -14,8 +14,8 @@ import pytest
 from jax import lax
 
 from jax_mla_cp import cache
-from jax_mla_cp.batch import zigzag
 from jax_mla_cp.attention import fa3
+from jax_mla_cp.batch import zigzag
 from jax_mla_cp.batch.rows import Rows
 from tests.ffi import cases
 from tests.ffi.cases import ABSORBED, LATENT, QUERY, RAGGED, ROPE, TARGETS, VALUE, Case, Row

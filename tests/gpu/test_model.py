@@ -11,10 +11,10 @@ import pytest
 from flax import nnx
 
 from jax_mla_cp.checkpoint import ArraySource, load_params
+from jax_mla_cp.config.quantization import Quantization
 from jax_mla_cp.model.context import Build
 from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.handle import Model
-from jax_mla_cp.config.quantization import Quantization
 from jax_mla_cp.step.runner import compile_step
 from tests.checkpoint import quantise
 from tests.ffi.cases import moves

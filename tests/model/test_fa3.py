@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_mla_cp.batch.arrays import StepShape
-from jax_mla_cp.config.model import ConfigError
+from jax_mla_cp.batch.shapes import StepShape
+from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.step.planner import Planner
 from jax_mla_cp.step.runner import compile_step
 from tests.speculative import REAL_DIMS, OneBucket, generate

@@ -16,14 +16,14 @@ from flax import nnx
 
 import jax_mla_cp as mla
 from jax_mla_cp.config import presets
-from jax_mla_cp.config.model import ConfigError
+from jax_mla_cp.config.errors import ConfigError
+from jax_mla_cp.config.quantization import Quantization
 from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.model import moe
 from jax_mla_cp.model.context import Build
 from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.handle import Model, weight_bytes
 from jax_mla_cp.step.planner import Planner
-from jax_mla_cp.config.quantization import Quantization
 from jax_mla_cp.step.runner import compile_step
 from tests.checkpoint import quantise
 from tests.checkpoints import BASE, make_checkpoint, read_weights

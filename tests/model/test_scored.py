@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_mla_cp.engine.logits_processor import Adjuster
-from jax_mla_cp.batch.arrays import Sampling, Work
+from jax_mla_cp.batch.work import Sampling, Work
 from jax_mla_cp.checkpoint import ArraySource, load_params
+from jax_mla_cp.engine.logits_processor import Adjuster
 from jax_mla_cp.mesh import make_mesh, mesh_shape
 from jax_mla_cp.model.context import Build
 from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.handle import Model
-from jax_mla_cp.step.results import Outcome
 from jax_mla_cp.step.planner import Planner
+from jax_mla_cp.step.results import Outcome
 from jax_mla_cp.step.runner import Runner
 from tests import reference
 from tests.random_weights import random_weights

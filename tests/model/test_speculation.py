@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jax_mla_cp.batch.arrays import Sampling, Work
-from jax_mla_cp.config.model import ConfigError, Form
-from jax_mla_cp.step.results import Outcome
+from jax_mla_cp.batch.form import Form
+from jax_mla_cp.batch.work import Sampling, Work
+from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.step.planner import Planner
+from jax_mla_cp.step.results import Outcome
 from tests import reference
 from tests.speculative import CONFIG, PAGE, OneBucket, Watched, generate, model, weights
 from tests.test_cache import copies_of

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_mla_cp.batch.arrays import Work
-from jax_mla_cp.step.runner import compile_step
+from jax_mla_cp.batch.work import Work
 from jax_mla_cp.step.forward import forward
+from jax_mla_cp.step.runner import compile_step
 from tests.synthetic import CONFIG, Driver, random_model
 from tests.test_cache import copies_of
 

@@ -9,11 +9,11 @@ import httpx
 import openai
 import pytest
 
-from jax_mla_cp.batch.arrays import Work
+from jax_mla_cp.batch.work import Work
 from jax_mla_cp.engine import Engine
-from jax_mla_cp.step.results import Outcome, Sampled
 from jax_mla_cp.serve.reasoning import Splitter
 from jax_mla_cp.serve.served import Served
+from jax_mla_cp.step.results import Outcome, Sampled
 from jax_mla_cp.tokenizer import ChatTemplate, Tokenizer
 from tests.byte_tokenizer import EOS, byte_tokenizer
 from tests.engine.standin import PageModel

@@ -16,8 +16,8 @@ import pytest
 from jax_mla_cp.engine import Engine
 from jax_mla_cp.launch import load
 from jax_mla_cp.mesh import MeshShape, make_mesh
-from jax_mla_cp.step.runner import create_runner
 from jax_mla_cp.serve.served import Served
+from jax_mla_cp.step.runner import create_runner
 from tests.serve.in_process import client_of, serving
 from tests.waiting import until
 

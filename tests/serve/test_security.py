@@ -16,7 +16,7 @@ import pytest
 import trustme
 
 import jax_mla_cp
-from jax_mla_cp.config.model import ConfigError
+from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.serve.guards import Guards
 from jax_mla_cp.serve.security import ApiKeys, read_keys, tls_settings, warn_if_open
 from tests.serve.guarded import BODY, Running, running, write

@@ -14,7 +14,7 @@ from typing import Any
 import aiohttp
 
 from jax_mla_cp.bench.serve.workload import Planned
-from jax_mla_cp.config.model import ConfigError
+from jax_mla_cp.config.errors import ConfigError
 
 _ASK_SECONDS = 30
 """For the questions before the load: models, version, tokens."""

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from jax_mla_cp.bench.serve.options import Options, parse
 from jax_mla_cp.cli import fail
-from jax_mla_cp.config.model import ConfigError
+from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.eval.heldout import heldout_text
 
 _TEXT = 200_000

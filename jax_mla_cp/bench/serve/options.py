@@ -12,7 +12,7 @@ from pathlib import Path
 
 from jax_mla_cp.bench.serve.workload import Lengths, SharedPrefix
 from jax_mla_cp.cli import Parser, check_output, fail, path, real_number, whole_number
-from jax_mla_cp.config.model import ConfigError
+from jax_mla_cp.config.errors import ConfigError
 
 _PICTURES = (".png", ".pdf", ".svg")
 GOALS = ("ttft", "itl", "tpot", "e2e")

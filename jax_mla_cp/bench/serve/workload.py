@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jax_mla_cp.config.model import ConfigError
+from jax_mla_cp.config.errors import ConfigError
 
 _HEAD = 4
 """Random tokens that a prompt starts with: no two prompts share a prefix that nobody asked for."""

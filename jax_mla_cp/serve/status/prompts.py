@@ -10,9 +10,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from jax_mla_cp.batch.zigzag import plan
 from jax_mla_cp.engine.observer import Prefilled
 from jax_mla_cp.serve.status.schemas import Chunk, Prompt, PromptStep
-from jax_mla_cp.batch.zigzag import plan
 
 _PROMPTS = 6
 _STEPS = 24  # of a prompt: what a picture can show

@@ -1,0 +1,48 @@
+"""What a step is given of each request."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jax_mla_cp.batch.logit_bias import Adjust
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. `temperature` 0 is greedy; `top_p` 1, `top_k` 0 and `min_p` 0 are off."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    min_p: float = 0.0
+    """Tokens less likely than `min_p` times the most likely one, at this temperature, are not drawn."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """One request's part of one step."""
+
+    tokens: Sequence[int] | NDArray[np.integer[Any]]
+    """The new tokens, at positions `cached` and following. The last `drafts` of them are guesses."""
+    cached: int
+    """Tokens whose latents are in the pages already."""
+    pages: Sequence[int]
+    """The request's pages, in order; at least those that the new tokens reach. Ids are local to the dp group."""
+    sampling: Sampling | None = None
+    """None: nothing is sampled after these tokens (they end inside a prompt)."""
+    embeds: NDArray[np.floating[Any]] | None = None
+    """[len(tokens), D]: input embeddings in place of the tokens', for all requests of a step or for none."""
+    drafts: int = 0
+    """Guesses among the tokens: after the token before them and after each of them, a token is sampled."""
+    next_token: int | None = None
+    """The token that follows, for tokens that end inside a prompt; the MTP layer reads it."""
+    adjust: Adjust | None = None
+    """What is done to the logits before the token after these is chosen. Not with drafts: what it does depends on them."""
+    score: bool = False
+    """The log-probability of the token after each of these is wanted too (`runner.Scored`)."""
