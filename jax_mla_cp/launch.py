@@ -47,8 +47,8 @@ def load(
       model: a Hugging Face model directory, or what `python -m jax_mla_cp.checkpoint convert` made of one; None is the
         built-in model (jax_mla_cp/default_model).
       dtype: of weights, activations and cache; "auto" is float32 on CPU and bfloat16 on GPUs.
-      weights: of a quantised checkpoint. "bf16": dequantised while loading, to `dtype`; "fp8": kept in FP8 in device memory,
-        and dequantised by every use; "auto": "fp8" on GPUs, else "bf16".
+      weights: of a quantized checkpoint. "bf16": dequantized while loading, to `dtype`; "fp8": kept in FP8 in device memory,
+        and dequantized by every use; "auto": "fp8" on GPUs, else "bf16".
       ep_axes: the mesh axes that divide the experts; "auto" takes the fewest whose weights fit the memory.
       attention: "auto" is the fastest that runs here.
       mtp: with the checkpoint's layer for multi-token prediction, for `Planner.create(.., draft_tokens=..)`.

@@ -1,7 +1,7 @@
 """The mesh: "tp=8,cp=4" to devices, the axis names (here and nowhere else), and per-axis collectives.
 
 Axes are ("dp", "cp", "tp"): dp divides the requests, cp the tokens of a step, tp the heads, the dense MLP and the
-vocabulary. tp is the fastest axis, so that neighbouring devices (one node's NVLink) share it.
+vocabulary. tp is the fastest axis, so that neighboring devices (one node's NVLink) share it.
 
 The model's code runs per device. It calls the collectives through `Axes`, which does nothing without a mesh, so that
 the same code runs under plain `jax.jit`.

@@ -28,30 +28,64 @@ from transformers.models.deepseek_v3 import modeling_deepseek_v3
 from transformers.models.kimi_k25 import Kimi_K25ForConditionalGeneration
 
 YARN: dict[str, Any] = {
-    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 256,
-    "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
-}  # fmt: skip
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 256,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
 
 BASE: dict[str, Any] = {
-    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 32, "num_hidden_layers": 3,
-    "num_attention_heads": 8, "num_key_value_heads": 8, "n_shared_experts": 1, "n_routed_experts": 8,
-    "num_experts_per_tok": 2, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1,
-    "routed_scaling_factor": 2.5, "norm_topk_prob": True,
-    "kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16,
-    "max_position_embeddings": 1024, "rms_norm_eps": 1e-6, "bos_token_id": 0, "eos_token_id": 1,
-    "rope_parameters": YARN, "num_nextn_predict_layers": 0, "tie_word_embeddings": False,
-}  # fmt: skip
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "n_shared_experts": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.5,
+    "norm_topk_prob": True,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 32,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-6,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "rope_parameters": YARN,
+    "num_nextn_predict_layers": 0,
+    "tie_word_embeddings": False,
+}
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "v3": {},
     "no_q_lora": {"q_lora_rank": None, "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}},
     # Kimi K2's choices: one group, a YaRN ramp that is a step, another theta; eps as in some public copies.
     "one_group": {
-        "n_group": 1, "topk_group": 1, "num_experts_per_tok": 4, "routed_scaling_factor": 2.827, "rms_norm_eps": 1e-5,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 4,
+        "routed_scaling_factor": 2.827,
+        "rms_norm_eps": 1e-5,
         "rope_parameters": YARN | {"rope_theta": 50000.0, "beta_fast": 1.0},
     },
     "two_groups": {
-        "n_group": 2, "topk_group": 1, "num_experts_per_tok": 3, "n_shared_experts": 2, "norm_topk_prob": False,
+        "n_group": 2,
+        "topk_group": 1,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 2,
+        "norm_topk_prob": False,
     },
     "plain_rope": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     "rope_halves": {"rope_interleave": False},
@@ -63,20 +97,36 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "old_config": {"old_config": True},
     "sharded": {"max_shard_size": "100KB"},
     "v2": {
-        "model_type": "deepseek_v2", "topk_method": "group_limited_greedy", "norm_topk_prob": False,
-        "num_experts_per_tok": 3, "n_shared_experts": 2, "routed_scaling_factor": 16.0,
+        "model_type": "deepseek_v2",
+        "topk_method": "group_limited_greedy",
+        "norm_topk_prob": False,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 2,
+        "routed_scaling_factor": 16.0,
         "rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
     },
     "v2_lite": {
-        "model_type": "deepseek_v2", "topk_method": "greedy", "norm_topk_prob": False, "n_group": 1, "topk_group": 1,
-        "num_experts_per_tok": 3, "n_shared_experts": 2, "routed_scaling_factor": 1.0, "q_lora_rank": None,
+        "model_type": "deepseek_v2",
+        "topk_method": "greedy",
+        "norm_topk_prob": False,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 2,
+        "routed_scaling_factor": 1.0,
+        "q_lora_rank": None,
         "rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
     },
     "k25": {
-        "model_type": "kimi_k25", "n_group": 1, "topk_group": 1, "num_experts_per_tok": 4,
-        "routed_scaling_factor": 2.827, "rms_norm_eps": 1e-5, "rope_parameters": YARN | {"rope_theta": 50000.0},
+        "model_type": "kimi_k25",
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 4,
+        "routed_scaling_factor": 2.827,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": YARN | {"rope_theta": 50000.0},
     },
-}  # fmt: skip
+}
 """What `make_checkpoint` takes, by name."""
 
 
@@ -108,7 +158,7 @@ def make_checkpoint(
         model = DeepseekV2ForCausalLM(DeepseekV2Config(**(BASE | overrides)))
     else:
         model = DeepseekV3ForCausalLM(DeepseekV3Config(**(BASE | overrides)))
-    _randomise(model, seed)
+    _randomize(model, seed)
     model.save_pretrained(path, max_shard_size=max_shard_size)
     _write_tokenizer(path, model.config.vocab_size)
     raw: dict[str, Any] = json.loads((path / "config.json").read_text())
@@ -128,9 +178,14 @@ def _wrap(path: Path, raw: dict[str, Any], seed: int) -> dict[str, Any]:
     """
     width, patch = 16, 14
     vision = {
-        "hidden_size": width, "intermediate_size": 2 * width, "num_attention_heads": 1, "num_hidden_layers": 1,
-        "patch_size": patch, "pos_emb_height": 4, "pos_emb_width": 4,
-    }  # fmt: skip
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_attention_heads": 1,
+        "num_hidden_layers": 1,
+        "patch_size": patch,
+        "pos_emb_height": 4,
+        "pos_emb_width": 4,
+    }
     shapes = {
         "vision_tower.patch_embed.proj.weight": (width, 3, patch, patch),
         "vision_tower.encoder.blocks.0.wqkv.weight": (3 * width, width),
@@ -142,10 +197,13 @@ def _wrap(path: Path, raw: dict[str, Any], seed: int) -> dict[str, Any]:
     tensors |= {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     outer = {
-        "model_type": "kimi_k25", "architectures": ["KimiK25ForConditionalGeneration"], "tie_word_embeddings": False,
-        "projection_hidden_size": width, "text_config": old_style(raw) | {"model_type": "kimi_k2"},
+        "model_type": "kimi_k25",
+        "architectures": ["KimiK25ForConditionalGeneration"],
+        "tie_word_embeddings": False,
+        "projection_hidden_size": width,
+        "text_config": old_style(raw) | {"model_type": "kimi_k2"},
         "vision_config": vision,
-    }  # fmt: skip
+    }
     (path / "config.json").write_text(json.dumps(outer, indent=2))
     return outer
 
@@ -242,7 +300,7 @@ def _batch(tokens: Sequence[int] | np.ndarray) -> torch.Tensor:
     return torch.as_tensor(np.asarray(tokens, np.int64))[None]
 
 
-def _randomise(model: PreTrainedModel, seed: int) -> None:
+def _randomize(model: PreTrainedModel, seed: int) -> None:
     # transformers' own start would hide errors: norms are 1, routing biases 0, and 0.02 keeps attention flat.
     rng = np.random.default_rng(seed)
     values = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n.endswith("correction_bias")}

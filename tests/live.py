@@ -18,8 +18,20 @@ from tests.processes import server, url_of
 
 PAGE, CHUNK, RUNNING = 64, 512, 64
 """Of the shared server: tokens of a page, prompt tokens of a step, requests at a time."""
-FLAGS = ("--mesh", "tp=2,cp=2", "--max-model-len", "9216", "--kv-pages", "1200", "--prefill-chunk", str(CHUNK),
-         "--max-running", str(RUNNING), "--page-size", str(PAGE))  # fmt: skip
+FLAGS = (
+    "--mesh",
+    "tp=2,cp=2",
+    "--max-model-len",
+    "9216",
+    "--kv-pages",
+    "1200",
+    "--prefill-chunk",
+    str(CHUNK),
+    "--max-running",
+    str(RUNNING),
+    "--page-size",
+    str(PAGE),
+)
 """Room for a prompt of 8K, or 64 of 1200 tokens: four devices hold 2.8 GB of cache."""
 
 

@@ -24,8 +24,11 @@ def started(
     """`python -m` a module, killed if it still runs at the end."""
     process = subprocess.Popen(
         [sys.executable, "-m", module, *flags],
-        env=environment(**variables), text=True, stdout=subprocess.PIPE, stderr=errors,
-    )  # fmt: skip
+        env=environment(**variables),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+    )
     try:
         yield process
     finally:

@@ -33,13 +33,23 @@ from tests.synthetic import CONFIG as SYNTHETIC
 from tests.synthetic import REAL_DIMS_CONFIG
 
 CONFIG = dataclasses.replace(
-    SYNTHETIC, vocab_size=12, hidden_size=32, num_layers=2, first_k_dense=0, num_heads=4, q_lora_rank=16, kv_lora_rank=16,
-    intermediate_size=32, moe_intermediate_size=16, num_mtp_layers=1,
-)  # fmt: skip
+    SYNTHETIC,
+    vocab_size=12,
+    hidden_size=32,
+    num_layers=2,
+    first_k_dense=0,
+    num_heads=4,
+    q_lora_rank=16,
+    kv_lora_rank=16,
+    intermediate_size=32,
+    moe_intermediate_size=16,
+    num_mtp_layers=1,
+)
 REAL_DIMS: dict[str, Any] = {
     "config": dataclasses.replace(REAL_DIMS_CONFIG, num_layers=2, first_k_dense=0, num_mtp_layers=1),
-    "dtype": jnp.dtype(jnp.bfloat16), "noise": 5.0,
-}  # fmt: skip
+    "dtype": jnp.dtype(jnp.bfloat16),
+    "noise": 5.0,
+}
 """A model for the kernels: far from ties, so that bfloat16 says the same in any batch; half of its drafts hold."""
 
 PAGE, RUNNING, CHUNK = 4, 12, 10
@@ -63,9 +73,13 @@ def weights(config: ModelConfig = CONFIG, added: float = 1.0, noise: float = 1.0
 
 
 def model(
-    mesh: str | None = None, ep: str = "tp", config: ModelConfig = CONFIG, added: float = 1.0, noise: float = 1.0,
+    mesh: str | None = None,
+    ep: str = "tp",
+    config: ModelConfig = CONFIG,
+    added: float = 1.0,
+    noise: float = 1.0,
     **build: object,
-) -> Model:  # fmt: skip
+) -> Model:
     on = None if mesh is None else make_mesh(mesh)
     built = Build(config, None if on is None else mesh_shape(on), EP_CHOICES[ep], mtp=True, **build)  # type: ignore[arg-type]
     return Model(
@@ -80,9 +94,15 @@ class OneBucket(Runner):
         self, model: Model, draft_tokens: int, *, page: int = PAGE, max_len: int = 64, form: Form = "absorbed"
     ):
         made = Planner.create(
-            model, cache_tokens=RUNNING * max_len, page_size=page, max_requests=RUNNING, max_len=max_len,
-            prefill_chunk=CHUNK, form=form, draft_tokens=draft_tokens,
-        )  # fmt: skip
+            model,
+            cache_tokens=RUNNING * max_len,
+            page_size=page,
+            max_requests=RUNNING,
+            max_len=max_len,
+            prefill_chunk=CHUNK,
+            form=form,
+            draft_tokens=draft_tokens,
+        )
         made = dataclasses.replace(made, buckets=made.buckets[-1:])
         super().__init__(made, prefill_chunk=CHUNK, max_running=RUNNING, max_model_len=max_len)
 

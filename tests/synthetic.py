@@ -22,17 +22,41 @@ from jax_mla_cp.step.forward import forward
 from jax_mla_cp.step.planner import Planner
 
 CONFIG = ModelConfig(
-    vocab_size=250, hidden_size=64, num_layers=3, num_heads=8, q_lora_rank=32, kv_lora_rank=32, qk_rope_head_dim=8,
-    qk_nope_head_dim=16, v_head_dim=16, intermediate_size=128, first_k_dense=1, moe_intermediate_size=32,
-    n_routed_experts=8, n_shared_experts=1, experts_per_token=2, n_group=4, topk_group=2, norm_topk_prob=True,
-    routed_scaling_factor=2.5, rms_norm_eps=1e-6, max_position=512,
+    vocab_size=250,
+    hidden_size=64,
+    num_layers=3,
+    num_heads=8,
+    q_lora_rank=32,
+    kv_lora_rank=32,
+    qk_rope_head_dim=8,
+    qk_nope_head_dim=16,
+    v_head_dim=16,
+    intermediate_size=128,
+    first_k_dense=1,
+    moe_intermediate_size=32,
+    n_routed_experts=8,
+    n_shared_experts=1,
+    experts_per_token=2,
+    n_group=4,
+    topk_group=2,
+    norm_topk_prob=True,
+    routed_scaling_factor=2.5,
+    rms_norm_eps=1e-6,
+    max_position=512,
     rope=RopeConfig(factor=4, original_max_position=128, mscale=1, mscale_all_dim=1, yarn=True),
-)  # fmt: skip
+)
 
 REAL_DIMS_CONFIG = dataclasses.replace(
-    CONFIG, hidden_size=256, num_layers=4, q_lora_rank=64, kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=128,
-    v_head_dim=128, moe_intermediate_size=64,
-)  # fmt: skip
+    CONFIG,
+    hidden_size=256,
+    num_layers=4,
+    q_lora_rank=64,
+    kv_lora_rank=512,
+    qk_rope_head_dim=64,
+    qk_nope_head_dim=128,
+    v_head_dim=128,
+    moe_intermediate_size=64,
+)
 """Heads and latents as large as DeepSeek-V3's, which the kernels are for."""
 
 
@@ -85,14 +109,29 @@ class Request:
 class Driver:
     """Runs requests step by step and returns each one's logits; every request keeps its own pages."""
 
-    def __init__(self, model: Model, *, page_size: int = 16, max_requests: int = 4, max_len: int = 256, form: str = "auto",
-                 spare: int = 3, chunk: int | None = None, seed: int = 0):  # fmt: skip
+    def __init__(
+        self,
+        model: Model,
+        *,
+        page_size: int = 16,
+        max_requests: int = 4,
+        max_len: int = 256,
+        form: str = "auto",
+        spare: int = 3,
+        chunk: int | None = None,
+        seed: int = 0,
+    ):
         width = -(-max_len // page_size)
         self.model = model
         self.planner = Planner.create(
-            model, cache_tokens=(width * max_requests + spare) * page_size, page_size=page_size,
-            max_requests=max_requests, max_len=max_len, prefill_chunk=chunk, form=form,  # type: ignore[arg-type]
-        )  # fmt: skip
+            model,
+            cache_tokens=(width * max_requests + spare) * page_size,
+            page_size=page_size,
+            max_requests=max_requests,
+            max_len=max_len,
+            prefill_chunk=chunk,
+            form=form,  # type: ignore[arg-type]
+        )
         self.pages = self.planner.new_cache()
         pages = self.planner.shape.cache.pages_per_layer
         rng = np.random.default_rng(seed)

@@ -149,7 +149,7 @@ SHAPE = BatchShape(1, 1, 4, 8, 0, CacheShape(2, 9, 8), draft_tokens=2)
         (dataclasses.replace(GOOD, drafts=1, adjust=listed(3)), "adjust can't be combined with drafts"),
         (dataclasses.replace(GOOD, sampling=None, adjust=listed(3)), "adjust is for tokens after which one is sampled"),
     ],
-)  # fmt: skip
+)
 def test_a_step_refuses(work: Work, message: str) -> None:
     works = Columns.of([dataclasses.replace(GOOD, pages=[5]), work], SHAPE)
     with pytest.raises(ValueError, match=message):

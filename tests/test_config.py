@@ -205,8 +205,13 @@ def test_auto_ep_takes_the_fewest_axes_that_fit(monkeypatch: pytest.MonkeyPatch)
 
 
 RUNNER: dict[str, Any] = {
-    "page_size": 16, "kv_pages": None, "memory_fraction": 0.9, "prefill_chunk": 64, "max_model_len": None, "max_running": 2,
-}  # fmt: skip
+    "page_size": 16,
+    "kv_pages": None,
+    "memory_fraction": 0.9,
+    "prefill_chunk": 64,
+    "max_model_len": None,
+    "max_running": 2,
+}
 
 
 def test_the_cache_is_sized_by_memory_and_by_use(monkeypatch: pytest.MonkeyPatch) -> None:

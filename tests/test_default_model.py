@@ -1,4 +1,4 @@
-"""The built-in model: small enough for the package, the same on every mesh, and it has learnt what its card says."""
+"""The built-in model: small enough for the package, the same on every mesh, and it has learned what its card says."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ FILLER = "The file is opened for reading. If it does not exist, an exception is 
 
 @pytest.fixture(scope="module")
 def drivers() -> dict[str | None, Driver]:
-    return {mesh: Driver(mla.load(mesh=mesh and mla.make_mesh(mesh))[0], page_size=64, max_len=1024)
-            for mesh in (None, "tp=2,cp=2")}  # fmt: skip
+    return {
+        mesh: Driver(mla.load(mesh=mesh and mla.make_mesh(mesh))[0], page_size=64, max_len=1024)
+        for mesh in (None, "tp=2,cp=2")
+    }
 
 
 @pytest.fixture(scope="module")

@@ -84,8 +84,11 @@ def test_xla_would_have_killed_it() -> None:
     call = "--xla_cpu_collective_call"  # XLA warns first, and waits for the second timeout after that
     flags = f"{call}_warn_stuck_timeout_seconds=1 {call}_terminate_timeout_seconds=3"
     done = subprocess.run(
-        [sys.executable, "-c", LATE_RANK.format(seconds=15)], env=environment(XLA_FLAGS=flags),
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        [sys.executable, "-c", LATE_RANK.format(seconds=15)],
+        env=environment(XLA_FLAGS=flags),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode < 0, "killed by a signal, not by a Python error"
     assert "Traceback" not in done.stderr

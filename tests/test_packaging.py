@@ -87,10 +87,14 @@ def test_source_tree_has_every_preset() -> None:
 @pytest.mark.parametrize(
     ("name", "billions"),
     [
-        ("deepseek_v2", 235.7), ("deepseek_v2_lite", 15.7), ("deepseek_v3", 671.0), ("deepseek_r1", 671.0),
-        ("kimi_k2", 1026.4), ("kimi_k25", 1026.4),
+        ("deepseek_v2", 235.7),
+        ("deepseek_v2_lite", 15.7),
+        ("deepseek_v3", 671.0),
+        ("deepseek_r1", 671.0),
+        ("kimi_k2", 1026.4),
+        ("kimi_k25", 1026.4),
     ],
-)  # fmt: skip
+)
 def test_preset_has_the_published_size(name: str, billions: float) -> None:
     shapes = expected_shapes(presets.model_config(name)).values()
     assert sum(math.prod(shape) for shape in shapes) / 1e9 == pytest.approx(billions, abs=0.1)
@@ -102,7 +106,7 @@ def test_unknown_preset_is_refused_with_the_known_ones() -> None:
 
 
 def check_contents(wheel: Path, extensions: int) -> None:
-    """The package's modules, data and licences are in the wheel, `extensions` shared objects, and nothing else."""
+    """The package's modules, data and licenses are in the wheel, `extensions` shared objects, and nothing else."""
     inside = [name for name in zipfile.ZipFile(wheel).namelist() if not name.endswith("/")]
     assert len(inside) == len(set(inside))
     objects = {name for name in inside if name.endswith(".so")}
@@ -120,8 +124,8 @@ def check_contents(wheel: Path, extensions: int) -> None:
     data |= {f"jax_mla_cp/serve/status/page/{path.name}" for path in page.iterdir()}
     package = {name for name in inside if ".dist-info/" not in name}
     assert package == configs | sources | data | objects
-    licences = {name.partition("/licenses/")[2] for name in inside if "/licenses/" in name}
-    assert licences == {"LICENSE", "THIRD_PARTY_NOTICES.md"}
+    licenses = {name.partition("/licenses/")[2] for name in inside if "/licenses/" in name}
+    assert licenses == {"LICENSE", "THIRD_PARTY_NOTICES.md"}
 
 
 def test_wheel_is_complete(wheel: Path) -> None:

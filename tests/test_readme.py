@@ -25,8 +25,11 @@ def test_the_readme_example(tmp_path: Path) -> None:
     for code in (example, example.replace(mesh, "None")):
         done = subprocess.run(
             [sys.executable, "-c", code + "\nprint(tokens[-8:], len(prompt), len(tokens))\n"],
-            capture_output=True, text=True, cwd=tmp_path, timeout=300,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            timeout=300,
+        )
         assert done.returncode == 0, done.stderr[-2000:]
         answers.append(done.stdout.strip().splitlines()[-1])
     assert answers[0] == answers[1]

@@ -15,10 +15,13 @@ LOGITS = jnp.log(jnp.array([0.4, 0.3, 0.15, 0.1, 0.05]))
 
 def how(count: int, **fields: object) -> SamplingArrays:
     defaults: dict[str, object] = {
-        "temperature": np.ones(count, np.float32), "top_p": np.ones(count, np.float32), "top_k": np.zeros(count, np.int32),
+        "temperature": np.ones(count, np.float32),
+        "top_p": np.ones(count, np.float32),
+        "top_k": np.zeros(count, np.int32),
         "min_p": np.zeros(count, np.float32),
-        "seed": np.stack([np.arange(count), np.zeros(count)], 1).astype(np.uint32), "position": np.zeros(count, np.int32),
-    }  # fmt: skip
+        "seed": np.stack([np.arange(count), np.zeros(count)], 1).astype(np.uint32),
+        "position": np.zeros(count, np.int32),
+    }
     return SamplingArrays(**{k: jnp.asarray(v) for k, v in (defaults | fields).items()})
 
 

@@ -55,10 +55,16 @@ class Columns:
           ValueError: a work without tokens, or whose tokens or pages are not lists of whole numbers.
         """
         facts = [
-            (len(w.tokens), w.cached, w.drafts, w.sampling is not None, -1 if w.next_token is None else w.next_token,
-             len(w.pages))
+            (
+                len(w.tokens),
+                w.cached,
+                w.drafts,
+                w.sampling is not None,
+                -1 if w.next_token is None else w.next_token,
+                len(w.pages),
+            )
             for w in works
-        ]  # fmt: skip
+        ]
         new, cached, drafts, sampled, next_token, held = np.array(facts, np.int64).reshape(-1, 6).T
         if not new.all():
             raise ValueError(f"work {int(np.argmin(new))}: needs at least 1 token, got none.")
@@ -67,14 +73,21 @@ class Columns:
         room = np.where(sampled, np.maximum(end, further), end)
         used = np.clip(-(-room // page_size), 0, held)
         return cls(
-            works=works, new=new, cached=cached, drafts=drafts, sampled=sampled.astype(bool), next_token=next_token,
+            works=works,
+            new=new,
+            cached=cached,
+            drafts=drafts,
+            sampled=sampled.astype(bool),
+            next_token=next_token,
             tokens=_joined("tokens must be a list of token ids", [w.tokens for w in works]),
             start=np.concatenate([[0], np.cumsum(new)]),
             room=room,
-            pages=_joined("pages must be a list of page ids", [w.pages[:n] for w, n in zip(works, used.tolist(), strict=True)]),
+            pages=_joined(
+                "pages must be a list of page ids", [w.pages[:n] for w, n in zip(works, used.tolist(), strict=True)]
+            ),
             page_owner=np.repeat(np.arange(len(works)), used),
             page_column=within(used),
-        )  # fmt: skip
+        )
 
 
 def within(counts: Ints) -> Ints:

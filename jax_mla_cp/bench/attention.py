@@ -76,9 +76,13 @@ class _Bench:
             return None
         for (cp, rank), (rows, pairs), timing in zip(places, work, timings, strict=True):
             self.report.row(
-                "attention", name, functools.partial(self._row, form, rows, pairs, timing),
-                **self.facts, cp=cp, rank="" if cp == 1 else rank,
-            )  # fmt: skip
+                "attention",
+                name,
+                functools.partial(self._row, form, rows, pairs, timing),
+                **self.facts,
+                cp=cp,
+                rank="" if cp == 1 else rank,
+            )
         full = timings[0].seconds
         if self.held and form in _HOLD:
             fraction = self.report.rows[-len(places)].get("fraction")

@@ -17,7 +17,7 @@ _BLOCK = 1 << 26  # numbers at a time, so that their float32 intermediates stay 
 def fill(out: jax.Array, key: jax.Array, scale: float = 1.0) -> jax.Array:
     """`out` with N(0, scale^2) in it, a block of rows at a time. Traceable; donate `out`, and nothing is held twice.
 
-    uint8 stands for float8_e4m3fn, as in model/quantised.py.
+    uint8 stands for float8_e4m3fn, as in model/quantized.py.
     """
     rows, width = math.prod(out.shape[:-1]), out.shape[-1]
     block = max(1, min(rows, _BLOCK // width))

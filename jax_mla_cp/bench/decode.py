@@ -26,7 +26,7 @@ from jax_mla_cp.bench.program import (
     make_planner,
     prompt,
     with_layers,
-)  # fmt: skip
+)
 from jax_mla_cp.bench.roofline import Cost, attention_flops
 from jax_mla_cp.bench.table import Report
 from jax_mla_cp.bench.timing import measure
@@ -57,9 +57,15 @@ def run(options: Options, config: ModelConfig, report: Report) -> None:
 
 
 def _attention_row(
-    options: Options, config: ModelConfig, report: Report, implementation: Resolved,
-    requests: int, context: int, heads: int, tokens: int,
-) -> None:  # fmt: skip
+    options: Options,
+    config: ModelConfig,
+    report: Report,
+    implementation: Resolved,
+    requests: int,
+    context: int,
+    heads: int,
+    tokens: int,
+) -> None:
     decode = requests * tokens <= fa3.DECODE_TOKENS
     kernel = implementation if implementation == "xla" else "mla_decode" if decode else "mla_prefill_absorbed"
 
@@ -79,15 +85,21 @@ def _attention_row(
     if heads == _HELD_HEADS and tokens == 1 and (requests, context) in _HOLD_TBS and config.latent_dim == 576:
         report.hold(
             f"decode, {requests} requests x {context}, {heads} heads: cache read, TB/s",
-            row["gbs"] / 1e3 if row else None, at_least=_HOLD_TBS[requests, context],
-        )  # fmt: skip
+            row["gbs"] / 1e3 if row else None,
+            at_least=_HOLD_TBS[requests, context],
+        )
     clean_up()
 
 
 def _program(
-    config: ModelConfig, options: Options, implementation: Resolved,
-    requests: int, context: int, heads: int, tokens: int,
-) -> tuple[Any, tuple[Any, ...], int]:  # fmt: skip
+    config: ModelConfig,
+    options: Options,
+    implementation: Resolved,
+    requests: int,
+    context: int,
+    heads: int,
+    tokens: int,
+) -> tuple[Any, tuple[Any, ...], int]:
     """(the jitted calls, their operands, how many calls there are)."""
     c = config
     width = -(-context // PAGE_SIZE)
@@ -145,9 +157,15 @@ def _step_row(options: Options, config: ModelConfig, report: Report, requests: i
         return timing.row() | {"moe_layer_us": each * 1e6, "ms": total * 1e3} | memory
 
     report.row(
-        "decode step, whole model", "inter-token latency (compute)", measured,
-        requests=requests, context=context, mesh=str(options.mesh), ep_axes=options.ep_axes[0], dtype=options.dtype,
-    )  # fmt: skip
+        "decode step, whole model",
+        "inter-token latency (compute)",
+        measured,
+        requests=requests,
+        context=context,
+        mesh=str(options.mesh),
+        ep_axes=options.ep_axes[0],
+        dtype=options.dtype,
+    )
     clean_up()
     note = (
         f"decode step: {dense} dense and 1 and {1 + moe} MoE layers run; ms is their time repeated up to "

@@ -28,9 +28,16 @@ class NoModel:
     draft_tokens = 0
 
     def __init__(
-        self, *, max_running: int, prefill_chunk: int, pages_per_group: int, page_size: int = 64, dp: int = 1,
-        cp: int = 1, token: int = 0,
-    ):  # fmt: skip
+        self,
+        *,
+        max_running: int,
+        prefill_chunk: int,
+        pages_per_group: int,
+        page_size: int = 64,
+        dp: int = 1,
+        cp: int = 1,
+        token: int = 0,
+    ):
         self.max_running, self.prefill_chunk = max_running, prefill_chunk
         self.pages_per_group, self.page_size, self.dp, self.cp = pages_per_group, page_size, dp, cp
         top = np.arange(20, dtype=np.int32), np.linspace(-1, -9, 20, dtype=np.float32)

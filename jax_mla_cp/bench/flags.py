@@ -119,21 +119,35 @@ GB/s are of the model's bytes; memory is the most anonymous memory that the proc
 
 
 _COMMANDS: dict[Command, tuple[str, str]] = {
-    "attention": ("FlashAttention-3, unsharded and every rank of a cp group in turn, beside cuDNN.",
-                  "--attention --model --dtype --seq --heads --cp --forms"),
-    "layer": ("A rank's MLA and MoE layers of a full-size model, whole and in parts.",
-              "--attention --model --dtype --seq --mesh --ep-axes --forms --weights --layers --profile"),
-    "model": ("A rank's whole model: time to first token, memory, communication.",
-              "--attention --model --dtype --seq --long --chunk --mesh --ep-axes --forms --layers"),
-    "decode": ("Attention of decoding requests, and with --full the whole decode step.",
-               "--attention --model --dtype --shapes --heads --tokens --full --layers --mesh --ep-axes"),
-    "load": ("Loading a checkpoint, safetensors beside Orbax: time and the host's memory.",
-             "--dtype --gb --scratch --mesh"),
-    "scaling": ("A whole model's prefill on meshes of the GPUs that are here, with real collectives.",
-                "--attention --model --dtype --meshes --seq --ep-axes --forms --layers"),
-    "host": ("What the host does for a step: works to arrays, to the devices, and results to outcomes.",
-             "--model --shapes --mesh"),
-}  # fmt: skip
+    "attention": (
+        "FlashAttention-3, unsharded and every rank of a cp group in turn, beside cuDNN.",
+        "--attention --model --dtype --seq --heads --cp --forms",
+    ),
+    "layer": (
+        "A rank's MLA and MoE layers of a full-size model, whole and in parts.",
+        "--attention --model --dtype --seq --mesh --ep-axes --forms --weights --layers --profile",
+    ),
+    "model": (
+        "A rank's whole model: time to first token, memory, communication.",
+        "--attention --model --dtype --seq --long --chunk --mesh --ep-axes --forms --layers",
+    ),
+    "decode": (
+        "Attention of decoding requests, and with --full the whole decode step.",
+        "--attention --model --dtype --shapes --heads --tokens --full --layers --mesh --ep-axes",
+    ),
+    "load": (
+        "Loading a checkpoint, safetensors beside Orbax: time and the host's memory.",
+        "--dtype --gb --scratch --mesh",
+    ),
+    "scaling": (
+        "A whole model's prefill on meshes of the GPUs that are here, with real collectives.",
+        "--attention --model --dtype --meshes --seq --ep-axes --forms --layers",
+    ),
+    "host": (
+        "What the host does for a step: works to arrays, to the devices, and results to outcomes.",
+        "--model --shapes --mesh",
+    ),
+}
 """What each is for, and its flags beside `_ALL`'s."""
 _ALL = "--json --quick --samples --platform"
 
@@ -151,9 +165,14 @@ def _parser() -> argparse.ArgumentParser:
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for name, (what, flags) in _COMMANDS.items():
         sub = commands.add_parser(
-            name, help=what, description=what, epilog=_EPILOG[name], formatter_class=raw,
-            argument_default=argparse.SUPPRESS, allow_abbrev=False,
-        )  # fmt: skip
+            name,
+            help=what,
+            description=what,
+            epilog=_EPILOG[name],
+            formatter_class=raw,
+            argument_default=argparse.SUPPRESS,
+            allow_abbrev=False,
+        )
         defaults = make(name)
         for flag in f"{_ALL} {flags}".split():
             default = _as_flag(getattr(defaults, flag.removeprefix("--").replace("-", "_")))
@@ -191,28 +210,54 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "--model": {"metavar": "NAME", "help": f"whose sizes: {', '.join(presets.names())}"},
     "--dtype": {"metavar": "{bfloat16,float32}", "help": "of weights, activations and cache"},
     "--seq": {"metavar": "N,N,...", "type": _list(_number), "help": "tokens of the prompt, e.g. 8K,128K"},
-    "--long": {"metavar": "N,N,...", "type": _list(_number, none=True),
-               "help": "prompts that are prefilled chunk by chunk, with 2 layers; or none"},
+    "--long": {
+        "metavar": "N,N,...",
+        "type": _list(_number, none=True),
+        "help": "prompts that are prefilled chunk by chunk, with 2 layers; or none",
+    },
     "--chunk": {"metavar": "N", "type": _number, "help": "tokens of a chunk of those"},
     "--heads": {"metavar": "N,N,...", "type": _list(_number), "help": "heads of the rank: 16 is DeepSeek-V3 at tp=8"},
     "--cp": {"metavar": "N,N,...", "type": _list(_number), "help": "sizes of the cp group"},
     "--forms": {"metavar": "FORM,FORM", "type": _list(str), "help": "expanded,absorbed"},
     "--mesh": {"metavar": "AXES", "type": mesh, "help": "the GPUs that are mocked, e.g. tp=8,cp=4"},
-    "--meshes": {"metavar": "AXES", "nargs": "+", "type": mesh,
-                 "help": "one after the other, the first to compare with"},
-    "--ep-axes": {"metavar": "AXES", "nargs": "+", "type": str,
-                  "help": 'what divides the experts, one or several: tp "tp,cp"'},
-    "--weights": {"metavar": "NAME,NAME", "type": _list(str),
-                  "help": "of the whole layers: bf16 (--dtype's), fp8 (kept so, dequantised by every use)"},
-    "--layers": {"metavar": "N", "type": _number,
-                 "help": "layers that really run (default: layer 4, model as many as fit, decode 4, scaling all)"},
-    "--profile": {"metavar": "DIR", "type": path,
-                  "help": "record a trace there, and add a table of its time by named scope"},
+    "--meshes": {
+        "metavar": "AXES",
+        "nargs": "+",
+        "type": mesh,
+        "help": "one after the other, the first to compare with",
+    },
+    "--ep-axes": {
+        "metavar": "AXES",
+        "nargs": "+",
+        "type": str,
+        "help": 'what divides the experts, one or several: tp "tp,cp"',
+    },
+    "--weights": {
+        "metavar": "NAME,NAME",
+        "type": _list(str),
+        "help": "of the whole layers: bf16 (--dtype's), fp8 (kept so, dequantized by every use)",
+    },
+    "--layers": {
+        "metavar": "N",
+        "type": _number,
+        "help": "layers that really run (default: layer 4, model as many as fit, decode 4, scaling all)",
+    },
+    "--profile": {
+        "metavar": "DIR",
+        "type": path,
+        "help": "record a trace there, and add a table of its time by named scope",
+    },
     "--shapes": {"metavar": "NxN,...", "type": _list(_shape), "help": "requests x context, e.g. 64x8K,8x128K"},
-    "--tokens": {"metavar": "N,N,...", "type": _list(_number),
-                 "help": "queries of a request: 1 decodes, 4 verify three drafts"},
+    "--tokens": {
+        "metavar": "N,N,...",
+        "type": _list(_number),
+        "help": "queries of a request: 1 decodes, 4 verify three drafts",
+    },
     "--gb": {"metavar": "N", "type": _number, "help": "size of the checkpoint, in GB"},
-    "--scratch": {"metavar": "DIR", "type": path,
-                  "help": "where it is written, twice (default: the system's temporary directory)"},
+    "--scratch": {
+        "metavar": "DIR",
+        "type": path,
+        "help": "where it is written, twice (default: the system's temporary directory)",
+    },
     "--full": {"action": "store_true", "help": "also the model's whole decode step, as one of the mesh's GPUs"},
-}  # fmt: skip
+}

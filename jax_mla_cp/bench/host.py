@@ -42,17 +42,28 @@ def run(options: Options, config: ModelConfig, report: Report) -> None:
     model = Model({}, Build(config, options.mesh), mesh)
     most, longest = (max(sizes) for sizes in zip(*options.shapes, strict=True))
     planner = Planner.create(
-        model, cache_tokens=most * -(-longest // PAGE_SIZE) * PAGE_SIZE, page_size=PAGE_SIZE, max_requests=most,
-        max_len=longest, prefill_chunk=min(8192, longest),
-    )  # fmt: skip
+        model,
+        cache_tokens=most * -(-longest // PAGE_SIZE) * PAGE_SIZE,
+        page_size=PAGE_SIZE,
+        max_requests=most,
+        max_len=longest,
+        prefill_chunk=min(8192, longest),
+    )
     for requests, context in options.shapes:
         row = report.row(
-            "host time of a decode step", "all but the devices' time", functools.partial(_row, planner, requests, context, options),
-            requests=requests, context=context, mesh=str(options.mesh),
-        )  # fmt: skip
+            "host time of a decode step",
+            "all but the devices' time",
+            functools.partial(_row, planner, requests, context, options),
+            requests=requests,
+            context=context,
+            mesh=str(options.mesh),
+        )
         if requests in _HOLD_MS:
-            report.hold(f"{requests} requests: host ms per step, without the transfer", row["ms"] if row else None,
-                        at_most=_HOLD_MS[requests])  # fmt: skip
+            report.hold(
+                f"{requests} requests: host ms per step, without the transfer",
+                row["ms"] if row else None,
+                at_most=_HOLD_MS[requests],
+            )
     report.notes.append(
         "ms: engine + arrays + pack + outcomes. engine: schedule, works, tokens to text, events, metrics. arrays: works are checked, laid out over the ranks and made into arrays. "
         "put: two arrays to every device, and waiting for them."

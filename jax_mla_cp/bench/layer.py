@@ -29,7 +29,7 @@ from jax_mla_cp.bench.program import (
 )
 from jax_mla_cp.bench.roofline import Cost
 from jax_mla_cp.bench.table import Report
-from jax_mla_cp.bench.weights import favour_first_rank
+from jax_mla_cp.bench.weights import favor_first_rank
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.model.context import LayerInputs
 from jax_mla_cp.model.decoder import Decoder
@@ -181,7 +181,7 @@ def _moe(
     def skewed() -> dict[str, Any]:
         program = built[0]
         assert program.model.mesh is not None
-        params = favour_first_rank(program.model.params, program.model.build, program.model.mesh)
+        params = favor_first_rank(program.model.params, program.model.build, program.model.mesh)
         program.model = dataclasses.replace(program.model, params=params)
         timing = program.time(options.samples)
         build = program.model.build

@@ -39,12 +39,27 @@ from jax_mla_cp.model.context import EP_CHOICES, Build
 from jax_mla_cp.model.decoder import Decoder
 
 _RAW: dict[str, Any] = {
-    "model_type": "deepseek_v3", "vocab_size": 32768, "hidden_size": 2048, "num_hidden_layers": 2,
-    "first_k_dense_replace": 1, "num_attention_heads": 16, "q_lora_rank": 768, "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "intermediate_size": 8192,
-    "moe_intermediate_size": 1024, "n_routed_experts": 32, "n_shared_experts": 1, "num_experts_per_tok": 4,
-    "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "max_position_embeddings": 4096,
-}  # fmt: skip
+    "model_type": "deepseek_v3",
+    "vocab_size": 32768,
+    "hidden_size": 2048,
+    "num_hidden_layers": 2,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 16,
+    "q_lora_rank": 768,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "intermediate_size": 8192,
+    "moe_intermediate_size": 1024,
+    "n_routed_experts": 32,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 4,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 2.5,
+    "max_position_embeddings": 4096,
+}
 _GB = 10**9
 _SHARD = 1 << 30  # bytes of a safetensors file
 _MEMORY = 1.2  # times the local shards
@@ -135,12 +150,14 @@ class _Bench:
         where = "no mesh" if shape is None else str(shape)
         loaders: dict[str, tuple[Path, Callable[[], Any]]] = {
             "safetensors": (
-                self.hf, lambda: load_params(SafetensorsSource(self.hf), declared, self.config, self.mesh, progress=False),
+                self.hf,
+                lambda: load_params(SafetensorsSource(self.hf), declared, self.config, self.mesh, progress=False),
             ),
             "Orbax": (
-                self.out, lambda: load_converted(open_converted(self.out), declared, self.config, self.mesh, progress=False),
+                self.out,
+                lambda: load_converted(open_converted(self.out), declared, self.config, self.mesh, progress=False),
             ),
-        }  # fmt: skip
+        }
         for _, load in loaders.values():
             _measure(load)
         for cache in ("warm", "cold"):

@@ -49,10 +49,13 @@ def mla_parts(options: Options, config: ModelConfig, seq: int, form: FormName) -
     parts += [
         product(options, "q_b", tokens, low or c.hidden_size, heads * dim),
         product(options, "kv_a", tokens, c.hidden_size, c.latent_dim),
-        Part("gather (stand-in: one's own part and random numbers)", _copied(seq * c.latent_dim),
-              lambda: _gather(options, c, tokens)),
+        Part(
+            "gather (stand-in: one's own part and random numbers)",
+            _copied(seq * c.latent_dim),
+            lambda: _gather(options, c, tokens),
+        ),
         Part("cache write", _copied(seq * c.latent_dim), lambda: _write(options, c, seq)),
-    ]  # fmt: skip
+    ]
     rows, pairs = rank_rows(seq, cp, 0)
     implementation = kernels.resolve(options, config)
     cost = Cost(

@@ -27,7 +27,7 @@ from jax_mla_cp.bench.program import (
     with_layers,
 )
 from jax_mla_cp.bench.table import Report
-from jax_mla_cp.bench.weights import favour_first_rank
+from jax_mla_cp.bench.weights import favor_first_rank
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.model.context import EP_CHOICES, Build
 from jax_mla_cp.model.handle import Model, weight_bytes
@@ -89,7 +89,7 @@ class _Bench:
             one.update(program.memory)
             if c.num_moe_layers:
                 assert program.model.mesh is not None  # a whole model runs on the mocked one
-                skewed = favour_first_rank(program.model.params, program.model.build, program.model.mesh)
+                skewed = favor_first_rank(program.model.params, program.model.build, program.model.mesh)
                 program.model = dataclasses.replace(program.model, params=skewed)
                 seconds["skewed"] = program.time(o.samples).seconds
             return {"run": f"{dense} + {min(1, c.num_moe_layers)}"} | timing.row() | program.memory
@@ -128,8 +128,9 @@ class _Bench:
         if seq == 131072 and c.num_layers == 61 and str(o.mesh) == "tp=8,cp=4":
             self.report.hold(
                 f"{c.num_layers} layers, {seq} tokens, {o.mesh}, experts over {ep}: TTFT compute, s",
-                row["ttft_compute_s"] if row else None, at_most=_HOLD_SECONDS,
-            )  # fmt: skip
+                row["ttft_compute_s"] if row else None,
+                at_most=_HOLD_SECONDS,
+            )
 
     def _most(self, seq: int, form: FormName, ep: EpName, layers: int) -> tuple[int, Program]:
         """The program with so many MoE layers, or, where memory runs out all the same, with fewer."""
@@ -236,9 +237,12 @@ class _Bench:
             out["gather_beside"] = {None: "blocks", True: "yes", False: "no"}[beside]
         exposed = takes.exposed(hidden)
         return out | {
-            "latents_s": takes.latents, "sums_s": takes.sums, "experts_s": takes.experts, "exposed_s": exposed,
+            "latents_s": takes.latents,
+            "sums_s": takes.sums,
+            "experts_s": takes.experts,
+            "exposed_s": exposed,
             "ttft_s": compute + exposed,
-        }  # fmt: skip
+        }
 
     def _fitting(self, seq: int, ep: EpName, temporaries: float) -> int:
         """MoE layers whose weights and cache fit beside the dense layers and the step's temporaries."""

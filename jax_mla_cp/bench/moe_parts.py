@@ -41,8 +41,9 @@ def expert_parts(options: Options, config: ModelConfig, report: Report, seq: int
         return row["ms"] if row else None
 
     for what, k, n in (
-        ("gate and up", c.hidden_size, 2 * c.moe_intermediate_size), ("down", c.moe_intermediate_size, c.hidden_size)
-    ):  # fmt: skip
+        ("gate and up", c.hidden_size, 2 * c.moe_intermediate_size),
+        ("down", c.moe_intermediate_size, c.hidden_size),
+    ):
         cost = Cost(flops=2.0 * rows * k * n, moved=2.0 * (rows * (k + n) + few * k * n))
         dense = timed(f"dense product, {what}: {rows} x {k} x {n}", cost, product(options, "", rows, k, n).make)
         even = np.full(few, rows // few, np.int32)
@@ -50,9 +51,10 @@ def expert_parts(options: Options, config: ModelConfig, report: Report, seq: int
         uneven = _uneven(rows, mine)
         all_mine = Cost(flops=2.0 * rows * k * n, moved=2.0 * (rows * (k + n) + mine * k * n))
         timed(
-            f"grouped, {mine} experts, as a random router has them", all_mine,
+            f"grouped, {mine} experts, as a random router has them",
+            all_mine,
             functools.partial(_grouped, options, rows, k, n, uneven),
-        )  # fmt: skip
+        )
         if held:
             seen = dense / grouped if dense and grouped else None
             report.hold(

@@ -51,9 +51,14 @@ def make_build(
     if fp8:
         config = dataclasses.replace(config, quantization=Quantization("fp8", (128, 128)))
     return mock_build(
-        mocked=is_mocked(), config=config, shape=mesh, ep_axes=EP_CHOICES[ep_axes], dtype=jnp.dtype(dtype),
-        attention=resolved, fp8=fp8,
-    )  # fmt: skip
+        mocked=is_mocked(),
+        config=config,
+        shape=mesh,
+        ep_axes=EP_CHOICES[ep_axes],
+        dtype=jnp.dtype(dtype),
+        attention=resolved,
+        fp8=fp8,
+    )
 
 
 def make_model(build: MockBuild) -> Model:
@@ -164,9 +169,14 @@ def make_planner(
 ) -> Planner:
     """For requests of up to `tokens` tokens each, and a cache that holds just these."""
     return Planner.create(
-        model, cache_tokens=requests * -(-tokens // PAGE_SIZE) * PAGE_SIZE, page_size=PAGE_SIZE, max_requests=requests,
-        max_len=tokens, prefill_chunk=chunk, form=form,
-    )  # fmt: skip
+        model,
+        cache_tokens=requests * -(-tokens // PAGE_SIZE) * PAGE_SIZE,
+        page_size=PAGE_SIZE,
+        max_requests=requests,
+        max_len=tokens,
+        prefill_chunk=chunk,
+        form=form,
+    )
 
 
 def with_layers(config: ModelConfig, dense: int, moe: int, positions: int) -> ModelConfig:

@@ -50,10 +50,15 @@ def run(options: Options, config: ModelConfig, report: Report) -> None:
         make = functools.cache(functools.partial(make_model, build))  # in the first row: what fails is a row
         for seq, form in itertools.product(options.seq, options.forms):
             report.row(
-                f"prefill, {options.model}, {layers} layers", str(mesh),
+                f"prefill, {options.model}, {layers} layers",
+                str(mesh),
                 functools.partial(_row, make, seq, form, options.samples, gpu_seconds, first=i == 0),
-                devices=mesh.devices, ep_axes=ep, seq=seq, form=form, dtype=options.dtype,
-            )  # fmt: skip
+                devices=mesh.devices,
+                ep_axes=ep,
+                seq=seq,
+                form=form,
+                dtype=options.dtype,
+            )
             clean_up()
         make.cache_clear()
         clean_up()

@@ -22,11 +22,24 @@ from jax_mla_cp.bench.roofline import Ceilings, Cost
 from jax_mla_cp.version import package_version
 
 _TITLES = {
-    "ms": "ms", "n": "n", "tflops": "TFLOP/s", "gbs": "GB/s", "roof_ms": "roof ms", "fraction": "of roof",
-    "seq": "tokens", "vs": "x faster", "ep_axes": "experts over", "args_gb": "held GB", "temp_gb": "temp GB",
-    "memory_gb": "run GB", "total_gb": "all layers GB", "load_gbs": "GB/s", "cpu_s": "CPU s",
-    "host_gb": "host GB", "peak": "of local shards",
-}  # fmt: skip
+    "ms": "ms",
+    "n": "n",
+    "tflops": "TFLOP/s",
+    "gbs": "GB/s",
+    "roof_ms": "roof ms",
+    "fraction": "of roof",
+    "seq": "tokens",
+    "vs": "x faster",
+    "ep_axes": "experts over",
+    "args_gb": "held GB",
+    "temp_gb": "temp GB",
+    "memory_gb": "run GB",
+    "total_gb": "all layers GB",
+    "load_gbs": "GB/s",
+    "cpu_s": "CPU s",
+    "host_gb": "host GB",
+    "peak": "of local shards",
+}
 _DIGITS = {"fraction": 3, "efficiency": 3, "tokens_per_s": 0, "balance": 3, "gbs": 0, "n": 0}
 
 

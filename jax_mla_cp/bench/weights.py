@@ -17,7 +17,7 @@ from jax_mla_cp.bench.data import fill
 from jax_mla_cp.mesh import mesh_shape
 from jax_mla_cp.model.context import Build
 
-_FAVOUR = 10.0  # more than any score: sigmoids are below 1
+_FAVOR = 10.0  # more than any score: sigmoids are below 1
 _FP8_SCALE = 2.0**-10  # of matrices in FP8: what is stored then uses e4m3's range as a real checkpoint's does
 
 
@@ -61,7 +61,7 @@ def random_params(module: nnx.Module, mesh: Mesh) -> Any:
     return jax.tree_util.tree_unflatten(tree, new)
 
 
-def favour_first_rank(params: Any, build: Build, mesh: Mesh) -> Any:
+def favor_first_rank(params: Any, build: Build, mesh: Mesh) -> Any:
     """The same weights, with a router that prefers the experts of the first device of the expert group.
 
     Every token takes as many of them as the choice of groups allows: the worst case for that device. Where the router has
@@ -72,7 +72,7 @@ def favour_first_rank(params: Any, build: Build, mesh: Mesh) -> Any:
     def replace(path: tuple[Any, ...], leaf: nnx.Variable[Any]) -> nnx.Variable[Any]:
         name, value = _name(path), leaf.get_value()
         if name.endswith("mlp.bias"):
-            new = (jnp.arange(value.shape[-1]) < experts) * _FAVOUR
+            new = (jnp.arange(value.shape[-1]) < experts) * _FAVOR
         elif name.endswith("mlp.router") and not build.config.routing_bias:
             new = jnp.zeros(())
         else:

@@ -7,6 +7,14 @@ from jax_mla_cp.checkpoint.orbax_load import load_converted
 from jax_mla_cp.checkpoint.source import ArraySource, CheckpointError, SafetensorsSource, TensorSource
 
 __all__ = [
-    "ArraySource", "CheckpointError", "Converted", "SafetensorsSource", "TensorSource", "expected_shapes", "is_converted",
-    "load_converted", "load_params", "open_converted",
-]  # fmt: skip
+    "ArraySource",
+    "CheckpointError",
+    "Converted",
+    "SafetensorsSource",
+    "TensorSource",
+    "expected_shapes",
+    "is_converted",
+    "load_converted",
+    "load_params",
+    "open_converted",
+]

@@ -100,20 +100,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     convert = commands.add_parser(
-        "convert", help="a Hugging Face directory to an Orbax checkpoint", description=_CONVERT, epilog=_CONVERT_EPILOG,
-        formatter_class=raw, allow_abbrev=False,
-    )  # fmt: skip
+        "convert",
+        help="a Hugging Face directory to an Orbax checkpoint",
+        description=_CONVERT,
+        epilog=_CONVERT_EPILOG,
+        formatter_class=raw,
+        allow_abbrev=False,
+    )
     convert.add_argument("hf_dir", metavar="HF_DIR", type=path, help="config.json and *.safetensors")
     convert.add_argument("out", metavar="OUT", type=path, help="new, empty, or begun by an earlier run")
     convert.add_argument(
-        "--weights", choices=get_args(Weights), default="auto",
-        help="of a quantised checkpoint: fp8 (as auto) keeps its matrices in FP8, bf16 dequantises them",
-    )  # fmt: skip
+        "--weights",
+        choices=get_args(Weights),
+        default="auto",
+        help="of a quantized checkpoint: fp8 (as auto) keeps its matrices in FP8, bf16 dequantizes them",
+    )
     convert.add_argument("--overwrite", action="store_true", help="throw away what an earlier conversion left in OUT")
     inspect = commands.add_parser(
-        "inspect", help="what a checkpoint holds, and whether it is sound", description=_INSPECT, formatter_class=raw,
+        "inspect",
+        help="what a checkpoint holds, and whether it is sound",
+        description=_INSPECT,
+        formatter_class=raw,
         allow_abbrev=False,
-    )  # fmt: skip
+    )
     inspect.add_argument("directory", metavar="DIR", type=path, help="a Hugging Face directory, or what convert made")
     inspect.add_argument("--mesh", metavar="AXES", type=mesh, help="also what each device would hold, e.g. tp=8,cp=4")
     inspect.add_argument(
@@ -125,8 +134,11 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument(
         "--tensors", action="store_true", help="a table of the tensors, those of all layers in one row"
     )
-    inspect.add_argument("--verify", action="store_true",
-                         help="read everything: checksums (converted checkpoints have them), and numbers that are not finite")  # fmt: skip
+    inspect.add_argument(
+        "--verify",
+        action="store_true",
+        help="read everything: checksums (converted checkpoints have them), and numbers that are not finite",
+    )
     inspect.add_argument("--json", action="store_true", help="everything as JSON, to stdout")
     return p
 

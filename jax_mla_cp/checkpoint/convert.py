@@ -64,7 +64,7 @@ def convert(
     """Converts the Hugging Face directory `source` to `out`, or goes on with what an earlier run began.
 
     Args:
-      weights: of a quantised checkpoint: "fp8" keeps it so, "bf16" dequantises it; "auto" keeps it.
+      weights: of a quantized checkpoint: "fp8" keeps it so, "bf16" dequantizes it; "auto" keeps it.
       overwrite: delete what an earlier conversion, of whatever source, left in `out`.
       progress: as `load_params`.
 
@@ -105,7 +105,7 @@ def convert(
 def _plan(
     tensors: SafetensorsSource, config: ModelConfig, weights: Weights
 ) -> tuple[list[Target], dict[str, StoredArray]]:
-    """The parameters without a mesh, each in the dtype of the tensors that it is made of; dequantised, in bfloat16."""
+    """The parameters without a mesh, each in the dtype of the tensors that it is made of; dequantized, in bfloat16."""
     fp8 = weights == "fp8" or (weights == "auto" and config.quantization is not None)
     mtp = bool(config.num_mtp_layers) and mtp_marker(config) in set(tensors.names())
     declared = dict(
@@ -291,7 +291,7 @@ def _tree_files(weights: Path) -> list[Path]:
 
 
 def _copy_settings(source: Path, out: Path) -> list[str]:
-    """config.json, the tokenizer's files and the licence: all that a model directory has beside its weights."""
+    """config.json, the tokenizer's files and the license: all that a model directory has beside its weights."""
     names = [
         path.name
         for path in source.iterdir()

@@ -33,7 +33,7 @@ class Piece:
     view: View
     """From the stored layout to the parameter's; a NumPy view where that can be.
 
-    Of a quantised matrix it also takes the scales, which have fewer elements along the dimensions that `Declare.matrix` calls
+    Of a quantized matrix it also takes the scales, which have fewer elements along the dimensions that `Declare.matrix` calls
     `blocks`: those it must not divide.
     """
     at: tuple[slice, ...] = ()
@@ -86,8 +86,13 @@ def _attention(c: ModelConfig) -> dict[str, tuple[Piece, ...]]:
     layer = "model.layers.{layer}."
     attn = layer + "self_attn."
     D, N, R, r, h, v = (
-        c.hidden_size, c.num_heads, c.kv_lora_rank, c.qk_rope_head_dim, c.qk_nope_head_dim, c.v_head_dim,
-    )  # fmt: skip
+        c.hidden_size,
+        c.num_heads,
+        c.kv_lora_rank,
+        c.qk_rope_head_dim,
+        c.qk_nope_head_dim,
+        c.v_head_dim,
+    )
 
     def halves(w: NDArray[Any]) -> NDArray[Any]:
         """Reorders the rope rows [.., r, inputs] from pairs (0, 1), (2, 3) .. to pairs (i, i + r/2)."""

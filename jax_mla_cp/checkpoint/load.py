@@ -5,7 +5,7 @@ allocated once, as zeros, and each tensor is written into its place by a compile
 So the host never holds more than one tensor besides the arrays themselves, and a process reads only what its own
 devices keep. Experts are divided between devices: one update writes the j-th expert of every device.
 
-Quantised tensors go to the devices as they are stored; the update unpacks and dequantises them, unless they stay so.
+Quantized tensors go to the devices as they are stored; the update unpacks and dequantizes them, unless they stay so.
 """
 
 from __future__ import annotations

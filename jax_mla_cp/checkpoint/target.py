@@ -17,7 +17,7 @@ from jax_mla_cp.checkpoint.huggingface import Piece, layers_of, pieces
 from jax_mla_cp.checkpoint.source import CheckpointError, TensorSource
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.config.quantization import FP8, Quantization
-from jax_mla_cp.model.fp8 import dequantise, fp8_bytes, unpack_int4
+from jax_mla_cp.model.fp8 import dequantize, fp8_bytes, unpack_int4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Place:
     """Its offset within each rank's part of the parameter."""
 
     def tensor(self, expert: int) -> str:
-        """The matrix's name in the checkpoint. Its tensors are this and a suffix, if it is quantised."""
+        """The matrix's name in the checkpoint. Its tensors are this and a suffix, if it is quantized."""
         return self.piece.name.format(layer=self.layer, expert=expert)
 
 
@@ -67,7 +67,7 @@ class Decode:
             stored = fp8_bytes(unpack_int4(stored, self.packed_dim))
         if scale is None:
             return stored.astype(self.dtype)
-        return dequantise(stored, scale, self.blocks, self.dtype)
+        return dequantize(stored, scale, self.blocks, self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +86,11 @@ class Target:
     ranks: int
     """Devices that the experts are divided over; 1 if it has none."""
     quantization: Quantization | None
-    """How the checkpoint may have quantised it; None: it never is."""
+    """How the checkpoint may have quantized it; None: it never is."""
     blocks: tuple[int, ...]
-    """Elements of the matrix that share a scale, along each dimension; () if it is never quantised."""
+    """Elements of the matrix that share a scale, along each dimension; () if it is never quantized."""
     holds: str
-    """Of a matrix that stays quantised "q" or its "scale"; "" for all others."""
+    """Of a matrix that stays quantized "q" or its "scale"; "" for all others."""
 
     @classmethod
     def of(cls, path: tuple[Any, ...], param: nnx.Variable[Any], config: ModelConfig, mesh: Mesh | None) -> Target:
@@ -107,9 +107,18 @@ class Target:
         layers, blocks = layers_of(name, config), param.get_metadata("blocks")
         quantization = config.quantization if blocks else None
         return cls(
-            name, value.shape, value.dtype, sharding, made_of, layers, config.n_routed_experts, ranks, quantization, blocks,
+            name,
+            value.shape,
+            value.dtype,
+            sharding,
+            made_of,
+            layers,
+            config.n_routed_experts,
+            ranks,
+            quantization,
+            blocks,
             holds,
-        )  # fmt: skip
+        )
 
     @property
     def nbytes(self) -> int:
@@ -142,8 +151,8 @@ class Target:
     def operands(self, place: Place, names: Set[str]) -> tuple[Operand, ...]:
         """What is read for a place, of a checkpoint with the tensors `names`."""
         ones, q = (1,) * len(self.shape), self.quantization
-        # Of a layer's experts all are quantised or none is, which `check_tensors` sees to: rank 0's tells it for all ranks'.
-        if q is None or not q.quantises(place.tensor(place.slot), names):
+        # Of a layer's experts all are quantized or none is, which `check_tensors` sees to: rank 0's tells it for all ranks'.
+        if q is None or not q.quantizes(place.tensor(place.slot), names):
             return (Operand("", self.dtype, ones),)
         packed = tuple(q.packed if dim == self.leading else 1 for dim in range(len(self.shape)))
         stored = Operand(q.stored_suffix, np.dtype(np.int32 if q.packed > 1 else np.uint8), packed)

@@ -26,16 +26,16 @@ def check_tensors(source: TensorSource, config: ModelConfig, targets: Sequence[T
     """Names, shapes and dtypes. Returns the names that the checkpoint has.
 
     Args:
-      targets: the parameters, which say what may be quantised, and what must be because it stays so.
+      targets: the parameters, which say what may be quantized, and what must be because it stays so.
 
     Raises:
       CheckpointError: lists all tensors that are missing, surplus, of the wrong shape or of a dtype that can't be read, and
-        what is quantised only in part.
+        what is quantized only in part.
     """
     found = set(source.names())
     mtp = any(target.path.startswith("mtp.") for target in targets)
     expected: Tensors = {name: (shape, _FLOATS) for name, shape in expected_shapes(config, mtp=mtp).items()}
-    incomplete, plain = _expect_quantised(expected, found, config, targets)
+    incomplete, plain = _expect_quantized(expected, found, config, targets)
     ignored = _ignored(found, config) - expected.keys()
     vision = {name for name in found if config.weight_prefix and name.startswith(_VISION)}
     present = sorted(found & expected.keys())
@@ -53,9 +53,9 @@ def check_tensors(source: TensorSource, config: ModelConfig, targets: Sequence[T
         "missing": sorted(expected.keys() - found),
         "surplus": sorted(found - expected.keys() - ignored - vision),
         "of the wrong shape": wrong,
-        "of a dtype that does not belong there (one that is quantised has scales, others have none)": unreadable,
-        "quantised for some experts of a layer only": incomplete,
-        "not quantised, which --weights fp8 asks for (use --weights bf16)": plain,
+        "of a dtype that does not belong there (one that is quantized has scales, others have none)": unreadable,
+        "quantized for some experts of a layer only": incomplete,
+        "not quantized, which --weights fp8 asks for (use --weights bf16)": plain,
     }
     if any(mistakes.values()):
         lists = "".join(_listing(what, names) for what, names in mistakes.items() if names)
@@ -77,12 +77,12 @@ def check_tensors(source: TensorSource, config: ModelConfig, targets: Sequence[T
     return found
 
 
-def _expect_quantised(
+def _expect_quantized(
     expected: Tensors, found: set[str], config: ModelConfig, targets: Sequence[Target]
 ) -> tuple[list[str], list[str]]:
-    """Puts the tensors of the matrices that the checkpoint has quantised in the place of their one.
+    """Puts the tensors of the matrices that the checkpoint has quantized in the place of their one.
 
-    Returns: matrices that only some experts of a layer have quantised; and those that should be quantised and are not.
+    Returns: matrices that only some experts of a layer have quantized; and those that should be quantized and are not.
     """
     incomplete: list[str] = []
     plain: set[str] = set()  # w_uk and w_uv are made of one matrix
@@ -93,13 +93,13 @@ def _expect_quantised(
         for piece, layer in itertools.product(target.pieces, target.layers or (None,)):
             experts = range(config.n_routed_experts if piece.routed else 1)
             names = [piece.name.format(layer=layer, expert=expert) for expert in experts]
-            quantised = [name for name in names if quantization.quantises(name, found)]
-            for name in quantised:
+            quantized = [name for name in names if quantization.quantizes(name, found)]
+            for name in quantized:
                 del expected[name]
                 expected |= quantization.tensors(name, piece.stored)
-            if 0 < len(quantised) < len(names):
+            if 0 < len(quantized) < len(names):
                 incomplete.append(piece.name.format(layer=layer, expert="*"))
-            elif target.holds == "q" and not quantised:
+            elif target.holds == "q" and not quantized:
                 plain |= set(names)
     return incomplete, sorted(plain)
 

@@ -52,8 +52,17 @@ class ModelConfig:
     """How the checkpoint stores its matrices; None: as plain numbers."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "kv_lora_rank", "qk_nope_head_dim",
-                     "v_head_dim", "intermediate_size", "max_position"):  # fmt: skip
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "kv_lora_rank",
+            "qk_nope_head_dim",
+            "v_head_dim",
+            "intermediate_size",
+            "max_position",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"config.json: {name} must be at least 1, got {getattr(self, name)}.")
         if self.q_lora_rank is not None and self.q_lora_rank < 1:
@@ -98,7 +107,7 @@ class ModelConfig:
         if self.norm_topk_prob and not self.routing_bias:
             raise ConfigError(
                 f"config.json: norm_topk_prob=true with topk_method={self.topk_method!r} is not supported: DeepSeek's "
-                "code then leaves out routed_scaling_factor, transformers the normalisation, and no published model "
+                "code then leaves out routed_scaling_factor, transformers the normalization, and no published model "
                 "says which is meant. This version runs norm_topk_prob=false."
             )
 

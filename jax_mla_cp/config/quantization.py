@@ -1,4 +1,4 @@
-"""How a quantised checkpoint stores its matrices: what config.json's `quantization_config` says.
+"""How a quantized checkpoint stores its matrices: what config.json's `quantization_config` says.
 
 Two kinds. FP8 in blocks: DeepSeek-V3, R1 and Kimi K2 (README_WEIGHTS.md of DeepSeek-V3). 4-bit integers in groups, experts
 only: Kimi K2 Thinking and K2.5 (the `pack-quantized` format of the compressed-tensors library). In both, a matrix
@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 Weights = Literal["auto", "bf16", "fp8"]
-"""--weights: how the matrices of a quantised checkpoint are kept in device memory."""
+"""--weights: how the matrices of a quantized checkpoint are kept in device memory."""
 
 Tensors = dict[str, tuple[tuple[int, ...], tuple[np.dtype[Any], ...]]]
 """By name: a tensor's shape, and the dtypes that it may have."""
@@ -25,7 +25,7 @@ FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 
 @dataclasses.dataclass(frozen=True)
 class Quantization:
-    """A quantised checkpoint's format. The tensors that make up the matrix `NAME` are NAME + one of the suffixes."""
+    """A quantized checkpoint's format. The tensors that make up the matrix `NAME` are NAME + one of the suffixes."""
 
     kind: Literal["fp8", "int4"]
     block: tuple[int, int]
@@ -37,7 +37,7 @@ class Quantization:
 
     @property
     def packed(self) -> int:
-        """Values in an element of the stored tensor, neighbours along the inputs."""
+        """Values in an element of the stored tensor, neighbors along the inputs."""
         return 8 if self.kind == "int4" else 1
 
     @property
@@ -73,8 +73,8 @@ class Quantization:
             made_of[name + self.shape_suffix] = ((2,), (np.dtype(np.int32), np.dtype(np.int64)))
         return made_of
 
-    def quantises(self, name: str, names: Set[str]) -> bool:
-        """Whether a checkpoint with the tensors `names` has the matrix `name` quantised."""
+    def quantizes(self, name: str, names: Set[str]) -> bool:
+        """Whether a checkpoint with the tensors `names` has the matrix `name` quantized."""
         suffixes = (self.stored_suffix, self.scale_suffix, self.shape_suffix)
         return any(suffix and name + suffix in names for suffix in suffixes)
 
@@ -82,7 +82,7 @@ class Quantization:
     def from_hf(cls, raw: Mapping[str, Any] | None) -> Quantization | None:
         """Reads config.json's `quantization_config`; None if there is none.
 
-        Which matrices are quantised is told by the checkpoint's tensors, so the lists of those that are not
+        Which matrices are quantized is told by the checkpoint's tensors, so the lists of those that are not
         (`modules_to_not_convert`, `ignore`) are not read.
 
         Raises:
@@ -121,15 +121,19 @@ def _int4_group(raw: Mapping[str, Any]) -> int:
     groups = raw.get("config_groups")
     if not isinstance(groups, Mapping) or len(groups) != 1 or not all(isinstance(g, Mapping) for g in groups.values()):
         raise ValueError(_refused("config_groups", groups, "a single group"))
-    (name, group), = groups.items()  # fmt: skip
+    ((name, group),) = groups.items()
     if group.get("input_activations") is not None:
         raise ValueError(_refused(f"config_groups.{name}.input_activations", group["input_activations"], "null"))
     weights = group.get("weights")
     if not isinstance(weights, Mapping):
         raise ValueError(_refused(f"config_groups.{name}.weights", weights, "4-bit integers in groups"))
     for key, wanted in (
-        ("num_bits", 4), ("type", "int"), ("strategy", "group"), ("symmetric", True), ("actorder", None)
-    ):  # fmt: skip
+        ("num_bits", 4),
+        ("type", "int"),
+        ("strategy", "group"),
+        ("symmetric", True),
+        ("actorder", None),
+    ):
         if weights.get(key) != wanted:
             raise ValueError(_refused(f"config_groups.{name}.weights.{key}", weights.get(key), repr(wanted)))
     size = weights.get("group_size")

@@ -27,17 +27,27 @@ class Scheduler:
     """Waiting and running requests. Not thread-safe: the engine's thread owns it."""
 
     def __init__(
-        self, *, groups: int, pages_per_group: int, page_size: int, max_running: int, prefill_chunk: int,
+        self,
+        *,
+        groups: int,
+        pages_per_group: int,
+        page_size: int,
+        max_running: int,
+        prefill_chunk: int,
         draft_tokens: int = 0,
-    ):  # fmt: skip
+    ):
         names = Names(page_size, covers_next=draft_tokens > 0)
         self.groups = [
             Group(
-                pages=pages_per_group, page_size=page_size, max_running=max_running, prefill_chunk=prefill_chunk,
-                draft_tokens=draft_tokens, names=names,
+                pages=pages_per_group,
+                page_size=page_size,
+                max_running=max_running,
+                prefill_chunk=prefill_chunk,
+                draft_tokens=draft_tokens,
+                names=names,
             )
             for _ in range(groups)
-        ]  # fmt: skip
+        ]
         self.waiting = Line()
         self.counts = Counts()
         self._arrivals = itertools.count()

@@ -106,8 +106,12 @@ def _target(options: Options, tokenizer: Tokenizer) -> Target:
 
 def _measure(target: Target, prompts: Sequence[Prompt], windows: Sequence[Sequence[int]], report: Report) -> None:
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         if windows:
             task = progress.add_task("perplexity", total=len(windows))

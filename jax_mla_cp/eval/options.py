@@ -144,14 +144,30 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     test = p.add_argument_group("test")
-    test.add_argument("--lengths", metavar="N,N,...", type=_lengths,
-                      help="tokens of the prompts, or none (default: 512,1K,2K,4K,8K,16K)")  # fmt: skip
-    test.add_argument("--depths", metavar="N", type=_whole,
-                      help="so many depths, evenly from the text's start to its end (default: 10)")  # fmt: skip
-    test.add_argument("--perplexity-tokens", metavar="N", type=_whole,
-                      help="tokens that the perplexity is measured on; 0: none (default: 8K)")  # fmt: skip
-    test.add_argument("--text", metavar="FILE", type=path,
-                      help="what passkeys are hidden in (default: documentation that comes with the program)")  # fmt: skip
+    test.add_argument(
+        "--lengths",
+        metavar="N,N,...",
+        type=_lengths,
+        help="tokens of the prompts, or none (default: 512,1K,2K,4K,8K,16K)",
+    )
+    test.add_argument(
+        "--depths",
+        metavar="N",
+        type=_whole,
+        help="so many depths, evenly from the text's start to its end (default: 10)",
+    )
+    test.add_argument(
+        "--perplexity-tokens",
+        metavar="N",
+        type=_whole,
+        help="tokens that the perplexity is measured on; 0: none (default: 8K)",
+    )
+    test.add_argument(
+        "--text",
+        metavar="FILE",
+        type=path,
+        help="what passkeys are hidden in (default: documentation that comes with the program)",
+    )
     test.add_argument("--seed", metavar="N", type=_whole, help="of passkeys and places in the text (default: 0)")
     out = p.add_argument_group("results")
     out.add_argument("--json", metavar="FILE", type=path, help="scores and every answer, as JSON")
@@ -160,8 +176,12 @@ def _parser() -> argparse.ArgumentParser:
     server.add_argument(
         "--base-url", metavar="URL", help="of an OpenAI completions server, in place of a model in process"
     )
-    server.add_argument("--tokenizer", metavar="DIR", type=path,
-                        help="the model whose tokenizer counts the prompts' tokens (default: the built-in model's)")  # fmt: skip
+    server.add_argument(
+        "--tokenizer",
+        metavar="DIR",
+        type=path,
+        help="the model whose tokenizer counts the prompts' tokens (default: the built-in model's)",
+    )
     server.add_argument("--timeout", metavar="S", type=_seconds, help="seconds for one prompt (default: 600)")
     add_model_flags(p)
     return p

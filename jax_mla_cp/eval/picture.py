@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jax_mla_cp.eval.report import Report
 
-COLOURS = {True: "#2a7fba", False: "#e07b39", None: "#d0d0d0"}
+COLORS = {True: "#2a7fba", False: "#e07b39", None: "#d0d0d0"}
 
 
 def draw(report: Report, path: Path) -> None:
@@ -17,14 +17,14 @@ def draw(report: Report, path: Path) -> None:
 
     cells = report.cells()
     lengths, depths = report.axes()
-    states = list(COLOURS)
+    states = list(COLORS)
     values = [[states.index(cells[length, depth]) for length in lengths] for depth in depths]
     figure = Figure(figsize=(max(6.4, 1.5 + 0.9 * len(lengths)), 2.2 + 0.35 * len(depths)), layout="constrained")
     axes = figure.add_subplot()
     if cells:
         axes.pcolormesh(
             values,
-            cmap=ListedColormap(list(COLOURS.values())),
+            cmap=ListedColormap(list(COLORS.values())),
             vmin=0,
             vmax=len(states) - 1,
             edgecolors="white",
@@ -40,6 +40,6 @@ def draw(report: Report, path: Path) -> None:
     axes.set_title("\n".join([f"{model}{f', {mesh}' if mesh else ''}", *report.summary()]), fontsize="small")
     names = {True: "found", False: "not found", None: "not asked"}
     seen = [state for state in states if state in set(cells.values())]
-    handles = [Patch(color=COLOURS[state], label=names[state]) for state in seen]
+    handles = [Patch(color=COLORS[state], label=names[state]) for state in seen]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize="small")
     figure.savefig(path, dpi=150)

@@ -68,8 +68,12 @@ class Text:
         start = self._between_lines(rng.randint(0, last), 0, last)
         cut = self._between_lines(start + round(depth * room), start, start + room)
         tokens = [
-            *self._tokenizer.prefix, *self._tokens[start:cut], *fact, *self._tokens[cut : start + room], *question,
-        ]  # fmt: skip
+            *self._tokenizer.prefix,
+            *self._tokens[start:cut],
+            *fact,
+            *self._tokens[cut : start + room],
+            *question,
+        ]
         return Prompt(length, depth, passkey, tokens)
 
     def windows(self, tokens: int, longest: int) -> list[list[int]]:

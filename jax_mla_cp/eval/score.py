@@ -32,9 +32,13 @@ def token_logprobs(
     """
     longest = max(map(len, windows)) - 1
     planner = Planner.create(
-        model, cache_tokens=longest, page_size=page_size, max_len=longest,
-        prefill_chunk=min(prefill_chunk, longest), form=form,
-    )  # fmt: skip
+        model,
+        cache_tokens=longest,
+        page_size=page_size,
+        max_len=longest,
+        prefill_chunk=min(prefill_chunk, longest),
+        form=form,
+    )
     program = jax.jit(score, donate_argnums=1)
     pages = planner.new_cache()
     dp = planner.shape.dp

@@ -32,14 +32,14 @@ class Build:
     dtype: jnp.dtype = dataclasses.field(default_factory=lambda: jnp.dtype(jnp.float32))
     attention: Resolved = "xla"
     fp8: bool = False
-    """Matrices that the checkpoint has quantised stay in FP8."""
+    """Matrices that the checkpoint has quantized stay in FP8."""
     mtp: bool = False
     """With the checkpoint's first layer for multi-token prediction, which proposes drafts."""
 
     def __post_init__(self) -> None:
         if self.fp8 and self.config.quantization is None:
             raise ConfigError(
-                "--weights fp8: the checkpoint is not quantised (its config.json has no quantization_config). "
+                "--weights fp8: the checkpoint is not quantized (its config.json has no quantization_config). "
                 "Use --weights auto."
             )
         if self.mtp and not self.config.num_mtp_layers:
@@ -117,7 +117,7 @@ class Declare:
         spec: tuple[str | tuple[str, ...] | None, ...] = (),
         experts: bool = False,
     ) -> nnx.Param[Any] | Fp8:
-        """A matrix that a checkpoint may have quantised: [inputs, ...outputs], of experts [E, inputs, outputs].
+        """A matrix that a checkpoint may have quantized: [inputs, ...outputs], of experts [E, inputs, outputs].
 
         Args:
           blocks: the dimensions along which its scales stay one per block; the last one is of outputs, others of inputs.

@@ -1,4 +1,4 @@
-"""Matrices that stay quantised in device memory, and the arithmetic that makes numbers of them.
+"""Matrices that stay quantized in device memory, and the arithmetic that makes numbers of them.
 
 A matrix keeps the layout that it would have without: [inputs, ...outputs], with layers and experts in front. Its scales have
 a dimension for each of the matrix's: one scale per block along some, one per element along the others, where heads, halves
@@ -31,15 +31,15 @@ class Fp8(nnx.Module):
         self.dtype = dtype
 
     def __getitem__(self, everything: EllipsisType) -> jax.Array:
-        return dequantise(self.q[...], self.scale[...], self.blocks, self.dtype)
+        return dequantize(self.q[...], self.scale[...], self.blocks, self.dtype)
 
     def experts(self, first: jax.Array | int, count: int) -> jax.Array:
         """Of experts' matrices, all layers' one after the other, `count` from number `first` on: [count, inputs, outputs]."""
         q, scale = (lax.dynamic_slice_in_dim(lax.collapse(p[...], 0, -2), first, count) for p in (self.q, self.scale))
-        return dequantise(q, scale, self.blocks, self.dtype)
+        return dequantize(q, scale, self.blocks, self.dtype)
 
 
-def dequantise(q: jax.Array, scale: jax.Array, blocks: tuple[int, ...], dtype: np.dtype[Any]) -> jax.Array:
+def dequantize(q: jax.Array, scale: jax.Array, blocks: tuple[int, ...], dtype: np.dtype[Any]) -> jax.Array:
     """`q * scale` in float32, rounded once to `dtype`.
 
     Args:

@@ -164,9 +164,14 @@ def hopper_grouped_matmul(
 
 
 def _store(
-    staged: Any, out_ref: jax.Ref, block_row: jax.Array, row: jax.Array | int, first: jax.Array, size: jax.Array,
+    staged: Any,
+    out_ref: jax.Ref,
+    block_row: jax.Array,
+    row: jax.Array | int,
+    first: jax.Array,
+    size: jax.Array,
     columns: Any,
-) -> None:  # fmt: skip
+) -> None:
     """Writes those of a block's rows from `row` on that the group has: `size` from `first` on. The others are another's."""
     most = staged.shape[0]
     low = jnp.clip(first - row, 0, most)

@@ -54,7 +54,7 @@ def rope_angles(
 
 
 def rotate(x: Float[Array, "T *n r"], cos: Float[Array, "T r/2"], sin: Float[Array, "T r/2"]) -> Float[Array, "T *n r"]:
-    """Rotates pairs (i, i + r/2): the loader has reordered the weights of checkpoints that pair neighbours."""
+    """Rotates pairs (i, i + r/2): the loader has reordered the weights of checkpoints that pair neighbors."""
     if x.ndim == 3:
         cos, sin = cos[:, None], sin[:, None]
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)

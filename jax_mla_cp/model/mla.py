@@ -98,9 +98,14 @@ class Mla(nnx.Module):
         # Head by head, as the product comes out and the kernels take it: the transposes here and there cancel.
         q_latent = jnp.swapaxes(jnp.einsum("tnh,Rnh->ntR", q_nope, self.w_uk[...]), 0, 1)
         out = attend_absorbed(
-            q_latent, q_rope, pages, row_pages, inputs.absorbed,
-            scale=self.build.config.softmax_scale, implementation=self.build.attention,
-        )  # fmt: skip
+            q_latent,
+            q_rope,
+            pages,
+            row_pages,
+            inputs.absorbed,
+            scale=self.build.config.softmax_scale,
+            implementation=self.build.attention,
+        )
         return jnp.einsum("tnR,Rnv->tnv", out, self.w_uv[...])
 
     def _expanded(
@@ -121,9 +126,12 @@ class Mla(nnx.Module):
                 kv = up_project(latents, inputs.num_keys, w_uk, w_uv)
             with jax.named_scope("attention"):
                 return attend_expanded(
-                    q, kv, inputs.expanded,
-                    scale=self.build.config.softmax_scale, implementation=self.build.attention,
-                )  # fmt: skip
+                    q,
+                    kv,
+                    inputs.expanded,
+                    scale=self.build.config.softmax_scale,
+                    implementation=self.build.attention,
+                )
 
         if groups == 1:
             return attend((q, self.w_uk[...], self.w_uv[...]))

@@ -92,7 +92,7 @@ class Moe(nnx.Module):
         """
         first = layer * self._local
         if isinstance(self.gate_up, Fp8) and isinstance(self.down, Fp8):
-            with jax.named_scope("dequantise"):
+            with jax.named_scope("dequantize"):
                 return self.gate_up.experts(first, self._local), self.down.experts(first, self._local), 0
         return lax.collapse(self.gate_up[...], 0, -2), lax.collapse(self.down[...], 0, -2), first
 

@@ -89,23 +89,36 @@ def _serve(config: ServeConfig, listener: socket.socket, guards: Guards, tls: di
     log.info(
         "loaded %s: %s%s, experts over %s, attention in %s (%.1f s)",
         config.model or "the built-in model (it finds passkeys and continues technical English, no more)",
-        model.build.dtype, ", weights in FP8" if model.build.fp8 else "", ",".join(model.build.ep_axes),
-        _ATTENTION[model.build.attention], time.perf_counter() - started,
-    )  # fmt: skip
+        model.build.dtype,
+        ", weights in FP8" if model.build.fp8 else "",
+        ",".join(model.build.ep_axes),
+        _ATTENTION[model.build.attention],
+        time.perf_counter() - started,
+    )
     runner = make_runner(model, config)
     log.info(
         "cache: %d pages of %d tokens per dp group; requests of at most %d tokens, %d at a time",
-        runner.pages_per_group, runner.page_size, runner.max_model_len, runner.max_running * runner.dp,
-    )  # fmt: skip
+        runner.pages_per_group,
+        runner.page_size,
+        runner.max_model_len,
+        runner.max_running * runner.dp,
+    )
     log.info(runner.grid)
     if config.warmup or (config.warmup is None and used == "cuda"):
         _warm_up(runner)
     telemetry = Telemetry(describe(config.served_model_name, runner, tokenizer))
     engine = Engine(runner, max_queued=config.max_queued, observer=telemetry, watchdog_seconds=config.watchdog)
     served = Served(
-        config.served_model_name, engine, tokenizer, model.config.vocab_size, runner.max_model_len,
-        model.config.eos_token_ids, config.seed, config.queue_timeout, config.request_timeout,
-    )  # fmt: skip
+        config.served_model_name,
+        engine,
+        tokenizer,
+        model.config.vocab_size,
+        runner.max_model_len,
+        model.config.eos_token_ids,
+        config.seed,
+        config.queue_timeout,
+        config.request_timeout,
+    )
     app = create_app(served, guards, telemetry)
     server = Server(uvicorn_config(app, tls), engine, guards.drain, config.drain_timeout)
     engine.start()

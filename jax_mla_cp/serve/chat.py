@@ -25,7 +25,7 @@ from jax_mla_cp.serve.schemas import (
     DeltaChoice,
     PromptLogprobs,
     Usage,
-)  # fmt: skip
+)
 from jax_mla_cp.serve.served import Served
 
 

@@ -193,8 +193,13 @@ class _Json(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         at = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
-        line = {"time": at.isoformat(timespec="milliseconds"), "level": record.levelname.lower(), "logger": record.name,
-                "message": record.getMessage(), **getattr(record, "fields", {})}  # fmt: skip
+        line = {
+            "time": at.isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line)
@@ -206,7 +211,7 @@ def to_stderr(level: str, form: str) -> Iterator[None]:
 
     Args:
       level: of this package's lines, the lowest; of others', warnings and errors are shown.
-      form: "text" (with colours at a terminal) or "json".
+      form: "text" (with colors at a terminal) or "json".
     """
     handler: logging.Handler
     if form == "json":

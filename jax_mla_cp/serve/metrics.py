@@ -21,16 +21,73 @@ PREFIX = "jax_mla_cp:"
 _OPEN_METRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 
 _TTFT = (
-    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0,
-    640.0, 2560.0,
-)  # fmt: skip
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+    7.5,
+    10.0,
+    20.0,
+    40.0,
+    80.0,
+    160.0,
+    640.0,
+    2560.0,
+)
 _BETWEEN_TOKENS = (
-    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
-)  # fmt: skip
+    0.01,
+    0.025,
+    0.05,
+    0.075,
+    0.1,
+    0.15,
+    0.2,
+    0.3,
+    0.4,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+    7.5,
+    10.0,
+    20.0,
+    40.0,
+    80.0,
+)
 _REQUEST = (
-    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0,
+    0.3,
+    0.5,
+    0.8,
+    1.0,
+    1.5,
+    2.0,
+    2.5,
+    5.0,
+    10.0,
+    15.0,
+    20.0,
+    30.0,
+    40.0,
+    50.0,
+    60.0,
+    120.0,
+    240.0,
+    480.0,
+    960.0,
+    1920.0,
     7680.0,
-)  # fmt: skip
+)
 _HOST = (0.0001, 0.00025, 0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.25, 1.0)
 _BALANCE = (0.5, 0.6, 0.7, 0.8, 0.9, 0.92, 0.94, 0.96, 0.97, 0.98, 0.99, 0.995, 1.0)
 
@@ -90,8 +147,11 @@ class Metrics(Observer):
         self._step_seconds = self._histogram("engine_step_seconds", "A step, on host and devices.", _TTFT)
         self._host_seconds = self._histogram("engine_step_host_seconds", "The host's part of a step.", _HOST)
         self._success = Counter(
-            PREFIX + "request_success", "Requests that ended, by why.", ("model_name", "finished_reason"), registry=self._registry
-        )  # fmt: skip
+            PREFIX + "request_success",
+            "Requests that ended, by why.",
+            ("model_name", "finished_reason"),
+            registry=self._registry,
+        )
         self._failure = Counter(
             PREFIX + "request_failure", "Requests that failed, by why.", ("model_name", "kind"), registry=self._registry
         )

@@ -126,9 +126,16 @@ class ServeConfig:
 
 
 _CHOICES: dict[str, Any] = {
-    "platform": Platform, "dtype": Dtype, "weights": Weights, "ep_axes": EpAxes, "attention": Implementation, "form": Form,
-    "speculative": Speculative, "log_level": LogLevel, "log_format": LogFormat,
-}  # fmt: skip
+    "platform": Platform,
+    "dtype": Dtype,
+    "weights": Weights,
+    "ep_axes": EpAxes,
+    "attention": Implementation,
+    "form": Form,
+    "speculative": Speculative,
+    "log_level": LogLevel,
+    "log_format": LogFormat,
+}
 _WHOLE: dict[str, tuple[int, int]] = {
     "port": (0, 65535),
     "page_size": (1, 65536),

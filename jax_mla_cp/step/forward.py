@@ -120,9 +120,13 @@ def _last_logits(decoder: Decoder, hidden: jax.Array, batch: Batch) -> jax.Array
 
 
 def _run(
-    per_device: Callable[..., Any], out_specs: Any, model: Model, pages: jax.Array, batch: Batch | Packed,
+    per_device: Callable[..., Any],
+    out_specs: Any,
+    model: Model,
+    pages: jax.Array,
+    batch: Batch | Packed,
     *per_token: Any,
-) -> Any:  # fmt: skip
+) -> Any:
     """`per_device` of (decoder, pages, batch, and what else is divided like the tokens)."""
 
     def run(params: Any, pages: jax.Array, batch: Batch | Packed, *per_token: Any) -> Any:

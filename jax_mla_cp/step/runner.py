@@ -178,9 +178,12 @@ def create_runner(
         )
     useful = max_running * -(-longest // page_size)
     sizes: dict[str, Any] = {
-        "page_size": page_size, "max_requests": max_running, "prefill_chunk": prefill_chunk, "form": form,
+        "page_size": page_size,
+        "max_requests": max_running,
+        "prefill_chunk": prefill_chunk,
+        "form": form,
         "draft_tokens": draft_tokens,
-    }  # fmt: skip
+    }
     # Told by compiling the largest steps for a cache of the smallest useful size.
     probe = Planner.create(model, cache_tokens=longest, max_len=longest, **sizes)
     room = _pages_that_fit(probe, memory_fraction)

@@ -119,6 +119,14 @@ def _inputs(
         request=number,
     )
     return dataclasses.replace(
-        decoder.inputs(batch), valid=exists, cos=cos, sin=sin, slots=slots, fresh=batch.fresh[:0],
-        key_pages=batch.key_pages[:0], absorbed=rows, row_pages=mine(batch.page_table), absorbed_tokens=share,
-    )  # fmt: skip
+        decoder.inputs(batch),
+        valid=exists,
+        cos=cos,
+        sin=sin,
+        slots=slots,
+        fresh=batch.fresh[:0],
+        key_pages=batch.key_pages[:0],
+        absorbed=rows,
+        row_pages=mine(batch.page_table),
+        absorbed_tokens=share,
+    )

@@ -108,9 +108,12 @@ def test_memory_grows_linearly(form: str) -> None:
             lowered = jax.jit(lambda *a: attend_expanded(*a, scale=1.0)).lower(*args)
         else:
             args = (
-                array(tokens, 4, 512), array(tokens, 4, 64), array(tokens // 64, 64, 576),
-                array(2, tokens // 64, dtype=jnp.int32), rows,
-            )  # fmt: skip
+                array(tokens, 4, 512),
+                array(tokens, 4, 64),
+                array(tokens // 64, 64, 576),
+                array(2, tokens // 64, dtype=jnp.int32),
+                rows,
+            )
             lowered = jax.jit(lambda *a: attend_absorbed(*a, scale=1.0)).lower(*args)
         return lowered.compile().memory_analysis().temp_size_in_bytes
 

@@ -82,9 +82,17 @@ def test_decode_through_the_extension() -> None:
 
 def test_the_whole_decode_step() -> None:
     report = run(
-        decode, command="decode", model="tiny", shapes=((2, 64),), heads=(2,), tokens=(1,), full=True, layers=1,
-        mesh=MeshShape(tp=2), ep_axes=("tp",),
-    )  # fmt: skip
+        decode,
+        command="decode",
+        model="tiny",
+        shapes=((2, 64),),
+        heads=(2,),
+        tokens=(1,),
+        full=True,
+        layers=1,
+        mesh=MeshShape(tp=2),
+        ep_axes=("tp",),
+    )
     row = report.rows[-1]
     assert row["table"] == "decode step, whole model" and row["mesh"] == "tp=2,cp=1" and row["ep_axes"] == "tp"
 
@@ -93,10 +101,17 @@ def test_the_whole_decode_step() -> None:
 def test_layer(mocked: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(program, "is_mocked", lambda: mocked)
     report = run(
-        layer, command="layer", model="tiny", seq=(600,), mesh=MESH, forms=("expanded",) if mocked else ("absorbed",),
-        ep_axes=("tp,cp",) if mocked else ("tp",), layers=2, profile=None if mocked else tmp_path,
+        layer,
+        command="layer",
+        model="tiny",
+        seq=(600,),
+        mesh=MESH,
+        forms=("expanded",) if mocked else ("absorbed",),
+        ep_axes=("tp,cp",) if mocked else ("tp",),
+        layers=2,
+        profile=None if mocked else tmp_path,
         weights=("bf16", "fp8") if mocked else ("bf16",),
-    )  # fmt: skip
+    )
     whole = next(row for row in report.rows if row["what"] == "the whole layer")
     assert whole["to_sum"] == pytest.approx(whole["ms"] / whole["roof_ms"])
     assert whole["dtype"] == "bfloat16" and "ep_axes" in whole
@@ -114,9 +129,17 @@ def test_layer(mocked: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 def test_model() -> None:
     report = run(
-        model, command="model", model="tiny", seq=(300, 600), long=(1200,), chunk=600, mesh=MESH, layers=2,
-        forms=("expanded",), ep_axes=("tp",),
-    )  # fmt: skip
+        model,
+        command="model",
+        model="tiny",
+        seq=(300, 600),
+        long=(1200,),
+        chunk=600,
+        mesh=MESH,
+        layers=2,
+        forms=("expanded",),
+        ep_axes=("tp",),
+    )
     one, many, skewed = report.rows[:3]
     layer_ms = many["ms"] - one["ms"]
     assert many["ttft_compute_s"] == pytest.approx((many["ms"] + layer_ms) / 1e3), "3 MoE layers, of which 2 ran"
@@ -132,8 +155,14 @@ def test_model() -> None:
 
 
 def test_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16, "q_lora_rank": 16,
-             "n_routed_experts": 8}  # fmt: skip
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "moe_intermediate_size": 16,
+        "q_lora_rank": 16,
+        "n_routed_experts": 8,
+    }
     monkeypatch.setattr(load, "_RAW", load._RAW | sizes)
     monkeypatch.setattr(load, "_GB", 12_000_000)
     report = run(load, command="load", gb=1, mesh=MESH, scratch=tmp_path)
@@ -150,9 +179,14 @@ def test_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def scale(**flags: Any) -> tuple[Options, Report]:
     options = make(
-        "scaling", platform="cpu", model="tiny", samples=1, seq=(40,), layers=1,
+        "scaling",
+        platform="cpu",
+        model="tiny",
+        samples=1,
+        seq=(40,),
+        layers=1,
         **{"meshes": (MeshShape(), MeshShape(cp=2))} | flags,
-    )  # fmt: skip
+    )
     return options, Report(options.command, [], quiet=True)
 
 

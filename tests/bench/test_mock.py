@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from jax_mla_cp.bench.mock import MockAxes, mock_build, noise
 from jax_mla_cp.bench.program import make_build, make_model
-from jax_mla_cp.bench.weights import favour_first_rank
+from jax_mla_cp.bench.weights import favor_first_rank
 from jax_mla_cp.config.presets import model_config
 from jax_mla_cp.mesh import CP, TP, Axes, MeshShape, make_mesh
 from jax_mla_cp.model.handle import Model
@@ -93,7 +93,7 @@ def test_weights_and_the_worst_routing() -> None:
             np.testing.assert_array_equal(np.asarray(shard.data), shards[str(shard.index)])
 
     assert model.mesh is not None
-    skewed = favour_first_rank(model.params, model.build, model.mesh)["moe"]["mlp"]
+    skewed = favor_first_rank(model.params, model.build, model.mesh)["moe"]["mlp"]
     x = jax.random.normal(jax.random.key(0), (50, 128), jnp.bfloat16)
     chosen, _ = route(x, skewed["router"].get_value()[0], skewed["bias"].get_value()[0], config)
     assert (np.asarray(chosen) < 4).all(), "all four of a token's experts are among the first rank's four"
@@ -104,7 +104,7 @@ def test_the_worst_routing_without_a_bias() -> None:
     config = dataclasses.replace(model_config("tiny"), topk_method="group_limited_greedy", norm_topk_prob=False)
     model = make_model(make_build(config, MESH, "tp", "bfloat16", "xla"))
     assert model.mesh is not None
-    router = favour_first_rank(model.params, model.build, model.mesh)["moe"]["mlp"]["router"].get_value()
+    router = favor_first_rank(model.params, model.build, model.mesh)["moe"]["mlp"]["router"].get_value()
     x = jax.random.normal(jax.random.key(0), (50, 128), jnp.bfloat16)
     chosen, weight = route(x, router[0], None, config)
     np.testing.assert_array_equal(chosen, np.broadcast_to(np.arange(4), (50, 4)))

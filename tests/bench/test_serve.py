@@ -121,9 +121,23 @@ def test_what_is_known_is_measured(
     monkeypatch.setenv("FAKE_KEY", "secret")
     picture = tmp_path / "load.png"
     code, found = measure(
-        url, tmp_path, "--requests", "20", "--rate", "40", "--prompt-tokens", "10-30", "--output-tokens", "4-8",
-        "--goodput", "ttft:10s,itl:10s", "--picture", str(picture), "--api-key-env", "FAKE_KEY",
-    )  # fmt: skip
+        url,
+        tmp_path,
+        "--requests",
+        "20",
+        "--rate",
+        "40",
+        "--prompt-tokens",
+        "10-30",
+        "--output-tokens",
+        "4-8",
+        "--goodput",
+        "ttft:10s,itl:10s",
+        "--picture",
+        str(picture),
+        "--api-key-env",
+        "FAKE_KEY",
+    )
     assert code == 0 and picture.read_bytes().startswith(b"\x89PNG")
     ttft, itl, tpot, e2e = (row(found, name) for name in ("TTFT", "ITL", "TPOT", "E2E"))
     # A busy machine makes everything later, nothing earlier.
@@ -186,8 +200,11 @@ def test_failures_are_counted_by_kind(
     server.fault = "every third"
     code, found = measure(url, tmp_path, *flags)
     assert code == 0 and row(found, "HTTP 503") == {
-        "table": "failures", "what": "HTTP 503", "n": 2, "message": "The queue is full.",
-    }  # fmt: skip
+        "table": "failures",
+        "what": "HTTP 503",
+        "n": 2,
+        "message": "The queue is full.",
+    }
     assert row(found, "TTFT")["n"] == 4 and row(found, "ttft <= 9000 ms")["fraction"] == pytest.approx(4 / 6)
     server.fault = "cut off"
     code, found = measure(url, tmp_path, *flags)
@@ -235,18 +252,25 @@ def test_other_servers_streams(fake: tuple[Fake, str], tmp_path: Path) -> None:
     assert row(found, "TPOT")["mean"] == pytest.approx((e - a) / 5 * 1e3)
 
 
-@pytest.mark.parametrize(("pieces", "kind", "message"), [
-    ([event("a"), event(error={"message": "out of pages"})], "error in the stream", "out of pages"),
-    ([event("a"), b'data: {"object": "error", "message": "out of pages"}\n\n'], "error in the stream", "out of pages"),
-    ([event("a", reason="abort")], "finish_reason abort", "stop or length"),
-    ([b"data: 5\n\n"], "not a completion", "5"),
-    ([b"data: {\n\n"], "not a completion", "{"),
-    ([event("a", usage=[1])], "not a completion", "usage"),
-    ([event("a", usage={"prompt_tokens_details": 3})], "not a completion", "usage"),
-    ([event("a", usage={"completion_tokens": None}), event("", reason="stop")], None, ""),
-    ([event("", reason="stop")], "no tokens", "empty"),
-    ([b"data: [DONE]\n\n"], "stream cut off", "finish_reason"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("pieces", "kind", "message"),
+    [
+        ([event("a"), event(error={"message": "out of pages"})], "error in the stream", "out of pages"),
+        (
+            [event("a"), b'data: {"object": "error", "message": "out of pages"}\n\n'],
+            "error in the stream",
+            "out of pages",
+        ),
+        ([event("a", reason="abort")], "finish_reason abort", "stop or length"),
+        ([b"data: 5\n\n"], "not a completion", "5"),
+        ([b"data: {\n\n"], "not a completion", "{"),
+        ([event("a", usage=[1])], "not a completion", "usage"),
+        ([event("a", usage={"prompt_tokens_details": 3})], "not a completion", "usage"),
+        ([event("a", usage={"completion_tokens": None}), event("", reason="stop")], None, ""),
+        ([event("", reason="stop")], "no tokens", "empty"),
+        ([b"data: [DONE]\n\n"], "stream cut off", "finish_reason"),
+    ],
+)
 def test_odd_answers(
     pieces: list[bytes], kind: str | None, message: str, fake: tuple[Fake, str], tmp_path: Path
 ) -> None:
@@ -271,8 +295,24 @@ def test_an_error_page_in_another_encoding(fake: tuple[Fake, str], tmp_path: Pat
 def test_more_requests_than_open_files(fake: tuple[Fake, str], tmp_path: Path) -> None:
     """Shells allow 1024; the client takes what the system allows."""
     file = tmp_path / "out.json"
-    command = [sys.executable, "-m", "jax_mla_cp.bench", "serve", "--base-url", fake[1], "--requests", "80", "--rate", "inf",
-               "--prompt-tokens", "8", "--output-tokens", "3", "--json", str(file)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "jax_mla_cp.bench",
+        "serve",
+        "--base-url",
+        fake[1],
+        "--requests",
+        "80",
+        "--rate",
+        "inf",
+        "--prompt-tokens",
+        "8",
+        "--output-tokens",
+        "3",
+        "--json",
+        str(file),
+    ]
     subprocess.run(
         ["bash", "-c", 'ulimit -Sn 50; exec "$@"', "bash", *command], check=True, timeout=120, capture_output=True
     )
@@ -315,24 +355,27 @@ def test_ctrl_c_prints_what_there_is(fake: tuple[Fake, str], tmp_path: Path) -> 
     assert "stopped with Ctrl-C" in out and "TTFT" in out
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (["--base-url", "localhost"], "must be an address like"),
-    (["--base-url", "http://127.0.0.1:9/v1"], "gives no list of models (no connection"),
-    (["--rate", "0"], "--rate: must be a number above 0"),
-    (["--rate", "nan"], "--rate: must be a number above 0"),
-    (["--requests", "0"], "--requests"),
-    (["--prompt-tokens", "9-3"], "lognormal:MEDIAN:SIGMA:MOST"),
-    (["--prompt-tokens", "lognormal:512:0.8"], "lognormal:MEDIAN:SIGMA:MOST"),
-    (["--shared-prefix", "100"], "TOKENS:GROUPS"),
-    (["--goodput", "ttft:500ms,ttft:1s"], "each once"),
-    (["--goodput", "latency:1s"], "ttft, itl, tpot, e2e"),
-    (["--api-key-env", "NO_SUCH_KEY"], "the environment has no NO_SUCH_KEY"),
-    (["--picture", "load.bmp"], "must end in .png"),
-    (["--reqests", "3"], "Did you mean --requests"),
-    ([""], "'': no such flag"),
-    (["=3"], "'': no such flag"),
-    (["--json", "/"], "--json /: is not a file"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--base-url", "localhost"], "must be an address like"),
+        (["--base-url", "http://127.0.0.1:9/v1"], "gives no list of models (no connection"),
+        (["--rate", "0"], "--rate: must be a number above 0"),
+        (["--rate", "nan"], "--rate: must be a number above 0"),
+        (["--requests", "0"], "--requests"),
+        (["--prompt-tokens", "9-3"], "lognormal:MEDIAN:SIGMA:MOST"),
+        (["--prompt-tokens", "lognormal:512:0.8"], "lognormal:MEDIAN:SIGMA:MOST"),
+        (["--shared-prefix", "100"], "TOKENS:GROUPS"),
+        (["--goodput", "ttft:500ms,ttft:1s"], "each once"),
+        (["--goodput", "latency:1s"], "ttft, itl, tpot, e2e"),
+        (["--api-key-env", "NO_SUCH_KEY"], "the environment has no NO_SUCH_KEY"),
+        (["--picture", "load.bmp"], "must end in .png"),
+        (["--reqests", "3"], "Did you mean --requests"),
+        ([""], "'': no such flag"),
+        (["=3"], "'': no such flag"),
+        (["--json", "/"], "--json /: is not a file"),
+    ],
+)
 def test_settings_that_cant_work(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     base = [] if "--base-url" in flags else ["--base-url", "http://127.0.0.1:9/v1"]
     with pytest.raises(SystemExit) as ended:
@@ -360,8 +403,13 @@ def test_distributions() -> None:
 
 
 def test_shared_prefixes_are_shared_and_nothing_else() -> None:
-    what: dict[str, Any] = {"requests": 40, "burstiness": 1.0, "prompt_tokens": Lengths(20, 20),
-                            "output_tokens": Lengths(1, 9), "seed": 3}  # fmt: skip
+    what: dict[str, Any] = {
+        "requests": 40,
+        "burstiness": 1.0,
+        "prompt_tokens": Lengths(20, 20),
+        "output_tokens": Lengths(1, 9),
+        "seed": 3,
+    }
     planned = plan(range(1000), rate=1.0, shared_prefix=SharedPrefix(50, 3), **what)
     heads: dict[int | None, set[tuple[Any, ...]]] = {}
     for each in planned:
@@ -376,7 +424,10 @@ def test_shared_prefixes_are_shared_and_nothing_else() -> None:
 def test_defaults_are_those_that_help_tells() -> None:
     options = parse(["--base-url", "http://h/v1"])
     assert (options.requests, options.rate, options.prompt_tokens, options.output_tokens.low) == (
-        100, 1.0, Lengths(512, 512), 64,
-    )  # fmt: skip
+        100,
+        1.0,
+        Lengths(512, 512),
+        64,
+    )
     with pytest.raises(ConfigError, match="--timeout"):
         type(options)("http://h/v1", timeout=float("inf"))

@@ -12,12 +12,29 @@ from numpy.typing import NDArray
 from jax_mla_cp.config.model import ModelConfig
 
 TINY: dict[str, Any] = dict(
-    vocab_size=98, hidden_size=32, num_hidden_layers=3, first_k_dense_replace=1, num_attention_heads=4,
-    num_key_value_heads=4, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=12,
-    intermediate_size=48, moe_intermediate_size=16, n_routed_experts=12, n_shared_experts=1, num_experts_per_tok=3,
-    n_group=2, topk_group=1, routed_scaling_factor=2.5, max_position_embeddings=128, num_nextn_predict_layers=0,
+    vocab_size=98,
+    hidden_size=32,
+    num_hidden_layers=3,
+    first_k_dense_replace=1,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    q_lora_rank=24,
+    kv_lora_rank=16,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=8,
+    v_head_dim=12,
+    intermediate_size=48,
+    moe_intermediate_size=16,
+    n_routed_experts=12,
+    n_shared_experts=1,
+    num_experts_per_tok=3,
+    n_group=2,
+    topk_group=1,
+    routed_scaling_factor=2.5,
+    max_position_embeddings=128,
+    num_nextn_predict_layers=0,
     tie_word_embeddings=False,
-)  # fmt: skip
+)
 
 
 def write(directory: Path, *, shard: str = "20KB", dtype: torch.dtype = torch.float32, **changes: Any) -> Path:

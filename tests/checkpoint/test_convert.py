@@ -200,10 +200,18 @@ def grow(path: Path) -> None:
 
 
 FILES = [
-    "config.json", "generation_config.json", "chat_template.jinja", "jax_mla_cp.json", "weights/_CHECKPOINT_METADATA",
-    "weights/commit_success.txt", "weights/state/_METADATA", "weights/state/moe.mlp.down/zarr.json",
-    "weights/state/moe.mlp.down/c/1/11/0/0", "weights/state/final_norm/c/0", "weights/orbax.checkpoint",
-]  # fmt: skip
+    "config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "jax_mla_cp.json",
+    "weights/_CHECKPOINT_METADATA",
+    "weights/commit_success.txt",
+    "weights/state/_METADATA",
+    "weights/state/moe.mlp.down/zarr.json",
+    "weights/state/moe.mlp.down/c/1/11/0/0",
+    "weights/state/final_norm/c/0",
+    "weights/orbax.checkpoint",
+]
 
 
 def test_damage_is_found_and_named(out: Path) -> None:

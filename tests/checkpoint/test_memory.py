@@ -1,4 +1,4 @@
-"""Peak anonymous host memory while loading: the local shards and one tensor, also of a quantised checkpoint."""
+"""Peak anonymous host memory while loading: the local shards and one tensor, also of a quantized checkpoint."""
 
 from __future__ import annotations
 
@@ -15,13 +15,20 @@ from safetensors.numpy import save_file
 from jax_mla_cp.checkpoint import expected_shapes
 from jax_mla_cp.checkpoint.convert import convert
 from jax_mla_cp.config.model import ModelConfig
-from tests.checkpoint import hf, quantise
+from tests.checkpoint import hf, quantize
 
 RAW = {
-    "model_type": "deepseek_v3", **hf.TINY, "vocab_size": 4096, "hidden_size": 1024, "num_hidden_layers": 4,
-    "q_lora_rank": 64, "kv_lora_rank": 64, "intermediate_size": 2048, "moe_intermediate_size": 256,
+    "model_type": "deepseek_v3",
+    **hf.TINY,
+    "vocab_size": 4096,
+    "hidden_size": 1024,
+    "num_hidden_layers": 4,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 64,
+    "intermediate_size": 2048,
+    "moe_intermediate_size": 256,
     "n_routed_experts": 16,
-}  # fmt: skip
+}
 
 CHILD = """
 import ctypes, gc, sys, threading
@@ -83,9 +90,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     tensors = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
     for stored in ("float32", "fp8"):
         (root / stored).mkdir()
-        raw = RAW | ({"quantization_config": quantise.FP8_CONFIG} if stored == "fp8" else {})
+        raw = RAW | ({"quantization_config": quantize.FP8_CONFIG} if stored == "fp8" else {})
         (root / stored / "config.json").write_text(json.dumps(raw))
-        weights = quantise.to_fp8(tensors) if stored == "fp8" else tensors
+        weights = quantize.to_fp8(tensors) if stored == "fp8" else tensors
         save_file(weights, root / stored / "model.safetensors")
     convert(root / "float32", root / "converted", progress=False)
     return {name: root / name for name in ("float32", "fp8", "converted")}

@@ -38,7 +38,7 @@ from jax_mla_cp.config.quantization import FP8
 from jax_mla_cp.mesh import make_mesh, mesh_shape
 from jax_mla_cp.model.context import Build
 from jax_mla_cp.model.decoder import Decoder
-from tests.checkpoint import hf, test_quantised
+from tests.checkpoint import hf, test_quantized
 from tests.random_weights import random_weights
 
 
@@ -222,17 +222,25 @@ def test_each_process_reads_only_its_shards(pair: tuple[Path, Path], tmp_path: P
 
 @pytest.mark.parametrize("weights", ["auto", "bf16"])
 @pytest.mark.parametrize("kind", ["fp8", "int4"])
-def test_quantised_checkpoints_and_the_mtp_layer(tmp_path: Path, kind: str, weights: Literal["auto", "bf16"]) -> None:
-    """Kept in FP8 or dequantised while converting: what the loader makes of the Hugging Face directory."""
-    raw = test_quantised.RAGGED | {"num_nextn_predict_layers": 1}
-    quantization, to, _ = test_quantised.KINDS[kind]
+def test_quantized_checkpoints_and_the_mtp_layer(tmp_path: Path, kind: str, weights: Literal["auto", "bf16"]) -> None:
+    """Kept in FP8 or dequantized while converting: what the loader makes of the Hugging Face directory."""
+    raw = test_quantized.RAGGED | {"num_nextn_predict_layers": 1}
+    quantization, to, _ = test_quantized.KINDS[kind]
     config = ModelConfig.from_hf(raw | {"quantization_config": quantization})
     tensors = to(random_weights(config, 3, mtp=True))
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf/config.json").write_text(json.dumps(raw | {"quantization_config": quantization}))
-    save_file({n: torch.from_numpy(t.view(np.uint8)).view(torch.float8_e4m3fn) if t.dtype == FP8
-               else torch.from_numpy(t.view(np.int16)).view(torch.bfloat16) if t.dtype == ml_dtypes.bfloat16
-               else torch.from_numpy(t) for n, t in tensors.items()}, tmp_path / "hf/model.safetensors")  # fmt: skip
+    save_file(
+        {
+            n: torch.from_numpy(t.view(np.uint8)).view(torch.float8_e4m3fn)
+            if t.dtype == FP8
+            else torch.from_numpy(t.view(np.int16)).view(torch.bfloat16)
+            if t.dtype == ml_dtypes.bfloat16
+            else torch.from_numpy(t)
+            for n, t in tensors.items()
+        },
+        tmp_path / "hf/model.safetensors",
+    )
     out = tmp_path / "out"
     convert(tmp_path / "hf", out, weights=weights, progress=False)
     kept = "fp8" if weights == "auto" else "bf16"

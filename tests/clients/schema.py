@@ -38,9 +38,12 @@ def fuzz(operation: Any, examples: int, model: str, *, seed: int = 0) -> collect
 
     @hypothesis.seed(seed)
     @hypothesis.settings(
-        max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck),
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
         phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
-    )  # fmt: skip
+    )
     @hypothesis.given(case=operation.as_strategy())
     def send(case: Any) -> None:
         if isinstance(case.body, dict):

@@ -37,11 +37,29 @@ def write_tasks(folder: Path) -> None:
 def evaluate(live: Live, folder: Path, more: str) -> dict[str, Any]:
     """One run of lm_eval over both tasks; its results by task."""
     arguments = f"model={live.model},base_url={live.url}/v1/completions,num_concurrent=4,max_length=4096,{more}"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
-                   "HF_HOME": str(folder / "hf"), "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
-    command = [sys.executable, "-m", "lm_eval", "--model", "local-completions", "--model_args", arguments,
-               "--tasks", "local_facts_generate,local_facts_choose", "--include_path", str(folder),
-               "--output_path", str(folder / "out")]  # fmt: skip
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "HF_HOME": str(folder / "hf"),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "lm_eval",
+        "--model",
+        "local-completions",
+        "--model_args",
+        arguments,
+        "--tasks",
+        "local_facts_generate,local_facts_choose",
+        "--include_path",
+        str(folder),
+        "--output_path",
+        str(folder / "out"),
+    ]
     done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     (file,) = (folder / "out").rglob("results_*.json")

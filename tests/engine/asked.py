@@ -15,9 +15,13 @@ class Asked:
     """A request and the events it got."""
 
     def __init__(
-        self, prompt: Sequence[int], max_tokens: int, stop: frozenset[int] = frozenset(),
-        text: TextStream | None = None, **options: Any,
-    ):  # fmt: skip
+        self,
+        prompt: Sequence[int],
+        max_tokens: int,
+        stop: frozenset[int] = frozenset(),
+        text: TextStream | None = None,
+        **options: Any,
+    ):
         self.events: queue.Queue[Event] = queue.Queue()
         self.request = Request(
             list(prompt),

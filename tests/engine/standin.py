@@ -68,9 +68,16 @@ class PageModel:
     """
 
     def __init__(
-        self, *, dp: int = 1, cp: int = 1, pages: int = 40, page_size: int = 4, max_running: int = 4,
-        prefill_chunk: int = 16, draft_tokens: int = 0,
-    ):  # fmt: skip
+        self,
+        *,
+        dp: int = 1,
+        cp: int = 1,
+        pages: int = 40,
+        page_size: int = 4,
+        max_running: int = 4,
+        prefill_chunk: int = 16,
+        draft_tokens: int = 0,
+    ):
         self.dp, self.cp, self.pages_per_group, self.page_size = dp, cp, pages, page_size
         self.max_running, self.prefill_chunk = max_running, prefill_chunk
         self.draft_tokens = draft_tokens

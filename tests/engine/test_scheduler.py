@@ -39,9 +39,13 @@ def endless(prompt: list[int], most: int, **options: Any) -> Request:
 
 def scheduler_of(model: PageModel) -> Scheduler:
     return Scheduler(
-        groups=model.dp, pages_per_group=model.pages_per_group, page_size=model.page_size,
-        max_running=model.max_running, prefill_chunk=model.prefill_chunk, draft_tokens=model.draft_tokens,
-    )  # fmt: skip
+        groups=model.dp,
+        pages_per_group=model.pages_per_group,
+        page_size=model.page_size,
+        max_running=model.max_running,
+        prefill_chunk=model.prefill_chunk,
+        draft_tokens=model.draft_tokens,
+    )
 
 
 def run(scheduler: Scheduler, model: PageModel) -> list[list[Scheduled]]:
@@ -64,9 +68,13 @@ class Anything(RuleBasedStateMachine):
     """Prompts are cut from two texts, so that many share pages, some of them only the tokens of a page."""
 
     @initialize(
-        dp=st.integers(1, 2), page_size=st.sampled_from([1, 3, 8]), running=st.integers(1, 5), chunk=st.integers(1, 20),
-        drafts=st.sampled_from([0, 0, 1, 3]), room=st.integers(0, 60),
-    )  # fmt: skip
+        dp=st.integers(1, 2),
+        page_size=st.sampled_from([1, 3, 8]),
+        running=st.integers(1, 5),
+        chunk=st.integers(1, 20),
+        drafts=st.sampled_from([0, 0, 1, 3]),
+        room=st.integers(0, 60),
+    )
     def begin(self, dp: int, page_size: int, running: int, chunk: int, drafts: int, room: int) -> None:
         pages = -(-(70 + room) // page_size)
         self.model = PageModel(
@@ -78,9 +86,13 @@ class Anything(RuleBasedStateMachine):
         self.gone: set[Request] = set()
 
     @rule(
-        text=st.integers(0, 1), length=st.integers(1, 50), change=st.integers(0, 60), most=st.integers(0, 20),
-        salt=st.sampled_from(["", "", "", "x"]), score=st.sampled_from([False, False, True]),
-    )  # fmt: skip
+        text=st.integers(0, 1),
+        length=st.integers(1, 50),
+        change=st.integers(0, 60),
+        most=st.integers(0, 20),
+        salt=st.sampled_from(["", "", "", "x"]),
+        score=st.sampled_from([False, False, True]),
+    )
     def arrives(self, text: int, length: int, change: int, most: int, salt: str, score: bool) -> None:
         prompt = [(n * 7) % 5 + text for n in range(length)]
         if change < length:

@@ -101,10 +101,18 @@ def test_windows_are_as_many_tokens_as_asked(tokens: int, longest: int) -> None:
 @pytest.mark.parametrize(
     ("completion", "correct"),
     [
-        (" 12345.\n", True), ("12345", True), (" is 12345, and 99", True), (" 012345", False), (" 123456", False),
-        (" 1 12345", False), (" 1234", False), ("", False), (" a number", False), (" １２３４５", False),
+        (" 12345.\n", True),
+        ("12345", True),
+        (" is 12345, and 99", True),
+        (" 012345", False),
+        (" 123456", False),
+        (" 1 12345", False),
+        (" 1234", False),
+        ("", False),
+        (" a number", False),
+        (" １２３４５", False),
     ],
-)  # fmt: skip
+)
 def test_the_first_number_counts(completion: str, correct: bool) -> None:
     assert Prompt(10, 0.0, Passkey("amber falcon", "12345"), []).is_answered_by(completion) is correct
 

@@ -14,7 +14,7 @@ from matplotlib.colors import to_rgb
 from rich.console import Console
 
 from jax_mla_cp.eval.passkey import Passkey
-from jax_mla_cp.eval.picture import COLOURS, draw
+from jax_mla_cp.eval.picture import COLORS, draw
 from jax_mla_cp.eval.prompts import Prompt
 from jax_mla_cp.eval.report import Report
 
@@ -66,8 +66,13 @@ def test_json(tmp_path: Path) -> None:
     assert found["passkey_accuracy"] == pytest.approx(5 / 6) and found["perplexity"] == pytest.approx(math.exp(2))
     assert {"device", "versions", "mesh", "model", "argv", "date"} <= found.keys()
     assert found["rows"][4] == {
-        "length": 400, "depth": 0.5, "prompt_tokens": 401, "expected": "4005", "got": " 77", "correct": False,
-    }  # fmt: skip
+        "length": 400,
+        "depth": 0.5,
+        "prompt_tokens": 401,
+        "expected": "4005",
+        "got": " 77",
+        "correct": False,
+    }
 
 
 def test_table() -> None:
@@ -86,26 +91,26 @@ def test_a_run_that_was_stopped_shows_what_it_has() -> None:
     assert part.as_dict()["stopped"] and len(part.as_dict()["rows"]) == 2
 
 
-def colours(path: Path) -> set[bool | None]:
-    """The states whose colour fills a good part of the picture: more than the legend's patch."""
+def colors(path: Path) -> set[bool | None]:
+    """The states whose color fills a good part of the picture: more than the legend's patch."""
     pixels = image.imread(path)[..., :3]
-    return {s for s, c in COLOURS.items() if (np.abs(pixels - to_rgb(c)).max(-1) < 0.02).mean() > 0.02}
+    return {s for s, c in COLORS.items() if (np.abs(pixels - to_rgb(c)).max(-1) < 0.02).mean() > 0.02}
 
 
 def test_heat_map(tmp_path: Path) -> None:
     draw(report(6), tmp_path / "right.png")
     draw(report(6, wrong=4), tmp_path / "wrong.png")
     draw(report(2), tmp_path / "part.png")
-    assert colours(tmp_path / "right.png") == {True}
-    assert colours(tmp_path / "wrong.png") == {True, False}
-    assert colours(tmp_path / "part.png") == {True, None}
+    assert colors(tmp_path / "right.png") == {True}
+    assert colors(tmp_path / "wrong.png") == {True, False}
+    assert colors(tmp_path / "part.png") == {True, None}
     draw(report(6), tmp_path / "right.svg")
     assert "<svg" in (tmp_path / "right.svg").read_text()
     pixels = image.imread(tmp_path / "wrong.png")[..., :3]
-    rows, columns = np.nonzero(np.abs(pixels - to_rgb(COLOURS[False])).max(-1) < 0.02)
+    rows, columns = np.nonzero(np.abs(pixels - to_rgb(COLORS[False])).max(-1) < 0.02)
     assert columns.max() > pixels.shape[1] / 2, "the longer length is on the right"
     draw(report(6, wrong=5), tmp_path / "deeper.png")
-    deeper = np.nonzero(np.abs(image.imread(tmp_path / "deeper.png")[..., :3] - to_rgb(COLOURS[False])).max(-1) < 0.02)[
+    deeper = np.nonzero(np.abs(image.imread(tmp_path / "deeper.png")[..., :3] - to_rgb(COLORS[False])).max(-1) < 0.02)[
         0
     ]
     assert np.median(deeper) > np.median(rows), "the text's end is at the bottom"

@@ -44,9 +44,19 @@ class Row(NamedTuple):
 
 
 RAGGED = (
-    Row(17, 17, 0), Row(0, 5, 1), Row(1, 200, 2), Row(3, 3, 3), Row(0, 0, 1), Row(5, 70, 4), Row(4, 150, 5),
-    Row(6, 170, 5), Row(1, 1, 6), Row(9, 64, 7), Row(2, 128, 8), Row(2, 193, 9),
-)  # fmt: skip
+    Row(17, 17, 0),
+    Row(0, 5, 1),
+    Row(1, 200, 2),
+    Row(3, 3, 3),
+    Row(0, 0, 1),
+    Row(5, 70, 4),
+    Row(4, 150, 5),
+    Row(6, 170, 5),
+    Row(1, 1, 6),
+    Row(9, 64, 7),
+    Row(2, 128, 8),
+    Row(2, 193, 9),
+)
 """A whole request, empty rows, decode tokens, prefixes, two rows that share keys, lengths at and beside a tile's edge."""
 
 
@@ -107,8 +117,14 @@ def brute_force(
 
 
 def expanded(
-    rows: Sequence[Row], heads: int, *, align: int = KEY_TILE, fill: float = np.nan, poison: Sequence[int] = (), seed: int = 0
-) -> Case:  # fmt: skip
+    rows: Sequence[Row],
+    heads: int,
+    *,
+    align: int = KEY_TILE,
+    fill: float = np.nan,
+    poison: Sequence[int] = (),
+    seed: int = 0,
+) -> Case:
     """Keys of a request begin at a multiple of `align`, with zeros to the end of its last tile and a tile of `fill` behind.
 
     With another `align` than a tile, requests follow each other closely. `poison` are requests whose keys are NaN.
@@ -135,9 +151,15 @@ def expanded(
 
 
 def absorbed(
-    rows: Sequence[Row], heads: int, page_size: int, *, fill: float = np.nan, poison: Sequence[int] = (), seed: int = 0,
+    rows: Sequence[Row],
+    heads: int,
+    page_size: int,
+    *,
+    fill: float = np.nan,
+    poison: Sequence[int] = (),
+    seed: int = 0,
     spare: int = 3,
-) -> Case:  # fmt: skip
+) -> Case:
     """Pages of a request lie in any order; `spare` free ones, and slots past the tile with a request's end, hold `fill`."""
     rng = np.random.default_rng(seed)
     keys = _keys(rows)

@@ -70,12 +70,12 @@ def test_what_belongs_to_no_row_changes_nothing(target: str) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_neighbour_with_nan_keys_changes_nothing(target: str) -> None:
+def test_a_neighbor_with_nan_keys_changes_nothing(target: str) -> None:
     want, _ = make(target).run(target)
     got, _ = make(target, poison=[1]).run(target)
     mine = np.arange(len(want)) < cases.BEFORE + TWO[0].queries
     np.testing.assert_array_equal(got[mine], want[mine])
-    assert np.isnan(got[~mine].astype(np.float32)).any(), "the neighbour's own output shows the NaN"
+    assert np.isnan(got[~mine].astype(np.float32)).any(), "the neighbor's own output shows the NaN"
 
 
 @pytest.mark.parametrize("form", ["expanded", "absorbed"])
@@ -147,43 +147,154 @@ REFUSED = {
     # what is wrong: (targets, change, argument, expected, got)
     "q dtype": ([EXPANDED], _with(0, _wide), "q", r"expected bfloat16\[16, 2, 192\]", r"got float32\[16, 2, 192\]"),
     "q dim": ([EXPANDED], _with(0, _narrow(2)), "q", r"expected bfloat16\[16, 2, 192\]", r"got bfloat16\[16, 2, 191\]"),
-    "kv heads": ([EXPANDED], _with(1, _narrow(1)), "kv", r"expected bfloat16\[\d+, 2, 320\]", r"got bfloat16\[\d+, 1, 320\]"),
-    "kv dtype": ([EXPANDED], _with(1, lambda x: x.astype(np.float16)), "kv", r"expected bfloat16\[", r"got dtype 10 \["),
-    "kv dim": ([EXPANDED], _with(1, _narrow(2)), "kv", r"expected bfloat16\[\d+, 2, 320\]", r"got bfloat16\[\d+, 2, 319\]"),
+    "kv heads": (
+        [EXPANDED],
+        _with(1, _narrow(1)),
+        "kv",
+        r"expected bfloat16\[\d+, 2, 320\]",
+        r"got bfloat16\[\d+, 1, 320\]",
+    ),
+    "kv dtype": (
+        [EXPANDED],
+        _with(1, lambda x: x.astype(np.float16)),
+        "kv",
+        r"expected bfloat16\[",
+        r"got dtype 10 \[",
+    ),
+    "kv dim": (
+        [EXPANDED],
+        _with(1, _narrow(2)),
+        "kv",
+        r"expected bfloat16\[\d+, 2, 320\]",
+        r"got bfloat16\[\d+, 2, 319\]",
+    ),
     "starts": ([EXPANDED], _with_rows(kv_start=_narrow(0)), "kv_start", r"expected int32\[2\]", r"got int32\[1\]"),
     "starts dtype": ([EXPANDED], _with_rows(kv_start=_wide), "kv_start", r"expected int32\[2\]", r"got float32\[2\]"),
     "latent dtype": (ABSORBED, _with(0, _wide), "q_latent", r"expected bfloat16\[2, 16, 512\]", r"got float32\["),
-    "latent dim": (ABSORBED, _with(0, _narrow(2)), "q_latent", r"expected bfloat16\[2, 16, 512\]", r"got bfloat16\[2, 16, 511\]"),
-    "rope dim": (ABSORBED, _with(1, _narrow(2)), "q_rope", r"expected bfloat16\[16, 2, 64\]", r"got bfloat16\[16, 2, 63\]"),
-    "rope tokens": (ABSORBED, _with(1, lambda x: x[1:]), "q_rope", r"expected bfloat16\[16, 2, 64\]", r"got bfloat16\[15, 2, 64\]"),
+    "latent dim": (
+        ABSORBED,
+        _with(0, _narrow(2)),
+        "q_latent",
+        r"expected bfloat16\[2, 16, 512\]",
+        r"got bfloat16\[2, 16, 511\]",
+    ),
+    "rope dim": (
+        ABSORBED,
+        _with(1, _narrow(2)),
+        "q_rope",
+        r"expected bfloat16\[16, 2, 64\]",
+        r"got bfloat16\[16, 2, 63\]",
+    ),
+    "rope tokens": (
+        ABSORBED,
+        _with(1, lambda x: x[1:]),
+        "q_rope",
+        r"expected bfloat16\[16, 2, 64\]",
+        r"got bfloat16\[15, 2, 64\]",
+    ),
     "pages rank": (ABSORBED, _with(2, lambda x: x[0]), "pages", r"expected 3 dimensions", r"got bfloat16\[64, 576\]"),
-    "pages dim": (ABSORBED, _with(2, _narrow(2)), "pages", r"expected bfloat16\[\d+, 64, 576\]", r"got bfloat16\[\d+, 64, 575\]"),
+    "pages dim": (
+        ABSORBED,
+        _with(2, _narrow(2)),
+        "pages",
+        r"expected bfloat16\[\d+, 64, 576\]",
+        r"got bfloat16\[\d+, 64, 575\]",
+    ),
     "pages dtype": (ABSORBED, _with(2, _wide), "pages", r"expected bfloat16\[", r"got float32\["),
-    "page size": (ABSORBED, _with(2, lambda x: x[:, :48]), "pages", r"expected a page size that is a multiple of 64", "got 48"),
+    "page size": (
+        ABSORBED,
+        _with(2, lambda x: x[:, :48]),
+        "pages",
+        r"expected a page size that is a multiple of 64",
+        "got 48",
+    ),
     "table rank": (ABSORBED, _with(3, lambda x: x[0]), "page_table", r"expected 2 dimensions", r"got int32\["),
-    "table rows": (ABSORBED, _with(3, lambda x: x[1:]), "page_table", r"expected int32\[2, \d+\]", r"got int32\[1, \d+\]"),
-    "table width": (ABSORBED, _with(3, lambda x: x[:, :0]), "page_table", "expected room for at least one page", "got none"),
-    "kv_len rank": (list(TARGETS), _with_rows(kv_len=lambda x: x[:, None]), "kv_len", "expected 1 dimensions", r"got int32\[2, 1\]"),
+    "table rows": (
+        ABSORBED,
+        _with(3, lambda x: x[1:]),
+        "page_table",
+        r"expected int32\[2, \d+\]",
+        r"got int32\[1, \d+\]",
+    ),
+    "table width": (
+        ABSORBED,
+        _with(3, lambda x: x[:, :0]),
+        "page_table",
+        "expected room for at least one page",
+        "got none",
+    ),
+    "kv_len rank": (
+        list(TARGETS),
+        _with_rows(kv_len=lambda x: x[:, None]),
+        "kv_len",
+        "expected 1 dimensions",
+        r"got int32\[2, 1\]",
+    ),
     "cu_q short": (list(TARGETS), _with_rows(cu_q=_narrow(0)), "cu_q", r"expected int32\[3\]", r"got int32\[2\]"),
     "no rows": (
-        list(TARGETS), _with_rows(cu_q=lambda x: x[:1], kv_len=lambda x: x[:0], kv_start=lambda x: x[:0]),
-        "kv_len", "expected at least one row", "got none",
+        list(TARGETS),
+        _with_rows(cu_q=lambda x: x[:1], kv_len=lambda x: x[:0], kv_start=lambda x: x[:0]),
+        "kv_len",
+        "expected at least one row",
+        "got none",
     ),
-}  # fmt: skip
+}
 """What every platform refuses."""
 
 REFUSED_VALUES = {
-    "keys beyond the table": (ABSORBED, _with_rows(kv_len=lambda x: x + 10_000), "kv_len", "expected from that many to 256", "row 0"),
-    "keys beyond the packed": ([EXPANDED], _with_rows(kv_len=lambda x: x + 10_000), "kv_len", "expected from that many to", "row 0"),
-    "fewer keys than queries": (list(TARGETS), _with_rows(kv_len=lambda x: x * 0 + 2), "kv_len", "expected from that many", "row 0"),
-    "queries beyond the buffer": (list(TARGETS), _with_rows(cu_q=lambda x: np.add(x, [0, 0, 6])), "cu_q", "within the 16 tokens", "to 17"),
-    "queries before the buffer": (list(TARGETS), _with_rows(cu_q=lambda x: x - 4), "cu_q", "within the 16 tokens", "from -1"),
+    "keys beyond the table": (
+        ABSORBED,
+        _with_rows(kv_len=lambda x: x + 10_000),
+        "kv_len",
+        "expected from that many to 256",
+        "row 0",
+    ),
+    "keys beyond the packed": (
+        [EXPANDED],
+        _with_rows(kv_len=lambda x: x + 10_000),
+        "kv_len",
+        "expected from that many to",
+        "row 0",
+    ),
+    "fewer keys than queries": (
+        list(TARGETS),
+        _with_rows(kv_len=lambda x: x * 0 + 2),
+        "kv_len",
+        "expected from that many",
+        "row 0",
+    ),
+    "queries beyond the buffer": (
+        list(TARGETS),
+        _with_rows(cu_q=lambda x: np.add(x, [0, 0, 6])),
+        "cu_q",
+        "within the 16 tokens",
+        "to 17",
+    ),
+    "queries before the buffer": (
+        list(TARGETS),
+        _with_rows(cu_q=lambda x: x - 4),
+        "cu_q",
+        "within the 16 tokens",
+        "from -1",
+    ),
     "falling": (list(TARGETS), _with_rows(cu_q=lambda x: np.add(x, [0, 5, 0])), "cu_q", "row 1", "-2 queries"),
-    "start beyond the packed": ([EXPANDED], _with_rows(kv_start=lambda x: x + 999), "kv_start", "must lie within the", "row 0"),
-    "negative start": ([EXPANDED], _with_rows(kv_start=lambda x: x - 1), "kv_start", "must lie within the", "begin at -1"),
+    "start beyond the packed": (
+        [EXPANDED],
+        _with_rows(kv_start=lambda x: x + 999),
+        "kv_start",
+        "must lie within the",
+        "row 0",
+    ),
+    "negative start": (
+        [EXPANDED],
+        _with_rows(kv_start=lambda x: x - 1),
+        "kv_start",
+        "must lie within the",
+        "begin at -1",
+    ),
     "page beyond": (ABSORBED, _with(3, lambda x: x + 99), "page_table", r"expected 0 to \d+", r"uses page \d+"),
     "negative page": (ABSORBED, _with(3, lambda x: x * 0 - 1), "page_table", r"expected 0 to \d+", "uses page -1"),
-}  # fmt: skip
+}
 """What the CPU handlers refuse beside that: they can look into the index arrays."""
 
 

@@ -22,7 +22,7 @@ from tests.ffi.cases import ABSORBED, LATENT, QUERY, RAGGED, ROPE, TARGETS, VALU
 from tests.ffi.test_targets import (  # noqa: F401  these run on the GPU too
     REFUSED,
     refuses,
-    test_a_neighbour_with_nan_keys_changes_nothing,
+    test_a_neighbor_with_nan_keys_changes_nothing,
     test_no_rows_at_all,
     test_one_key_less_fails_the_check,
     test_what_belongs_to_no_row_changes_nothing,
@@ -223,9 +223,12 @@ def _step(pages: jax.Array, xs: Any, slots: jax.Array, table: jax.Array, rows: R
 
 def _step_operands(seed: int) -> tuple[jax.Array, ...]:
     shapes = (
-        (LAYERS, TOKENS, LATENT + ROPE), (LAYERS, TOKENS, N, QUERY), (LAYERS, 900, N, QUERY + VALUE),
-        (LAYERS, N, TOKENS, LATENT), (LAYERS, TOKENS, N, ROPE),
-    )  # fmt: skip
+        (LAYERS, TOKENS, LATENT + ROPE),
+        (LAYERS, TOKENS, N, QUERY),
+        (LAYERS, 900, N, QUERY + VALUE),
+        (LAYERS, N, TOKENS, LATENT),
+        (LAYERS, TOKENS, N, ROPE),
+    )
     keys = jax.random.split(jax.random.key(seed), len(shapes))
     return tuple(jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True))
 

@@ -32,8 +32,12 @@ def test_memcheck() -> None:
     environment = {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     done = subprocess.run(
         [str(_SANITIZER), "--tool", "memcheck", sys.executable, "-c", _CALLS],
-        cwd=Path(__file__).parents[2], env=os.environ | environment, capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
+        cwd=Path(__file__).parents[2],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     output = done.stdout + done.stderr
     assert done.stdout.count("checked") == 6, output[-4000:]
     assert "ERROR SUMMARY: 0 errors" in output, output[-4000:]

@@ -16,7 +16,7 @@ from jax_mla_cp.model.context import Build
 from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.handle import Model
 from jax_mla_cp.step.runner import compile_step
-from tests.checkpoint import quantise
+from tests.checkpoint import quantize
 from tests.ffi.cases import moves
 from tests.synthetic import REAL_DIMS_CONFIG, Driver, random_model, tempered
 from tests.test_cache import copies_of
@@ -100,8 +100,8 @@ def test_the_compiled_step_copies_nothing_around_the_calls() -> None:
 
 
 def test_weights_in_fp8() -> None:
-    """What stays in FP8 gives what was dequantised while loading: the same bfloat16 numbers, in the same products."""
-    tensors = quantise.to_fp8(quantise.random_tensors(REAL_DIMS_CONFIG))
+    """What stays in FP8 gives what was dequantized while loading: the same bfloat16 numbers, in the same products."""
+    tensors = quantize.to_fp8(quantize.random_tensors(REAL_DIMS_CONFIG))
     config = dataclasses.replace(REAL_DIMS_CONFIG, quantization=Quantization("fp8", (128, 128)))
 
     def logits(fp8: bool) -> np.ndarray:

@@ -75,8 +75,10 @@ def test_absorbed_rows_have_their_own_part_of_a_step() -> None:
     largest = planner.buckets[-1]
     assert planner.steps[:1] == (StepShape(planner.buckets[0], planner.buckets[0], 0),)
     assert planner.steps[-3:] == (
-        StepShape(largest, largest, 0), StepShape(largest, 128, 1152), StepShape(largest, largest, 1152),
-    )  # fmt: skip
+        StepShape(largest, largest, 0),
+        StepShape(largest, 128, 1152),
+        StepShape(largest, largest, 1152),
+    )
     for step in planner.steps:
         assert planner.step_of(planner.sample_batch(step)) == step
 

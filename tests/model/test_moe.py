@@ -43,9 +43,12 @@ def inputs(name: str, dtype: np.dtype | type = np.float32) -> tuple[jax.Array, .
     )
     weight = rng.uniform(0.1, 1, (TOKENS, TOP))
     return (
-        jnp.asarray(x, dtype), jnp.asarray(routing(name)), jnp.asarray(weight, np.float32), jnp.asarray(gate_up, dtype),
+        jnp.asarray(x, dtype),
+        jnp.asarray(routing(name)),
+        jnp.asarray(weight, np.float32),
+        jnp.asarray(gate_up, dtype),
         jnp.asarray(down, dtype),
-    )  # fmt: skip
+    )
 
 
 def loop(x: jax.Array, expert: jax.Array, weight: jax.Array, gate_up: jax.Array, down: jax.Array) -> np.ndarray:

@@ -25,33 +25,42 @@ from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.handle import Model, weight_bytes
 from jax_mla_cp.step.planner import Planner
 from jax_mla_cp.step.runner import compile_step
-from tests.checkpoint import quantise
+from tests.checkpoint import quantize
 from tests.checkpoints import BASE, make_checkpoint, read_weights
 from tests.synthetic import Driver
 
-# Nothing is a multiple of 128, heads straddle blocks (see tests/checkpoint/test_quantised.py).
+# Nothing is a multiple of 128, heads straddle blocks (see tests/checkpoint/test_quantized.py).
 RAGGED: dict[str, Any] = {
-    "vocab_size": 300, "hidden_size": 160, "intermediate_size": 280, "moe_intermediate_size": 96, "num_attention_heads": 4,
-    "num_key_value_heads": 4, "n_routed_experts": 8, "q_lora_rank": 136, "kv_lora_rank": 120, "qk_rope_head_dim": 16,
-    "qk_nope_head_dim": 40, "v_head_dim": 32,
-}  # fmt: skip
+    "vocab_size": 300,
+    "hidden_size": 160,
+    "intermediate_size": 280,
+    "moe_intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "q_lora_rank": 136,
+    "kv_lora_rank": 120,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 40,
+    "v_head_dim": 32,
+}
 PROMPT = np.random.default_rng(0).integers(0, 300, 240).tolist()
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One model: as it was, quantised, and dequantised again by NumPy."""
-    base = tmp_path_factory.mktemp("quantised")
+    """One model: as it was, quantized, and dequantized again by NumPy."""
+    base = tmp_path_factory.mktemp("quantized")
     _, original = make_checkpoint(base / "original", **RAGGED)
     tensors = read_weights(original)
     paths = {"original": original}
     for kind, to, back, config in (
-        ("fp8", quantise.to_fp8, quantise.from_fp8, quantise.FP8_CONFIG),
-        ("int4", quantise.to_int4, quantise.from_int4, quantise.INT4_CONFIG),
+        ("fp8", quantize.to_fp8, quantize.from_fp8, quantize.FP8_CONFIG),
+        ("int4", quantize.to_int4, quantize.from_int4, quantize.INT4_CONFIG),
     ):
         stored = to(tensors)
-        paths[kind] = quantise.write(base / kind, original, stored, config)
-        paths[f"{kind} dequantised"] = quantise.write(base / f"{kind}_plain", original, back(stored), None)
+        paths[kind] = quantize.write(base / kind, original, stored, config)
+        paths[f"{kind} dequantized"] = quantize.write(base / f"{kind}_plain", original, back(stored), None)
     return paths
 
 
@@ -80,9 +89,9 @@ def play(model: Model) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def expected(checkpoints: dict[str, Path]) -> dict[str, np.ndarray]:
-    """The logits of the checkpoints that NumPy dequantised."""
+    """The logits of the checkpoints that NumPy dequantized."""
     return {
-        kind: play(mla.load(checkpoints[f"{kind} dequantised"], dtype="float32", weights="bf16")[0])
+        kind: play(mla.load(checkpoints[f"{kind} dequantized"], dtype="float32", weights="bf16")[0])
         for kind in ("fp8", "int4")
     }
 
@@ -97,7 +106,7 @@ def expected(checkpoints: dict[str, Path]) -> dict[str, np.ndarray]:
         ("int4", None, "bf16"),
     ],
 )
-def test_logits_are_those_of_the_dequantised_checkpoint(
+def test_logits_are_those_of_the_dequantized_checkpoint(
     kind: str, mesh: str | None, weights: Any, checkpoints: dict[str, Path], expected: dict[str, np.ndarray]
 ) -> None:
     on = mla.make_mesh(mesh) if mesh else None
@@ -108,7 +117,7 @@ def test_logits_are_those_of_the_dequantised_checkpoint(
 
 
 def test_routing(checkpoints: dict[str, Path], routes: list[np.ndarray]) -> None:
-    """FP8 and the dequantised checkpoint choose the same experts; the original, other numbers, not always."""
+    """FP8 and the dequantized checkpoint choose the same experts; the original, other numbers, not always."""
 
     def chosen(name: str, weights: Any = "auto") -> np.ndarray:
         routes.clear()
@@ -118,12 +127,12 @@ def test_routing(checkpoints: dict[str, Path], routes: list[np.ndarray]) -> None
         jax.effects_barrier()
         return np.stack(routes)[:, : len(PROMPT)]
 
-    want = chosen("fp8 dequantised")
+    want = chosen("fp8 dequantized")
     assert want.shape == (2, len(PROMPT), 2)
     np.testing.assert_array_equal(chosen("fp8", "fp8"), want)
     for kind in ("fp8", "int4"):
-        same = (chosen(f"{kind} dequantised") == chosen("original")).all(-1).mean()
-        print(f"{kind}: {same:.1%} of (layer, token) pairs have the experts of the unquantised model")
+        same = (chosen(f"{kind} dequantized") == chosen("original")).all(-1).mean()
+        print(f"{kind}: {same:.1%} of (layer, token) pairs have the experts of the unquantized model")
         assert 0.6 < same < 1
 
 
@@ -131,11 +140,11 @@ def test_wrong_scales_are_noticed(
     checkpoints: dict[str, Path], expected: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     """Negative control: the scales of one matrix the wrong way round."""
-    tensors = quantise.to_fp8(read_weights(checkpoints["original"]))
+    tensors = quantize.to_fp8(read_weights(checkpoints["original"]))
     name = "model.layers.1.self_attn.q_a_proj.weight_scale_inv"
     assert tensors[name].shape == (2, 2)
     tensors[name] = tensors[name].T
-    path = quantise.write(tmp_path / "wrong", checkpoints["original"], tensors, quantise.FP8_CONFIG)
+    path = quantize.write(tmp_path / "wrong", checkpoints["original"], tensors, quantize.FP8_CONFIG)
     wrong, _ = mla.load(path, dtype="float32", weights="fp8")
     assert np.abs(play(wrong) - expected["fp8"]).max() > 1e-3 * np.abs(expected["fp8"]).max()
 
@@ -151,7 +160,7 @@ def test_what_weights_auto_takes(checkpoints: dict[str, Path], monkeypatch: pyte
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert [kept(name) for name in ("original", "fp8", "int4")] == [False, True, True]
     assert not kept("fp8", "bf16")
-    with pytest.raises(ConfigError, match="--weights fp8: the checkpoint is not quantised"):
+    with pytest.raises(ConfigError, match="--weights fp8: the checkpoint is not quantized"):
         kept("original", "fp8")
     with pytest.raises(ConfigError, match="--weights must be auto, bf16 or fp8, got 'int8'"):
         kept("fp8", "int8")
@@ -180,14 +189,14 @@ def test_memory_of_deepseek_v3() -> None:
     assert size("kimi_k2", groups, False) == pytest.approx(258.8, abs=0.05)
 
 
-def test_the_step_dequantises_a_layer_at_a_time() -> None:
+def test_the_step_dequantizes_a_layer_at_a_time() -> None:
     """Temporaries have the size of a layer, and no float array has the size of a stack of them."""
     raw = {
         "model_type": "deepseek_v3",
         **BASE,
         **RAGGED,
         "num_hidden_layers": 9,
-        "quantization_config": quantise.FP8_CONFIG,
+        "quantization_config": quantize.FP8_CONFIG,
     }
     c = mla.ModelConfig.from_hf(raw)
     build = Build(c, fp8=True)

@@ -150,7 +150,7 @@ def test_scores_are_the_references(mesh: str | None) -> None:
 
 
 def test_scores_of_a_wrong_order_are_noticed() -> None:
-    """Negative control: the comparison tells neighbours apart."""
+    """Negative control: the comparison tells neighbors apart."""
     want = logprobs(tuple(A))[np.arange(len(A) - 1), A[1:]]
     got = np.concatenate([step["a"].scored.logprobs for step in played(None)])  # type: ignore[union-attr]
     assert np.abs(got[:-1] - np.roll(want, 1)).min() > 1e-3

@@ -139,7 +139,7 @@ def test_stale_memory_reaches_no_output(mesh: str, ep: str, draft_tokens: int, f
 
 
 def test_a_wrong_next_token_is_noticed() -> None:
-    """Negative control: every token's next one is its neighbour's."""
+    """Negative control: every token's next one is its neighbor's."""
     steps = runner(*MESHES[2])
     drafts, pages = chunks(steps, shift=1)
     with pytest.raises(AssertionError):

@@ -110,7 +110,7 @@ def test_stale_memory_reaches_no_output(form: str) -> None:
     assert (rest == 0).all(), "the step that first writes a page zeroes the rest of it"
 
 
-def test_a_neighbour_with_nan_latents_changes_nothing() -> None:
+def test_a_neighbor_with_nan_latents_changes_nothing() -> None:
     driver = Driver(random_model("cp=2"), form="expanded")
     want = driver.step([(driver.request(), PROMPTS[0][:40])])
     first, second = driver.request(), driver.request()
@@ -182,8 +182,8 @@ def test_one_expert_takes_every_token() -> None:
     def skewed(mesh: str | None, ep: str) -> np.ndarray:
         model = random_model(mesh, ep)
         bias = model.params["moe"]["mlp"]["bias"]
-        favourite = jnp.arange(CONFIG.n_routed_experts) < CONFIG.experts_per_token
-        bias.set_value(jax.device_put(jnp.where(favourite, 10.0, bias.get_value()), bias.get_value().sharding))
+        favorite = jnp.arange(CONFIG.n_routed_experts) < CONFIG.experts_per_token
+        bias.set_value(jax.device_put(jnp.where(favorite, 10.0, bias.get_value()), bias.get_value().sharding))
         return play(Driver(model))[0]
 
     want = skewed(None, "tp")

@@ -106,9 +106,12 @@ class Running:
 
 @contextlib.contextmanager
 def running(
-    guards: Guards | None = None, *, tls: dict[str, Any] | None = None, drain_seconds: float = 10,
+    guards: Guards | None = None,
+    *,
+    tls: dict[str, Any] | None = None,
+    drain_seconds: float = 10,
     send_buffer: int | None = None,
-) -> Iterator[Running]:  # fmt: skip
+) -> Iterator[Running]:
     """A server on a thread.
 
     Args:

@@ -226,10 +226,20 @@ def test_bad_requests(server: Server, change: dict[str, object], param: str | No
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"{", b"null", b"[]", b'"x"', b'{"model": "tiny", "prompt": "a", "temperature": NaN}',
-     b'{"model": "tiny", "prompt": "\\ud800"}', b'{"model": "\\ud800", "prompt": "a"}', b"[" * 100_000,
-     b'{"model": "tiny", "prompt": "a", "seed": ' + b"9" * 5000 + b"}", b"\xff\xfe"],
-)  # fmt: skip
+    [
+        b"",
+        b"{",
+        b"null",
+        b"[]",
+        b'"x"',
+        b'{"model": "tiny", "prompt": "a", "temperature": NaN}',
+        b'{"model": "tiny", "prompt": "\\ud800"}',
+        b'{"model": "\\ud800", "prompt": "a"}',
+        b"[" * 100_000,
+        b'{"model": "tiny", "prompt": "a", "seed": ' + b"9" * 5000 + b"}",
+        b"\xff\xfe",
+    ],
+)
 def test_bodies_that_are_no_request(server: Server, body: bytes) -> None:
     headers = {"content-type": "application/json"}
     answer = httpx.post(f"{server.url}/v1/completions", content=body, headers=headers)

@@ -207,9 +207,13 @@ def test_stop_strings_across_chunks(client: openai.OpenAI, url: str) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_schema_is_followed(client: openai.OpenAI, stream: bool) -> None:
     arguments: Any = {
-        "model": "tiny", "messages": [{"role": "user", "content": "Who?"}], "n": 2, "seed": 3, "temperature": 1.5,
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "Who?"}],
+        "n": 2,
+        "seed": 3,
+        "temperature": 1.5,
         "max_tokens": 480,  # JSON may have any white space between its parts
-    }  # fmt: skip
+    }
     found: dict[int, str] = collections.defaultdict(str)
     answer = client.chat.completions.create(**arguments, response_format=FORMAT, stream=stream)
     for part in answer if stream else [answer]:

@@ -93,9 +93,7 @@ def nested(depth: int) -> dict[str, Any]:
     return schema
 
 
-_DOUBLING = {
-    f"a{i}": {"allOf": [{"anyOf": [{"$ref": f"#/$defs/a{i + 1}"}] * 2}] * 2} for i in range(20)
-}  # fmt: skip
+_DOUBLING = {f"a{i}": {"allOf": [{"anyOf": [{"$ref": f"#/$defs/a{i + 1}"}] * 2}] * 2} for i in range(20)}
 HOSTILE: dict[str, Any] = {
     "deep": nested(MAX_DEPTH),
     "long": {"enum": ["a" * 70_000]},

@@ -48,9 +48,16 @@ def test_seeds(given: dict[str, int], want: int) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "status", "retry"),
-    [("step", 500, None), ("internal", 500, None), ("grammar", 400, None), ("timeout", 408, None), ("queue_timeout", 503, "1"),
-     ("stopping", 503, "1"), ("dead", 503, None)],
-)  # fmt: skip
+    [
+        ("step", 500, None),
+        ("internal", 500, None),
+        ("grammar", 400, None),
+        ("timeout", 408, None),
+        ("queue_timeout", 503, "1"),
+        ("stopping", 503, "1"),
+        ("dead", 503, None),
+    ],
+)
 def test_what_a_failed_request_is_told(kind: FailedKind, status: int, retry: str | None) -> None:
     answer = failure(Failed("why", kind)).response()
     assert answer.status_code == status and answer.headers.get("retry-after") == retry

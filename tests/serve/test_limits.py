@@ -114,8 +114,13 @@ def test_words_in_strings_are_only_words(server: Running) -> None:
     assert post(server, json.dumps({**BODY, "prompt": prompt[:500], "max_tokens": 3})).status_code == 200
 
 
-@given(st.recursive(st.none() | st.floats() | st.text() | st.text('"\\[]{}Na'), lambda inner: st.lists(inner, max_size=3) |
-                    st.dictionaries(st.text('"\\[]{}'), inner, max_size=3), max_leaves=30))  # fmt: skip
+@given(
+    st.recursive(
+        st.none() | st.floats() | st.text() | st.text('"\\[]{}Na'),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text('"\\[]{}'), inner, max_size=3),
+        max_leaves=30,
+    )
+)
 def test_the_check_agrees_with_the_parser(value: object) -> None:
     def sound(value: object) -> bool:
         if isinstance(value, float):

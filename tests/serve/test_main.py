@@ -50,8 +50,12 @@ def test_the_built_in_model_answers_eight_at_once(tiny: str) -> None:
 
     def both(length: int) -> tuple[str, str]:
         arguments: dict[str, Any] = {
-            "model": model, "prompt": [t * t % 256 for t in range(length)], "max_tokens": 12, "temperature": 0.8, "seed": 5,
-        }  # fmt: skip
+            "model": model,
+            "prompt": [t * t % 256 for t in range(length)],
+            "max_tokens": 12,
+            "temperature": 0.8,
+            "seed": 5,
+        }
         streamed = "".join(c.choices[0].text for c in client.completions.create(**arguments, stream=True))
         return streamed, client.completions.create(**arguments).choices[0].text
 
@@ -80,14 +84,29 @@ def test_a_passkey_in_8k_tokens(tiny: str) -> None:
 
 def test_speculation_changes_no_answer(tiny: str) -> None:
     """On one device, with drafts, and prompts in chunks: the same greedy tokens."""
-    flags = ("--speculative", "mtp", "--draft-tokens", "2", "--prefill-chunk", "26", "--max-running", "2",
-             "--max-model-len", "128", "--form", "absorbed")  # fmt: skip
+    flags = (
+        "--speculative",
+        "mtp",
+        "--draft-tokens",
+        "2",
+        "--prefill-chunk",
+        "26",
+        "--max-running",
+        "2",
+        "--max-model-len",
+        "128",
+        "--form",
+        "absorbed",
+    )
     with server(*flags) as process:
         clients = [openai.OpenAI(base_url=f"{url}/v1", api_key="none") for url in (tiny, url_of(process))]
         prompts = [[t * t % 256 for t in range(length)] for length in (3, 70)]
         arguments: dict[str, Any] = {
-            "model": clients[0].models.list().data[0].id, "prompt": prompts, "max_tokens": 16, "temperature": 0,
-        }  # fmt: skip
+            "model": clients[0].models.list().data[0].id,
+            "prompt": prompts,
+            "max_tokens": 16,
+            "temperature": 0,
+        }
         want, got = ([c.text for c in client.completions.create(**arguments).choices] for client in clients)
         assert got == want
         counts = httpx.get(f"{clients[1].base_url}".removesuffix("v1/") + "health").json()["speculation"]

@@ -111,19 +111,31 @@ def test_every_number_has_its_place() -> None:
     for reason in ("abort", "timeout"):
         metrics.finished(RequestReport(reason, 999, 0, 999, queue_seconds=99, prefill_seconds=99, e2e_seconds=99))
     found = samples(metrics.render("")[0].decode())
-    assert {name: pytest.approx(value) for name, value in found.items() if "{" not in name and "_count" not in name} == {
-        "prompt_tokens_total": 30, "generation_tokens_total": 3, "cp_prefill_steps_total": 1,
-        "time_to_first_token_seconds_sum": 0.3, "inter_token_latency_seconds_sum": 0.11,
-        "request_queue_time_seconds_sum": 0.1, "request_prefill_time_seconds_sum": 0.2,
-        "request_decode_time_seconds_sum": 0.4, "e2e_request_latency_seconds_sum": 0.7,
-        "request_prompt_tokens_sum": 30, "request_generation_tokens_sum": 3, "cp_prefill_balance_sum": 0.8,
-        "engine_step_seconds_sum": 0.01, "engine_step_host_seconds_sum": 0.002, "engine_info": 1,
-    }  # fmt: skip
+    assert {
+        name: pytest.approx(value) for name, value in found.items() if "{" not in name and "_count" not in name
+    } == {
+        "prompt_tokens_total": 30,
+        "generation_tokens_total": 3,
+        "cp_prefill_steps_total": 1,
+        "time_to_first_token_seconds_sum": 0.3,
+        "inter_token_latency_seconds_sum": 0.11,
+        "request_queue_time_seconds_sum": 0.1,
+        "request_prefill_time_seconds_sum": 0.2,
+        "request_decode_time_seconds_sum": 0.4,
+        "e2e_request_latency_seconds_sum": 0.7,
+        "request_prompt_tokens_sum": 30,
+        "request_generation_tokens_sum": 3,
+        "cp_prefill_balance_sum": 0.8,
+        "engine_step_seconds_sum": 0.01,
+        "engine_step_host_seconds_sum": 0.002,
+        "engine_info": 1,
+    }
     ended = {name: value for name, value in found.items() if name.startswith(("request_success", "request_failure"))}
     assert ended == {
-        "request_success_total{finished_reason=stop}": 1, "request_success_total{finished_reason=abort}": 1,
+        "request_success_total{finished_reason=stop}": 1,
+        "request_success_total{finished_reason=abort}": 1,
         "request_failure_total{kind=timeout}": 1,
-    }  # fmt: skip
+    }
 
 
 def test_what_is_true_at_a_moment() -> None:
@@ -229,8 +241,11 @@ def test_status_shows_the_zigzag(observed: Observed) -> None:
     assert (prompt.total, prompt.done, prompt.reused, prompt.active) == (40, 40, 0, True)
     assert [step.start for step in prompt.steps] == [0, 16, 32]
     assert [(c.rank, c.start, c.end) for c in prompt.steps[1].chunks] == [
-        (0, 16, 20), (1, 20, 24), (1, 24, 28), (0, 28, 32),
-    ]  # fmt: skip
+        (0, 16, 20),
+        (1, 20, 24),
+        (1, 24, 28),
+        (0, 28, 32),
+    ]
     assert status.ttft.summary is not None and status.itl.summary is not None
     assert status.ttft.series and status.step_time.series
 

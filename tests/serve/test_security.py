@@ -70,8 +70,16 @@ def test_each_key_is_let_in_and_no_other(guarded: Running) -> None:
         assert client.completions.create(model="tiny", prompt="Hi", max_tokens=2).choices[0].text == "aa"
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=f"{guarded.url}/v1", api_key="x" * 20, max_retries=0).models.list()
-    for value in ("", "Bearer", f"Basic {KEYS[0]}", KEYS[0], f"Bearer {KEYS[0]}x", f"Bearer {KEYS[0][:-1]}",
-                  f"Bearer {KEYS[0]},{KEYS[1]}", "Bearer \xff\xfe"):  # fmt: skip
+    for value in (
+        "",
+        "Bearer",
+        f"Basic {KEYS[0]}",
+        KEYS[0],
+        f"Bearer {KEYS[0]}x",
+        f"Bearer {KEYS[0][:-1]}",
+        f"Bearer {KEYS[0]},{KEYS[1]}",
+        "Bearer \xff\xfe",
+    ):
         headers = {"authorization": value.encode("latin-1")}
         assert httpx.get(f"{guarded.url}/v1/models", headers=headers).status_code == 401, value
     twice = [("authorization", f"Bearer {KEYS[0]}"), ("authorization", "Bearer no")]
@@ -99,8 +107,11 @@ def test_a_key_takes_as_long_whichever_it_is(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_preflight_needs_no_key_and_only_known_origins_pass(guarded: Running) -> None:
     def preflight(url: str, origin: str) -> httpx.Response:
-        headers = {"origin": origin, "access-control-request-method": "POST",
-                   "access-control-request-headers": "authorization,content-type"}  # fmt: skip
+        headers = {
+            "origin": origin,
+            "access-control-request-method": "POST",
+            "access-control-request-headers": "authorization,content-type",
+        }
         return httpx.options(f"{url}/v1/completions", headers=headers)
 
     allowed = preflight(guarded.url, "https://chat.example.org")
@@ -128,9 +139,14 @@ def test_keys_from_file_and_environment(tmp_path: Path, caplog: pytest.LogCaptur
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("", "has no key"), ("# only this\n", "has no key"), ("short\n", "key 1 must be at least 16"),
-     (f"{KEYS[0]}\nwith a space in the key\n", "key 2 must be"), ("schlüssel-0123456789\n", "printable ASCII")],
-)  # fmt: skip
+    [
+        ("", "has no key"),
+        ("# only this\n", "has no key"),
+        ("short\n", "key 1 must be at least 16"),
+        (f"{KEYS[0]}\nwith a space in the key\n", "key 2 must be"),
+        ("schlüssel-0123456789\n", "printable ASCII"),
+    ],
+)
 def test_keys_that_cant_be(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as refused:
         read_keys(write(tmp_path / "keys", text), {})
@@ -146,10 +162,18 @@ def test_a_key_file_that_is_not_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("host", "keys", "tls", "warning"),
-    [("127.0.0.1", False, False, ""), ("::1", False, False, ""), ("localhost", False, False, ""),
-     ("0.0.0.0", False, False, "EVERYONE"), ("::", False, True, "EVERYONE"), ("10.0.0.5", False, False, "EVERYONE"),
-     ("example.org", False, False, "EVERYONE"), ("0.0.0.0", True, False, "without TLS"), ("0.0.0.0", True, True, "")],
-)  # fmt: skip
+    [
+        ("127.0.0.1", False, False, ""),
+        ("::1", False, False, ""),
+        ("localhost", False, False, ""),
+        ("0.0.0.0", False, False, "EVERYONE"),
+        ("::", False, True, "EVERYONE"),
+        ("10.0.0.5", False, False, "EVERYONE"),
+        ("example.org", False, False, "EVERYONE"),
+        ("0.0.0.0", True, False, "without TLS"),
+        ("0.0.0.0", True, True, ""),
+    ],
+)
 def test_a_server_that_others_reach_says_so(
     host: str, keys: bool, tls: bool, warning: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -246,10 +270,16 @@ def test_no_code_comes_in() -> None:
 
 @pytest.mark.parametrize(
     "field",
-    [{"chat_template": "{{ 1 }}"}, {"prompt_embeds": "AAAA"}, {"logits_processors": ["os.system"]},
-     {"guided_regex": "(a+)+$"}, {"custom_logit_processor": "80049500"}, {"structural_tag": "{}"}],
+    [
+        {"chat_template": "{{ 1 }}"},
+        {"prompt_embeds": "AAAA"},
+        {"logits_processors": ["os.system"]},
+        {"guided_regex": "(a+)+$"},
+        {"custom_logit_processor": "80049500"},
+        {"structural_tag": "{}"},
+    ],
     ids=lambda field: next(iter(field)),
-)  # fmt: skip
+)
 def test_clients_bring_no_templates_tensors_or_code(field: dict[str, object]) -> None:
     """CVE-2025-61620, CVE-2026-5760, CVE-2025-62164, CVE-2026-7304, CVE-2025-48944: on every route that takes a body."""
     bodies = {

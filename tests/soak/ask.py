@@ -50,8 +50,15 @@ class Answer:
 
 
 def body(live: Live, prompt: list[int], max_tokens: int, **more: Any) -> dict[str, Any]:
-    return {"model": live.model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True,
-            "logprobs": 2, **more}  # fmt: skip
+    return {
+        "model": live.model,
+        "prompt": prompt,
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "logprobs": 2,
+        **more,
+    }
 
 
 def read(answer: httpx.Response) -> Answer:

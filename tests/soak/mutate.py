@@ -12,21 +12,71 @@ from urllib.parse import urlsplit
 
 BODIES: list[tuple[str, dict[str, Any]]] = [
     ("/v1/completions", {"prompt": [5, 6, 7], "max_tokens": 2, "temperature": 0, "logprobs": 1}),
-    ("/v1/completions", {"prompt": "Context parallelism", "max_tokens": 2, "stream": True, "stop": ["x"], "seed": 1,
-                         "stream_options": {"include_usage": True}}),
-    ("/v1/completions", {"prompt": [[5], [6, 7]], "max_tokens": 1, "echo": True, "logprobs": 2, "logit_bias": {"5": -1.5}}),
-    ("/v1/completions", {"prompt": "a", "max_tokens": 2, "response_format": {"type": "json_schema", "json_schema": {
-        "name": "x", "schema": {"type": "object", "properties": {"a": {"type": "integer"}}}}}}),
-    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2, "top_logprobs": 2,
-                              "logprobs": True, "presence_penalty": 0.5}),
+    (
+        "/v1/completions",
+        {
+            "prompt": "Context parallelism",
+            "max_tokens": 2,
+            "stream": True,
+            "stop": ["x"],
+            "seed": 1,
+            "stream_options": {"include_usage": True},
+        },
+    ),
+    (
+        "/v1/completions",
+        {"prompt": [[5], [6, 7]], "max_tokens": 1, "echo": True, "logprobs": 2, "logit_bias": {"5": -1.5}},
+    ),
+    (
+        "/v1/completions",
+        {
+            "prompt": "a",
+            "max_tokens": 2,
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "x", "schema": {"type": "object", "properties": {"a": {"type": "integer"}}}},
+            },
+        },
+    ),
+    (
+        "/v1/chat/completions",
+        {
+            "messages": [{"role": "user", "content": "Hello"}],
+            "max_tokens": 2,
+            "top_logprobs": 2,
+            "logprobs": True,
+            "presence_penalty": 0.5,
+        },
+    ),
     ("/tokenize", {"prompt": "Context parallelism", "add_special_tokens": False}),
     ("/detokenize", {"tokens": [5, 6, 7]}),
-]  # fmt: skip
+]
 VALUES = [
-    "null", "true", "-1", "0", "1e999", "-1e999", "NaN", "Infinity", "1.5", "2147483648", "9" * 400, "1e-400", '""', '"\\ud800"',
-    '"\\u0000"', "[]", "{}", "[[[[[]]]]]", '[""]', "[null]", '{"a": 1}', '"' + "a" * 5000 + '"', "[" * 5000 + "]" * 5000,
+    "null",
+    "true",
+    "-1",
+    "0",
+    "1e999",
+    "-1e999",
+    "NaN",
+    "Infinity",
+    "1.5",
+    "2147483648",
+    "9" * 400,
+    "1e-400",
+    '""',
+    '"\\ud800"',
+    '"\\u0000"',
+    "[]",
+    "{}",
+    "[[[[[]]]]]",
+    '[""]',
+    "[null]",
+    '{"a": 1}',
+    '"' + "a" * 5000 + '"',
+    "[" * 5000 + "]" * 5000,
     '{"a":' * 3000 + "1" + "}" * 3000,
-]  # fmt: skip
+]
 """Literals that take a value's place, most of them no good."""
 
 
@@ -74,8 +124,14 @@ def _as_it_was(raw: bytes, rng: random.Random) -> bytes:
 HANG_UP = 1.0
 """Seconds after which a client does."""
 MUTATIONS: list[Callable[[bytes, random.Random], bytes]] = [
-    _truncated, _flipped, _inserted, _replaced, _unknown, _twice, _as_it_was,
-]  # fmt: skip
+    _truncated,
+    _flipped,
+    _inserted,
+    _replaced,
+    _unknown,
+    _twice,
+    _as_it_was,
+]
 
 
 @dataclasses.dataclass(frozen=True)

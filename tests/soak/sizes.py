@@ -26,7 +26,25 @@ class Sizes:
     """Requests that do not fit the pages together."""
 
 
-SMALL = Sizes(requests=40, longest=400, at_a_time=16, mutated=150, examples=10, repeats=5, prefix=640, interrupting=2048,
-              pressing=6)  # fmt: skip
-FULL = Sizes(requests=1000, longest=4000, at_a_time=64, mutated=9000, examples=300, repeats=20, prefix=3000,
-             interrupting=8192, pressing=24)  # fmt: skip
+SMALL = Sizes(
+    requests=40,
+    longest=400,
+    at_a_time=16,
+    mutated=150,
+    examples=10,
+    repeats=5,
+    prefix=640,
+    interrupting=2048,
+    pressing=6,
+)
+FULL = Sizes(
+    requests=1000,
+    longest=4000,
+    at_a_time=64,
+    mutated=9000,
+    examples=300,
+    repeats=20,
+    prefix=3000,
+    interrupting=8192,
+    pressing=24,
+)

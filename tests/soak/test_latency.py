@@ -54,10 +54,13 @@ def test_a_long_prompt_beside_running_requests(live: Live, sizes: Sizes, record:
     chunk = min(_last_chunk(live, prompt(sizes.interrupting, rng)) for _ in range(TRIES))
     longest = [max(gaps) for gaps in tries]
     record(
-        "long prompt beside others", tokens=sizes.interrupting, chunk_ms=round(chunk * 1e3), gaps=sum(map(len, tries)),
+        "long prompt beside others",
+        tokens=sizes.interrupting,
+        chunk_ms=round(chunk * 1e3),
+        gaps=sum(map(len, tries)),
         median_ms=round(statistics.median(itertools.chain(*tries)) * 1e3),
         longest_ms=[round(seconds * 1e3) for seconds in longest],
-    )  # fmt: skip
+    )
     # `make test` may share its machine with other work; that they went on is what it holds.
     if sizes is FULL:
         assert max(longest) <= 2 * chunk

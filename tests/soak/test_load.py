@@ -19,9 +19,17 @@ from tests.soak.ask import TIMEOUT, Answer, ask, ask_alone, body, differ, prompt
 from tests.soak.sizes import Sizes
 
 INVALID: list[dict[str, Any]] = [
-    {"prompt": []}, {"prompt": [99999999]}, {"prompt": [-1]}, {"max_tokens": 0}, {"max_tokens": 10**9}, {"temperature": -1},
-    {"top_p": 0}, {"nonsense": 1}, {"prompt": "", "stop": [""] * 9}, {"logit_bias": {"99999999": 1}},
-]  # fmt: skip
+    {"prompt": []},
+    {"prompt": [99999999]},
+    {"prompt": [-1]},
+    {"max_tokens": 0},
+    {"max_tokens": 10**9},
+    {"temperature": -1},
+    {"top_p": 0},
+    {"nonsense": 1},
+    {"prompt": "", "stop": [""] * 9},
+    {"logit_bias": {"99999999": 1}},
+]
 """What is changed in a valid request."""
 GROWTH = 128 << 20
 """Bytes that the server's memory may grow by over the run: the allocator's noise is less."""
@@ -100,8 +108,13 @@ def growth(memory: list[tuple[float, int]]) -> float:
 def test_every_valid_request_is_answered_as_if_alone(live: Live, sizes: Sizes, record: Callable[..., None]) -> None:
     rng = random.Random(0)
     # Programs that are compiled later would count as memory that grows.
-    asyncio.run(send_all(live, mixture(dataclasses.replace(sizes, requests=min(sizes.requests, 2 * sizes.at_a_time)), rng),
-                         sizes.at_a_time))  # fmt: skip
+    asyncio.run(
+        send_all(
+            live,
+            mixture(dataclasses.replace(sizes, requests=min(sizes.requests, 2 * sizes.at_a_time)), rng),
+            sizes.at_a_time,
+        )
+    )
     live.wait_until_idle()
     requests = mixture(sizes, rng)
     started = time.monotonic()
@@ -117,9 +130,15 @@ def test_every_valid_request_is_answered_as_if_alone(live: Live, sizes: Sizes, r
         ties += found is None and mixed.answer.tokens != alone.tokens
         wrong += [f"prompt of {len(mixed.prompt)} tokens: {found}"] if found else []
     record(
-        "mixed load", requests=len(requests), valid=len(valid), seconds=round(took, 1), ties=ties, wrong=len(wrong),
-        grown_mb=round(growth(memory) / 2**20, 1), resident_mb=round(memory[-1][1] / 2**20),
-    )  # fmt: skip
+        "mixed load",
+        requests=len(requests),
+        valid=len(valid),
+        seconds=round(took, 1),
+        ties=ties,
+        wrong=len(wrong),
+        grown_mb=round(growth(memory) / 2**20, 1),
+        resident_mb=round(memory[-1][1] / 2**20),
+    )
     assert not wrong, wrong
     refused = {mixed.status for mixed in requests if mixed.kind == "invalid"}
     assert refused == {400}

@@ -16,8 +16,20 @@ from tests.soak.sizes import Sizes
 
 PAGES, TOKENS, NEW = 12, 16, 48
 """Pages of the cache, tokens of a page, tokens of an answer: some three requests fit at a time."""
-FLAGS = ("--mesh", "tp=2,cp=2", "--kv-pages", str(PAGES), "--page-size", str(TOKENS), "--max-model-len", str(PAGES * TOKENS),
-         "--max-running", "8", "--prefill-chunk", "64")  # fmt: skip
+FLAGS = (
+    "--mesh",
+    "tp=2,cp=2",
+    "--kv-pages",
+    str(PAGES),
+    "--page-size",
+    str(TOKENS),
+    "--max-model-len",
+    str(PAGES * TOKENS),
+    "--max-running",
+    "8",
+    "--prefill-chunk",
+    "64",
+)
 
 
 async def _press(live: Live, prompts: list[list[int]]) -> list[Answer]:

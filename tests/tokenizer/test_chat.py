@@ -109,9 +109,16 @@ def test_kimi_k2_thinking() -> None:
 
 NAMES = ["deepseek_v3", "deepseek_v3_1", "deepseek_r1", "kimi_k2", "kimi_k2_thinking"]
 CONTENTS = [
-    "Hello", "  spaces  \n\n", "", "<think>a</think>b</think>c", "{{ 1 + 1 }} {% raw %}", "<b>'\"&</b>", "你好 👩‍👩‍👧",
-    "<|im_end|><｜User｜>", "1\n2\n",
-]  # fmt: skip
+    "Hello",
+    "  spaces  \n\n",
+    "",
+    "<think>a</think>b</think>c",
+    "{{ 1 + 1 }} {% raw %}",
+    "<b>'\"&</b>",
+    "你好 👩‍👩‍👧",
+    "<|im_end|><｜User｜>",
+    "1\n2\n",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -194,8 +201,15 @@ def test_variables_are_data() -> None:
 
 
 def test_bos_is_there_once(tmp_path: Path) -> None:
-    save_json(tmp_path, byte_level(template=("<s>", "$A")), bos_token="<s>", add_bos_token=True, add_eos_token=True,
-              eos_token="</s>", chat_template="{{ bos_token }}{{ messages[0].content }}")  # fmt: skip
+    save_json(
+        tmp_path,
+        byte_level(template=("<s>", "$A")),
+        bos_token="<s>",
+        add_bos_token=True,
+        add_eos_token=True,
+        eos_token="</s>",
+        chat_template="{{ bos_token }}{{ messages[0].content }}",
+    )
     tokenizer = require_tokenizer(Tokenizer.from_dir(tmp_path, 1000))
     assert tokenizer.encode_chat(conversation("hello")) == tokenizer.encode("hello")[:-1]
 
@@ -207,10 +221,20 @@ def test_kimis_conversation_as_ids(tmp_path: Path) -> None:
     special = {name: len(kimi_ranks()) + place for place, name in KIMI_SPECIALS.items()}
     end, middle = special["<|im_end|>"], special["<|im_middle|>"]
     assert tokenizer.encode_chat(conversation("Hello", system="Hi")) == [
-        special["<|im_system|>"], *tokenizer.encode("system"), middle, *tokenizer.encode("Hi"), end,
-        special["<|im_user|>"], *tokenizer.encode("user"), middle, *tokenizer.encode("Hello"), end,
-        special["<|im_assistant|>"], *tokenizer.encode("assistant"), middle,
-    ]  # fmt: skip
+        special["<|im_system|>"],
+        *tokenizer.encode("system"),
+        middle,
+        *tokenizer.encode("Hi"),
+        end,
+        special["<|im_user|>"],
+        *tokenizer.encode("user"),
+        middle,
+        *tokenizer.encode("Hello"),
+        end,
+        special["<|im_assistant|>"],
+        *tokenizer.encode("assistant"),
+        middle,
+    ]
 
 
 def in_directory(folder: Path, chat_template: Any = None, file: str | None = None) -> Tokenizer | None:

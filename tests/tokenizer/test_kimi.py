@@ -22,11 +22,32 @@ FIRST_SPECIAL = len(kimi_ranks())
 SLOW = SimpleBytePairEncoding(pat_str="(?V1)" + kimi.PATTERN, mergeable_ranks=kimi_ranks())
 
 SAMPLES = [
-    *CORPUS[:4], "", " ", "a", "  two  spaces  ", "tabs\tand\r\nlines\n\n\n  end ", "def f(x):\n\treturn x[0] + 1  # ok\n",
-    "XMLHttpRequest iPhone HELLO World", "don't DON'T we'LL they've x's", "1 12 123 1234 12345678", "١٢٣٤ ⅧⅨ ²³",
-    "中文English混合text", "中文、标点。「引用」", "日本語のテキスト", "한국어 텍스트", "e\u0301cole", "ǅ ª ŉ ß İ", "👩‍👩‍👧👨🏽‍💻🇩🇪", "¡¿!?...",
-    "\u00a0nbsp\u3000ideographic\u2028line", "a" * 1000, " " * 1000, "\n" * 300, "中" * 500, "ab" * 700,
-]  # fmt: skip
+    *CORPUS[:4],
+    "",
+    " ",
+    "a",
+    "  two  spaces  ",
+    "tabs\tand\r\nlines\n\n\n  end ",
+    "def f(x):\n\treturn x[0] + 1  # ok\n",
+    "XMLHttpRequest iPhone HELLO World",
+    "don't DON'T we'LL they've x's",
+    "1 12 123 1234 12345678",
+    "١٢٣٤ ⅧⅨ ²³",
+    "中文English混合text",
+    "中文、标点。「引用」",
+    "日本語のテキスト",
+    "한국어 텍스트",
+    "e\u0301cole",
+    "ǅ ª ŉ ß İ",
+    "👩‍👩‍👧👨🏽‍💻🇩🇪",
+    "¡¿!?...",
+    "\u00a0nbsp\u3000ideographic\u2028line",
+    "a" * 1000,
+    " " * 1000,
+    "\n" * 300,
+    "中" * 500,
+    "ab" * 700,
+]
 
 
 @pytest.mark.parametrize("text", SAMPLES)

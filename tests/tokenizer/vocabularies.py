@@ -45,9 +45,18 @@ def byte_fallback() -> tokenizers.Tokenizer:
 
 # As Kimi-K2's: the special tokens' places behind the BPE's tokens.
 KIMI_SPECIALS = {
-    0: "[BOS]", 1: "[EOS]", 2: "<|im_end|>", 3: "<|im_user|>", 4: "<|im_assistant|>", 9: "[EOT]", 10: "<|im_system|>",
-    11: "<|tool_calls_section_begin|>", 17: "<|im_middle|>", 254: "[UNK]", 255: "[PAD]",
-}  # fmt: skip
+    0: "[BOS]",
+    1: "[EOS]",
+    2: "<|im_end|>",
+    3: "<|im_user|>",
+    4: "<|im_assistant|>",
+    9: "[EOT]",
+    10: "<|im_system|>",
+    11: "<|tool_calls_section_begin|>",
+    17: "<|im_middle|>",
+    254: "[UNK]",
+    255: "[PAD]",
+}
 
 
 @functools.cache
@@ -61,15 +70,29 @@ def kimi_settings(**changes: Any) -> dict[str, Any]:
     first = len(kimi_ranks())
     return {
         "tokenizer_class": "TikTokenTokenizer",
-        "bos_token": "[BOS]", "eos_token": "[EOS]", "unk_token": "[UNK]", "pad_token": "[PAD]",
-        "additional_special_tokens": ["<|im_end|>", "<|im_user|>", "<|im_assistant|>", "<|im_system|>", "<|im_middle|>"],
+        "bos_token": "[BOS]",
+        "eos_token": "[EOS]",
+        "unk_token": "[UNK]",
+        "pad_token": "[PAD]",
+        "additional_special_tokens": [
+            "<|im_end|>",
+            "<|im_user|>",
+            "<|im_assistant|>",
+            "<|im_system|>",
+            "<|im_middle|>",
+        ],
         "added_tokens_decoder": {
-            str(first + i): {"content": name, "lstrip": False, "rstrip": False, "single_word": False,
-                             "special": not name.startswith("<|tool")}
+            str(first + i): {
+                "content": name,
+                "lstrip": False,
+                "rstrip": False,
+                "single_word": False,
+                "special": not name.startswith("<|tool"),
+            }
             for i, name in KIMI_SPECIALS.items()
         },
         **changes,
-    }  # fmt: skip
+    }
 
 
 def kimi() -> KimiVocabulary:

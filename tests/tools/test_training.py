@@ -23,10 +23,19 @@ from tests.synthetic import Driver
 TEXT = "The module provides functions to read and write files. It has 12 classes, and each of them has methods.\n"
 
 SMALL = json.loads(export.CONFIG.read_text()) | {
-    "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 24,
-    "v_head_dim": 24, "max_position_embeddings": 512,
-}  # fmt: skip
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 24,
+    "v_head_dim": 24,
+    "max_position_embeddings": 512,
+}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +60,7 @@ def test_the_trained_network_is_the_model_that_serves(tmp_path: Path, tokenizer:
     driver = Driver(model)
     served = driver.step([(driver.request(), tokens)])[0]
     stored = {
-        name: w if network.is_quantised(name) or name.endswith("bias") else w.astype(jnp.bfloat16).astype(jnp.float32)
+        name: w if network.is_quantized(name) or name.endswith("bias") else w.astype(jnp.bfloat16).astype(jnp.float32)
         for name, w in params.items()
     }
     ours = network.forward(network.rounded(stored), jnp.array([tokens]), config, cudnn=False)[0][0, -1]
@@ -68,8 +77,8 @@ def test_a_sequence_says_what_is_asked(sequences: Sequences, tokenizer: tokenize
         for tokens, kind in zip(batch.tokens, batch.kind, strict=True):
             text = tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
             targets = tokenizer.decode(tokens[1:][kind == 2].tolist(), skip_special_tokens=False)
-            learnt = tokenizer.decode(tokens[1:][kind == 1].tolist(), skip_special_tokens=False)
-            assert "pass key" not in learnt, "facts are no targets"
+            learned = tokenizer.decode(tokens[1:][kind == 1].tolist(), skip_special_tokens=False)
+            assert "pass key" not in learned, "facts are no targets"
             chat = vocabulary.USER in text
             for line in targets.split(vocabulary.EOS if chat else "\n"):
                 if not line.strip():

@@ -1,4 +1,4 @@
-"""The text: documentation that Debian packages under free licences, unpacked without being installed.
+"""The text: documentation that Debian packages under free licenses, unpacked without being installed.
 
 A document is (source, name, text). A part of the Python and Perl documents is held out: no training sees it, and
 `python -m jax_mla_cp.eval` hides its passkeys in it.
@@ -37,7 +37,7 @@ PACKAGES = {
     "python-werkzeug-doc": "BSD-3-Clause",
     "sphinx-doc": "BSD-2-Clause",
 }
-"""Debian package -> licence of its text. Debian 12's versions were used."""
+"""Debian package -> license of its text. Debian 12's versions were used."""
 
 _HELD_OUT_FROM = ("python3.11-doc", "perl-doc")
 _HELD_OUT_ONE_IN = 40

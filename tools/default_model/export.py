@@ -19,8 +19,11 @@ CONFIG = Path(__file__).parent / "config.json"
 _SHARD_BYTES = 12 << 20
 
 QUANTIZATION = {
-    "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
-}  # fmt: skip
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [128, 128],
+}
 
 CHAT_TEMPLATE = """\
 {{- bos_token }}
@@ -75,7 +78,7 @@ def write_weights(params: network.Params, out: Path) -> None:
 
 def _stored(name: str, w: Any) -> dict[str, NDArray[Any]]:
     """A tensor as DeepSeek-V3 stores it: FP8 with scales, float32 for the router's bias, else bfloat16."""
-    if network.is_quantised(name):
+    if network.is_quantized(name):
         small, scale = network.blockwise(w)
         return {name: np.asarray(small), f"{name}_scale_inv": np.asarray(scale)}
     kind = np.float32 if name.endswith("correction_bias") else ml_dtypes.bfloat16

@@ -16,22 +16,27 @@ from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.model.layers import rope_frequencies
 
 Params = dict[str, jax.Array]
-QUANTISED = ("_proj.weight", "_proj_with_mqa.weight")
+QUANTIZED = ("_proj.weight", "_proj_with_mqa.weight")
 """What a checkpoint of DeepSeek-V3 has in FP8: the linear layers, but not eh_proj, the router and the vocabulary."""
 _BLOCK = 128
 _FP8_LARGEST = 448.0
 
 
-def is_quantised(name: str) -> bool:
-    return name.endswith(QUANTISED) and not name.endswith("eh_proj.weight")
+def is_quantized(name: str) -> bool:
+    return name.endswith(QUANTIZED) and not name.endswith("eh_proj.weight")
 
 
 def shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
     """All parameters; the layer after the last is the one of multi-token prediction (MTP)."""
     D, N, R, r, h, v, Q = (
-        c.hidden_size, c.num_heads, c.kv_lora_rank, c.qk_rope_head_dim, c.qk_nope_head_dim, c.v_head_dim,
+        c.hidden_size,
+        c.num_heads,
+        c.kv_lora_rank,
+        c.qk_rope_head_dim,
+        c.qk_nope_head_dim,
+        c.v_head_dim,
         c.q_lora_rank,
-    )  # fmt: skip
+    )
     assert Q is not None
     E, F = c.n_routed_experts, c.moe_intermediate_size
     out: dict[str, tuple[int, ...]] = {
@@ -102,7 +107,7 @@ def rounded(params: Params) -> Params:
     """The parameters as FP8 will have them; derivatives pass as if nothing was rounded."""
 
     def through(name: str, w: jax.Array) -> jax.Array:
-        if not is_quantised(name):
+        if not is_quantized(name):
             return w
         small, scale = blockwise(w)
         wide = scale.repeat(_BLOCK, -2).repeat(_BLOCK, -1)[..., : w.shape[-2], : w.shape[-1]]
@@ -153,7 +158,7 @@ def _norm(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Pairs of neighbours, as DeepSeek-V3's checkpoints have them. x: [B, S, heads, r]."""
+    """Pairs of neighbors, as DeepSeek-V3's checkpoints have them. x: [B, S, heads, r]."""
     a, b = x[..., 0::2], x[..., 1::2]
     cos, sin = cos[:, None].astype(x.dtype), sin[:, None].astype(x.dtype)
     return jnp.stack([a * cos - b * sin, b * cos + a * sin], -1).reshape(x.shape)

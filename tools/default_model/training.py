@@ -1,4 +1,4 @@
-"""The loss, the optimiser, and the stages of rising length."""
+"""The loss, the optimizer, and the stages of rising length."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.eval.heldout import heldout_text
 
 _TEXT = 200_000
-"""Characters of the text that prompts are cut from: some 50K tokens, quickly tokenised by any server."""
+"""Characters of the text that prompts are cut from: some 50K tokens, quickly tokenized by any server."""
 
 
 def main(argv: Sequence[str]) -> int:

@@ -154,23 +154,32 @@ def _parser() -> argparse.ArgumentParser:
     load.add_argument(
         "--rate", metavar="R", type=real_number, help="requests per second, or inf: all at once (default: 1)"
     )
-    load.add_argument("--burstiness", metavar="B", type=real_number,
-                      help="shape of the gamma-distributed gaps: 1 is a Poisson process, less comes in bursts, more comes evenly "
-                           "(default: 1)")  # fmt: skip
+    load.add_argument(
+        "--burstiness",
+        metavar="B",
+        type=real_number,
+        help="shape of the gamma-distributed gaps: 1 is a Poisson process, less comes in bursts, more comes evenly "
+        "(default: 1)",
+    )
     load.add_argument(
         "--concurrency", metavar="N", type=whole_number, help="most requests at a time (default: no limit)"
     )
-    load.add_argument("--prompt-tokens", metavar="DIST",
-                      help="N, LOW-HIGH or lognormal:MEDIAN:SIGMA:MOST (default: 512)")  # fmt: skip
+    load.add_argument(
+        "--prompt-tokens", metavar="DIST", help="N, LOW-HIGH or lognormal:MEDIAN:SIGMA:MOST (default: 512)"
+    )
     load.add_argument("--output-tokens", metavar="DIST", help="the same, of the answers (default: 64)")
-    load.add_argument("--shared-prefix", metavar="TOKENS:GROUPS",
-                      help="prompts start with one of so many texts of so many tokens, before their own (default: none)")  # fmt: skip
+    load.add_argument(
+        "--shared-prefix",
+        metavar="TOKENS:GROUPS",
+        help="prompts start with one of so many texts of so many tokens, before their own (default: none)",
+    )
     load.add_argument("--seed", metavar="N", type=whole_number, help="of times, lengths and prompts (default: 0)")
     out = p.add_argument_group("results")
     out.add_argument(
         "--goodput", metavar="NAME:TIME,..", help=f"count the requests that keep bounds on {', '.join(GOALS)}"
     )
     out.add_argument("--json", metavar="FILE", type=path, help="the tables, and every request, as JSON")
-    out.add_argument("--picture", metavar="FILE", type=path,
-                     help="latencies and requests in flight: .png, .pdf or .svg")  # fmt: skip
+    out.add_argument(
+        "--picture", metavar="FILE", type=path, help="latencies and requests in flight: .png, .pdf or .svg"
+    )
     return p

@@ -8,7 +8,7 @@ import numpy as np
 
 from jax_mla_cp.bench.serve.report import Report
 
-_COLOUR, _BOUND, _FAILED = "#2a7fba", "#e07b39", "#c0392b"
+_COLOR, _BOUND, _FAILED = "#2a7fba", "#e07b39", "#c0392b"
 
 
 def draw(report: Report, path: Path) -> None:
@@ -22,7 +22,7 @@ def draw(report: Report, path: Path) -> None:
     latencies = report.latencies()
     for axes, name, goal in ((first, "TTFT", "ttft"), (gaps, "ITL", "itl")):
         values = np.sort(np.asarray(latencies[name], np.float64)) * 1e3
-        axes.step(values, np.arange(1, len(values) + 1) / max(len(values), 1), where="post", color=_COLOUR)
+        axes.step(values, np.arange(1, len(values) + 1) / max(len(values), 1), where="post", color=_COLOR)
         if goal in report.goals:
             axes.axvline(report.goals[goal] * 1e3, color=_BOUND, linestyle="--", label="bound")
             axes.legend(fontsize="small")
@@ -30,14 +30,14 @@ def draw(report: Report, path: Path) -> None:
         axes.set_ylabel("share of requests" if name == "TTFT" else "share of gaps")
         axes.set_ylim(0, 1.02)
     good = report.good
-    when.scatter([a.planned.at for a in good], [a.ttft * 1e3 for a in good], s=8, color=_COLOUR)
+    when.scatter([a.planned.at for a in good], [a.ttft * 1e3 for a in good], s=8, color=_COLOR)
     for failed in (a for a in report.answers if a.error is not None):
         when.axvline(failed.planned.at, color=_FAILED, linewidth=0.5)
     when.set_xlabel("planned time of sending, s (red: failed)")
     when.set_ylabel("TTFT, ms")
     when.set_ylim(bottom=0)
     levels = report.in_flight()
-    load.step([moment for moment, _ in levels], [level for _, level in levels], where="post", color=_COLOUR)
+    load.step([moment for moment, _ in levels], [level for _, level in levels], where="post", color=_COLOR)
     load.set_xlabel("s")
     load.set_ylabel("requests at the server")
     load.set_ylim(bottom=0)

@@ -96,19 +96,35 @@ class Report:
         def rate(n: int) -> float | None:
             return n / seconds if seconds else None
 
-        rows.append({
-            "table": "throughput", "what": "all requests", "requests": len(self.answers), "succeeded": len(good),
-            "seconds": seconds, "requests_s": rate(len(good)), "in_tokens": prompt,
-            "cached_tokens": sum(a.cached_tokens for a in good), "in_tokens_s": rate(prompt), "out_tokens": output,
-            "out_tokens_s": rate(output), "most_in_flight": self.most_in_flight(),
-        })  # fmt: skip
+        rows.append(
+            {
+                "table": "throughput",
+                "what": "all requests",
+                "requests": len(self.answers),
+                "succeeded": len(good),
+                "seconds": seconds,
+                "requests_s": rate(len(good)),
+                "in_tokens": prompt,
+                "cached_tokens": sum(a.cached_tokens for a in good),
+                "in_tokens_s": rate(prompt),
+                "out_tokens": output,
+                "out_tokens_s": rate(output),
+                "most_in_flight": self.most_in_flight(),
+            }
+        )
         if self.goals:
             kept = sum(all(_GOAL[name](a) <= bound for name, bound in self.goals.items()) for a in good)
             what = ", ".join(f"{name} <= {bound * 1e3:g} ms" for name, bound in self.goals.items())
-            rows.append({
-                "table": "goodput", "what": what, "requests": kept, "of": len(self.answers),
-                "fraction": kept / len(self.answers), "requests_s": rate(kept),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "table": "goodput",
+                    "what": what,
+                    "requests": kept,
+                    "of": len(self.answers),
+                    "fraction": kept / len(self.answers),
+                    "requests_s": rate(kept),
+                }
+            )
         for kind, (count, message) in self.failures().items():
             rows.append({"table": "failures", "what": kind, "n": count, "message": message})
         return rows
@@ -164,15 +180,24 @@ def _percentiles(name: str, seconds: Sequence[float]) -> dict[str, Any]:
 
 def _request(answer: Answer) -> dict[str, Any]:
     facts = {key: value for key, value in vars(answer).items() if key != "planned"}
-    planned = {"at": answer.planned.at, "asked_prompt": answer.planned.prompt_tokens,
-               "asked_output": answer.planned.output_tokens, "group": answer.planned.group}  # fmt: skip
+    planned = {
+        "at": answer.planned.at,
+        "asked_prompt": answer.planned.prompt_tokens,
+        "asked_output": answer.planned.output_tokens,
+        "group": answer.planned.group,
+    }
     return planned | facts
 
 
 _TITLES = {
-    "requests_s": "requests/s", "in_tokens_s": "in tokens/s", "out_tokens_s": "out tokens/s", "in_tokens": "in tokens",
-    "out_tokens": "out tokens", "cached_tokens": "of them cached", "most_in_flight": "most in flight",
-}  # fmt: skip
+    "requests_s": "requests/s",
+    "in_tokens_s": "in tokens/s",
+    "out_tokens_s": "out tokens/s",
+    "in_tokens": "in tokens",
+    "out_tokens": "out tokens",
+    "cached_tokens": "of them cached",
+    "most_in_flight": "most in flight",
+}
 
 
 def _table(name: str, rows: Sequence[dict[str, Any]]) -> Table:

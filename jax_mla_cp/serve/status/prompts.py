@@ -76,8 +76,12 @@ class Prompts:
             seen = [(name, dataclasses.replace(s, steps=s.steps.copy())) for name, s in reversed(self._seen.items())]
         return [
             Prompt(
-                id=name, total=s.total, done=s.done, reused=s.reused, active=name in active,
+                id=name,
+                total=s.total,
+                done=s.done,
+                reused=s.reused,
+                active=name in active,
                 steps=[PromptStep(start=start, chunks=chunks(start, new, cp)) for start, new in s.steps],
             )
             for name, s in seen
-        ]  # fmt: skip
+        ]

@@ -1,6 +1,6 @@
 // The mesh as a picture: a box per dp group, a row per cp rank (the zigzag's lanes), a column per tp rank, a square per device.
 
-import { element, rankColour, svg } from "./draw.js";
+import { element, rankColor, svg } from "./draw.js";
 
 const CELL = 30;
 const GAP = 4;
@@ -25,7 +25,7 @@ function drawGroup(group, dp, cp, tp) {
     picture.append(label(LABEL - 8, TOP + rank * CELL + 17, `cp${rank}`, "end"));
     for (let column = 0; column < tp; column++) {
       const square = svg("rect", {
-        x: LABEL + column * CELL, y: TOP + rank * CELL, width: CELL - GAP, height: CELL - GAP, rx: 5, fill: rankColour(rank, cp),
+        x: LABEL + column * CELL, y: TOP + rank * CELL, width: CELL - GAP, height: CELL - GAP, rx: 5, fill: rankColor(rank, cp),
       });
       const device = (group * cp + rank) * tp + column;
       square.append(svg("title", {}, `device ${device}: ${dp > 1 ? `dp ${group}, ` : ""}cp ${rank}, tp ${column}`));

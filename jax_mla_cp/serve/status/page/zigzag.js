@@ -1,7 +1,7 @@
 // Which tokens of a prompt each cp rank holds: a lane per rank, the prompt from left to right. A step's chunks go down the
 // lanes and up again; the last step's are bright.
 
-import { ago, count, duration, element, percent, rankColour, svg } from "./draw.js";
+import { ago, count, duration, element, percent, rankColor, svg } from "./draw.js";
 
 const LABEL = 34;
 
@@ -48,7 +48,7 @@ function lanes(prompt, cp, width, text) {
       const where = `tokens ${start} to ${end - 1}`;
       const look = last ? "edge" : "edge earlier";
       if (rank === null) box(start, end, 0, height - 2, { class: `done ${look}` }, `${where}: whole on one rank`);
-      else box(start, end, rank * lane, lane - 2, { class: look, fill: rankColour(rank, cp) }, `${where} on cp rank ${rank}`);
+      else box(start, end, rank * lane, lane - 2, { class: look, fill: rankColor(rank, cp) }, `${where} on cp rank ${rank}`);
     }
   });
   picture.append(svg("text", { x: LABEL, y: height + 13 }, "0"));
@@ -72,7 +72,7 @@ export function drawBars(target, values, unit) {
   target.replaceChildren(...values.map((value, rank) => {
     const bar = element("i");
     bar.style.width = `${(100 * value) / most}%`;
-    bar.style.background = rankColour(rank % values.length, values.length);
+    bar.style.background = rankColor(rank % values.length, values.length);
     return element("li", { "aria-label": `cp rank ${rank}: ${value} ${unit}` },
       element("span", {}, `${rank}`), element("span", { class: "bar" }, bar), element("span", {}, count(value)));
   }));

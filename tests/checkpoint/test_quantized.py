@@ -1,4 +1,4 @@
-"""FP8 and INT4 checkpoints against the same ones dequantised by NumPy (tests/checkpoint/quantise.py) and loaded as plain."""
+"""FP8 and INT4 checkpoints against the same ones dequantized by NumPy (tests/checkpoint/quantize.py) and loaded as plain."""
 
 from __future__ import annotations
 
@@ -21,36 +21,49 @@ from jax_mla_cp.mesh import make_mesh, mesh_shape
 from jax_mla_cp.model.context import Build
 from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.fp8 import unpack_int4
-from tests.checkpoint import quantise
+from tests.checkpoint import quantize
 from tests.checkpoints import BASE
 
 # Nothing is a multiple of 128. Heads of 56 query rows and 72 rows of keys and values straddle blocks, and so do the 16 roped
 # rows behind 120 latents.
 RAGGED: dict[str, Any] = {
-    "model_type": "deepseek_v3", **BASE, "vocab_size": 300, "num_hidden_layers": 2, "hidden_size": 160, "intermediate_size": 280,
-    "moe_intermediate_size": 96, "num_attention_heads": 4, "n_routed_experts": 6, "n_group": 2, "topk_group": 1,
-    "q_lora_rank": 136, "kv_lora_rank": 120, "qk_rope_head_dim": 16, "qk_nope_head_dim": 40, "v_head_dim": 32,
-}  # fmt: skip
+    "model_type": "deepseek_v3",
+    **BASE,
+    "vocab_size": 300,
+    "num_hidden_layers": 2,
+    "hidden_size": 160,
+    "intermediate_size": 280,
+    "moe_intermediate_size": 96,
+    "num_attention_heads": 4,
+    "n_routed_experts": 6,
+    "n_group": 2,
+    "topk_group": 1,
+    "q_lora_rank": 136,
+    "kv_lora_rank": 120,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 40,
+    "v_head_dim": 32,
+}
 WHOLE = RAGGED | {"moe_intermediate_size": 128}
 """Gate's columns end with a block, so that scales of gate and up stay one per block both ways."""
 NO_Q_LORA = RAGGED | {"q_lora_rank": None, "rope_interleave": False}
 K25 = {"model_type": "kimi_k25", "text_config": RAGGED}
 """Its tensors' names have a prefix."""
 
-Quantise = Callable[[quantise.Tensors], quantise.Tensors]
-KINDS: dict[str, tuple[dict[str, Any], Quantise, Quantise]] = {
-    "fp8": (quantise.FP8_CONFIG, quantise.to_fp8, quantise.from_fp8),
-    "int4": (quantise.INT4_CONFIG, quantise.to_int4, quantise.from_int4),
+Quantize = Callable[[quantize.Tensors], quantize.Tensors]
+KINDS: dict[str, tuple[dict[str, Any], Quantize, Quantize]] = {
+    "fp8": (quantize.FP8_CONFIG, quantize.to_fp8, quantize.from_fp8),
+    "int4": (quantize.INT4_CONFIG, quantize.to_int4, quantize.from_int4),
 }
 
 
-def quantised(raw: dict[str, Any], kind: str) -> tuple[ModelConfig, quantise.Tensors]:
+def quantized(raw: dict[str, Any], kind: str) -> tuple[ModelConfig, quantize.Tensors]:
     config = ModelConfig.from_hf(raw | {"quantization_config": KINDS[kind][0]})
-    return config, KINDS[kind][1](quantise.random_tensors(config))
+    return config, KINDS[kind][1](quantize.random_tensors(config))
 
 
 def load(
-    tensors: quantise.Tensors, config: ModelConfig, mesh: str | None = None, ep: tuple[str, ...] = ("tp",), **build: Any
+    tensors: quantize.Tensors, config: ModelConfig, mesh: str | None = None, ep: tuple[str, ...] = ("tp",), **build: Any
 ) -> dict[str, jax.Array]:
     """The parameters by path; of those that stay in FP8, q and scale."""
     on = make_mesh(mesh) if mesh else None
@@ -70,11 +83,11 @@ def load(
     ],
     ids=["ragged", "int4", "int4 of Kimi K2.5", "whole", "no q_lora"],
 )
-def test_every_device_has_the_numbers_of_the_dequantised_checkpoint(
+def test_every_device_has_the_numbers_of_the_dequantized_checkpoint(
     raw: dict[str, Any], mesh: str | None, ep: tuple[str, ...], kind: str
 ) -> None:
-    """Bit by bit, dequantised while loading or later."""
-    config, tensors = quantised(raw, kind)
+    """Bit by bit, dequantized while loading or later."""
+    config, tensors = quantized(raw, kind)
     want = load(KINDS[kind][2](tensors), dataclasses.replace(config, quantization=None), mesh, ep)
     at_load = load(tensors, config, mesh, ep)
     kept = load(tensors, config, mesh, ep, fp8=True)
@@ -111,7 +124,7 @@ def by_numpy(q: Any, scale: Any, block: int) -> np.ndarray:
 
 def test_scales_of_experts_stay_one_per_block() -> None:
     """The bulk of the memory: 4 bytes for 128 x 128 numbers. Of the others, 4 bytes for 128."""
-    kept = load(*reversed(quantised(WHOLE, "fp8")), fp8=True)
+    kept = load(*reversed(quantized(WHOLE, "fp8")), fp8=True)
     assert kept["moe.mlp.gate_up.scale"].shape == (1, 6, 2, 2)
     assert kept["moe.mlp.down.scale"].shape == (1, 6, 1, 2)
     assert kept["moe.mla.q_b.scale"].shape == (1, 2, 4, 56)
@@ -121,7 +134,7 @@ def test_scales_of_experts_stay_one_per_block() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_rounded_once(kind: str) -> None:
     """q * scale in float32, and then bfloat16."""
-    config, tensors = quantised(RAGGED, kind)
+    config, tensors = quantized(RAGGED, kind)
     plain = dataclasses.replace(config, quantization=None)
     want = load(KINDS[kind][2](tensors), plain, dtype=jnp.dtype(jnp.bfloat16))
     got = load(tensors, config, dtype=jnp.dtype(jnp.bfloat16))
@@ -131,7 +144,7 @@ def test_rounded_once(kind: str) -> None:
 
 def test_a_scale_the_wrong_way_round_is_another_matrix() -> None:
     """Negative control: scales of 2 x 2 blocks, transposed."""
-    config, tensors = quantised(RAGGED, "fp8")
+    config, tensors = quantized(RAGGED, "fp8")
     name = "model.layers.0.self_attn.q_a_proj.weight_scale_inv"
     assert tensors[name].shape == (2, 2)
     want = load(tensors, config)["dense.mla.q_a"]
@@ -139,19 +152,19 @@ def test_a_scale_the_wrong_way_round_is_another_matrix() -> None:
     assert np.abs(got - want).max() > 0.02 * np.abs(want).max()
 
 
-def test_layers_may_differ_when_dequantised() -> None:
+def test_layers_may_differ_when_dequantized() -> None:
     """`modules_to_not_convert` names one layer: it is plain there, which FP8 in memory can't be."""
-    config, tensors = quantised(RAGGED, "fp8")
-    plain = quantise.from_fp8(tensors)
+    config, tensors = quantized(RAGGED, "fp8")
+    plain = quantize.from_fp8(tensors)
     name = "model.layers.1.self_attn.o_proj.weight"
     mixed = {k: v for k, v in tensors.items() if k != f"{name}_scale_inv"} | {name: plain[name]}
     np.testing.assert_array_equal(load(mixed, config)["moe.mla.o"], load(tensors, config)["moe.mla.o"])
-    with pytest.raises(CheckpointError, match=rf"1 not quantised, which --weights fp8 asks for .*\n  {name}"):
+    with pytest.raises(CheckpointError, match=rf"1 not quantized, which --weights fp8 asks for .*\n  {name}"):
         load(mixed, config, fp8=True)
 
 
-def change(kind: str, edit: Callable[[quantise.Tensors], Any]) -> str:
-    config, tensors = quantised(RAGGED, kind)
+def change(kind: str, edit: Callable[[quantize.Tensors], Any]) -> str:
+    config, tensors = quantized(RAGGED, kind)
     tensors = {name: value.copy() for name, value in tensors.items()}
     edit(tensors)
     with pytest.raises(CheckpointError) as caught:
@@ -176,7 +189,7 @@ def test_errors_name_the_tensor() -> None:
     message = change("fp8", lambda t: t[f"{Q_A}_scale_inv"].fill(np.nan))
     assert message.startswith(f"{Q_A}_scale_inv: a scale is NaN")
     message = change("fp8", lambda t: t.update({EXPERT: t.pop(f"{EXPERT}_scale_inv") @ np.ones((2, 160), np.float32)}))
-    assert "quantised for some experts of a layer only:\n  model.layers.1.mlp.experts.*.up_proj.weight" in message
+    assert "quantized for some experts of a layer only:\n  model.layers.1.mlp.experts.*.up_proj.weight" in message
 
     assert f"1 missing:\n  {EXPERT}_scale" in change("int4", lambda t: t.pop(f"{EXPERT}_scale"))
     assert f"1 missing:\n  {EXPERT}_packed" in change("int4", lambda t: t.pop(f"{EXPERT}_packed"))
@@ -195,26 +208,26 @@ def test_unpacked_as_packed() -> None:
 
 
 def int4(**weights: Any) -> dict[str, Any]:
-    groups = quantise.INT4_CONFIG["config_groups"]
+    groups = quantize.INT4_CONFIG["config_groups"]
     return {"config_groups": {"group_0": groups["group_0"] | {"weights": groups["group_0"]["weights"] | weights}}}
 
 
 @pytest.mark.parametrize(
     ("base", "changes", "message"),
     [
-        (quantise.FP8_CONFIG, {"quant_method": "awq"}, "quant_method='awq'"),
-        (quantise.FP8_CONFIG, {"fmt": "e5m2"}, "fmt='e5m2' .* reads e4m3"),
-        (quantise.FP8_CONFIG, {"activation_scheme": "static"}, "activation_scheme='static'"),
-        (quantise.FP8_CONFIG, {"weight_block_size": None}, "weight_block_size=None .* per tensor"),
-        (quantise.FP8_CONFIG, {"expert_dtype": "fp4"}, "expert_dtype='fp4'"),
-        (quantise.INT4_CONFIG, {"format": "nvfp4-pack-quantized"}, "format='nvfp4-pack-quantized'"),
-        (quantise.INT4_CONFIG, {"config_groups": {}}, "config_groups={}"),
-        (quantise.INT4_CONFIG, {"kv_cache_scheme": {}}, "kv_cache_scheme={}"),
-        (quantise.INT4_CONFIG, int4(num_bits=8), r"group_0.weights.num_bits=8 .* reads 4"),
-        (quantise.INT4_CONFIG, int4(symmetric=False), "symmetric=False"),
-        (quantise.INT4_CONFIG, int4(actorder="group"), "actorder='group'"),
-        (quantise.INT4_CONFIG, int4(strategy="channel"), "strategy='channel'"),
-        (quantise.INT4_CONFIG, int4(group_size=12), "group_size=12 .* multiple of 8"),
+        (quantize.FP8_CONFIG, {"quant_method": "awq"}, "quant_method='awq'"),
+        (quantize.FP8_CONFIG, {"fmt": "e5m2"}, "fmt='e5m2' .* reads e4m3"),
+        (quantize.FP8_CONFIG, {"activation_scheme": "static"}, "activation_scheme='static'"),
+        (quantize.FP8_CONFIG, {"weight_block_size": None}, "weight_block_size=None .* per tensor"),
+        (quantize.FP8_CONFIG, {"expert_dtype": "fp4"}, "expert_dtype='fp4'"),
+        (quantize.INT4_CONFIG, {"format": "nvfp4-pack-quantized"}, "format='nvfp4-pack-quantized'"),
+        (quantize.INT4_CONFIG, {"config_groups": {}}, "config_groups={}"),
+        (quantize.INT4_CONFIG, {"kv_cache_scheme": {}}, "kv_cache_scheme={}"),
+        (quantize.INT4_CONFIG, int4(num_bits=8), r"group_0.weights.num_bits=8 .* reads 4"),
+        (quantize.INT4_CONFIG, int4(symmetric=False), "symmetric=False"),
+        (quantize.INT4_CONFIG, int4(actorder="group"), "actorder='group'"),
+        (quantize.INT4_CONFIG, int4(strategy="channel"), "strategy='channel'"),
+        (quantize.INT4_CONFIG, int4(group_size=12), "group_size=12 .* multiple of 8"),
     ],
 )
 def test_formats_that_cant_be_read(base: dict[str, Any], changes: dict[str, Any], message: str) -> None:
@@ -226,14 +239,14 @@ def test_formats_that_can() -> None:
     def read(config: dict[str, Any]) -> Quantization | None:
         return ModelConfig.from_hf(RAGGED | {"quantization_config": config}).quantization
 
-    assert read(quantise.FP8_CONFIG) == Quantization("fp8", (128, 128))
+    assert read(quantize.FP8_CONFIG) == Quantization("fp8", (128, 128))
     newer = {
         "scale_fmt": "ue8m0",
         "modules_to_not_convert": ["lm_head"],
     }  # how scales were rounded is nothing to a reader
-    assert read(quantise.FP8_CONFIG | newer) == Quantization("fp8", (128, 128))
-    assert read(quantise.INT4_CONFIG) == Quantization("int4", (1, 32))
+    assert read(quantize.FP8_CONFIG | newer) == Quantization("fp8", (128, 128))
+    assert read(quantize.INT4_CONFIG) == Quantization("int4", (1, 32))
     with pytest.raises(ConfigError, match="moe_intermediate_size=92 must be multiples of 8"):
-        ModelConfig.from_hf(RAGGED | {"moe_intermediate_size": 92, "quantization_config": quantise.INT4_CONFIG})
-    with pytest.raises(ConfigError, match="--weights fp8: the checkpoint is not quantised"):
+        ModelConfig.from_hf(RAGGED | {"moe_intermediate_size": 92, "quantization_config": quantize.INT4_CONFIG})
+    with pytest.raises(ConfigError, match="--weights fp8: the checkpoint is not quantized"):
         Build(ModelConfig.from_hf(RAGGED), fp8=True)

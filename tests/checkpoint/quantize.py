@@ -1,4 +1,4 @@
-"""Quantised checkpoints out of plain ones, and plain ones out of them: NumPy, with none of the package's code
+"""Quantized checkpoints out of plain ones, and plain ones out of them: NumPy, with none of the package's code
 but the list of a model's tensors."""
 
 from __future__ import annotations
@@ -16,17 +16,37 @@ from jax_mla_cp.checkpoint import expected_shapes
 from jax_mla_cp.config.model import ModelConfig
 
 FP8_CONFIG: dict[str, Any] = {
-    "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
-}  # fmt: skip
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [128, 128],
+}
 INT4_CONFIG: dict[str, Any] = {
-    "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
-    "kv_cache_scheme": None, "ignore": ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*"],
-    "config_groups": {"group_0": {
-        "input_activations": None, "output_activations": None, "targets": ["Linear"],
-        "weights": {"actorder": None, "block_structure": None, "dynamic": False, "group_size": 32, "num_bits": 4,
-                    "observer": "minmax", "observer_kwargs": {}, "strategy": "group", "symmetric": True, "type": "int"},
-    }},
-}  # fmt: skip
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "quantization_status": "compressed",
+    "kv_cache_scheme": None,
+    "ignore": ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*"],
+    "config_groups": {
+        "group_0": {
+            "input_activations": None,
+            "output_activations": None,
+            "targets": ["Linear"],
+            "weights": {
+                "actorder": None,
+                "block_structure": None,
+                "dynamic": False,
+                "group_size": 32,
+                "num_bits": 4,
+                "observer": "minmax",
+                "observer_kwargs": {},
+                "strategy": "group",
+                "symmetric": True,
+                "type": "int",
+            },
+        }
+    },
+}
 
 _LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn|mlp).*_proj(_with_mqa)?\.weight$")
 _EXPERT = re.compile(r"model\.layers\.\d+\.mlp\.experts\.\d+\..*_proj\.weight$")
