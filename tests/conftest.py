@@ -23,7 +23,7 @@ import jax  # noqa: E402
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from tests.live import Live
+    from tests.helpers.live import Live
 
 jax.config.update("jax_num_cpu_devices", 32)
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -44,8 +44,8 @@ def _forget_programs() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[dict[str, Any], Path]]:
-    """Gives config.json's contents and the directory of a variant of `tests.checkpoints.VARIANTS`, for reading only."""
-    from tests.checkpoints import make_variant
+    """Gives config.json's contents and the directory of a variant of `tests.helpers.checkpoints.VARIANTS`, for reading only."""
+    from tests.helpers.checkpoints import make_variant
 
     made: dict[str, tuple[dict[str, Any], Path]] = {}
 
@@ -62,7 +62,7 @@ def transformers_model(
     checkpoint: Callable[[str], tuple[dict[str, Any], Path]],
 ) -> Callable[[str], PreTrainedModel]:
     """Gives transformers' float32 model of a variant; for `hf_logits`, `hf_cache` and `hf_generate`."""
-    from tests.checkpoints import hf_model
+    from tests.helpers.checkpoints import hf_model
 
     loaded: dict[str, PreTrainedModel] = {}
 
@@ -77,7 +77,7 @@ def transformers_model(
 @pytest.fixture(scope="session")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     """One server process on 4 CPU devices for all tests that drive it from outside."""
-    from tests.live import serving
+    from tests.helpers.live import serving
 
     with serving(tmp_path_factory.mktemp("live") / "server.log") as server:
         yield server

@@ -58,7 +58,7 @@ def copies_of(text: str, shape: tuple[int, ...]) -> list[str]:
 
 
 def test_a_step_without_donation_is_seen_to_copy() -> None:
-    """Negative control of the aliasing test in tests/model/test_step.py: the same search finds the copy there."""
+    """Negative control of the aliasing test in tests/step/test_forward.py: the same search finds the copy there."""
 
     def write(pages: jax.Array) -> jax.Array:
         return pages.at[jnp.array([3])].set(1.0)

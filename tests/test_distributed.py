@@ -23,7 +23,7 @@ def environment(**extra: str) -> dict[str, str]:
 def run_processes(count: int, checkpoint: Path, out: Path) -> np.ndarray:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    command = [sys.executable, "-m", "tests.distributed_worker", address, str(count)]
+    command = [sys.executable, "-m", "tests.helpers.distributed_worker", address, str(count)]
     workers = [
         subprocess.Popen([*command, str(i), str(checkpoint), str(out)], cwd=ROOT, env=environment())
         for i in range(count)

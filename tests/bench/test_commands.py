@@ -18,7 +18,7 @@ from jax_mla_cp.bench.table import Report
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.config.presets import model_config
 from jax_mla_cp.mesh import MeshShape
-from tests.processes import environment
+from tests.helpers.processes import environment
 
 MESH = MeshShape(tp=2, cp=2)
 

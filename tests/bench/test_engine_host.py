@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jax_mla_cp.bench.engine_host import NoModel, host_seconds
-from tests.byte_tokenizer import byte_tokenizer
+from tests.helpers.byte_tokenizer import byte_tokenizer
 
 
 def test_steps_are_timed() -> None:

@@ -20,9 +20,9 @@ from jax_mla_cp.bench.__main__ import main
 from jax_mla_cp.bench.serve.options import parse
 from jax_mla_cp.bench.serve.workload import Lengths, SharedPrefix, arrivals, plan
 from jax_mla_cp.config.errors import ConfigError
-from tests.eval.fake_server import running
-from tests.processes import started
-from tests.waiting import until
+from tests.helpers.fake_server import running
+from tests.helpers.processes import started
+from tests.helpers.waiting import until
 
 FIRST, GAP = 0.2, 0.03
 """Seconds until the first token, and between tokens."""

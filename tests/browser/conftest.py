@@ -19,10 +19,10 @@ from jax_mla_cp.serve.served import Served
 from jax_mla_cp.serve.status import Telemetry
 from jax_mla_cp.serve.status.about import About
 from jax_mla_cp.step.results import Outcome, Sampled
-from tests.byte_tokenizer import byte_tokenizer
-from tests.engine.standin import PageModel
-from tests.processes import server, url_of
-from tests.serve.in_process import serving
+from tests.helpers.byte_tokenizer import byte_tokenizer
+from tests.helpers.in_process import serving
+from tests.helpers.processes import server, url_of
+from tests.helpers.standin import PageModel
 
 KEY = "the-key-of-the-browser-tests"
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script><b>bold</b> "

@@ -26,7 +26,7 @@ from jax_mla_cp.checkpoint.convert import convert
 from jax_mla_cp.checkpoint.directories import alone
 from jax_mla_cp.checkpoint.orbax import StoredArray
 from jax_mla_cp.config.errors import ConfigError
-from tests.checkpoint import hf
+from tests.helpers import hf_tensors as hf
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.mesh import make_mesh, mesh_shape
 from jax_mla_cp.model.context import Build
 from jax_mla_cp.model.decoder import Decoder
-from tests.checkpoint import hf
+from tests.helpers import hf_tensors as hf
 
 
 def load(

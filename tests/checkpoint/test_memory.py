@@ -15,7 +15,8 @@ from safetensors.numpy import save_file
 from jax_mla_cp.checkpoint import expected_shapes
 from jax_mla_cp.checkpoint.convert import convert
 from jax_mla_cp.config.model import ModelConfig
-from tests.checkpoint import hf, quantize
+from tests.helpers import hf_tensors as hf
+from tests.helpers import quantize
 
 RAW = {
     "model_type": "deepseek_v3",

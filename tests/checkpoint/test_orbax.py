@@ -38,8 +38,9 @@ from jax_mla_cp.config.quantization import FP8
 from jax_mla_cp.mesh import make_mesh, mesh_shape
 from jax_mla_cp.model.context import Build
 from jax_mla_cp.model.decoder import Decoder
-from tests.checkpoint import hf, test_quantized
-from tests.random_weights import random_weights
+from tests.checkpoint import test_quantized
+from tests.helpers import hf_tensors as hf
+from tests.helpers.random_weights import random_weights
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""FP8 and INT4 checkpoints against the same ones dequantized by NumPy (tests/checkpoint/quantize.py) and loaded as plain."""
+"""FP8 and INT4 checkpoints against the same ones dequantized by NumPy (tests/helpers/quantize.py) and loaded as plain."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from jax_mla_cp.mesh import make_mesh, mesh_shape
 from jax_mla_cp.model.context import Build
 from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.fp8 import unpack_int4
-from tests.checkpoint import quantize
-from tests.checkpoints import BASE
+from tests.helpers import quantize
+from tests.helpers.checkpoints import BASE
 
 # Nothing is a multiple of 128. Heads of 56 query rows and 72 rows of keys and values straddle blocks, and so do the 16 roped
 # rows behind 120 latents.

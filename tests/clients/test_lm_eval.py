@@ -15,7 +15,7 @@ import pytest
 from jax_mla_cp.default_model import DIRECTORY
 from jax_mla_cp.eval.heldout import heldout_text
 from jax_mla_cp.eval.passkey import Passkey
-from tests.live import Live
+from tests.helpers.live import Live
 
 TASKS = Path(__file__).parent / "tasks"
 

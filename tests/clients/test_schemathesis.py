@@ -5,8 +5,8 @@ from __future__ import annotations
 import httpx
 import pytest
 
-from tests.clients.schema import fuzz, operations
-from tests.live import Live
+from tests.helpers.live import Live
+from tests.helpers.openapi_schema import fuzz, operations
 
 EXAMPLES = 4
 """Per operation. tests/soak/test_fuzz.py sends hundreds."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from jax_mla_cp.engine import Engine
-from tests.engine.standin import PageModel
+from tests.helpers.standin import PageModel
 
 
 @pytest.fixture

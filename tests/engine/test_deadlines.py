@@ -8,7 +8,7 @@ import pytest
 
 from jax_mla_cp.engine.deadlines import Deadlines
 from jax_mla_cp.engine.request import Request
-from tests.engine.asked import Asked
+from tests.helpers.engine_requests import Asked
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ from jax_mla_cp.engine import (
     StepReport,
 )
 from jax_mla_cp.engine.pages import Pages
-from tests.engine.asked import Asked
-from tests.engine.standin import PageModel, continuation
-from tests.waiting import until
+from tests.helpers.engine_requests import Asked
+from tests.helpers.standin import PageModel, continuation
+from tests.helpers.waiting import until
 
 
 def test_many_threads(engine: Engine) -> None:

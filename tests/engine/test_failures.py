@@ -16,9 +16,9 @@ from jax_mla_cp.engine import (
     QueueFull,
     StepReport,
 )
-from tests.engine.asked import Asked, ended
-from tests.engine.standin import PageModel, continuation
-from tests.waiting import until
+from tests.helpers.engine_requests import Asked, ended
+from tests.helpers.standin import PageModel, continuation
+from tests.helpers.waiting import until
 
 
 def test_abort_frees_the_pages_within_a_step(model: PageModel, engine: Engine) -> None:

@@ -12,8 +12,8 @@ import pytest
 from jax_mla_cp.batch.work import Sampling, Work
 from jax_mla_cp.engine import Engine, Failed, Finished
 from jax_mla_cp.step.results import Outcome
-from tests.engine.asked import Asked
-from tests.speculative import CONFIG, OneBucket, model
+from tests.helpers.engine_requests import Asked
+from tests.helpers.speculative import CONFIG, OneBucket, model
 
 PREFIX = np.random.default_rng(5).integers(0, CONFIG.vocab_size, 27).tolist()
 PROMPTS = [[*PREFIX, *tail] for tail in ([1], [2, 3], [1], [4, 5, 6, 7, 8, 9, 1], [2, 3, 5])]

@@ -14,10 +14,10 @@ from jax_mla_cp.engine import (
     Token,
 )
 from jax_mla_cp.engine.text import TextStream
-from tests.byte_tokenizer import byte_tokenizer
-from tests.engine.asked import Asked, ended
-from tests.engine.standin import VOCAB, PageModel, continuation, logprob
-from tests.waiting import until
+from tests.helpers.byte_tokenizer import byte_tokenizer
+from tests.helpers.engine_requests import Asked, ended
+from tests.helpers.standin import VOCAB, PageModel, continuation, logprob
+from tests.helpers.waiting import until
 
 
 def test_what_follows_an_end_within_a_run_is_dropped() -> None:

@@ -19,7 +19,7 @@ from jax_mla_cp.engine.group import Scheduled
 from jax_mla_cp.engine.output import take
 from jax_mla_cp.engine.scheduler import Scheduler
 from jax_mla_cp.engine.text import TextStream
-from tests.engine.standin import PageModel, continuation, logprob
+from tests.helpers.standin import PageModel, continuation, logprob
 
 STOP = frozenset({3})
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jax_mla_cp.engine.text import TextStream
-from tests.byte_tokenizer import byte_tokenizer
+from tests.helpers.byte_tokenizer import byte_tokenizer
 
 texts = st.text(alphabet="ab€😀", max_size=20)
 

@@ -15,8 +15,8 @@ from jax_mla_cp.eval import score
 from jax_mla_cp.eval.score import token_logprobs
 from jax_mla_cp.launch import load
 from jax_mla_cp.mesh import make_mesh
-from tests.checkpoints import read_weights
-from tests.reference import forward
+from tests.helpers.checkpoints import read_weights
+from tests.helpers.reference import forward
 
 Checkpoints = Callable[[str], tuple[dict[str, Any], Path]]
 

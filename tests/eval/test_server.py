@@ -18,11 +18,11 @@ from jax_mla_cp.eval.__main__ import main
 from jax_mla_cp.eval.heldout import heldout_text
 from jax_mla_cp.serve.served import Served
 from jax_mla_cp.tokenizer import Tokenizer, require_tokenizer
-from tests.engine.standin import PageModel
-from tests.eval.fake_server import Fake, refuse, running
-from tests.processes import started
-from tests.serve.in_process import serving
-from tests.waiting import until
+from tests.helpers.fake_server import Fake, refuse, running
+from tests.helpers.in_process import serving
+from tests.helpers.processes import started
+from tests.helpers.standin import PageModel
+from tests.helpers.waiting import until
 
 SMALL = ["--lengths", "400,700", "--depths", "3", "--perplexity-tokens", "600"]
 

@@ -17,8 +17,8 @@ import jax_mla_cp
 from jax_mla_cp.attention import fa3
 from jax_mla_cp.batch.rows import Rows
 from jax_mla_cp.config.errors import ConfigError
-from tests.ffi.cases import LATENT, QUERY, ROPE, TARGETS, VALUE
-from tests.synthetic import CONFIG
+from tests.helpers.attention_cases import LATENT, QUERY, ROPE, TARGETS, VALUE
+from tests.helpers.synthetic import CONFIG
 
 _ffi = pytest.importorskip("jax_mla_cp._ffi", reason="the extension is not built")
 

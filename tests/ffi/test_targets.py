@@ -22,8 +22,8 @@ from jax_mla_cp.attention import fa3, xla
 from jax_mla_cp.batch import zigzag
 from jax_mla_cp.batch.rows import Rows
 from jax_mla_cp.mesh import make_mesh
-from tests.ffi import cases
-from tests.ffi.cases import ABSORBED, BF16, LATENT, QUERY, RAGGED, ROPE, TARGETS, VALUE, Case, Row
+from tests.helpers import attention_cases as cases
+from tests.helpers.attention_cases import ABSORBED, BF16, LATENT, QUERY, RAGGED, ROPE, TARGETS, VALUE, Case, Row
 
 pytest.importorskip("jax_mla_cp._ffi", reason="the extension is not built")
 

@@ -15,7 +15,7 @@ from jax_mla_cp.model.context import Build, Declare
 from jax_mla_cp.model.experts import apply_experts
 from jax_mla_cp.model.grouped_matmul import group_alignment, grouped_matmul
 from jax_mla_cp.model.moe import Moe
-from tests.synthetic import CONFIG
+from tests.helpers.synthetic import CONFIG
 
 
 def random_bfloat16(*shapes: tuple[int, ...]) -> list[jax.Array]:

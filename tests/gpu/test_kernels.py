@@ -17,8 +17,6 @@ from jax_mla_cp import cache
 from jax_mla_cp.attention import fa3
 from jax_mla_cp.batch import zigzag
 from jax_mla_cp.batch.rows import Rows
-from tests.ffi import cases
-from tests.ffi.cases import ABSORBED, LATENT, QUERY, RAGGED, ROPE, TARGETS, VALUE, Case, Row
 from tests.ffi.test_targets import (  # noqa: F401  these run on the GPU too
     REFUSED,
     refuses,
@@ -27,6 +25,8 @@ from tests.ffi.test_targets import (  # noqa: F401  these run on the GPU too
     test_one_key_less_fails_the_check,
     test_what_belongs_to_no_row_changes_nothing,
 )
+from tests.helpers import attention_cases as cases
+from tests.helpers.attention_cases import ABSORBED, LATENT, QUERY, RAGGED, ROPE, TARGETS, VALUE, Case, Row
 
 HEADS = (1, 2, 4, 8, 16, 32, 64, 128)
 

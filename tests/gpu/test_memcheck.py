@@ -14,8 +14,8 @@ _SANITIZER = shutil.which("compute-sanitizer")
 
 # Keys that end with their array, a page table wider than any row, tokens of no row, rows of no tokens.
 _CALLS = """
-from tests.ffi import cases
-from tests.ffi.cases import ABSORBED, RAGGED, TARGETS
+from tests.helpers import attention_cases as cases
+from tests.helpers.attention_cases import ABSORBED, RAGGED, TARGETS
 
 for target in TARGETS:
     for heads in (1, 3):

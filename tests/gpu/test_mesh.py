@@ -9,7 +9,7 @@ import pytest
 
 from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.step.runner import compile_step
-from tests.synthetic import REAL_DIMS_CONFIG, Driver, random_model, tempered
+from tests.helpers.synthetic import REAL_DIMS_CONFIG, Driver, random_model, tempered
 from tests.test_cache import copies_of
 
 PROMPTS = [

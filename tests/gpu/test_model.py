@@ -16,9 +16,9 @@ from jax_mla_cp.model.context import Build
 from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.handle import Model
 from jax_mla_cp.step.runner import compile_step
-from tests.checkpoint import quantize
-from tests.ffi.cases import moves
-from tests.synthetic import REAL_DIMS_CONFIG, Driver, random_model, tempered
+from tests.helpers import quantize
+from tests.helpers.attention_cases import moves
+from tests.helpers.synthetic import REAL_DIMS_CONFIG, Driver, random_model, tempered
 from tests.test_cache import copies_of
 
 PROMPTS = [

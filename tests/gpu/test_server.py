@@ -15,7 +15,7 @@ from jax_mla_cp.eval.heldout import heldout_text
 from jax_mla_cp.eval.prompts import Text
 from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.tokenizer import Tokenizer, require_tokenizer
-from tests.live import serving
+from tests.helpers.live import serving
 
 LENGTHS = (100, 777, 2100, 5000)
 

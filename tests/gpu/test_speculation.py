@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.speculative import REAL_DIMS, OneBucket, generate, model
+from tests.helpers.speculative import REAL_DIMS, OneBucket, generate, model
 from tests.test_cache import copies_of
 
 PROMPTS = [np.random.default_rng(i).integers(0, 250, n).tolist() for i, n in enumerate((150, 9, 1, 62, 63, 64))]

@@ -17,7 +17,7 @@ from jax import lax
 from jax_mla_cp.model.experts import apply_experts
 from jax_mla_cp.model.grouped_matmul import grouped_matmul
 from jax_mla_cp.model.moe import _best, _logits, route
-from tests.synthetic import CONFIG, Driver, random_model
+from tests.helpers.synthetic import CONFIG, Driver, random_model
 
 TOKENS, TOP, EXPERTS, WIDTH, INNER = 200, 4, 6, 16, 8
 """Of 12 experts the device has 6: numbers 0 to 5. Others are -6 to -1."""

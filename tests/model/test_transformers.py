@@ -16,9 +16,9 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkR
 
 import jax_mla_cp as mla
 from jax_mla_cp.model.moe import route
-from tests.checkpoints import hf_cache, hf_generate, hf_logits, read_weights
-from tests.reference import forward as reference
-from tests.synthetic import CONFIG, Driver, Request
+from tests.helpers.checkpoints import hf_cache, hf_generate, hf_logits, read_weights
+from tests.helpers.reference import forward as reference
+from tests.helpers.synthetic import CONFIG, Driver, Request
 
 Checkpoints = Callable[[str], tuple[dict[str, Any], Path]]
 

@@ -21,10 +21,10 @@ from jax_mla_cp.serve.fields import Body
 from jax_mla_cp.serve.schemas import ChatRequest, CompletionRequest
 from jax_mla_cp.serve.served import Served
 from jax_mla_cp.serve.tokens import DetokenizeRequest, TokenizeRequest
-from tests.byte_tokenizer import byte_tokenizer
-from tests.engine.standin import VOCAB, PageModel, continuation
-from tests.serve.in_process import serving
-from tests.waiting import until
+from tests.helpers.byte_tokenizer import byte_tokenizer
+from tests.helpers.in_process import serving
+from tests.helpers.standin import VOCAB, PageModel, continuation
+from tests.helpers.waiting import until
 
 MAX_LEN = 600
 TOKENIZER = byte_tokenizer()

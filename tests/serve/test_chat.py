@@ -15,9 +15,9 @@ from jax_mla_cp.serve.reasoning import Splitter
 from jax_mla_cp.serve.served import Served
 from jax_mla_cp.step.results import Outcome, Sampled
 from jax_mla_cp.tokenizer import ChatTemplate, Tokenizer
-from tests.byte_tokenizer import EOS, byte_tokenizer
-from tests.engine.standin import PageModel
-from tests.serve.in_process import client_of, serving
+from tests.helpers.byte_tokenizer import EOS, byte_tokenizer
+from tests.helpers.in_process import client_of, serving
+from tests.helpers.standin import PageModel
 
 # The answer follows \x02; who sends "open" gets a prompt that ends with <think>, as DeepSeek-R1's does.
 TEMPLATE = """\

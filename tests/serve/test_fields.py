@@ -18,8 +18,8 @@ from jax_mla_cp.launch import load
 from jax_mla_cp.mesh import MeshShape, make_mesh
 from jax_mla_cp.serve.served import Served
 from jax_mla_cp.step.runner import create_runner
-from tests.serve.in_process import client_of, serving
-from tests.waiting import until
+from tests.helpers.in_process import client_of, serving
+from tests.helpers.waiting import until
 
 PROMPT = "The context parallel prefill is a way of"
 SCHEMA = {

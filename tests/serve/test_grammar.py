@@ -13,8 +13,8 @@ from jax_mla_cp.engine import GrammarError
 from jax_mla_cp.serve.grammar import MAX_DEPTH, Grammars, JsonGrammar
 from jax_mla_cp.serve.reasoning import AfterThoughts
 from jax_mla_cp.tokenizer import JsonVocabulary, KimiVocabulary, Tokenizer
-from tests.byte_tokenizer import EOS, byte_tokenizer
-from tests.tokenizer.vocabularies import byte_fallback, byte_level, kimi
+from tests.helpers.byte_tokenizer import EOS, byte_tokenizer
+from tests.helpers.vocabularies import byte_fallback, byte_level, kimi
 
 SCHEMA = {
     "type": "object",

@@ -12,8 +12,8 @@ import pytest
 from jax_mla_cp.engine import EngineDead, Failed, QueueFull
 from jax_mla_cp.engine.request import FailedKind
 from jax_mla_cp.serve.errors import failure
-from tests.serve.guarded import BODY, SEED, Running, running
-from tests.waiting import until
+from tests.helpers.guarded import BODY, SEED, Running, running
+from tests.helpers.waiting import until
 
 
 def test_health_and_readiness() -> None:

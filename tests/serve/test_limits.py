@@ -22,8 +22,8 @@ from jax_mla_cp.serve.connection import Connection
 from jax_mla_cp.serve.errors import ApiError
 from jax_mla_cp.serve.guards import Guards
 from jax_mla_cp.serve.limits import MAX_DEPTH, MAX_HEADER_BYTES, MAX_HEADERS, LimitRequest, check_json
-from tests.serve.guarded import BODY, Running, running
-from tests.waiting import until
+from tests.helpers.guarded import BODY, Running, running
+from tests.helpers.waiting import until
 
 JSON = {"content-type": "application/json"}
 

@@ -20,7 +20,7 @@ from jax_mla_cp.engine import Failed, Finished
 from jax_mla_cp.serve import logs
 from jax_mla_cp.serve.guards import Guards
 from jax_mla_cp.serve.security import ApiKeys
-from tests.serve.guarded import BODY, Running, running
+from tests.helpers.guarded import BODY, Running, running
 
 SECRET = "the-key-0123456789"
 

@@ -22,8 +22,8 @@ from jax_mla_cp.eval.heldout import heldout_text
 from jax_mla_cp.eval.passkey import Passkey
 from jax_mla_cp.serve.names import TokenNames
 from jax_mla_cp.tokenizer import Tokenizer
-from tests.checkpoints import hf_generate
-from tests.processes import server, url_of
+from tests.helpers.checkpoints import hf_generate
+from tests.helpers.processes import server, url_of
 
 Checkpoints = Callable[[str], tuple[dict[str, Any], Path]]
 

@@ -27,10 +27,10 @@ from jax_mla_cp.serve.status.files import read_files
 from jax_mla_cp.serve.status.prompts import Prompts
 from jax_mla_cp.serve.status.recent import SECONDS, Latencies, Rates, percentile
 from jax_mla_cp.serve.status.schemas import Status
-from tests.byte_tokenizer import byte_tokenizer
-from tests.engine.asked import Asked
-from tests.engine.standin import PageModel
-from tests.waiting import until
+from tests.helpers.byte_tokenizer import byte_tokenizer
+from tests.helpers.engine_requests import Asked
+from tests.helpers.standin import PageModel
+from tests.helpers.waiting import until
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "observability.md"
 BODY = {"model": "tiny", "max_tokens": 6, "ignore_eos": True}

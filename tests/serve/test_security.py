@@ -19,7 +19,7 @@ import jax_mla_cp
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.serve.guards import Guards
 from jax_mla_cp.serve.security import ApiKeys, read_keys, tls_settings, warn_if_open
-from tests.serve.guarded import BODY, Running, running, write
+from tests.helpers.guarded import BODY, Running, running, write
 
 KEYS = ["first-key-0123456789", "second-key-0123456789", "third-key-0123456789"]
 

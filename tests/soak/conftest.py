@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.soak.sizes import FULL, SMALL, Sizes
+from tests.helpers.soak_sizes import FULL, SMALL, Sizes
 
 _RESULTS = Path("build/soak")
 _KEPT: dict[str, dict[str, Any]] = {}

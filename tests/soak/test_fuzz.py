@@ -10,11 +10,11 @@ from typing import Any
 
 import httpx
 
-from tests.clients.schema import fuzz, operations
-from tests.live import Live
-from tests.soak.ask import TIMEOUT, ask_alone, differ
-from tests.soak.mutate import mutated, send_raw
-from tests.soak.sizes import Sizes
+from tests.helpers.live import Live
+from tests.helpers.openapi_schema import fuzz, operations
+from tests.helpers.soak_mutations import mutated, send_raw
+from tests.helpers.soak_requests import TIMEOUT, ask_alone, differ
+from tests.helpers.soak_sizes import Sizes
 
 BAD = {500, 502, 504}
 AT_A_TIME = 8

@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import httpx
 
-from tests.live import CHUNK, PAGE, Live
-from tests.soak.ask import TIMEOUT, ask, ask_alone, prompt, stream
-from tests.soak.sizes import FULL, Sizes
+from tests.helpers.live import CHUNK, PAGE, Live
+from tests.helpers.soak_requests import TIMEOUT, ask, ask_alone, prompt, stream
+from tests.helpers.soak_sizes import FULL, Sizes
 
 RUNNING, TRIES = 4, 3
 

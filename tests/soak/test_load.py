@@ -14,9 +14,9 @@ from typing import Any
 
 import httpx
 
-from tests.live import Live
-from tests.soak.ask import TIMEOUT, Answer, ask, ask_alone, body, differ, prompt
-from tests.soak.sizes import Sizes
+from tests.helpers.live import Live
+from tests.helpers.soak_requests import TIMEOUT, Answer, ask, ask_alone, body, differ, prompt
+from tests.helpers.soak_sizes import Sizes
 
 INVALID: list[dict[str, Any]] = [
     {"prompt": []},

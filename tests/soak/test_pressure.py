@@ -10,9 +10,9 @@ from pathlib import Path
 
 import httpx
 
-from tests.live import Live, serving, wait_for
-from tests.soak.ask import TIMEOUT, Answer, ask, ask_alone, differ, prompt, stream
-from tests.soak.sizes import Sizes
+from tests.helpers.live import Live, serving, wait_for
+from tests.helpers.soak_requests import TIMEOUT, Answer, ask, ask_alone, differ, prompt, stream
+from tests.helpers.soak_sizes import Sizes
 
 PAGES, TOKENS, NEW = 12, 16, 48
 """Pages of the cache, tokens of a page, tokens of an answer: some three requests fit at a time."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from tests.live import PAGE, Live
-from tests.soak.ask import ask_alone, differ, prompt
-from tests.soak.sizes import Sizes
+from tests.helpers.live import PAGE, Live
+from tests.helpers.soak_requests import ask_alone, differ, prompt
+from tests.helpers.soak_sizes import Sizes
 
 OWN = 16
 """Tokens of each prompt after the prefix."""

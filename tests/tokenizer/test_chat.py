@@ -11,8 +11,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from jax_mla_cp.tokenizer import ChatTemplate, Tokenizer, TokenizerError, require_tokenizer
-
-from .vocabularies import BYTE_LEVEL, KIMI_SPECIALS, byte_level, kimi_ranks, save_json, save_kimi
+from tests.helpers.vocabularies import BYTE_LEVEL, KIMI_SPECIALS, byte_level, kimi_ranks, save_json, save_kimi
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 DEEPSEEK = {"bos_token": {"content": BOS, "lstrip": False}, "eos_token": EOS, "unk_token": None}

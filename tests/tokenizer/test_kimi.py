@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from tiktoken._educational import SimpleBytePairEncoding
 
 from jax_mla_cp.tokenizer import Tokenizer, TokenizerError, kimi, require_tokenizer
-
-from .vocabularies import CORPUS, KIMI, KIMI_SPECIALS, kimi_ranks, save_kimi
+from tests.helpers.vocabularies import CORPUS, KIMI, KIMI_SPECIALS, kimi_ranks, save_kimi
 
 FIRST_SPECIAL = len(kimi_ranks())
 # In Python, with another library for regular expressions: nothing of tiktoken's Rust.

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_mla_cp.tokenizer import Detokenizer, Tokenizer
-
-from .vocabularies import BYTE_FALLBACK, BYTE_LEVEL, CORPUS, KIMI
+from tests.helpers.vocabularies import BYTE_FALLBACK, BYTE_LEVEL, CORPUS, KIMI
 
 KINDS = pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, KIMI], ids=["json", "kimi"])
 

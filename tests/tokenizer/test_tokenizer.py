@@ -11,8 +11,7 @@ import tokenizers
 
 from jax_mla_cp.serve.names import TokenNames
 from jax_mla_cp.tokenizer import Tokenizer, TokenizerError, require_tokenizer
-
-from .vocabularies import BYTE_LEVEL, CORPUS, KIMI, byte_level, save_json, save_kimi
+from tests.helpers.vocabularies import BYTE_LEVEL, CORPUS, KIMI, byte_level, save_json, save_kimi
 
 
 def saved(directory: Path, backend: tokenizers.Tokenizer, **config: Any) -> Tokenizer:

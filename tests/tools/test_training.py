@@ -18,7 +18,7 @@ from default_model import corpus, export, network, training, vocabulary
 from default_model.sequences import Sequences
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.default_model import DIRECTORY
-from tests.synthetic import Driver
+from tests.helpers.synthetic import Driver
 
 TEXT = "The module provides functions to read and write files. It has 12 classes, and each of them has methods.\n"
 
@@ -142,7 +142,7 @@ def test_learns_and_goes_on_after_an_interruption(
 
 
 def test_the_package_carries_what_the_script_exports() -> None:
-    """The same architecture, tokenizer settings and template; the weights are the trained ones (tests/test_default_model.py)."""
+    """The same architecture, tokenizer settings and template; the weights are the trained ones (tests/default_model/test_default_model.py)."""
     raw = json.loads((DIRECTORY / "config.json").read_text())
     assert raw == json.loads(export.CONFIG.read_text()) | {"quantization_config": export.QUANTIZATION}
     settings = json.loads((DIRECTORY / "tokenizer_config.json").read_text())

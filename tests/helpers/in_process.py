@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from jax_mla_cp.serve.app import create_app
 from jax_mla_cp.serve.served import Served
 from jax_mla_cp.serve.status import Telemetry
-from tests.waiting import until
+from tests.helpers.waiting import until
 
 
 @contextlib.contextmanager

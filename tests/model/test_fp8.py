@@ -25,9 +25,9 @@ from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.handle import Model, weight_bytes
 from jax_mla_cp.step.planner import Planner
 from jax_mla_cp.step.runner import compile_step
-from tests.checkpoint import quantize
-from tests.checkpoints import BASE, make_checkpoint, read_weights
-from tests.synthetic import Driver
+from tests.helpers import quantize
+from tests.helpers.checkpoints import BASE, make_checkpoint, read_weights
+from tests.helpers.synthetic import Driver
 
 # Nothing is a multiple of 128, heads straddle blocks (see tests/checkpoint/test_quantized.py).
 RAGGED: dict[str, Any] = {

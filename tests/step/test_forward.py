@@ -12,7 +12,7 @@ import pytest
 from jax_mla_cp.batch.work import Work
 from jax_mla_cp.step.forward import forward
 from jax_mla_cp.step.runner import compile_step
-from tests.synthetic import CONFIG, Driver, random_model
+from tests.helpers.synthetic import CONFIG, Driver, random_model
 from tests.test_cache import copies_of
 
 PROMPTS = [np.random.default_rng(i).integers(0, CONFIG.vocab_size, n).tolist() for i, n in enumerate((150, 7, 1, 33))]

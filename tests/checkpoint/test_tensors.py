@@ -15,7 +15,7 @@ from jax_mla_cp.checkpoint import ArraySource, CheckpointError, SafetensorsSourc
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.model.context import Build
 from jax_mla_cp.model.decoder import Decoder
-from tests.checkpoint import hf
+from tests.helpers import hf_tensors as hf
 
 CONFIG = ModelConfig.from_hf({"model_type": "deepseek_v3", **hf.TINY})
 

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import psutil
 
-from tests.processes import server, url_of
+from tests.helpers.processes import server, url_of
 
 PAGE, CHUNK, RUNNING = 64, 512, 64
 """Of the shared server: tokens of a page, prompt tokens of a step, requests at a time."""

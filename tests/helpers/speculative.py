@@ -28,9 +28,9 @@ from jax_mla_cp.step.forward import put
 from jax_mla_cp.step.planner import Planner
 from jax_mla_cp.step.results import Outcome
 from jax_mla_cp.step.runner import Runner
-from tests.random_weights import random_weights
-from tests.synthetic import CONFIG as SYNTHETIC
-from tests.synthetic import REAL_DIMS_CONFIG
+from tests.helpers.random_weights import random_weights
+from tests.helpers.synthetic import CONFIG as SYNTHETIC
+from tests.helpers.synthetic import REAL_DIMS_CONFIG
 
 CONFIG = dataclasses.replace(
     SYNTHETIC,

@@ -13,8 +13,16 @@ import torch
 from tokenizers import Tokenizer
 
 from jax_mla_cp.config.model import ModelConfig
-from tests import reference
-from tests.checkpoints import VARIANTS, hf_cache, hf_generate, hf_logits, hf_model, make_checkpoint, read_weights
+from tests.helpers import reference
+from tests.helpers.checkpoints import (
+    VARIANTS,
+    hf_cache,
+    hf_generate,
+    hf_logits,
+    hf_model,
+    make_checkpoint,
+    read_weights,
+)
 
 Checkpoint = Callable[[str], tuple[dict[str, Any], Path]]
 

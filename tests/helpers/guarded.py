@@ -19,8 +19,8 @@ from jax_mla_cp.serve.guards import Guards
 from jax_mla_cp.serve.lifecycle import Server, uvicorn_config
 from jax_mla_cp.serve.served import Served
 from jax_mla_cp.serve.status import About, Telemetry
-from tests.byte_tokenizer import byte_tokenizer
-from tests.waiting import until
+from tests.helpers.byte_tokenizer import byte_tokenizer
+from tests.helpers.waiting import until
 
 SEED = 77
 """The server's, for requests without one."""

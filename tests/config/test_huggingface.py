@@ -20,8 +20,8 @@ from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.model.context import EP_CHOICES, Build
 from jax_mla_cp.model.handle import weight_bytes
 from jax_mla_cp.step.runner import create_runner
-from tests.checkpoints import BASE, old_style
-from tests.synthetic import CONFIG, random_model
+from tests.helpers.checkpoints import BASE, old_style
+from tests.helpers.synthetic import CONFIG, random_model
 
 
 def raw(**change: Any) -> dict[str, Any]:
@@ -175,8 +175,8 @@ def test_what_tp_need_not_divide_is_padded() -> None:
 
 
 def test_fewer_experts_than_devices_run_on_a_part_of_the_mesh() -> None:
-    from tests.model.test_step import play
-    from tests.synthetic import Driver
+    from tests.helpers.synthetic import Driver
+    from tests.step.test_forward import play
 
     config = dataclasses.replace(CONFIG, n_routed_experts=4, n_group=1, topk_group=1)
     want = play(Driver(random_model(config=config)))[0]

@@ -12,9 +12,9 @@ from jax_mla_cp.batch.shapes import StepShape
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.step.planner import Planner
 from jax_mla_cp.step.runner import compile_step
-from tests.speculative import REAL_DIMS, OneBucket, generate
-from tests.speculative import model as speculative
-from tests.synthetic import REAL_DIMS_CONFIG, Driver, random_model, tempered
+from tests.helpers.speculative import REAL_DIMS, OneBucket, generate
+from tests.helpers.speculative import model as speculative
+from tests.helpers.synthetic import REAL_DIMS_CONFIG, Driver, random_model, tempered
 from tests.test_cache import copies_of
 
 BF16 = jnp.dtype(jnp.bfloat16)

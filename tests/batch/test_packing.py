@@ -17,7 +17,7 @@ from jax_mla_cp.batch.packing import pack, packed_specs, unpack
 from jax_mla_cp.batch.shapes import BatchShape, CacheShape, StepShape
 from jax_mla_cp.batch.work import Sampling, Work
 from jax_mla_cp.mesh import MeshShape, make_mesh, on_devices
-from tests.synthetic import CONFIG
+from tests.helpers.synthetic import CONFIG
 
 
 def batch(dp: int, cp: int, drafts: int, seed: int) -> Batch:

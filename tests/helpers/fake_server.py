@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
-from tests.serve.in_process import listening
+from tests.helpers.in_process import listening
 
 LOGPROB = -2.0
 """Of every token: the perplexity is exp(2)."""

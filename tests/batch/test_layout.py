@@ -23,7 +23,7 @@ from jax_mla_cp.batch.zigzag import plan
 from jax_mla_cp.config.presets import model_config
 from jax_mla_cp.step import planner
 from jax_mla_cp.step.planner import _buckets
-from tests.synthetic import CONFIG
+from tests.helpers.synthetic import CONFIG
 
 PAGE = 8
 

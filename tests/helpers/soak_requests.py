@@ -15,7 +15,7 @@ from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.default_model import DIRECTORY
 from jax_mla_cp.eval.heldout import heldout_text
 from jax_mla_cp.tokenizer import Tokenizer, require_tokenizer
-from tests.live import Live
+from tests.helpers.live import Live
 
 TIE = 1e-4
 """Log-probabilities that are nearer than this may change places with the batch: float32 is added in another order."""

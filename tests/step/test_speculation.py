@@ -17,8 +17,8 @@ from jax_mla_cp.batch.work import Sampling, Work
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.step.planner import Planner
 from jax_mla_cp.step.results import Outcome
-from tests import reference
-from tests.speculative import CONFIG, PAGE, OneBucket, Watched, generate, model, weights
+from tests.helpers import reference
+from tests.helpers.speculative import CONFIG, PAGE, OneBucket, Watched, generate, model, weights
 from tests.test_cache import copies_of
 
 GREEDY = Sampling(temperature=0)

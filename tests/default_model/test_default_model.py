@@ -11,7 +11,7 @@ import jax_mla_cp as mla
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.default_model import DIRECTORY
 from jax_mla_cp.eval.passkey import Passkey
-from tests.synthetic import Driver
+from tests.helpers.synthetic import Driver
 
 FILLER = "The file is opened for reading. If it does not exist, an exception is raised.\n"
 

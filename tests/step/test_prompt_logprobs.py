@@ -19,10 +19,10 @@ from jax_mla_cp.model.handle import Model
 from jax_mla_cp.step.planner import Planner
 from jax_mla_cp.step.results import Outcome
 from jax_mla_cp.step.runner import Runner
-from tests import reference
-from tests.random_weights import random_weights
-from tests.synthetic import CONFIG
-from tests.test_adjust import words
+from tests.helpers import reference
+from tests.helpers.random_weights import random_weights
+from tests.helpers.synthetic import CONFIG
+from tests.step.test_logit_bias import words
 from tests.test_cache import copies_of
 
 PAGE, CHUNK, SAMPLES = 4, 40, 20

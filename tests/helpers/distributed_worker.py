@@ -1,4 +1,4 @@
-"""One of several processes with one mesh: `python -m tests.distributed_worker ADDRESS COUNT INDEX CHECKPOINT OUT`."""
+"""One of several processes with one mesh: `python -m tests.helpers.distributed_worker ADDRESS COUNT INDEX CHECKPOINT OUT`."""
 
 from __future__ import annotations
 

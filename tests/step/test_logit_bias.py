@@ -24,8 +24,8 @@ from jax_mla_cp.model.context import Build
 from jax_mla_cp.model.handle import Model
 from jax_mla_cp.step import logit_bias as spread
 from jax_mla_cp.step.sampling import sample
-from tests.synthetic import CONFIG
-from tests.test_sampling import how
+from tests.helpers.synthetic import CONFIG
+from tests.step.test_sampling import how
 
 VOCAB = CONFIG.vocab_size
 SIZE = 40  # of the vocabulary in tests without a model
