@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jax_mla_cp.batch.columns import Columns
-from jax_mla_cp.batch.logit_bias import Adjust
+from jax_mla_cp.batch.logit_bias import LogitBias
 from jax_mla_cp.batch.shapes import BatchShape
 from jax_mla_cp.config.model import ModelConfig
 
@@ -101,7 +101,7 @@ def _check_drafts(c: Columns, shape: BatchShape) -> None:
         raise ValueError(f"work {i}: drafts are verified by sampling; give sampling too.")
 
 
-def _check_adjust(i: int, adjust: Adjust, sampled: bool, drafts: int, vocab_size: int) -> None:
+def _check_adjust(i: int, adjust: LogitBias, sampled: bool, drafts: int, vocab_size: int) -> None:
     if not sampled:
         raise ValueError(f"work {i}: adjust is for tokens after which one is sampled; give sampling too.")
     if drafts:

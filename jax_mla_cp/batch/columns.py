@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jax_mla_cp.batch.shapes import BatchShape
-from jax_mla_cp.batch.work import Work
+from jax_mla_cp.batch.work import StepRequest
 
 Ints = NDArray[np.int64]
 
@@ -20,7 +20,7 @@ Ints = NDArray[np.int64]
 class Columns:
     """One dp group's `I` works with `M` tokens in all."""
 
-    works: Sequence[Work]
+    works: Sequence[StepRequest]
     new: Ints
     """[I] tokens of each."""
     cached: Ints
@@ -48,7 +48,7 @@ class Columns:
         return self.cached + self.new
 
     @classmethod
-    def of(cls, works: Sequence[Work], shape: BatchShape) -> Columns:
+    def of(cls, works: Sequence[StepRequest], shape: BatchShape) -> Columns:
         """Reads the works.
 
         Raises:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 
 @dataclasses.dataclass(frozen=True)
-class Adjust:
+class LogitBias:
     """The changes to one place's logits. A listed token's logit x becomes `(x / scale if x > 0 else x * scale) + add`, any
     other stays; then whatever the mask does not allow is -inf.
 

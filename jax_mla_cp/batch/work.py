@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jax_mla_cp.batch.logit_bias import Adjust
+from jax_mla_cp.batch.logit_bias import LogitBias
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How the next token is chosen. `temperature` 0 is greedy; `top_p` 1, `top_k` 0 and `min_p` 0 are off."""
 
     temperature: float = 1.0
@@ -25,7 +25,7 @@ class Sampling:
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class StepRequest:
     """One request's part of one step."""
 
     tokens: Sequence[int] | NDArray[np.integer[Any]]
@@ -34,7 +34,7 @@ class Work:
     """Tokens whose latents are in the pages already."""
     pages: Sequence[int]
     """The request's pages, in order; at least those that the new tokens reach. Ids are local to the dp group."""
-    sampling: Sampling | None = None
+    sampling: SamplingParams | None = None
     """None: nothing is sampled after these tokens (they end inside a prompt)."""
     embeds: NDArray[np.floating[Any]] | None = None
     """[len(tokens), D]: input embeddings in place of the tokens', for all requests of a step or for none."""
@@ -42,7 +42,7 @@ class Work:
     """Guesses among the tokens: after the token before them and after each of them, a token is sampled."""
     next_token: int | None = None
     """The token that follows, for tokens that end inside a prompt; the MTP layer reads it."""
-    adjust: Adjust | None = None
+    adjust: LogitBias | None = None
     """What is done to the logits before the token after these is chosen. Not with drafts: what it does depends on them."""
     score: bool = False
-    """The log-probability of the token after each of these is wanted too (`runner.Scored`)."""
+    """The log-probability of the token after each of these is wanted too (`runner.TokenLogprobs`)."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jax_mla_cp.batch.work import Sampling, Work
+from jax_mla_cp.batch.work import SamplingParams, StepRequest
 from jax_mla_cp.engine.engine import Engine
 from jax_mla_cp.engine.observer import StepReport
 from jax_mla_cp.engine.request import Event, Failed, Finished, Request
@@ -15,7 +15,7 @@ from jax_mla_cp.engine.steps import Steps
 from jax_mla_cp.engine.text import TextStream
 from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.serve.status import About, Telemetry
-from jax_mla_cp.step.results import Outcome, Sampled
+from jax_mla_cp.step.results import SampledToken, StepResult
 from jax_mla_cp.tokenizer import Tokenizer
 
 
@@ -41,13 +41,13 @@ class NoModel:
         self.max_running, self.prefill_chunk = max_running, prefill_chunk
         self.pages_per_group, self.page_size, self.dp, self.cp = pages_per_group, page_size, dp, cp
         top = np.arange(20, dtype=np.int32), np.linspace(-1, -9, 20, dtype=np.float32)
-        self._sampled = Outcome([Sampled(token, -1.0, *top)], [])
+        self._sampled = StepResult([SampledToken(token, -1.0, *top)], [])
 
-    def check(self, work: Work) -> None:
+    def check(self, work: StepRequest) -> None:
         """Nothing is wrong with any."""
 
-    def step(self, work: Sequence[Sequence[Work]]) -> list[list[Outcome]]:
-        return [[self._sampled if w.sampling else Outcome([], []) for w in works] for works in work]
+    def step(self, work: Sequence[Sequence[StepRequest]]) -> list[list[StepResult]]:
+        return [[self._sampled if w.sampling else StepResult([], []) for w in works] for works in work]
 
     def reset(self) -> None:
         """There is nothing to lose."""
@@ -89,7 +89,14 @@ def host_seconds(
     engine = Engine(runner, observer=observer)
     engine.submit_all(
         [
-            Request([i % 64, *([0] * (prompt_tokens - 1))], steps, Sampling(), frozenset(), TextStream(tokenizer), emit)
+            Request(
+                [i % 64, *([0] * (prompt_tokens - 1))],
+                steps,
+                SamplingParams(),
+                frozenset(),
+                TextStream(tokenizer),
+                emit,
+            )
             for i in range(requests)
         ]
     )

@@ -16,7 +16,7 @@ import numpy as np
 
 from jax_mla_cp.batch.layout import build
 from jax_mla_cp.batch.packing import pack, packed_specs
-from jax_mla_cp.batch.work import Sampling, Work
+from jax_mla_cp.batch.work import SamplingParams, StepRequest
 from jax_mla_cp.bench.engine_host import NoModel, host_seconds
 from jax_mla_cp.bench.options import Options
 from jax_mla_cp.bench.program import PAGE_SIZE
@@ -28,8 +28,8 @@ from jax_mla_cp.mesh import make_mesh, on_devices
 from jax_mla_cp.model.context import Build
 from jax_mla_cp.model.handle import Model
 from jax_mla_cp.step.planner import Planner
-from jax_mla_cp.step.results import outcomes
-from jax_mla_cp.step.sampling import TOP_LOGPROBS, SampledArrays
+from jax_mla_cp.step.results import read_results
+from jax_mla_cp.step.sampling import TOP_LOGPROBS, SamplerOutput
 from jax_mla_cp.tokenizer import Tokenizer
 
 _HOLD_MS = {64: 2.0}
@@ -74,17 +74,17 @@ def _row(planner: Planner, requests: int, context: int, options: Options) -> dic
     shape, model = planner.shape, planner.model
     each = -(-context // PAGE_SIZE)
     pages = np.random.default_rng(0).permutation(shape.cache.pages_per_layer)[: requests * each].reshape(requests, each)
-    works = [[Work([1], context - 1, pages[i].tolist(), Sampling(seed=i)) for i in range(requests)]]
+    works = [[StepRequest([1], context - 1, pages[i].tolist(), SamplingParams(seed=i)) for i in range(requests)]]
     layouts, step = planner.lay_out(works)
     batch = build(layouts, shape, step)
     packed = pack(batch, options.mesh)
     places = shape.requests * shape.samples
     tops = np.zeros((places, TOP_LOGPROBS), np.int32), np.zeros((places, TOP_LOGPROBS), np.float32)
-    sampled = SampledArrays(np.zeros(places, np.int32), np.zeros(places, np.float32), *tops)
+    sampled = SamplerOutput(np.zeros(places, np.int32), np.zeros(places, np.float32), *tops)
     parts: dict[str, Callable[[], Any]] = {
         "arrays_ms": lambda: planner.host_batch(works),
         "pack_ms": lambda: pack(batch, options.mesh),
-        "outcomes_ms": lambda: outcomes(sampled, works, layouts, batch, shape),
+        "outcomes_ms": lambda: read_results(sampled, works, layouts, batch, shape),
         "put_ms": lambda: jax.block_until_ready(on_devices(packed, packed_specs(packed), model.mesh)),
     }
     taken = {name: measure(call, samples=options.samples) for name, call in parts.items()}

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from jax_mla_cp.attention import Implementation, resolve_implementation
 from jax_mla_cp.batch.form import Form
 from jax_mla_cp.batch.packing import Packed, packed_specs, unpack
-from jax_mla_cp.batch.work import Work
+from jax_mla_cp.batch.work import StepRequest
 from jax_mla_cp.bench.data import normal
 from jax_mla_cp.bench.mock import MockBuild, mock_build
 from jax_mla_cp.bench.timing import Timing, measure
@@ -68,7 +68,7 @@ def make_model(build: MockBuild) -> Model:
     return Model(random_params(Decoder(build), mesh), build, mesh)
 
 
-def prompt(model: Model, planner: Planner, new: int, cached: int = 0, requests: int = 1) -> list[Work]:
+def prompt(model: Model, planner: Planner, new: int, cached: int = 0, requests: int = 1) -> list[StepRequest]:
     """Requests with random tokens, after prefixes whose pages the cache already has; pages in random order.
 
     The tokens are those whose embeddings the first tp rank keeps: the sum over tp, if it is mocked, has nothing else.
@@ -77,7 +77,7 @@ def prompt(model: Model, planner: Planner, new: int, cached: int = 0, requests: 
     vocabulary = min(model.config.vocab_size, model.build.padded_vocab // model.build.axes.size(TP))
     each = -(-(cached + new) // planner.shape.cache.page_size)
     pages = rng.permutation(planner.shape.cache.pages_per_layer)[: requests * each].reshape(requests, each)
-    return [Work(rng.integers(0, vocabulary, new), cached, pages[i].tolist()) for i in range(requests)]
+    return [StepRequest(rng.integers(0, vocabulary, new), cached, pages[i].tolist()) for i in range(requests)]
 
 
 @dataclasses.dataclass
@@ -99,7 +99,7 @@ class Program:
         """Seconds of a call."""
         return measure(self, samples=samples)
 
-    def set_works(self, planner: Planner, works: Sequence[Work]) -> None:
+    def set_works(self, planner: Planner, works: Sequence[StepRequest]) -> None:
         """Other works of the same shape."""
         self.batch = planner.batch(works)
 
@@ -116,7 +116,7 @@ Step = Callable[[Model, jax.Array, Packed], tuple[jax.Array, jax.Array]]
 
 
 def compile_program(
-    model: Model, planner: Planner, works: Sequence[Work], *, run: Step = forward, embeds: bool = False
+    model: Model, planner: Planner, works: Sequence[StepRequest], *, run: Step = forward, embeds: bool = False
 ) -> Program:
     """Compiles `run` for a step, with a cache of random latents.
 

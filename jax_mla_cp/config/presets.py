@@ -18,7 +18,7 @@ from jax_mla_cp.config.model import ModelConfig
 def _folder() -> Traversable:
     # A wheel carries configs/ inside the package; a source tree (an editable install) has it beside the package.
     packaged = resources.files("jax_mla_cp") / "configs"
-    return packaged if packaged.is_dir() else Path(__file__).resolve().parent.parent / "configs"
+    return packaged if packaged.is_dir() else Path(__file__).resolve().parents[2] / "configs"
 
 
 def names() -> list[str]:

@@ -2,7 +2,7 @@
 
 from jax_mla_cp.engine.engine import Engine, EngineDead, QueueFull
 from jax_mla_cp.engine.observer import Observer, Prefilled, RequestReport, StepReport
-from jax_mla_cp.engine.request import Event, Failed, Finished, Grammar, GrammarError, PromptScored, Request, Token
+from jax_mla_cp.engine.request import Event, Failed, Finished, Grammar, GrammarError, PromptLogprobs, Request, Token
 from jax_mla_cp.engine.status import EngineStatus, Speculation
 
 __all__ = [
@@ -16,7 +16,7 @@ __all__ = [
     "GrammarError",
     "Observer",
     "Prefilled",
-    "PromptScored",
+    "PromptLogprobs",
     "QueueFull",
     "Request",
     "RequestReport",

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-from jax_mla_cp.batch.work import Work
+from jax_mla_cp.batch.work import StepRequest
 from jax_mla_cp.engine.deadlines import Deadlines
 from jax_mla_cp.engine.group import Scheduled
 from jax_mla_cp.engine.observer import Observer, Reports, StepReport, describe
@@ -18,7 +18,7 @@ from jax_mla_cp.engine.request import Failed, FailedKind, Finished, GrammarError
 from jax_mla_cp.engine.scheduler import Scheduler
 from jax_mla_cp.engine.status import EngineStatus, Speculation
 from jax_mla_cp.engine.steps import Steps
-from jax_mla_cp.step.results import Outcome
+from jax_mla_cp.step.results import StepResult
 
 log = logging.getLogger(__name__)
 
@@ -246,7 +246,7 @@ class Engine:
         self._last_step = dataclasses.replace(report, seconds=seconds, host_seconds=seconds - (ended - dispatched))
         self._reports.step(self._last_step)
 
-    def _works(self, group: Sequence[Scheduled]) -> list[tuple[Scheduled, Work]]:
+    def _works(self, group: Sequence[Scheduled]) -> list[tuple[Scheduled, StepRequest]]:
         """What goes wrong with one request's grammar is no other request's concern."""
         works = []
         for scheduled in group:
@@ -259,7 +259,7 @@ class Engine:
                 self._fail(scheduled.request, "The request's next token could not be prepared.", "internal")
         return works
 
-    def _refused(self, step: Sequence[Sequence[tuple[Scheduled, Work]]]) -> list[Request]:
+    def _refused(self, step: Sequence[Sequence[tuple[Scheduled, StepRequest]]]) -> list[Request]:
         """Requests whose works can't be run, each looked at alone."""
         refused = []
         for scheduled, work in (part for group in step for part in group):
@@ -269,7 +269,7 @@ class Engine:
                 refused.append(scheduled.request)
         return refused
 
-    def _take(self, scheduled: Scheduled, outcome: Outcome, now: float) -> None:
+    def _take(self, scheduled: Scheduled, outcome: StepResult, now: float) -> None:
         """What goes wrong with one request's text, or its owner, is no other request's concern."""
         request = scheduled.request
         if self._speculation and outcome.sampled:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from array import array
 
-from jax_mla_cp.batch.work import Work
+from jax_mla_cp.batch.work import StepRequest
 from jax_mla_cp.engine.line import Line
 from jax_mla_cp.engine.pages import Pages
 from jax_mla_cp.engine.prefix import Names
@@ -25,14 +25,14 @@ class Scheduled:
         r = self.request
         return self.count == r.pending and r.left > 0
 
-    def work(self) -> Work:
+    def work(self) -> StepRequest:
         r = self.request
         end = r.computed + self.count
         tokens = r.tokens[r.computed : end]
         if not self.samples:
             following = r.tokens[end] if end < len(r.tokens) else None
-            return Work(tokens, r.computed, r.pages, next_token=following, score=r.scoring)
-        return Work(
+            return StepRequest(tokens, r.computed, r.pages, next_token=following, score=r.scoring)
+        return StepRequest(
             tokens + r.drafts, r.computed, r.pages, r.sampling, drafts=len(r.drafts), adjust=r.adjust(), score=r.scoring
         )
 

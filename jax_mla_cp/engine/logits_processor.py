@@ -13,12 +13,12 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from jax_mla_cp.batch.logit_bias import Adjust, without
+from jax_mla_cp.batch.logit_bias import LogitBias, without
 
 _FLOAT32 = np.finfo(np.float32)
 
 
-class Adjuster:
+class LogitsProcessor:
     """One request's penalties, biases and bans, as its answer grows."""
 
     def __init__(
@@ -69,13 +69,13 @@ class Adjuster:
         self._count[at] += 1
         self._seen[at] = True
 
-    def adjust(self, ban: bool, mask: NDArray[np.uint32] | None = None) -> Adjust | None:
+    def adjust(self, ban: bool, mask: NDArray[np.uint32] | None = None) -> LogitBias | None:
         """What the next token's logits need; None: nothing.
 
         A ban gives way where the mask would leave nothing else: a grammar that has come to its end.
 
         Args:
-          mask: a grammar's, as in `Adjust`.
+          mask: a grammar's, as in `LogitBias`.
         """
         add = self._bias - self._frequency * self._count - self._presence * (self._count > 0)
         scale = np.where(self._seen, self._repetition, 1.0)
@@ -84,4 +84,6 @@ class Adjuster:
         changed = (add != 0) | (scale != 1)
         if mask is None and not changed.any():
             return None
-        return Adjust(self._tokens[changed], add[changed].astype(np.float32), scale[changed].astype(np.float32), mask)
+        return LogitBias(
+            self._tokens[changed], add[changed].astype(np.float32), scale[changed].astype(np.float32), mask
+        )

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jax_mla_cp.batch.work import Work
+from jax_mla_cp.batch.work import StepRequest
 from jax_mla_cp.batch.zigzag import loads
 from jax_mla_cp.engine.request import Request
 
@@ -131,7 +131,7 @@ class Reports:
             log.exception("the engine's observer failed in %s", what)
 
 
-def describe(step: Sequence[Sequence[tuple[Request, Work]]], cp: int) -> StepReport:
+def describe(step: Sequence[Sequence[tuple[Request, StepRequest]]], cp: int) -> StepReport:
     """The report of a step that is about to run, per dp group its works; without its times."""
     prompts, prefill, total = [], 0, 0
     rows, pairs = np.zeros(cp, np.int64), np.zeros(cp, np.int64)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from jax_mla_cp.engine.group import Scheduled
-from jax_mla_cp.engine.request import Event, Finished, PromptScored, Request, Token
-from jax_mla_cp.step.results import Outcome, Sampled
+from jax_mla_cp.engine.request import Event, Finished, PromptLogprobs, Request, Token
+from jax_mla_cp.step.results import SampledToken, StepResult
 
 
-def take(scheduled: Scheduled, outcome: Outcome) -> list[Event]:
+def take(scheduled: Scheduled, outcome: StepResult) -> list[Event]:
     """Moves the request on.
 
     Returns:
@@ -38,16 +38,16 @@ def take(scheduled: Scheduled, outcome: Outcome) -> list[Event]:
     # Drafts that hold are computed; the token after them never is.
     request.computed = len(request.tokens) - 1
     # What would change an adjusted token's logits is known only when the tokens before it are: such requests go one by one.
-    request.drafts = [] if finished or request.adjuster else outcome.drafts[: max(request.left - 1, 0)]
+    request.drafts = [] if finished or request.logits_processor else outcome.drafts[: max(request.left - 1, 0)]
     return events
 
 
-def _append(request: Request, sampled: Sampled) -> tuple[Token, Finished | None]:
+def _append(request: Request, sampled: SampledToken) -> tuple[Token, Finished | None]:
     may_end = request.may_end
     ends = may_end and sampled.token in request.stop_tokens
     request.tokens.append(sampled.token)
-    if request.adjuster:
-        request.adjuster.push(sampled.token)
+    if request.logits_processor:
+        request.logits_processor.push(sampled.token)
     if request.grammar and not ends:
         request.grammar.accept(sampled.token)
     text = "" if ends else request.text.push(sampled.token, may_stop=may_end)
@@ -60,14 +60,14 @@ def _append(request: Request, sampled: Sampled) -> tuple[Token, Finished | None]
     return token, None
 
 
-def _prompt_scored(request: Request) -> PromptScored:
+def _prompt_scored(request: Request) -> PromptLogprobs:
     """Scores are of the token after each; the prompt's are of each token."""
 
     def shifted(parts: list[np.ndarray], first: float) -> np.ndarray:
         values = np.concatenate(parts)[: len(request.prompt) - 1]
         return np.concatenate([np.full((1, *values.shape[1:]), first, values.dtype), values])
 
-    return PromptScored(
+    return PromptLogprobs(
         shifted([s.logprobs for s in request.scores], np.nan),
         shifted([s.top_tokens for s in request.scores], 0),
         shifted([s.top_logprobs for s in request.scores], np.nan),

@@ -10,11 +10,11 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from jax_mla_cp.batch.logit_bias import Adjust
-from jax_mla_cp.batch.work import Sampling
-from jax_mla_cp.engine.logits_processor import Adjuster
+from jax_mla_cp.batch.logit_bias import LogitBias
+from jax_mla_cp.batch.work import SamplingParams
+from jax_mla_cp.engine.logits_processor import LogitsProcessor
 from jax_mla_cp.engine.text import TextStream
-from jax_mla_cp.step.results import Scored
+from jax_mla_cp.step.results import TokenLogprobs
 
 FailedKind = Literal["step", "timeout", "queue_timeout", "grammar", "stopping", "dead", "internal"]
 
@@ -56,7 +56,7 @@ class Token:
 
 
 @dataclasses.dataclass(frozen=True)
-class PromptScored:
+class PromptLogprobs:
     """The log-probability of each of the `P` prompt tokens, and the `k` most likely ones in its place.
 
     Nothing comes before the first token: its entries are NaN, and tokens 0.
@@ -92,7 +92,7 @@ class Failed:
     kind: FailedKind = "internal"
 
 
-Event = Token | PromptScored | Finished | Failed
+Event = Token | PromptLogprobs | Finished | Failed
 
 
 @dataclasses.dataclass(eq=False)
@@ -105,8 +105,8 @@ class Request:
 
     prompt: list[int]
     max_tokens: int
-    """May be 0 with `score_prompt`."""
-    sampling: Sampling
+    """May be 0 with `prompt_logprobs`."""
+    sampling: SamplingParams
     stop_tokens: frozenset[int]
     text: TextStream
     emit: Callable[[Event], None]
@@ -115,11 +115,11 @@ class Request:
     id: str = ""
     min_tokens: int = 0
     """Before so many are sampled, no end token is, and no stop string is looked for."""
-    adjuster: Adjuster | None = None
+    logits_processor: LogitsProcessor | None = None
     """Must know the end tokens if there are `min_tokens`; None: made if it is needed."""
     grammar: Grammar | None = None
-    score_prompt: bool = False
-    """Sends `PromptScored` before the first token. Takes no pages of other requests: every token has to run."""
+    prompt_logprobs: bool = False
+    """Sends `PromptLogprobs` before the first token. Takes no pages of other requests: every token has to run."""
     cache_salt: str = ""
     """Only requests with the same one share pages."""
     queue_timeout: float | None = None
@@ -147,7 +147,7 @@ class Request:
     cached_tokens: int = dataclasses.field(default=0, init=False)
     scoring: bool = dataclasses.field(init=False)
     """The prompt's scores are still to come."""
-    scores: list[Scored] = dataclasses.field(default_factory=list, init=False)
+    scores: list[TokenLogprobs] = dataclasses.field(default_factory=list, init=False)
     """Those of the prompt's first `computed` tokens, chunk by chunk, while `scoring`."""
     # When it happened, in seconds of `time.monotonic`.
     arrived: float = dataclasses.field(default=math.nan, init=False)
@@ -156,7 +156,7 @@ class Request:
     last_token: float | None = dataclasses.field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        least = 0 if self.score_prompt else 1
+        least = 0 if self.prompt_logprobs else 1
         if not self.prompt:
             raise ValueError("prompt: must have at least one token.")
         if self.max_tokens < least:
@@ -164,9 +164,9 @@ class Request:
         if not 0 <= self.min_tokens <= self.max_tokens:
             raise ValueError(f"min_tokens: must be 0 to max_tokens={self.max_tokens}, got {self.min_tokens}.")
         self.tokens = list(self.prompt)
-        self.scoring = self.score_prompt
-        if self.adjuster is None and (self.min_tokens or self.grammar is not None):
-            self.adjuster = Adjuster(self.prompt, banned=tuple(self.stop_tokens))
+        self.scoring = self.prompt_logprobs
+        if self.logits_processor is None and (self.min_tokens or self.grammar is not None):
+            self.logits_processor = LogitsProcessor(self.prompt, banned=tuple(self.stop_tokens))
 
     @property
     def sampled(self) -> int:
@@ -197,11 +197,11 @@ class Request:
         """Whether an end token or a stop string ends it now."""
         return self.sampled >= self.min_tokens
 
-    def adjust(self) -> Adjust | None:
+    def adjust(self) -> LogitBias | None:
         """What is done to the logits of the next token."""
-        if self.adjuster is None:
+        if self.logits_processor is None:
             return None
-        return self.adjuster.adjust(not self.may_end, None if self.grammar is None else self.grammar.mask())
+        return self.logits_processor.adjust(not self.may_end, None if self.grammar is None else self.grammar.mask())
 
     def deadlines(self) -> Iterator[tuple[float, FailedKind, str]]:
         """The limits that still hold: until when, and what it fails with then."""

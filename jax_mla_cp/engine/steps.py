@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from jax_mla_cp.batch.work import Work
-from jax_mla_cp.step.results import Outcome
+from jax_mla_cp.batch.work import StepRequest
+from jax_mla_cp.step.results import StepResult
 
 
 class Steps(Protocol):
@@ -30,10 +30,10 @@ class Steps(Protocol):
     @property
     def pages_per_group(self) -> int: ...
 
-    def check(self, work: Work) -> None:
+    def check(self, work: StepRequest) -> None:
         """Raises ValueError if `step` would for this work alone."""
 
-    def step(self, work: Sequence[Sequence[Work]]) -> list[list[Outcome]]:
+    def step(self, work: Sequence[Sequence[StepRequest]]) -> list[list[StepResult]]:
         """Raises ValueError for a work that can't be run; nothing has run then."""
 
     def reset(self) -> None: ...

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jax_mla_cp.batch.work import Sampling
+from jax_mla_cp.batch.work import SamplingParams
 from jax_mla_cp.bench.table import versions
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.config.model import ModelConfig
@@ -114,7 +114,7 @@ class InProcess:
         return Request(
             prompt=prompt.tokens,
             max_tokens=max_tokens,
-            sampling=Sampling(temperature=0),
+            sampling=SamplingParams(temperature=0),
             stop_tokens=frozenset(self._model.config.eos_token_ids),
             text=TextStream(self._tokenizer),
             emit=emit,

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from jax_mla_cp.batch.arrays import Batch
 from jax_mla_cp.batch.form import Form
-from jax_mla_cp.batch.work import Work
+from jax_mla_cp.batch.work import StepRequest
 from jax_mla_cp.model.handle import Model
 from jax_mla_cp.step.forward import put, score
 from jax_mla_cp.step.planner import Planner
@@ -57,9 +57,9 @@ def _batch(planner: Planner, windows: Sequence[Sequence[int]], start: int, stop:
     """A step with tokens [start, stop) of each window but its last one, which is predicted and never read."""
     own = range(planner.shape.cache.pages_per_layer)
 
-    def works(window: Sequence[int]) -> list[Work]:
+    def works(window: Sequence[int]) -> list[StepRequest]:
         end = min(stop, len(window) - 1)
-        return [Work(window[start:end], start, own, next_token=window[end])] if start < end else []
+        return [StepRequest(window[start:end], start, own, next_token=window[end])] if start < end else []
 
     groups = [works(window) for window in windows]
     return planner.host_batch(groups + [[]] * (planner.shape.dp - len(groups)))

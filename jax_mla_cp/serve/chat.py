@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
-from jax_mla_cp.engine import Finished, Grammar, PromptScored, Token
+from jax_mla_cp.engine import Finished, Grammar, PromptLogprobs, Token
 from jax_mla_cp.serve import prompts
 from jax_mla_cp.serve.errors import ApiError
 from jax_mla_cp.serve.job import Good, new_head, respond
@@ -23,7 +23,7 @@ from jax_mla_cp.serve.schemas import (
     ChatRequest,
     Delta,
     DeltaChoice,
-    PromptLogprobs,
+    PromptLogprobsJson,
     Usage,
 )
 from jax_mla_cp.serve.served import Served
@@ -76,7 +76,7 @@ class _Chat:
         return [self._chunk(DeltaChoice(index=i, delta=Delta(role="assistant", content=""))) for i in self._indices]
 
     def chunk(self, index: int, event: Good) -> ChatChunk | None:
-        if isinstance(event, PromptScored):
+        if isinstance(event, PromptLogprobs):
             return None  # refused with stream
         thoughts, content = self._split(index, event)
         choice = DeltaChoice(index=index, delta=Delta(content=content or None, reasoning_content=thoughts or None))
@@ -93,8 +93,8 @@ class _Chat:
 
     def whole(self, events: Sequence[Sequence[Good]], usage: Usage) -> ChatCompletion:
         choices = [self._choice(index, of_choice) for index, of_choice in enumerate(events)]
-        scored = next((event for event in events[0] if isinstance(event, PromptScored)), None)
-        found: PromptLogprobs | None = None
+        scored = next((event for event in events[0] if isinstance(event, PromptLogprobs)), None)
+        found: PromptLogprobsJson | None = None
         if scored is not None and (count := self._body.prompt_logprobs) is not None:
             found = prompt_logprobs(self._served.names, self.prompts[0], scored, count)
         return ChatCompletion(**self.head, choices=choices, usage=usage, prompt_logprobs=found)
@@ -104,7 +104,7 @@ class _Chat:
         return range(len(self._splitters))
 
     def _choice(self, index: int, events: Sequence[Good]) -> ChatChoice:
-        said = [event for event in events if not isinstance(event, PromptScored)]
+        said = [event for event in events if not isinstance(event, PromptLogprobs)]
         parts = [self._split(index, event) for event in said]
         end = said[-1]
         assert isinstance(end, Finished)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
-from jax_mla_cp.engine import Finished, Grammar, PromptScored
+from jax_mla_cp.engine import Finished, Grammar, PromptLogprobs
 from jax_mla_cp.serve import prompts
 from jax_mla_cp.serve.job import Good, new_head, respond
 from jax_mla_cp.serve.logprobs import entry, join, prompt_entries, prompt_logprobs
@@ -74,7 +74,7 @@ class _Completions:
         return Choice(index=index, text=text, logprobs=logprobs)
 
     def _choice(self, index: int, event: Good) -> Choice | None:
-        if isinstance(event, PromptScored):
+        if isinstance(event, PromptLogprobs):
             return self._scored(index, event)
         at = self._offset[index]
         self._offset[index] += len(event.text)
@@ -88,7 +88,7 @@ class _Completions:
             logprobs = entry(names, event.token, event.logprob, *top, count, at)
         return Choice(index=index, text=event.text, logprobs=logprobs)
 
-    def _scored(self, index: int, event: PromptScored) -> Choice | None:
+    def _scored(self, index: int, event: PromptLogprobs) -> Choice | None:
         body, names, ids = self._body, self._served.names, self.prompts[index // self._n]
         choice = None
         if body.echo and body.logprobs is not None:

@@ -40,7 +40,7 @@ class JsonGrammar:
         return JsonGrammar(self._matcher.deep_copy(), 32 * self._words)
 
     def mask(self) -> NDArray[np.uint32]:
-        """The tokens that may come next, as `jax_mla_cp.engine.logits_processor.Adjust.mask`.
+        """The tokens that may come next, as `jax_mla_cp.engine.logits_processor.LogitBias.mask`.
 
         Raises:
           GrammarError: the next tokens are too hard to find out.

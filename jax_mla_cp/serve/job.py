@@ -16,9 +16,9 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
-from jax_mla_cp.batch.work import Sampling
-from jax_mla_cp.engine import EngineDead, Event, Failed, Finished, Grammar, PromptScored, QueueFull, Request, Token
-from jax_mla_cp.engine.logits_processor import Adjuster
+from jax_mla_cp.batch.work import SamplingParams
+from jax_mla_cp.engine import EngineDead, Event, Failed, Finished, Grammar, PromptLogprobs, QueueFull, Request, Token
+from jax_mla_cp.engine.logits_processor import LogitsProcessor
 from jax_mla_cp.engine.text import TextStream
 from jax_mla_cp.serve import logs
 from jax_mla_cp.serve.errors import ApiError, failure, unavailable
@@ -26,7 +26,7 @@ from jax_mla_cp.serve.fields import Generation
 from jax_mla_cp.serve.schemas import PromptTokensDetails, Usage
 from jax_mla_cp.serve.served import Served
 
-Good = PromptScored | Token | Finished
+Good = PromptLogprobs | Token | Finished
 
 
 class Head(TypedDict):
@@ -94,7 +94,7 @@ class Job:
         return Request(
             prompt=prompt,
             max_tokens=served.max_model_len - len(prompt) if limit is None else limit,
-            sampling=Sampling(
+            sampling=SamplingParams(
                 temperature=1.0 if body.temperature is None else body.temperature,
                 top_p=1.0 if body.top_p is None else body.top_p,
                 top_k=max(body.top_k or 0, 0),
@@ -106,9 +106,9 @@ class Job:
             emit=lambda event: self._deliver(index, event),
             id=f"{self._form.head['id']}-{index}",  # each its own: the status page draws them by it
             min_tokens=min_tokens,
-            adjuster=_adjuster(body, prompt, stop_tokens),
+            logits_processor=_adjuster(body, prompt, stop_tokens),
             grammar=self._form.grammar(at),
-            score_prompt=body.scores_prompt(),
+            prompt_logprobs=body.scores_prompt(),
             cache_salt=body.cache_salt or "",
             queue_timeout=served.queue_timeout,
             timeout=served.request_timeout,
@@ -187,7 +187,7 @@ class Job:
             for chunk in self._form.opening():
                 yield _sse(chunk)
             async for index, event in self.events():
-                if isinstance(event, PromptScored):
+                if isinstance(event, PromptLogprobs):
                     said = await asyncio.to_thread(self._form.chunk, index, event)
                 else:
                     said = self._form.chunk(index, event)
@@ -259,7 +259,7 @@ async def _disconnected(http: HttpRequest) -> None:
         pass
 
 
-def _adjuster(body: Generation, prompt: list[int], stop_tokens: frozenset[int]) -> Adjuster | None:
+def _adjuster(body: Generation, prompt: list[int], stop_tokens: frozenset[int]) -> LogitsProcessor | None:
     penalties = {
         "presence_penalty": body.presence_penalty or 0.0,
         "frequency_penalty": body.frequency_penalty or 0.0,
@@ -268,7 +268,7 @@ def _adjuster(body: Generation, prompt: list[int], stop_tokens: frozenset[int]) 
     bias = body.biases()
     if not bias and penalties == {"presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1}:
         return None  # the engine makes one for what is left, an end that has to wait and a grammar
-    return Adjuster(prompt, **penalties, logit_bias=bias, banned=stop_tokens)
+    return LogitsProcessor(prompt, **penalties, logit_bias=bias, banned=stop_tokens)
 
 
 def _sse(chunk: BaseModel) -> str:

@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 
-from jax_mla_cp.engine import PromptScored, Token
+from jax_mla_cp.engine import PromptLogprobs, Token
 from jax_mla_cp.serve.names import TokenNames
-from jax_mla_cp.serve.schemas import Logprobs, PromptLogprob, PromptLogprobs, TokenLogprob, TopLogprob
+from jax_mla_cp.serve.schemas import Logprobs, PromptLogprob, PromptLogprobsJson, TokenLogprob, TopLogprob
 
 
 def finite(logprob: float) -> float:
@@ -37,7 +37,7 @@ def entry(
 
 
 def prompt_entries(
-    names: TokenNames, prompt: list[int], offsets: list[int], scored: PromptScored, count: int
+    names: TokenNames, prompt: list[int], offsets: list[int], scored: PromptLogprobs, count: int
 ) -> Logprobs:
     """A prompt for /v1/completions with `echo`. Nothing is known of its first token."""
     first = Logprobs(tokens=[names(prompt[0])], token_logprobs=[None], top_logprobs=[None], text_offset=[offsets[0]])
@@ -52,9 +52,9 @@ def join(parts: list[Logprobs]) -> Logprobs:
     return Logprobs(**{field: [x for part in parts for x in getattr(part, field)] for field in Logprobs.model_fields})
 
 
-def prompt_logprobs(names: TokenNames, prompt: list[int], scored: PromptScored, count: int) -> PromptLogprobs:
+def prompt_logprobs(names: TokenNames, prompt: list[int], scored: PromptLogprobs, count: int) -> PromptLogprobsJson:
     """A prompt in vLLM's form: the `count` likeliest tokens in each place, and the prompt's own."""
-    found: PromptLogprobs = [None]
+    found: PromptLogprobsJson = [None]
     for i in range(1, len(prompt)):
         top = scored.top_tokens[i].tolist()
         here = {

@@ -112,7 +112,7 @@ class PromptLogprob(BaseModel):
     decoded_token: str
 
 
-PromptLogprobs = list[dict[str, PromptLogprob] | None]
+PromptLogprobsJson = list[dict[str, PromptLogprob] | None]
 """By token of the prompt, then by token id; the first token has none."""
 
 
@@ -134,7 +134,7 @@ class Choice(BaseModel):
     logprobs: Logprobs | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = Field(default=None, description="the stop token or string that ended the answer")
-    prompt_logprobs: Annotated[PromptLogprobs | None, IF_SAID] = None
+    prompt_logprobs: Annotated[PromptLogprobsJson | None, IF_SAID] = None
 
 
 class Completion(BaseModel):
@@ -181,7 +181,7 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
-    prompt_logprobs: Annotated[PromptLogprobs | None, IF_SAID] = None
+    prompt_logprobs: Annotated[PromptLogprobsJson | None, IF_SAID] = None
 
 
 class Delta(BaseModel):

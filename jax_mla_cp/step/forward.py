@@ -21,8 +21,8 @@ from jax_mla_cp.cache import PAGES_SPEC
 from jax_mla_cp.mesh import CP, TOKENS, mesh_shape, on_devices
 from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.handle import Model, param_specs
-from jax_mla_cp.step.logit_bias import AdjustArrays
-from jax_mla_cp.step.sampling import SampledArrays, ScoredArrays, likely, sample
+from jax_mla_cp.step.logit_bias import LogitBiasArrays
+from jax_mla_cp.step.sampling import SamplerOutput, TokenLogprobsArrays, likely, sample
 from jax_mla_cp.step.speculation import propose
 
 _SCORED_AT_ONCE = 256
@@ -51,8 +51,13 @@ def forward(
 
 
 def step(
-    model: Model, pages: jax.Array, batch: Batch | Packed, adjust: AdjustArrays | None = None, *, scored: bool = False
-) -> tuple[SampledArrays, jax.Array]:
+    model: Model,
+    pages: jax.Array,
+    batch: Batch | Packed,
+    adjust: LogitBiasArrays | None = None,
+    *,
+    scored: bool = False,
+) -> tuple[SamplerOutput, jax.Array]:
     """`forward`, and a token sampled for each row of it; with speculation also the next drafts of each request.
 
     Args:
@@ -60,7 +65,9 @@ def step(
       scored: also tell the log-probability of each token's next one.
     """
 
-    def run(decoder: Decoder, pages: jax.Array, batch: Batch, *adjust: AdjustArrays) -> tuple[SampledArrays, jax.Array]:
+    def run(
+        decoder: Decoder, pages: jax.Array, batch: Batch, *adjust: LogitBiasArrays
+    ) -> tuple[SamplerOutput, jax.Array]:
         hidden, pages = decoder(pages, batch)
         logits = _last_logits(decoder, hidden, batch)
         with jax.named_scope("sample"):
@@ -70,7 +77,7 @@ def step(
                 drafts, pages = propose(decoder, hidden, pages, batch, sampled.token)
                 sampled = dataclasses.replace(sampled, drafts=drafts)
         if scored:
-            sampled = dataclasses.replace(sampled, scored=ScoredArrays(*_score(decoder, hidden, batch, likely)))
+            sampled = dataclasses.replace(sampled, scored=TokenLogprobsArrays(*_score(decoder, hidden, batch, likely)))
         return sampled, pages
 
     return _run(run, (PartitionSpec(TOKENS), PAGES_SPEC), model, pages, batch, *([] if adjust is None else [adjust]))

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int32
 from numpy.typing import NDArray
 
 from jax_mla_cp.batch.shapes import BatchShape
-from jax_mla_cp.batch.work import Work
+from jax_mla_cp.batch.work import StepRequest
 from jax_mla_cp.mesh import TOKENS, Axes, on_devices, vary_like
 from jax_mla_cp.model.handle import Model
 
@@ -31,8 +31,8 @@ _SHORTEST, _FACTOR = 256, 4
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class AdjustArrays:
-    """`Adjust` of each of a device's `J` places; all P(("dp", "cp"))."""
+class LogitBiasArrays:
+    """`LogitBias` of each of a device's `J` places; all P(("dp", "cp"))."""
 
     add: Any  # float32 [J, V]
     scale: Any  # float32 [J, V]
@@ -40,22 +40,24 @@ class AdjustArrays:
     given: Any  # bool [J]: the place has an adjustment
 
 
-def adjusted(logits: Float[Array, "J V"], logprobs: Float[Array, "J V"], adjust: AdjustArrays) -> Float[Array, "J V"]:
+def apply_logit_bias(
+    logits: Float[Array, "J V"], logprobs: Float[Array, "J V"], adjust: LogitBiasArrays
+) -> Float[Array, "J V"]:
     """The adjusted logits of places that have an adjustment, the log-probabilities of those that have none."""
 
-    def change(logits: jax.Array, logprobs: jax.Array, adjust: AdjustArrays) -> jax.Array:
+    def change(logits: jax.Array, logprobs: jax.Array, adjust: LogitBiasArrays) -> jax.Array:
         x = jnp.where(logits > 0, logits / adjust.scale, logits * adjust.scale) + adjust.add
         allowed = (adjust.mask[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
         allowed = lax.collapse(allowed, 1, 3)[:, : logits.shape[1]]
         return jnp.where(adjust.given[:, None], jnp.where(allowed == 1, x, -jnp.inf), logprobs)
 
-    def keep(logits: jax.Array, logprobs: jax.Array, adjust: AdjustArrays) -> jax.Array:
+    def keep(logits: jax.Array, logprobs: jax.Array, adjust: LogitBiasArrays) -> jax.Array:
         return vary_like(logprobs, logits, adjust)
 
     return lax.cond(adjust.given.any(), change, keep, logits.astype(jnp.float32), logprobs, adjust)
 
 
-def shapes(model: Model, shape: BatchShape) -> AdjustArrays:
+def shapes(model: Model, shape: BatchShape) -> LogitBiasArrays:
     """The arrays as jax.ShapeDtypeStruct."""
     places, vocabulary = shape.dp * shape.requests * shape.samples, model.config.vocab_size
     sharding = None if model.mesh is None else NamedSharding(model.mesh, PartitionSpec(TOKENS))
@@ -64,7 +66,7 @@ def shapes(model: Model, shape: BatchShape) -> AdjustArrays:
         return jax.ShapeDtypeStruct((places, *more), dtype, sharding=sharding)
 
     words = -(-vocabulary // 32)
-    return AdjustArrays(
+    return LogitBiasArrays(
         struct(jnp.float32, vocabulary), struct(jnp.float32, vocabulary), struct(jnp.uint32, words), struct(jnp.bool_)
     )
 
@@ -74,7 +76,7 @@ def device_bytes(model: Model, shape: BatchShape) -> int:
     return 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes(model, shape))) // (shape.dp * shape.cp)
 
 
-class Spreader:
+class LogitBiasBuilder:
     """Makes the arrays of a step's works."""
 
     def __init__(self, model: Model, shape: BatchShape):
@@ -82,8 +84,8 @@ class Spreader:
         self._programs: dict[int, jax.stages.Compiled] = {}
         like = shapes(model, shape)
 
-        def nothing() -> AdjustArrays:
-            return AdjustArrays(
+        def nothing() -> LogitBiasArrays:
+            return LogitBiasArrays(
                 jnp.zeros(like.add.shape, jnp.float32),
                 jnp.ones(like.scale.shape, jnp.float32),
                 jnp.full(like.mask.shape, 0xFFFFFFFF, jnp.uint32),
@@ -91,10 +93,10 @@ class Spreader:
             )
 
         shardings = None if model.mesh is None else jax.tree.map(lambda x: x.sharding, like)
-        self.nothing: AdjustArrays = jax.jit(nothing, out_shardings=shardings)()
+        self.nothing: LogitBiasArrays = jax.jit(nothing, out_shardings=shardings)()
         """Arrays that change nothing."""
 
-    def __call__(self, groups: Sequence[Sequence[Work]]) -> AdjustArrays:
+    def __call__(self, groups: Sequence[Sequence[StepRequest]]) -> LogitBiasArrays:
         """For works that `check_works` has passed, one list per dp group."""
         given = [
             ((group * self._shape.requests + i) * self._shape.samples, work.adjust)

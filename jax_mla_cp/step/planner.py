@@ -1,4 +1,4 @@
-"""The grid of programs, and batches that fit it: what turns `Work` into arrays whose shapes repeat."""
+"""The grid of programs, and batches that fit it: what turns `StepRequest` into arrays whose shapes repeat."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jax_mla_cp.batch.form import Form
 from jax_mla_cp.batch.layout import KEY_ALIGN, Layout, build, lay_out, packed_keys
 from jax_mla_cp.batch.packing import Packed
 from jax_mla_cp.batch.shapes import BatchShape, CacheShape, StepShape
-from jax_mla_cp.batch.work import Work
+from jax_mla_cp.batch.work import StepRequest
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.mesh import mesh_shape
 from jax_mla_cp.model.handle import Model
@@ -136,8 +136,8 @@ class Planner:
         build = self.model.build
         return cache.create(self.shape.cache, build.config.latent_dim, build.dtype, self.model.mesh)
 
-    def batch(self, works: Sequence[Work] | Sequence[Sequence[Work]]) -> Packed:
-        """The arrays of a step, on the devices. Work i of dp group g is in row `g * shape.requests + i` of its results.
+    def batch(self, works: Sequence[StepRequest] | Sequence[Sequence[StepRequest]]) -> Packed:
+        """The arrays of a step, on the devices. StepRequest i of dp group g is in row `g * shape.requests + i` of its results.
 
         Args:
           works: a list of works, or with dp > 1 one list per dp group.
@@ -145,16 +145,16 @@ class Planner:
         Raises:
           ValueError: a work that doesn't fit, with its index and what is allowed.
         """
-        groups = [works] if not works or isinstance(works[0], Work) else works
+        groups = [works] if not works or isinstance(works[0], StepRequest) else works
         # mypy does not conclude from the first item what the others are
         return put(self.model, self.host_batch(groups))  # type: ignore[arg-type]
 
-    def host_batch(self, groups: Sequence[Sequence[Work]]) -> Batch:
+    def host_batch(self, groups: Sequence[Sequence[StepRequest]]) -> Batch:
         """`batch` before it goes to the devices: NumPy arrays, all devices' one after the other."""
         layouts, step = self.lay_out(groups)
         return build(layouts, self.shape, step)
 
-    def lay_out(self, groups: Sequence[Sequence[Work]]) -> tuple[list[Layout], StepShape]:
+    def lay_out(self, groups: Sequence[Sequence[StepRequest]]) -> tuple[list[Layout], StepShape]:
         """A step's works, checked and divided over the ranks, one list of works per dp group; and the step they need."""
         if len(groups) != self.shape.dp:
             raise ValueError(f"works: one list per dp group is needed, {self.shape.dp} of them, got {len(groups)}.")

@@ -1,4 +1,4 @@
-"""What a step made of its works: from arrays, one for all, to one `Outcome` per work."""
+"""What a step made of its works: from arrays, one for all, to one `StepResult` per work."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from jax_mla_cp.batch.arrays import Batch
 from jax_mla_cp.batch.layout import Layout
 from jax_mla_cp.batch.shapes import BatchShape
-from jax_mla_cp.batch.work import Work
-from jax_mla_cp.step.sampling import SampledArrays, ScoredArrays
+from jax_mla_cp.batch.work import StepRequest
+from jax_mla_cp.step.sampling import SamplerOutput, TokenLogprobsArrays
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampled:
+class SampledToken:
     """A sampled token, its log-probability, and the 20 most likely tokens with theirs: the model's own, whatever is adjusted."""
 
     token: int
@@ -26,7 +26,7 @@ class Sampled:
 
 
 @dataclasses.dataclass(frozen=True)
-class Scored:
+class TokenLogprobs:
     """For each of a work's tokens, of the token after it: what the model thinks, whatever is adjusted or sampled.
 
     NaN where the token after it is not known: behind the last one, if the work has no `next_token`, and before drafts.
@@ -42,20 +42,24 @@ class Scored:
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
+class StepResult:
     """What a step made of one work."""
 
-    sampled: list[Sampled]
+    sampled: list[SampledToken]
     """Nothing, if the work samples nothing; else the drafts that hold and the token after them."""
     drafts: list[int]
     """Guesses at the tokens that follow, for the request's next step."""
-    scored: Scored | None = None
+    scored: TokenLogprobs | None = None
     """Of works with `score`."""
 
 
-def outcomes(
-    arrays: SampledArrays, groups: Sequence[Sequence[Work]], layouts: Sequence[Layout], batch: Batch, shape: BatchShape
-) -> list[list[Outcome]]:
+def read_results(
+    arrays: SamplerOutput,
+    groups: Sequence[Sequence[StepRequest]],
+    layouts: Sequence[Layout],
+    batch: Batch,
+    shape: BatchShape,
+) -> list[list[StepResult]]:
     """One per work, of a step's results as NumPy arrays.
 
     Args:
@@ -65,28 +69,29 @@ def outcomes(
     tops = list(arrays.top_tokens), list(arrays.top_logprobs)
     drafts = None if arrays.drafts is None else arrays.drafts.tolist()
 
-    def one(place: int, work: Work, scored: Scored | None) -> Outcome:
+    def one(place: int, work: StepRequest, scored: TokenLogprobs | None) -> StepResult:
         if work.sampling is None:
-            return Outcome([], [], scored)
+            return StepResult([], [], scored)
         first, held = place * shape.samples, 0
         if work.drafts:
             guesses = work.tokens[len(work.tokens) - work.drafts :]
             held = next((n for n, guess in enumerate(guesses) if guess != tokens[first + n]), work.drafts)
         drawn = [
-            Sampled(tokens[row], logprobs[row], tops[0][row], tops[1][row]) for row in range(first, first + held + 1)
+            SampledToken(tokens[row], logprobs[row], tops[0][row], tops[1][row])
+            for row in range(first, first + held + 1)
         ]
-        return Outcome(drawn, [] if drafts is None else drafts[place], scored)
+        return StepResult(drawn, [] if drafts is None else drafts[place], scored)
 
     results = []
     for group, works in enumerate(groups):
-        scored: Sequence[Scored | None] = [None] * len(works)
+        scored: Sequence[TokenLogprobs | None] = [None] * len(works)
         if arrays.scored is not None:
             scored = list(_scored(arrays.scored, group, layouts[group], batch))
         results.append([one(group * shape.requests + i, work, scored[i]) for i, work in enumerate(works)])
     return results
 
 
-def _scored(arrays: ScoredArrays, group: int, layout: Layout, batch: Batch) -> Iterator[Scored | None]:
+def _scored(arrays: TokenLogprobsArrays, group: int, layout: Layout, batch: Batch) -> Iterator[TokenLogprobs | None]:
     """From the ranks' buffers to the order of each work's tokens."""
     tokens = len(batch.tokens) // len(batch.num_tokens)
     place, token = layout.places(tokens)
@@ -97,4 +102,4 @@ def _scored(arrays: ScoredArrays, group: int, layout: Layout, batch: Batch) -> I
     start = layout.works.start.tolist()
     for work, first, end in zip(layout.works.works, start, start[1:], strict=False):
         mine = slice(first, end)
-        yield Scored(logprobs[mine], top_tokens[mine], top_logprobs[mine]) if work.score else None
+        yield TokenLogprobs(logprobs[mine], top_tokens[mine], top_logprobs[mine]) if work.score else None

@@ -17,7 +17,7 @@ from jax_mla_cp.batch.form import Form
 from jax_mla_cp.batch.layout import build
 from jax_mla_cp.batch.packing import pack, packed_specs
 from jax_mla_cp.batch.shapes import StepShape
-from jax_mla_cp.batch.work import Work
+from jax_mla_cp.batch.work import StepRequest
 from jax_mla_cp.cache import PAGES_SPEC
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.config.model import ModelConfig
@@ -27,7 +27,7 @@ from jax_mla_cp.platform import default_memory_fraction, device_memory
 from jax_mla_cp.step import logit_bias as spread
 from jax_mla_cp.step.forward import put, step
 from jax_mla_cp.step.planner import Planner
-from jax_mla_cp.step.results import Outcome, outcomes
+from jax_mla_cp.step.results import StepResult, read_results
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Runner:
         self.max_model_len = max_model_len
         self._programs: dict[StepShape, jax.stages.Compiled] = {}
         self._pages = planner.new_cache()
-        self._spreader = spread.Spreader(planner.model, planner.shape)
+        self._logit_bias = spread.LogitBiasBuilder(planner.model, planner.shape)
 
     @property
     def config(self) -> ModelConfig:
@@ -79,7 +79,7 @@ class Runner:
         """A new, empty cache: after a step failed, the donated one may be gone."""
         self._pages = self.planner.new_cache()
 
-    def check(self, work: Work) -> None:
+    def check(self, work: StepRequest) -> None:
         """Looks at one work, as `step` does.
 
         Raises:
@@ -87,7 +87,7 @@ class Runner:
         """
         self.planner.lay_out([[work], *[[]] * (self.dp - 1)])
 
-    def step(self, work: Sequence[Sequence[Work]]) -> list[list[Outcome]]:
+    def step(self, work: Sequence[Sequence[StepRequest]]) -> list[list[StepResult]]:
         """Runs one step and waits for it.
 
         Args:
@@ -100,8 +100,8 @@ class Runner:
         layouts, shape = self.planner.lay_out(work)
         batch = build(layouts, self.planner.shape, shape)
         program, model = self._program(shape), self.planner.model
-        sampled, self._pages = program(model, self._pages, put(model, batch), self._spreader(work))
-        return outcomes(jax.device_get(sampled), work, layouts, batch, self.planner.shape)
+        sampled, self._pages = program(model, self._pages, put(model, batch), self._logit_bias(work))
+        return read_results(jax.device_get(sampled), work, layouts, batch, self.planner.shape)
 
     @property
     def grid(self) -> str:
@@ -112,7 +112,7 @@ class Runner:
 
     def warmup(self, progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda done, total: done) -> None:
         """Compiles all programs, several at a time. `progress` wraps what yields once for each, as rich.progress.track does."""
-        self._spreader.warmup()
+        self._logit_bias.warmup()
         with ThreadPoolExecutor(_COMPILERS) as pool:
             for _ in progress(pool.map(self._program, self._shapes), len(self._shapes)):
                 pass

@@ -16,14 +16,14 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from jax_mla_cp.batch.arrays import SamplingArrays
 from jax_mla_cp.mesh import vary_like
-from jax_mla_cp.step.logit_bias import AdjustArrays, adjusted
+from jax_mla_cp.step.logit_bias import LogitBiasArrays, apply_logit_bias
 
 TOP_LOGPROBS = 20
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class SampledArrays:
+class SamplerOutput:
     """Per place for a sampled token (`J` of them, one per request without speculation): the token, its log-probability, and
     the most likely tokens with theirs.
 
@@ -35,13 +35,13 @@ class SampledArrays:
     top_tokens: Any  # int32 [J, min(20, V)]
     top_logprobs: Any  # float32 [J, min(20, V)]
     drafts: Any = None  # int32 [I, d]: guesses at each request's following tokens; None without speculation
-    scored: ScoredArrays | None = None  # of a step that scores
+    scored: TokenLogprobsArrays | None = None  # of a step that scores
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class ScoredArrays:
-    """Per token of each rank's buffer, as in `SampledArrays`, of the token after it; of no meaning where
+class TokenLogprobsArrays:
+    """Per token of each rank's buffer, as in `SamplerOutput`, of the token after it; of no meaning where
     `Batch.next_tokens` is -1."""
 
     logprob: Any  # float32 [T]
@@ -49,18 +49,18 @@ class ScoredArrays:
     top_logprobs: Any  # float32 [T, min(20, V)]
 
 
-def sample(logits: Float[Array, "J V"], how: SamplingArrays, adjust: AdjustArrays | None = None) -> SampledArrays:
+def sample(logits: Float[Array, "J V"], how: SamplingArrays, adjust: LogitBiasArrays | None = None) -> SamplerOutput:
     """One token per place. Temperature 0 takes the most likely token, the first of equal ones.
 
     Args:
       adjust: what is done to the logits that tokens are chosen by. Places without any are as if it were None.
     """
     logprobs = jax.nn.log_softmax(logits.astype(jnp.float32))
-    scores = logprobs if adjust is None else adjusted(logits, logprobs, adjust)
+    scores = logprobs if adjust is None else apply_logit_bias(logits, logprobs, adjust)
     greedy = jnp.argmax(scores, axis=-1).astype(jnp.int32)
     random = lax.cond((how.temperature > 0).any(), _draw, lambda *_: greedy, scores, how)
     token = jnp.where(how.temperature > 0, random, greedy)
-    return SampledArrays(token, *likely(logprobs, token))
+    return SamplerOutput(token, *likely(logprobs, token))
 
 
 def likely(

@@ -18,7 +18,7 @@ from jax_mla_cp.batch.columns import Columns
 from jax_mla_cp.batch.form import use_expanded
 from jax_mla_cp.batch.layout import Layout, build, lay_out
 from jax_mla_cp.batch.shapes import BatchShape, CacheShape, StepShape
-from jax_mla_cp.batch.work import Sampling, Work
+from jax_mla_cp.batch.work import SamplingParams, StepRequest
 from jax_mla_cp.batch.zigzag import plan
 from jax_mla_cp.config.presets import model_config
 from jax_mla_cp.step import planner
@@ -37,13 +37,15 @@ def fit(layout: Layout, at: BatchShape, spare: int = 0) -> StepShape:
     return StepShape(layout.tokens + spare, layout.absorbed_tokens, at.expanded_keys)
 
 
-def make_works(requests: list[tuple[int, int]], seed: int = 0) -> list[Work]:
+def make_works(requests: list[tuple[int, int]], seed: int = 0) -> list[StepRequest]:
     rng = np.random.default_rng(seed)
     free = rng.permutation(200).tolist()
     works = []
     for new, cached in requests:
         pages = [free.pop() for _ in range(-(-(new + cached) // PAGE))]
-        works.append(Work(rng.integers(0, CONFIG.vocab_size, new), cached, pages, Sampling(seed=len(works))))
+        works.append(
+            StepRequest(rng.integers(0, CONFIG.vocab_size, new), cached, pages, SamplingParams(seed=len(works)))
+        )
     return works
 
 
@@ -126,7 +128,7 @@ def test_sampling_goes_with_its_request() -> None:
 
 
 @st.composite
-def speculating(draw: st.DrawFn) -> tuple[list[Work], int]:
+def speculating(draw: st.DrawFn) -> tuple[list[StepRequest], int]:
     """Prompts' chunks and ends, decoding requests with drafts, and how many drafts there may be."""
     most = draw(st.integers(1, 4))
     works = []
@@ -142,7 +144,7 @@ def speculating(draw: st.DrawFn) -> tuple[list[Work], int]:
 
 @given(speculating(), st.integers(1, 5))
 @settings(deadline=None)
-def test_every_token_goes_with_its_next_one(case: tuple[list[Work], int], cp: int) -> None:
+def test_every_token_goes_with_its_next_one(case: tuple[list[StepRequest], int], cp: int) -> None:
     """Next tokens are permuted like the tokens; what is sampled after is where the plan put it."""
     works, most = case
     at = shape(cp, len(works), drafts=most)
@@ -244,7 +246,7 @@ def test_a_step_that_is_too_small_is_refused() -> None:
             build([layout], at, step)
 
 
-GOOD = Work([1, 2, 3], 6, [4, 5])
+GOOD = StepRequest([1, 2, 3], 6, [4, 5])
 
 
 @pytest.mark.parametrize(
@@ -266,14 +268,14 @@ GOOD = Work([1, 2, 3], 6, [4, 5])
         ([dataclasses.replace(GOOD, cached=126, pages=range(17))], "the page table holds 16"),
         ([dataclasses.replace(GOOD, cached=510, pages=range(65))], "exceed the model's 512 positions"),
         ([dataclasses.replace(GOOD, embeds=np.zeros((2, 64)))], r"embeds must be \[3, 64\]"),
-        ([dataclasses.replace(GOOD, drafts=3, sampling=Sampling())], "drafts must be 0 to 2 .* got 3"),
+        ([dataclasses.replace(GOOD, drafts=3, sampling=SamplingParams())], "drafts must be 0 to 2 .* got 3"),
         ([dataclasses.replace(GOOD, drafts=1)], "drafts are verified by sampling"),
-        ([dataclasses.replace(GOOD, next_token=1, sampling=Sampling())], "next_token is for tokens after which"),
+        ([dataclasses.replace(GOOD, next_token=1, sampling=SamplingParams())], "next_token is for tokens after which"),
         ([dataclasses.replace(GOOD, next_token=250)], "token id 250"),
         ([dataclasses.replace(GOOD, embeds=np.zeros((3, 64)))], "embeds can't be combined with draft_tokens"),
         (
             [
-                dataclasses.replace(GOOD, sampling=Sampling(), pages=[4, 5, 6]),
+                dataclasses.replace(GOOD, sampling=SamplingParams(), pages=[4, 5, 6]),
                 dataclasses.replace(GOOD, cached=1, pages=[6]),
             ],
             "page 6 is also written by work 0",
@@ -281,7 +283,7 @@ GOOD = Work([1, 2, 3], 6, [4, 5])
         ([dataclasses.replace(GOOD, pages=[2 * i, 2 * i + 1]) for i in range(9)], "at most 8 requests"),
     ],
 )
-def test_refuses(works: list[Work], message: str) -> None:
+def test_refuses(works: list[StepRequest], message: str) -> None:
     at = shape(2, 8, drafts=12)
     with pytest.raises(ValueError, match=message):
         check_works(Columns.of(works, at), at, CONFIG)

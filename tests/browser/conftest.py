@@ -12,13 +12,13 @@ import pytest
 from selenium import webdriver
 from selenium.webdriver.remote.webdriver import WebDriver
 
-from jax_mla_cp.batch.work import Work
+from jax_mla_cp.batch.work import StepRequest
 from jax_mla_cp.engine import Engine
 from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.serve.served import Served
 from jax_mla_cp.serve.status import Telemetry
 from jax_mla_cp.serve.status.about import About
-from jax_mla_cp.step.results import Outcome, Sampled
+from jax_mla_cp.step.results import SampledToken, StepResult
 from tests.helpers.byte_tokenizer import byte_tokenizer
 from tests.helpers.in_process import serving
 from tests.helpers.processes import server, url_of
@@ -64,15 +64,15 @@ def guarded_url(browser: WebDriver) -> Iterator[str]:
 class HostileModel(PageModel):
     """Says `HOSTILE`, over and over, a byte a token, slowly enough to be stopped."""
 
-    def step(self, work: Sequence[Sequence[Work]]) -> list[list[Outcome]]:
+    def step(self, work: Sequence[Sequence[StepRequest]]) -> list[list[StepResult]]:
         time.sleep(0.005)
         return [[self._say(w) for w in works] for works in work]
 
-    def _say(self, work: Work) -> Outcome:
+    def _say(self, work: StepRequest) -> StepResult:
         if work.sampling is None:
-            return Outcome([], [])
+            return StepResult([], [])
         byte = HOSTILE.encode()[(work.cached + len(work.tokens)) % len(HOSTILE)]
-        return Outcome([Sampled(byte, -0.5, np.zeros(0, np.int32), np.zeros(0, np.float32))], [])
+        return StepResult([SampledToken(byte, -0.5, np.zeros(0, np.int32), np.zeros(0, np.float32))], [])
 
 
 @pytest.fixture(scope="session")

@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jax_mla_cp.batch.work import Sampling, Work
+from jax_mla_cp.batch.work import SamplingParams, StepRequest
 from jax_mla_cp.engine import Engine, Failed, Finished
-from jax_mla_cp.step.results import Outcome
+from jax_mla_cp.step.results import StepResult
 from tests.helpers.engine_requests import Asked
 from tests.helpers.speculative import CONFIG, OneBucket, model
 
 PREFIX = np.random.default_rng(5).integers(0, CONFIG.vocab_size, 27).tolist()
 PROMPTS = [[*PREFIX, *tail] for tail in ([1], [2, 3], [1], [4, 5, 6, 7, 8, 9, 1], [2, 3, 5])]
 COUNT = 14
-HOW = [Sampling(temperature=0), Sampling(temperature=1.0, seed=7)]
+HOW = [SamplingParams(temperature=0), SamplingParams(temperature=1.0, seed=7)]
 
 
 @functools.cache
@@ -38,7 +38,7 @@ class Few:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._steps, name)
 
-    def step(self, work: Sequence[Sequence[Work]]) -> list[list[Outcome]]:
+    def step(self, work: Sequence[Sequence[StepRequest]]) -> list[list[StepResult]]:
         outcomes = self._steps.step(work)
         self._count += 1
         if self._count == self._fail_at:

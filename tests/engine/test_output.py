@@ -10,7 +10,7 @@ from jax_mla_cp.engine import (
     Failed,
     Finished,
     GrammarError,
-    PromptScored,
+    PromptLogprobs,
     Token,
 )
 from jax_mla_cp.engine.text import TextStream
@@ -133,11 +133,11 @@ def test_no_end_before_min_tokens(engine: Engine) -> None:
 def test_scored_prompts(engine: Engine) -> None:
     prompt = [7, 1, 7] * 8
     engine.submit(first := Asked(prompt, 1).request)
-    scored = Asked(prompt, 0, score_prompt=True)
+    scored = Asked(prompt, 0, prompt_logprobs=True)
     engine.submit(scored.request)
     assert ended(scored) == ([], "length", None)
     [event, _] = scored.all
-    assert isinstance(event, PromptScored) and np.isnan(event.logprobs[0])
+    assert isinstance(event, PromptLogprobs) and np.isnan(event.logprobs[0])
     assert event.logprobs[1:].tolist() == [logprob(prompt[:n], prompt[n]) for n in range(1, 24)]
     assert event.top_tokens.shape == event.top_logprobs.shape == (24, 20)
     after = Asked(prompt, 1)
@@ -151,7 +151,7 @@ def test_scored_prompts(engine: Engine) -> None:
     [
         ([], 1, {}, "prompt"),
         ([1], 0, {}, "max_tokens: must be at least 1, got 0"),
-        ([1], -1, {"score_prompt": True}, "max_tokens: must be at least 0"),
+        ([1], -1, {"prompt_logprobs": True}, "max_tokens: must be at least 0"),
         ([1], 3, {"min_tokens": 4}, "min_tokens: must be 0 to max_tokens=3, got 4"),
     ],
 )

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from jax_mla_cp.batch.work import Sampling
-from jax_mla_cp.engine import Event, Finished, PromptScored, Request, Token
+from jax_mla_cp.batch.work import SamplingParams
+from jax_mla_cp.engine import Event, Finished, PromptLogprobs, Request, Token
 from jax_mla_cp.engine.group import Scheduled
 from jax_mla_cp.engine.output import take
 from jax_mla_cp.engine.scheduler import Scheduler
@@ -27,7 +27,7 @@ STOP = frozenset({3})
 def request(
     prompt: list[int], most: int, emit: Callable[[Event], None] = lambda event: None, **options: Any
 ) -> Request:
-    return Request(prompt, most, Sampling(), STOP, TextStream(None), emit, **options)
+    return Request(prompt, most, SamplingParams(), STOP, TextStream(None), emit, **options)
 
 
 def endless(prompt: list[int], most: int, **options: Any) -> Request:
@@ -97,7 +97,7 @@ class Anything(RuleBasedStateMachine):
         prompt = [(n * 7) % 5 + text for n in range(length)]
         if change < length:
             prompt[change] = 200
-        made = request(prompt, most if score else max(most, 1), cache_salt=salt, score_prompt=score)
+        made = request(prompt, most if score else max(most, 1), cache_salt=salt, prompt_logprobs=score)
         made.emit = self.events.setdefault(made, []).append
         self.requests.append(made)
         self.scheduler.add(made)
@@ -166,8 +166,8 @@ class Anything(RuleBasedStateMachine):
             tokens = [e.token for e in self.events[r] if isinstance(e, Token)]
             want = continuation(r.prompt, r.max_tokens, STOP)
             assert tokens == (want[: len(tokens)] if r in self.gone else want)
-            scored = [e for e in self.events[r] if isinstance(e, PromptScored)]
-            assert len(scored) == (r.score_prompt and (r not in self.gone or bool(scored)))
+            scored = [e for e in self.events[r] if isinstance(e, PromptLogprobs)]
+            assert len(scored) == (r.prompt_logprobs and (r not in self.gone or bool(scored)))
             for event in scored:
                 assert self.events[r][0] is event
                 assert event.logprobs.tolist()[1:] == [

@@ -21,8 +21,8 @@ def main(address: str, count: str, index: str, checkpoint: str, out: str) -> Non
     pages = planner.new_cache()
     prompts, results = [list(range(1, 100)), [7, 8, 9]], []
     for works in (
-        [mla.Work(prompts[0], 0, range(8)), mla.Work(prompts[1], 0, [8])],  # prefill
-        [mla.Work([5], 99, range(8)), mla.Work([6], 3, [8])],  # decode
+        [mla.StepRequest(prompts[0], 0, range(8)), mla.StepRequest(prompts[1], 0, [8])],  # prefill
+        [mla.StepRequest([5], 99, range(8)), mla.StepRequest([6], 3, [8])],  # decode
     ):
         logits, pages = run(model, pages, planner.batch(works))
         results.append(multihost_utils.process_allgather(logits, tiled=True)[:2])

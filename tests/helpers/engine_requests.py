@@ -6,7 +6,7 @@ import queue
 from collections.abc import Sequence
 from typing import Any
 
-from jax_mla_cp.batch.work import Sampling
+from jax_mla_cp.batch.work import SamplingParams
 from jax_mla_cp.engine import Event, Failed, Finished, Request, Token
 from jax_mla_cp.engine.text import TextStream
 
@@ -26,7 +26,7 @@ class Asked:
         self.request = Request(
             list(prompt),
             max_tokens,
-            Sampling(temperature=0),
+            SamplingParams(temperature=0),
             stop,
             text or TextStream(None),
             self.events.put,

@@ -15,7 +15,7 @@ from flax import nnx
 
 from jax_mla_cp.batch.arrays import Batch
 from jax_mla_cp.batch.form import Form
-from jax_mla_cp.batch.work import Sampling, Work
+from jax_mla_cp.batch.work import SamplingParams, StepRequest
 from jax_mla_cp.checkpoint import ArraySource, load_params
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.engine import Engine, Event, Finished, Request, Speculation, Token
@@ -26,7 +26,7 @@ from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.handle import Model
 from jax_mla_cp.step.forward import put
 from jax_mla_cp.step.planner import Planner
-from jax_mla_cp.step.results import Outcome
+from jax_mla_cp.step.results import StepResult
 from jax_mla_cp.step.runner import Runner
 from tests.helpers.random_weights import random_weights
 from tests.helpers.synthetic import CONFIG as SYNTHETIC
@@ -115,7 +115,7 @@ class OneBucket(Runner):
         """Runs a batch as it is: drafts [dp, I, d]."""
         model = self.planner.model
         program = self._program(self.planner.step_of(batch))
-        sampled, self._pages = program(model, self._pages, put(model, batch), self._spreader.nothing)
+        sampled, self._pages = program(model, self._pages, put(model, batch), self._logit_bias.nothing)
         return np.asarray(sampled.drafts).reshape(self.dp, -1, self.draft_tokens)
 
     def poison(self) -> None:
@@ -138,13 +138,13 @@ class OneBucket(Runner):
 class Watched:
     """A runner whose works and outcomes are shown to `look`, which may change them, work by work."""
 
-    def __init__(self, steps: Runner, look: Callable[[Work, Outcome], object]):
+    def __init__(self, steps: Runner, look: Callable[[StepRequest, StepResult], object]):
         self._steps, self._look = steps, look
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._steps, name)
 
-    def step(self, work: Sequence[Sequence[Work]]) -> list[list[Outcome]]:
+    def step(self, work: Sequence[Sequence[StepRequest]]) -> list[list[StepResult]]:
         outcomes = self._steps.step(work)
         for works, results in zip(work, outcomes, strict=True):
             for one, outcome in zip(works, results, strict=True):
@@ -167,14 +167,14 @@ def generate(
     steps: Runner | Watched,
     prompts: Sequence[Sequence[int]],
     count: int | Sequence[int],
-    how: Sequence[Sampling] | None = None,
+    how: Sequence[SamplingParams] | None = None,
 ) -> Run:
     """`count` tokens for each prompt, greedy if not told `how`; all requests arrive at once."""
     events: queue.Queue[tuple[int, Event]] = queue.Queue()
     engine = Engine(steps)
     counts = [count] * len(prompts) if isinstance(count, int) else count
     for i, (prompt, most) in enumerate(zip(prompts, counts, strict=True)):
-        sampling = how[i] if how else Sampling(temperature=0)
+        sampling = how[i] if how else SamplingParams(temperature=0)
         text, emit = TextStream(None), functools.partial(lambda i, event: events.put((i, event)), i)
         engine.submit(Request(list(prompt), most, sampling, frozenset(), text, emit))
     engine.start()

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jax_mla_cp.batch.logit_bias import Adjust
-from jax_mla_cp.batch.work import Work
-from jax_mla_cp.step.results import Outcome, Sampled, Scored
+from jax_mla_cp.batch.logit_bias import LogitBias
+from jax_mla_cp.batch.work import StepRequest
+from jax_mla_cp.step.results import SampledToken, StepResult, TokenLogprobs
 
 VOCAB = 251
 
@@ -42,7 +42,7 @@ def guesses(tokens: Sequence[int], count: int) -> list[int]:
     return seen[len(tokens) :]
 
 
-def allowed(token: int, adjust: Adjust | None) -> int:
+def allowed(token: int, adjust: LogitBias | None) -> int:
     """The token, or if it may not be, the next one that may."""
     if adjust is None:
         return token
@@ -98,11 +98,11 @@ class PageModel:
         shape = (self.dp, self.pages_per_group * self.page_size)
         self.slots, self._following = np.full(shape, NOTHING), np.full(shape, NOTHING)
 
-    def check(self, work: Work) -> None:
+    def check(self, work: StepRequest) -> None:
         if self.refused in work.tokens:
             raise ValueError("a token that is refused")
 
-    def step(self, work: Sequence[Sequence[Work]]) -> list[list[Outcome]]:
+    def step(self, work: Sequence[Sequence[StepRequest]]) -> list[list[StepResult]]:
         if self.gate:
             self.gate.acquire()
         for each in (w for works in work for w in works):
@@ -120,7 +120,7 @@ class PageModel:
         at = np.arange(tokens)
         return np.asarray(pages)[at // self.page_size] * self.page_size + at % self.page_size
 
-    def _check(self, works: Sequence[Work]) -> None:
+    def _check(self, works: Sequence[StepRequest]) -> None:
         assert len(works) <= self.max_running
         assert sum(len(w.tokens) for w in works if len(w.tokens) - w.drafts > 1) <= self.prefill_chunk
         assert all(w.drafts <= self.draft_tokens for w in works)
@@ -131,7 +131,7 @@ class PageModel:
             assert not written & others, "a page is written that another request refers to"
             assert len(set(w.pages)) == len(w.pages)
 
-    def _run(self, group: int, work: Work) -> Outcome:
+    def _run(self, group: int, work: StepRequest) -> StepResult:
         end, size = work.cached + len(work.tokens), self.page_size
         self.prefilled += len(work.tokens) if len(work.tokens) - work.drafts > 1 else 0
         slots = self.slots_of(work.pages, end)
@@ -150,7 +150,7 @@ class PageModel:
         if work.sampling is None:
             after = [*seen[work.cached + 1 :], NOTHING if work.next_token is None else work.next_token]
             following[slots[work.cached :]] = after
-            return Outcome([], [], scored)
+            return StepResult([], [], scored)
         seen, drafts = seen[: end - work.drafts], seen[end - work.drafts :]
         start = len(seen)
         while True:
@@ -160,13 +160,13 @@ class PageModel:
         following[slots[work.cached :]] = NOTHING
         following[slots[work.cached : len(seen) - 1]] = seen[work.cached + 1 :]
         self.held[work.drafts, len(seen) - start - 1] += 1
-        drawn = [Sampled(token, -0.5, np.arange(20), np.linspace(-1, -9, 20)) for token in seen[start:]]
-        return Outcome(drawn, guesses(seen, self.draft_tokens), scored)
+        drawn = [SampledToken(token, -0.5, np.arange(20), np.linspace(-1, -9, 20)) for token in seen[start:]]
+        return StepResult(drawn, guesses(seen, self.draft_tokens), scored)
 
-    def _score(self, seen: Sequence[int], work: Work) -> Scored:
+    def _score(self, seen: Sequence[int], work: StepRequest) -> TokenLogprobs:
         after = [*seen[work.cached + 1 :], *([] if work.next_token is None else [work.next_token])]
         values = np.full(len(work.tokens), np.nan, np.float32)
         for n, token in enumerate(after):
             values[n] = logprob(seen[: work.cached + n + 1], token)
         top = np.tile(np.arange(20, dtype=np.int32), (len(work.tokens), 1))
-        return Scored(values, top, np.tile(values[:, None], (1, 20)))
+        return TokenLogprobs(values, top, np.tile(values[:, None], (1, 20)))

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from jax_mla_cp.batch.work import Work
+from jax_mla_cp.batch.work import StepRequest
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.config.rope import RopeConfig
 from jax_mla_cp.mesh import make_mesh, mesh_shape
@@ -144,11 +144,11 @@ class Driver:
 
     def step(self, news: Sequence[tuple[Request, Sequence[int]]]) -> np.ndarray:
         """Appends new tokens to requests, in one step; returns [requests, vocab] logits after each one's last."""
-        works: list[list[Work]] = [[] for _ in range(self.planner.shape.dp)]
+        works: list[list[StepRequest]] = [[] for _ in range(self.planner.shape.dp)]
         rows = []
         for request, tokens in news:
             rows.append(request.group * self.planner.shape.requests + len(works[request.group]))
-            works[request.group].append(Work(list(tokens), len(request.tokens), request.pages))
+            works[request.group].append(StepRequest(list(tokens), len(request.tokens), request.pages))
             request.tokens += tokens
         logits, self.pages = self._forward(self.model, self.pages, self.planner.batch(works))
         return np.asarray(logits)[rows, : self.model.config.vocab_size]

@@ -9,11 +9,11 @@ import httpx
 import openai
 import pytest
 
-from jax_mla_cp.batch.work import Work
+from jax_mla_cp.batch.work import StepRequest
 from jax_mla_cp.engine import Engine
 from jax_mla_cp.serve.reasoning import Splitter
 from jax_mla_cp.serve.served import Served
-from jax_mla_cp.step.results import Outcome, Sampled
+from jax_mla_cp.step.results import SampledToken, StepResult
 from jax_mla_cp.tokenizer import ChatTemplate, Tokenizer
 from tests.helpers.byte_tokenizer import EOS, byte_tokenizer
 from tests.helpers.in_process import client_of, serving
@@ -31,7 +31,7 @@ class Script(PageModel):
 
     script = ""
 
-    def _run(self, group: int, work: Work) -> Outcome:
+    def _run(self, group: int, work: StepRequest) -> StepResult:
         outcome = super()._run(group, work)
         if not outcome.sampled:
             return outcome
@@ -39,7 +39,7 @@ class Script(PageModel):
         said = bytes(token for token in seen if token < 256).rpartition(b"\x02")[2].removeprefix(b"<think>\n")
         whole = [*self.script.encode(), EOS]
         token, usual = whole[len(said)], outcome.sampled[0]
-        return Outcome([Sampled(token, usual.logprob, usual.top_tokens, usual.top_logprobs)], [])
+        return StepResult([SampledToken(token, usual.logprob, usual.top_tokens, usual.top_logprobs)], [])
 
 
 @pytest.fixture(scope="module")

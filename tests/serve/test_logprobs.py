@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from jax_mla_cp.engine import PromptScored, Token
+from jax_mla_cp.engine import PromptLogprobs, Token
 from jax_mla_cp.serve.logprobs import chat_entry, entry, prompt_logprobs
 from jax_mla_cp.serve.names import TokenNames
 
@@ -40,7 +40,9 @@ def test_what_can_not_be_is_a_number_that_json_has() -> None:
     )
     chat = chat_entry(Names(), Token(C, "c", -math.inf, TOP, LOGPROBS), 4)
     assert chat.logprob == chat.top_logprobs[3].logprob == -9999.0
-    scored = PromptScored(np.asarray([math.nan, -math.inf], np.float32), np.stack([TOP] * 2), np.stack([LOGPROBS] * 2))
+    scored = PromptLogprobs(
+        np.asarray([math.nan, -math.inf], np.float32), np.stack([TOP] * 2), np.stack([LOGPROBS] * 2)
+    )
     first, second = prompt_logprobs(Names(), [B, C], scored, 1)
     assert first is None and second is not None
     assert {token: (p.logprob, p.rank) for token, p in second.items()} == {"1": (-0.5, 1), "3": (-9999.0, 4)}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_mla_cp.batch.work import Work
+from jax_mla_cp.batch.work import StepRequest
 from jax_mla_cp.step.forward import forward
 from jax_mla_cp.step.runner import compile_step
 from tests.helpers.synthetic import CONFIG, Driver, random_model
@@ -59,7 +59,7 @@ def test_absorbed_rows_beside_expanded_ones(shorts: int, keys: bool, few: bool) 
     lengths = ([200] if keys else []) + [20] * shorts
     prompts = [rng.integers(0, CONFIG.vocab_size, n).tolist() for n in lengths]
     driver = Driver(random_model(), max_requests=12, chunk=512)
-    works = [Work(prompt, 0, driver.request().pages) for prompt in prompts]
+    works = [StepRequest(prompt, 0, driver.request().pages) for prompt in prompts]
     step = driver.planner.step_of(driver.planner.host_batch([works]))
     assert (step.expanded_keys > 0) == keys and (step.absorbed_tokens < step.tokens) == few
     logits, _ = jax.jit(forward)(driver.model, driver.pages, driver.planner.batch(works))
@@ -74,7 +74,7 @@ def test_a_wrong_plan_is_noticed(expected: list[np.ndarray]) -> None:
     """Negative control: the same run with each rank's first row seeing one key less."""
     driver = Driver(random_model("cp=2"))
     request = driver.request()
-    work = Work(PROMPTS[0][:70], 0, request.pages)
+    work = StepRequest(PROMPTS[0][:70], 0, request.pages)
     batch = driver.planner.host_batch([[work]])
     for rows in (batch.expanded, batch.absorbed):
         rows.kv_len[rows.kv_len > 1] -= 1
@@ -117,8 +117,8 @@ def test_a_neighbor_with_nan_latents_changes_nothing() -> None:
     poison = np.full((50, CONFIG.hidden_size), np.nan, np.float32)
     embed = np.asarray(random_model().params["embed"][...])
     works = [
-        Work(PROMPTS[0][:40], 0, first.pages, embeds=embed[PROMPTS[0][:40]]),
-        Work([0] * 50, 0, second.pages, embeds=poison),
+        StepRequest(PROMPTS[0][:40], 0, first.pages, embeds=embed[PROMPTS[0][:40]]),
+        StepRequest([0] * 50, 0, second.pages, embeds=poison),
     ]
     logits, _ = jax.jit(forward)(driver.model, driver.pages, driver.planner.batch(works))
     logits = np.asarray(logits)[:, : CONFIG.vocab_size]

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from jax_mla_cp.batch.check import check_works
 from jax_mla_cp.batch.columns import Columns
-from jax_mla_cp.batch.logit_bias import Adjust
+from jax_mla_cp.batch.logit_bias import LogitBias
 from jax_mla_cp.batch.shapes import BatchShape, CacheShape
-from jax_mla_cp.batch.work import Sampling, Work
-from jax_mla_cp.engine.logits_processor import Adjuster
+from jax_mla_cp.batch.work import SamplingParams, StepRequest
+from jax_mla_cp.engine.logits_processor import LogitsProcessor
 from jax_mla_cp.mesh import make_mesh, mesh_shape
 from jax_mla_cp.model.context import Build
 from jax_mla_cp.model.handle import Model
@@ -50,15 +50,15 @@ def penalised(
     return out
 
 
-def applied(logits: np.ndarray, adjust: Adjust | None) -> np.ndarray:
+def applied(logits: np.ndarray, adjust: LogitBias | None) -> np.ndarray:
     """What the device makes of a row of logits."""
     if adjust is None:
         return logits
     add, scale = np.zeros_like(logits), np.ones_like(logits)
     add[adjust.tokens], scale[adjust.tokens] = adjust.add, adjust.scale
     mask = words(list(range(SIZE))) if adjust.mask is None else adjust.mask
-    arrays = spread.AdjustArrays(*(jnp.asarray(x)[None] for x in (add, scale, mask, True)))
-    return np.asarray(spread.adjusted(jnp.asarray(logits)[None], jnp.asarray(logits)[None], arrays))[0]
+    arrays = spread.LogitBiasArrays(*(jnp.asarray(x)[None] for x in (add, scale, mask, True)))
+    return np.asarray(spread.apply_logit_bias(jnp.asarray(logits)[None], jnp.asarray(logits)[None], arrays))[0]
 
 
 tokens = st.lists(st.integers(0, SIZE - 1), max_size=30)
@@ -70,37 +70,39 @@ penalty = st.sampled_from([0.0, 0.5, -1.25, 2.0])
 def test_penalties_are_vllms(
     prompt: list[int], answer: list[int], presence: float, frequency: float, repetition: float
 ) -> None:
-    adjuster = Adjuster(prompt, presence_penalty=presence, frequency_penalty=frequency, repetition_penalty=repetition)
+    logits_processor = LogitsProcessor(
+        prompt, presence_penalty=presence, frequency_penalty=frequency, repetition_penalty=repetition
+    )
     for token in answer:
-        adjuster.push(token)
+        logits_processor.push(token)
     logits = np.random.default_rng(len(prompt)).normal(0, 3, SIZE).astype(np.float32)
     want = penalised(logits, prompt, answer, presence, frequency, repetition)
-    np.testing.assert_allclose(applied(logits, adjuster.adjust(False)), want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(applied(logits, logits_processor.adjust(False)), want, rtol=1e-5, atol=1e-5)
 
 
 def test_biases_bans_and_masks() -> None:
     logits = np.arange(SIZE, dtype=np.float32) - 20
-    adjuster = Adjuster([3], repetition_penalty=2.0, logit_bias={3: 5.0, 39: -100.0}, banned=[38, 37])
-    got = applied(logits, adjuster.adjust(True))
+    logits_processor = LogitsProcessor([3], repetition_penalty=2.0, logit_bias={3: 5.0, 39: -100.0}, banned=[38, 37])
+    got = applied(logits, logits_processor.adjust(True))
     want = logits.copy()
     want[[3, 39, 38, 37]] = -17 * 2 + 5, 19 - 100, -np.inf, -np.inf
     np.testing.assert_array_equal(got, want)
     want[[38, 37]] = 18, 17
-    np.testing.assert_array_equal(applied(logits, adjuster.adjust(False)), want)
-    got = applied(logits, adjuster.adjust(True, words([0, 31, 32, 37])))
+    np.testing.assert_array_equal(applied(logits, logits_processor.adjust(False)), want)
+    got = applied(logits, logits_processor.adjust(True, words([0, 31, 32, 37])))
     assert np.flatnonzero(got > -np.inf).tolist() == [0, 31, 32]
 
 
 def test_nothing_to_do_is_none() -> None:
-    adjuster = Adjuster([1, 2], banned=[5])
-    adjuster.push(1)
-    assert adjuster.adjust(False) is None and adjuster.adjust(True) is not None
-    assert Adjuster([1]).adjust(True) is None
-    assert Adjuster([1], frequency_penalty=1.0).adjust(False) is None, "nothing was sampled yet"
+    logits_processor = LogitsProcessor([1, 2], banned=[5])
+    logits_processor.push(1)
+    assert logits_processor.adjust(False) is None and logits_processor.adjust(True) is not None
+    assert LogitsProcessor([1]).adjust(True) is None
+    assert LogitsProcessor([1], frequency_penalty=1.0).adjust(False) is None, "nothing was sampled yet"
 
 
 def test_a_ban_gives_way_to_a_grammar_at_its_end() -> None:
-    adjust = Adjuster([1], banned=[5, 6]).adjust(True, words([5]))
+    adjust = LogitsProcessor([1], banned=[5, 6]).adjust(True, words([5]))
     assert adjust is not None and adjust.allows_any(SIZE) and len(adjust.tokens) == 0
 
 
@@ -117,14 +119,14 @@ def test_a_ban_gives_way_to_a_grammar_at_its_end() -> None:
 )
 def test_adjuster_refuses(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Adjuster([1], **fields)
+        LogitsProcessor([1], **fields)
 
 
-def listed(*tokens: int, add: float = 0.0, scale: float = 1.0) -> Adjust:
-    return Adjust(np.array(tokens), np.full(len(tokens), add, np.float32), np.full(len(tokens), scale, np.float32))
+def listed(*tokens: int, add: float = 0.0, scale: float = 1.0) -> LogitBias:
+    return LogitBias(np.array(tokens), np.full(len(tokens), add, np.float32), np.full(len(tokens), scale, np.float32))
 
 
-GOOD = Work([1, 2, 3], 0, [4], Sampling())
+GOOD = StepRequest([1, 2, 3], 0, [4], SamplingParams())
 SHAPE = BatchShape(1, 1, 4, 8, 0, CacheShape(2, 9, 8), draft_tokens=2)
 
 
@@ -138,9 +140,12 @@ SHAPE = BatchShape(1, 1, 4, 8, 0, CacheShape(2, 9, 8), draft_tokens=2)
         (dataclasses.replace(GOOD, adjust=listed(3, add=np.nan)), "got nan"),
         (dataclasses.replace(GOOD, adjust=listed(3, scale=0)), "scale positive, got 0.0 and 0.0"),
         (dataclasses.replace(GOOD, adjust=dataclasses.replace(listed(3), add=NONE[1])), "equally long lists"),
-        (dataclasses.replace(GOOD, adjust=Adjust(*NONE, words([1]))), r"mask must be uint32 \[8\], got uint32 \[2\]"),
-        (dataclasses.replace(GOOD, adjust=Adjust(*NONE, words([], VOCAB))), "leaves no token"),
-        (dataclasses.replace(GOOD, adjust=Adjust(*NONE, words([VOCAB, 255], VOCAB))), "leaves no token"),
+        (
+            dataclasses.replace(GOOD, adjust=LogitBias(*NONE, words([1]))),
+            r"mask must be uint32 \[8\], got uint32 \[2\]",
+        ),
+        (dataclasses.replace(GOOD, adjust=LogitBias(*NONE, words([], VOCAB))), "leaves no token"),
+        (dataclasses.replace(GOOD, adjust=LogitBias(*NONE, words([VOCAB, 255], VOCAB))), "leaves no token"),
         (dataclasses.replace(GOOD, adjust=listed(*range(VOCAB), add=-np.inf)), "leaves no token"),
         (
             dataclasses.replace(GOOD, adjust=dataclasses.replace(listed(7, add=-np.inf), mask=words([7], VOCAB))),
@@ -150,17 +155,17 @@ SHAPE = BatchShape(1, 1, 4, 8, 0, CacheShape(2, 9, 8), draft_tokens=2)
         (dataclasses.replace(GOOD, sampling=None, adjust=listed(3)), "adjust is for tokens after which one is sampled"),
     ],
 )
-def test_a_step_refuses(work: Work, message: str) -> None:
+def test_a_step_refuses(work: StepRequest, message: str) -> None:
     works = Columns.of([dataclasses.replace(GOOD, pages=[5]), work], SHAPE)
     with pytest.raises(ValueError, match=message):
         check_works(works, SHAPE, CONFIG)
 
 
-def random_adjust(rng: np.random.Generator, count: int, mask: bool) -> Adjust:
+def random_adjust(rng: np.random.Generator, count: int, mask: bool) -> LogitBias:
     tokens = np.sort(rng.choice(VOCAB, count, replace=False)).astype(np.int32)
     add = np.where(rng.random(count) < 0.1, -np.inf, rng.normal(size=count))
     allowed = words(np.flatnonzero(rng.random(VOCAB) < 0.5).tolist(), VOCAB) if mask else None
-    return Adjust(tokens, add.astype(np.float32), (0.5 + rng.random(count)).astype(np.float32), allowed)
+    return LogitBias(tokens, add.astype(np.float32), (0.5 + rng.random(count)).astype(np.float32), allowed)
 
 
 @pytest.mark.parametrize("mesh", [None, "dp=2,cp=2,tp=2"])
@@ -171,7 +176,7 @@ def test_each_device_gets_its_places(mesh: str | None, drafts: int) -> None:
     model = Model({}, Build(CONFIG, None if on is None else mesh_shape(on)), on)
     at = mesh_shape(on)
     shape = BatchShape(at.dp, at.cp, 4, 8, 0, CacheShape(2, 64, 8), draft_tokens=drafts)
-    spreader, rng = spread.Spreader(model, shape), np.random.default_rng(0)
+    spreader, rng = spread.LogitBiasBuilder(model, shape), np.random.default_rng(0)
     plain = [[GOOD] * 3] * at.dp
     assert spreader(plain) is spreader.nothing
     for counts, masks in (((5, 200, 0), (False, True, True)), ((240, 40, 1), (False,) * 3), ((0, 0, 0), (True,) * 3)):
@@ -205,8 +210,8 @@ def test_places_without_any_are_sampled_as_ever() -> None:
     full = np.tile(words(list(range(SIZE))), (6, 1))
     given = np.arange(6) % 2 == 1
 
-    def arrays(given: np.ndarray) -> spread.AdjustArrays:
-        return spread.AdjustArrays(*map(jnp.asarray, (add, np.full_like(add, 1.5), full, given)))
+    def arrays(given: np.ndarray) -> spread.LogitBiasArrays:
+        return spread.LogitBiasArrays(*map(jnp.asarray, (add, np.full_like(add, 1.5), full, given)))
 
     run = jax.jit(sample)
     plain, neutral, some = (
@@ -226,14 +231,16 @@ def test_places_without_any_are_sampled_as_ever() -> None:
 def test_adjusted_distribution() -> None:
     """20,000 draws from penalised logits with a mask and a temperature: within 5 standard deviations of float64's."""
     count, logits = 20_000, np.array([2.0, 1.5, 1.0, -0.5, 0.3, 0.9] + [-9.0] * (SIZE - 6), np.float32)
-    adjuster = Adjuster([3], presence_penalty=0.4, frequency_penalty=0.3, repetition_penalty=1.5)
+    logits_processor = LogitsProcessor([3], presence_penalty=0.4, frequency_penalty=0.3, repetition_penalty=1.5)
     for token in (0, 0, 2):
-        adjuster.push(token)
-    adjust = adjuster.adjust(False, words([0, 1, 2, 3, 4]))
+        logits_processor.push(token)
+    adjust = logits_processor.adjust(False, words([0, 1, 2, 3, 4]))
     assert adjust is not None
     add, scale = np.zeros(SIZE, np.float32), np.ones(SIZE, np.float32)
     add[adjust.tokens], scale[adjust.tokens] = adjust.add, adjust.scale
-    arrays = spread.AdjustArrays(*(jnp.tile(x, (count, 1)) for x in (add, scale, adjust.mask)), jnp.ones(count, bool))
+    arrays = spread.LogitBiasArrays(
+        *(jnp.tile(x, (count, 1)) for x in (add, scale, adjust.mask)), jnp.ones(count, bool)
+    )
     settings = how(count, temperature=np.full(count, 0.8, np.float32))
     drawn = jax.jit(sample)(jnp.tile(logits, (count, 1)), settings, arrays).token
     got = np.bincount(drawn, minlength=SIZE) / count

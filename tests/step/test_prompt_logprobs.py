@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_mla_cp.batch.work import Sampling, Work
+from jax_mla_cp.batch.work import SamplingParams, StepRequest
 from jax_mla_cp.checkpoint import ArraySource, load_params
-from jax_mla_cp.engine.logits_processor import Adjuster
+from jax_mla_cp.engine.logits_processor import LogitsProcessor
 from jax_mla_cp.mesh import make_mesh, mesh_shape
 from jax_mla_cp.model.context import Build
 from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.handle import Model
 from jax_mla_cp.step.planner import Planner
-from jax_mla_cp.step.results import Outcome
+from jax_mla_cp.step.results import StepResult
 from jax_mla_cp.step.runner import Runner
 from tests.helpers import reference
 from tests.helpers.random_weights import random_weights
@@ -26,8 +26,8 @@ from tests.step.test_logit_bias import words
 from tests.test_cache import copies_of
 
 PAGE, CHUNK, SAMPLES = 4, 40, 20
-GREEDY = Sampling(temperature=0)
-DRAWN = Sampling(seed=5, min_p=0.02)
+GREEDY = SamplingParams(temperature=0)
+DRAWN = SamplingParams(seed=5, min_p=0.02)
 PAGES = {"a": list(range(9)), "b": [20, 14, 12, 13], "c": [30, 31]}
 PENALTIES = {"presence_penalty": 1.5, "frequency_penalty": 0.5, "repetition_penalty": 2.0}
 
@@ -78,9 +78,9 @@ class OneBucket(Runner):
         made = dataclasses.replace(made, buckets=made.buckets[-1:])
         super().__init__(made, prefill_chunk=CHUNK, max_running=4, max_model_len=64)
 
-    def run(self, **works: Work) -> dict[str, Outcome]:
+    def run(self, **works: StepRequest) -> dict[str, StepResult]:
         """One step. Request b runs in the last dp group, the others in the first."""
-        groups: list[dict[str, Work]] = [{} for _ in range(self.dp)]
+        groups: list[dict[str, StepRequest]] = [{} for _ in range(self.dp)]
         for name, work in works.items():
             groups[-1 if name == "b" else 0][name] = dataclasses.replace(work, pages=PAGES[name])
         results = self.step([list(group.values()) for group in groups])
@@ -99,25 +99,25 @@ runner = functools.cache(OneBucket)
 
 
 @functools.cache
-def played(mesh: str | None) -> list[dict[str, Outcome]]:
+def played(mesh: str | None) -> list[dict[str, StepResult]]:
     """A long prompt in two chunks, scored, beside a short one and a sampled token; then decoding with adjusted logits."""
     steps = runner(mesh)
     out = [
         steps.run(
-            c=Work(C, 0, (), DRAWN),
-            a=Work(A[:21], 0, (), next_token=A[21], score=True),
-            b=Work(B, 0, (), GREEDY, score=True),
+            c=StepRequest(C, 0, (), DRAWN),
+            a=StepRequest(A[:21], 0, (), next_token=A[21], score=True),
+            b=StepRequest(B, 0, (), GREEDY, score=True),
         )
     ]
     second = {name: out[0][name].sampled[0].token for name in ("b", "c")}
-    penalised = Adjuster(B, **PENALTIES, banned=[int(logprobs((*B, second["b"]))[-1].argmax())])
+    penalised = LogitsProcessor(B, **PENALTIES, banned=[int(logprobs((*B, second["b"]))[-1].argmax())])
     penalised.push(second["b"])
     allowed = words(list(range(0, CONFIG.vocab_size, 7)), CONFIG.vocab_size)
     out.append(
         steps.run(
-            b=Work([second["b"]], len(B), (), GREEDY, adjust=penalised.adjust(True)),
-            a=Work(A[21:], 21, (), GREEDY, score=True),
-            c=Work([second["c"]], 1, (), DRAWN, adjust=Adjuster(C).adjust(False, allowed)),
+            b=StepRequest([second["b"]], len(B), (), GREEDY, adjust=penalised.adjust(True)),
+            a=StepRequest(A[21:], 21, (), GREEDY, score=True),
+            c=StepRequest([second["c"]], 1, (), DRAWN, adjust=LogitsProcessor(C).adjust(False, allowed)),
         )
     )
     return out
@@ -181,7 +181,9 @@ def test_a_step_without_scores_samples_the_same() -> None:
     """And neither program copies the cache."""
     played(None)
     steps = runner(None)
-    plain = steps.run(c=Work(C, 0, (), DRAWN), a=Work(A[:21], 0, (), next_token=A[21]), b=Work(B, 0, (), GREEDY))
+    plain = steps.run(
+        c=StepRequest(C, 0, (), DRAWN), a=StepRequest(A[:21], 0, (), next_token=A[21]), b=StepRequest(B, 0, (), GREEDY)
+    )
     for name, outcome in plain.items():
         assert outcome.scored is None
         assert [s.token for s in outcome.sampled] == [s.token for s in played(None)[0][name].sampled]

@@ -13,15 +13,15 @@ import pytest
 from scipy import stats
 
 from jax_mla_cp.batch.form import Form
-from jax_mla_cp.batch.work import Sampling, Work
+from jax_mla_cp.batch.work import SamplingParams, StepRequest
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.step.planner import Planner
-from jax_mla_cp.step.results import Outcome
+from jax_mla_cp.step.results import StepResult
 from tests.helpers import reference
 from tests.helpers.speculative import CONFIG, PAGE, OneBucket, Watched, generate, model, weights
 from tests.test_cache import copies_of
 
-GREEDY = Sampling(temperature=0)
+GREEDY = SamplingParams(temperature=0)
 PROMPTS = [
     np.random.default_rng(i).integers(0, CONFIG.vocab_size, n).tolist() for i, n in enumerate((23, 7, 1, 4, 12, 2, 9))
 ]
@@ -49,7 +49,7 @@ def test_greedy_tokens_are_the_same(mesh: str | None, ep: str, draft_tokens: int
     steps = runner(mesh, ep, draft_tokens, form)
     held: collections.Counter[int] = collections.Counter()
 
-    def count(work: Work, outcome: Outcome) -> None:
+    def count(work: StepRequest, outcome: StepResult) -> None:
         if work.drafts == draft_tokens:
             held[len(outcome.sampled) - 1] += 1
 
@@ -89,9 +89,9 @@ def chunks(steps: OneBucket, *, shift: int = 0) -> tuple[np.ndarray, list[list[i
     steps.reset()
     long, short = PROMPTS[0][:15], PROMPTS[1]
     pages = [[3, 0, 5, 2, 9], [1, 4, 8, 7]]
-    first = Work(long[:9], 0, pages[0], next_token=long[9])
-    second = [Work(short, 0, pages[1], GREEDY), Work(long[9:], 9, pages[0], GREEDY)]
-    others: list[list[Work]] = [[] for _ in range(steps.dp - 1)]
+    first = StepRequest(long[:9], 0, pages[0], next_token=long[9])
+    second = [StepRequest(short, 0, pages[1], GREEDY), StepRequest(long[9:], 9, pages[0], GREEDY)]
+    others: list[list[StepRequest]] = [[] for _ in range(steps.dp - 1)]
     for works in ([first], second):
         batch = steps.planner.host_batch([*others, works])
         batch = dataclasses.replace(batch, next_tokens=np.roll(batch.next_tokens, shift))
@@ -118,7 +118,7 @@ def test_verified_tokens_leave_the_same_as_a_prompt() -> None:
         true.append(int(reference.forward(CONFIG, weights(), true).logits[-1].argmax()))
     length = len(PROMPTS[1])
     tokens = [true[length], true[length + 1], (true[length + 2] + 1) % CONFIG.vocab_size]
-    batch = steps.planner.host_batch([[Work(tokens, length, pages[1], GREEDY, drafts=2)]])
+    batch = steps.planner.host_batch([[StepRequest(tokens, length, pages[1], GREEDY, drafts=2)]])
     compare(steps, 0, pages[1], true[: length + 2], steps.propose(batch)[0, 0])
 
 
@@ -129,7 +129,7 @@ def test_stale_memory_reaches_no_output(mesh: str, ep: str, draft_tokens: int, f
     steps = runner(mesh, ep, draft_tokens, form)
     steps.poison()
 
-    def look(work: Work, outcome: Outcome) -> None:
+    def look(work: StepRequest, outcome: StepResult) -> None:
         stale = np.isnan(steps.pages()).reshape(len(steps.pages()), -1)
         assert stale.all(1).any() and not stale.all()
         assert (stale.all(1) == stale.any(1)).all()
@@ -156,7 +156,7 @@ PROMPT = PROMPTS[1][:4]
 def sampled(draft_tokens: int) -> np.ndarray:
     """[seeds, 3] tokens after one prompt."""
     steps = runner(None, "tp", draft_tokens)
-    return np.array(generate(steps, [PROMPT] * SEEDS, 3, [Sampling(seed=seed) for seed in range(SEEDS)]).tokens)
+    return np.array(generate(steps, [PROMPT] * SEEDS, 3, [SamplingParams(seed=seed) for seed in range(SEEDS)]).tokens)
 
 
 def probabilities() -> np.ndarray:
@@ -197,13 +197,13 @@ def test_accepting_every_draft_is_noticed() -> None:
     """Negative control of the statistical test."""
     steps = runner(*MESHES[1])
 
-    def believe(work: Work, outcome: Outcome) -> None:
+    def believe(work: StepRequest, outcome: StepResult) -> None:
         if work.drafts:
             last = outcome.sampled[-1]
             guesses = list(work.tokens)[-work.drafts :]
             outcome.sampled[:] = [*(dataclasses.replace(last, token=guess) for guess in guesses), last]
 
-    how = [Sampling(seed=seed) for seed in range(600)]
+    how = [SamplingParams(seed=seed) for seed in range(600)]
     run = generate(Watched(steps, believe), [PROMPT] * len(how), 3, how)
     assert p_value(np.array(run.tokens)) < 1e-9
 
