@@ -10,7 +10,7 @@ from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.launch import load
 from jax_mla_cp.mesh import MeshShape, make_mesh
 from jax_mla_cp.model.handle import Model
-from jax_mla_cp.step.forward import forward, step
+from jax_mla_cp.step.forward import forward, forward_and_sample
 from jax_mla_cp.step.planner import Planner
 from jax_mla_cp.tokenizer import Tokenizer
 
@@ -24,8 +24,8 @@ __all__ = [
     "StepRequest",
     "Tokenizer",
     "forward",
+    "forward_and_sample",
     "load",
     "make_mesh",
     "plan",
-    "step",
 ]

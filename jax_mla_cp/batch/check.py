@@ -33,8 +33,8 @@ def check_works(c: Columns, shape: BatchShape, config: ModelConfig) -> None:
     _check_tokens(c, shape, config)
     _check_drafts(c, shape)
     for i, work in enumerate(c.works):
-        if work.adjust is not None:
-            _check_adjust(i, work.adjust, bool(c.sampled[i]), int(c.drafts[i]), config.vocab_size)
+        if work.logit_bias is not None:
+            _check_logit_bias(i, work.logit_bias, bool(c.sampled[i]), int(c.drafts[i]), config.vocab_size)
 
 
 def _first(bad: NDArray[np.bool_]) -> int | None:
@@ -101,28 +101,30 @@ def _check_drafts(c: Columns, shape: BatchShape) -> None:
         raise ValueError(f"work {i}: drafts are verified by sampling; give sampling too.")
 
 
-def _check_adjust(i: int, adjust: LogitBias, sampled: bool, drafts: int, vocab_size: int) -> None:
+def _check_logit_bias(i: int, logit_bias: LogitBias, sampled: bool, drafts: int, vocab_size: int) -> None:
     if not sampled:
-        raise ValueError(f"work {i}: adjust is for tokens after which one is sampled; give sampling too.")
+        raise ValueError(f"work {i}: logit_bias is for tokens after which one is sampled; give sampling too.")
     if drafts:
-        raise ValueError(f"work {i}: adjust can't be combined with drafts, of which each changes it. Give no drafts.")
-    tokens, add, scale, mask = adjust.tokens, adjust.add, adjust.scale, adjust.mask
+        raise ValueError(
+            f"work {i}: logit_bias can't be combined with drafts, of which each changes it. Give no drafts."
+        )
+    tokens, add, scale, mask = logit_bias.tokens, logit_bias.add, logit_bias.scale, logit_bias.mask
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or not tokens.shape == add.shape == scale.shape:
         raise ValueError(
-            f"work {i}: adjust needs equally long lists, of whole numbers and floats, got {tokens.dtype} {tokens.shape}, "
+            f"work {i}: logit_bias needs equally long lists, of whole numbers and floats, got {tokens.dtype} {tokens.shape}, "
             f"{add.dtype} {add.shape} and {scale.dtype} {scale.shape}."
         )
     if (at := _first((tokens < 0) | (tokens >= vocab_size))) is not None:
         raise _unknown(i, tokens[at], vocab_size)
     if (tokens[1:] <= tokens[:-1]).any():
-        raise ValueError(f"work {i}: adjust.tokens must rise strictly. Sort them and name each once.")
+        raise ValueError(f"work {i}: logit_bias.tokens must rise strictly. Sort them and name each once.")
     if (at := _first(~(add < np.inf) | ~(scale > 0) | ~(scale < np.inf))) is not None:
         raise ValueError(
-            f"work {i}: adjust of token {tokens[at]}: add must be finite or -inf and scale positive, got {add[at]} and "
+            f"work {i}: logit_bias of token {tokens[at]}: add must be finite or -inf and scale positive, got {add[at]} and "
             f"{scale[at]}."
         )
     words = -(-vocab_size // 32)
     if mask is not None and (mask.dtype != np.uint32 or mask.shape != (words,)):
-        raise ValueError(f"work {i}: adjust.mask must be uint32 [{words}], got {mask.dtype} {list(mask.shape)}.")
-    if not adjust.allows_any(vocab_size):
-        raise ValueError(f"work {i}: adjust leaves no token that could be chosen. Allow at least one.")
+        raise ValueError(f"work {i}: logit_bias.mask must be uint32 [{words}], got {mask.dtype} {list(mask.shape)}.")
+    if not logit_bias.allows_any(vocab_size):
+        raise ValueError(f"work {i}: logit_bias leaves no token that could be chosen. Allow at least one.")

@@ -42,7 +42,7 @@ class StepRequest:
     """Guesses among the tokens: after the token before them and after each of them, a token is sampled."""
     next_token: int | None = None
     """The token that follows, for tokens that end inside a prompt; the MTP layer reads it."""
-    adjust: LogitBias | None = None
+    logit_bias: LogitBias | None = None
     """What is done to the logits before the token after these is chosen. Not with drafts: what it does depends on them."""
     score: bool = False
     """The log-probability of the token after each of these is wanted too (`runner.TokenLogprobs`)."""

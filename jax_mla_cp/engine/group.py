@@ -33,7 +33,13 @@ class Scheduled:
             following = r.tokens[end] if end < len(r.tokens) else None
             return StepRequest(tokens, r.computed, r.pages, next_token=following, score=r.scoring)
         return StepRequest(
-            tokens + r.drafts, r.computed, r.pages, r.sampling, drafts=len(r.drafts), adjust=r.adjust(), score=r.scoring
+            tokens + r.drafts,
+            r.computed,
+            r.pages,
+            r.sampling,
+            drafts=len(r.drafts),
+            logit_bias=r.logit_bias(),
+            score=r.scoring,
         )
 
 

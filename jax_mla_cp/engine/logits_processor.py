@@ -33,7 +33,7 @@ class LogitsProcessor:
     ):
         """Args:
           logit_bias: what is added to a token's logit.
-          banned: tokens that `adjust(ban=True)` rules out: those that would end the answer.
+          banned: tokens that `bias(ban=True)` rules out: those that would end the answer.
 
         Raises:
           ValueError: a number that is not finite, or a repetition penalty that is not positive as a float32.
@@ -69,7 +69,7 @@ class LogitsProcessor:
         self._count[at] += 1
         self._seen[at] = True
 
-    def adjust(self, ban: bool, mask: NDArray[np.uint32] | None = None) -> LogitBias | None:
+    def bias(self, ban: bool, mask: NDArray[np.uint32] | None = None) -> LogitBias | None:
         """What the next token's logits need; None: nothing.
 
         A ban gives way where the mask would leave nothing else: a grammar that has come to its end.

@@ -197,11 +197,11 @@ class Request:
         """Whether an end token or a stop string ends it now."""
         return self.sampled >= self.min_tokens
 
-    def adjust(self) -> LogitBias | None:
+    def logit_bias(self) -> LogitBias | None:
         """What is done to the logits of the next token."""
         if self.logits_processor is None:
             return None
-        return self.logits_processor.adjust(not self.may_end, None if self.grammar is None else self.grammar.mask())
+        return self.logits_processor.bias(not self.may_end, None if self.grammar is None else self.grammar.mask())
 
     def deadlines(self) -> Iterator[tuple[float, FailedKind, str]]:
         """The limits that still hold: until when, and what it fails with then."""

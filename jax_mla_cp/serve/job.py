@@ -106,7 +106,7 @@ class Job:
             emit=lambda event: self._deliver(index, event),
             id=f"{self._form.head['id']}-{index}",  # each its own: the status page draws them by it
             min_tokens=min_tokens,
-            logits_processor=_adjuster(body, prompt, stop_tokens),
+            logits_processor=_logits_processor(body, prompt, stop_tokens),
             grammar=self._form.grammar(at),
             prompt_logprobs=body.scores_prompt(),
             cache_salt=body.cache_salt or "",
@@ -259,7 +259,7 @@ async def _disconnected(http: HttpRequest) -> None:
         pass
 
 
-def _adjuster(body: Generation, prompt: list[int], stop_tokens: frozenset[int]) -> LogitsProcessor | None:
+def _logits_processor(body: Generation, prompt: list[int], stop_tokens: frozenset[int]) -> LogitsProcessor | None:
     penalties = {
         "presence_penalty": body.presence_penalty or 0.0,
         "frequency_penalty": body.frequency_penalty or 0.0,

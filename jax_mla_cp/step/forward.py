@@ -1,6 +1,6 @@
 """The step: one `shard_map` around the model, and the sampler behind it.
 
-`forward` is what a notebook jits; `step` is what the server runs. Both are plain functions of (model, pages, batch).
+`forward` is what a notebook jits; `forward_and_sample` is what the server runs. Both are plain functions of (model, pages, batch).
 """
 
 from __future__ import annotations
@@ -50,28 +50,28 @@ def forward(
     return _run(run, (PartitionSpec(TOKENS), PAGES_SPEC), model, pages, batch)
 
 
-def step(
+def forward_and_sample(
     model: Model,
     pages: jax.Array,
     batch: Batch | Packed,
-    adjust: LogitBiasArrays | None = None,
+    bias: LogitBiasArrays | None = None,
     *,
     scored: bool = False,
 ) -> tuple[SamplerOutput, jax.Array]:
     """`forward`, and a token sampled for each row of it; with speculation also the next drafts of each request.
 
     Args:
-      adjust: changes to the logits that tokens are sampled by.
+      bias: changes to the logits that tokens are sampled by.
       scored: also tell the log-probability of each token's next one.
     """
 
     def run(
-        decoder: Decoder, pages: jax.Array, batch: Batch, *adjust: LogitBiasArrays
+        decoder: Decoder, pages: jax.Array, batch: Batch, *bias: LogitBiasArrays
     ) -> tuple[SamplerOutput, jax.Array]:
         hidden, pages = decoder(pages, batch)
         logits = _last_logits(decoder, hidden, batch)
         with jax.named_scope("sample"):
-            sampled = sample(logits[:, : model.config.vocab_size], batch.sampling, *adjust)
+            sampled = sample(logits[:, : model.config.vocab_size], batch.sampling, *bias)
         if batch.speculation is not None:
             with jax.named_scope("propose"):
                 drafts, pages = propose(decoder, hidden, pages, batch, sampled.token)
@@ -80,7 +80,7 @@ def step(
             sampled = dataclasses.replace(sampled, scored=TokenLogprobsArrays(*_score(decoder, hidden, batch, likely)))
         return sampled, pages
 
-    return _run(run, (PartitionSpec(TOKENS), PAGES_SPEC), model, pages, batch, *([] if adjust is None else [adjust]))
+    return _run(run, (PartitionSpec(TOKENS), PAGES_SPEC), model, pages, batch, *([] if bias is None else [bias]))
 
 
 def score(model: Model, pages: jax.Array, batch: Batch | Packed) -> tuple[Float[Array, " T"], jax.Array]:

@@ -41,20 +41,20 @@ class LogitBiasArrays:
 
 
 def apply_logit_bias(
-    logits: Float[Array, "J V"], logprobs: Float[Array, "J V"], adjust: LogitBiasArrays
+    logits: Float[Array, "J V"], logprobs: Float[Array, "J V"], bias: LogitBiasArrays
 ) -> Float[Array, "J V"]:
     """The adjusted logits of places that have an adjustment, the log-probabilities of those that have none."""
 
-    def change(logits: jax.Array, logprobs: jax.Array, adjust: LogitBiasArrays) -> jax.Array:
-        x = jnp.where(logits > 0, logits / adjust.scale, logits * adjust.scale) + adjust.add
-        allowed = (adjust.mask[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    def change(logits: jax.Array, logprobs: jax.Array, bias: LogitBiasArrays) -> jax.Array:
+        x = jnp.where(logits > 0, logits / bias.scale, logits * bias.scale) + bias.add
+        allowed = (bias.mask[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
         allowed = lax.collapse(allowed, 1, 3)[:, : logits.shape[1]]
-        return jnp.where(adjust.given[:, None], jnp.where(allowed == 1, x, -jnp.inf), logprobs)
+        return jnp.where(bias.given[:, None], jnp.where(allowed == 1, x, -jnp.inf), logprobs)
 
-    def keep(logits: jax.Array, logprobs: jax.Array, adjust: LogitBiasArrays) -> jax.Array:
-        return vary_like(logprobs, logits, adjust)
+    def keep(logits: jax.Array, logprobs: jax.Array, bias: LogitBiasArrays) -> jax.Array:
+        return vary_like(logprobs, logits, bias)
 
-    return lax.cond(adjust.given.any(), change, keep, logits.astype(jnp.float32), logprobs, adjust)
+    return lax.cond(bias.given.any(), change, keep, logits.astype(jnp.float32), logprobs, bias)
 
 
 def shapes(model: Model, shape: BatchShape) -> LogitBiasArrays:
@@ -99,23 +99,23 @@ class LogitBiasBuilder:
     def __call__(self, groups: Sequence[Sequence[StepRequest]]) -> LogitBiasArrays:
         """For works that `check_works` has passed, one list per dp group."""
         given = [
-            ((group * self._shape.requests + i) * self._shape.samples, work.adjust)
+            ((group * self._shape.requests + i) * self._shape.samples, work.logit_bias)
             for group, works in enumerate(groups)
             for i, work in enumerate(works)
-            if work.adjust is not None
+            if work.logit_bias is not None
         ]
         if not given:
             return self.nothing
         rows = np.array([row for row, _ in given])
         arrays: dict[str, Any] = {"given": np.zeros(self.nothing.given.shape, np.bool_)}
         arrays["given"][rows] = True
-        masks = [(row, adjust.mask) for row, adjust in given if adjust.mask is not None]
+        masks = [(row, bias.mask) for row, bias in given if bias.mask is not None]
         if masks:
             arrays["mask"] = np.full(self.nothing.mask.shape, 0xFFFFFFFF, np.uint32)
             arrays["mask"][[row for row, _ in masks]] = [mask for _, mask in masks]
         specs = {name: PartitionSpec(TOKENS) for name in arrays}
         arrays, mesh = on_devices(arrays, specs, self._model.mesh), self._model.mesh
-        counts = np.array([len(adjust.tokens) for _, adjust in given])
+        counts = np.array([len(bias.tokens) for _, bias in given])
         if counts.any():
             entries = self._entries(
                 np.repeat(rows, counts),

@@ -25,7 +25,7 @@ from jax_mla_cp.mesh import mesh_shape
 from jax_mla_cp.model.handle import Model, weight_bytes
 from jax_mla_cp.platform import default_memory_fraction, device_memory
 from jax_mla_cp.step import logit_bias as spread
-from jax_mla_cp.step.forward import put, step
+from jax_mla_cp.step.forward import forward_and_sample, put
 from jax_mla_cp.step.planner import Planner
 from jax_mla_cp.step.results import StepResult, read_results
 
@@ -135,7 +135,7 @@ def compile_step(planner: Planner, shape: StepShape) -> jax.stages.Compiled:
     packed = pack(planner.sample_batch(shape), mesh_shape(model.mesh))
     batch = jax.tree.map(lambda x, spec: _struct(model, x, spec), packed, packed_specs(packed))
     pages = _struct(model, jax.eval_shape(planner.new_cache), PAGES_SPEC)
-    program = jax.jit(functools.partial(step, scored=shape.scored), donate_argnums=1)
+    program = jax.jit(functools.partial(forward_and_sample, scored=shape.scored), donate_argnums=1)
     return program.lower(model, pages, batch, spread.shapes(model, planner.shape)).compile()
 
 

@@ -49,14 +49,14 @@ class TokenLogprobsArrays:
     top_logprobs: Any  # float32 [T, min(20, V)]
 
 
-def sample(logits: Float[Array, "J V"], how: SamplingArrays, adjust: LogitBiasArrays | None = None) -> SamplerOutput:
+def sample(logits: Float[Array, "J V"], how: SamplingArrays, bias: LogitBiasArrays | None = None) -> SamplerOutput:
     """One token per place. Temperature 0 takes the most likely token, the first of equal ones.
 
     Args:
-      adjust: what is done to the logits that tokens are chosen by. Places without any are as if it were None.
+      bias: what is done to the logits that tokens are chosen by. Places without any are as if it were None.
     """
     logprobs = jax.nn.log_softmax(logits.astype(jnp.float32))
-    scores = logprobs if adjust is None else apply_logit_bias(logits, logprobs, adjust)
+    scores = logprobs if bias is None else apply_logit_bias(logits, logprobs, bias)
     greedy = jnp.argmax(scores, axis=-1).astype(jnp.int32)
     random = lax.cond((how.temperature > 0).any(), _draw, lambda *_: greedy, scores, how)
     token = jnp.where(how.temperature > 0, random, greedy)

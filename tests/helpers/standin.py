@@ -124,7 +124,7 @@ class PageModel:
         assert len(works) <= self.max_running
         assert sum(len(w.tokens) for w in works if len(w.tokens) - w.drafts > 1) <= self.prefill_chunk
         assert all(w.drafts <= self.draft_tokens for w in works)
-        assert not any(w.drafts and w.adjust for w in works)
+        assert not any(w.drafts and w.logit_bias for w in works)
         for w in works:
             written = set(w.pages[w.cached // self.page_size :])
             others = {page for other in works if other is not w for page in other.pages}
@@ -154,7 +154,7 @@ class PageModel:
         seen, drafts = seen[: end - work.drafts], seen[end - work.drafts :]
         start = len(seen)
         while True:
-            seen.append(allowed(next_token(seen), work.adjust))
+            seen.append(allowed(next_token(seen), work.logit_bias))
             if not drafts or seen[-1] != drafts.pop(0):
                 break
         following[slots[work.cached :]] = NOTHING

@@ -77,32 +77,32 @@ def test_penalties_are_vllms(
         logits_processor.push(token)
     logits = np.random.default_rng(len(prompt)).normal(0, 3, SIZE).astype(np.float32)
     want = penalised(logits, prompt, answer, presence, frequency, repetition)
-    np.testing.assert_allclose(applied(logits, logits_processor.adjust(False)), want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(applied(logits, logits_processor.bias(False)), want, rtol=1e-5, atol=1e-5)
 
 
 def test_biases_bans_and_masks() -> None:
     logits = np.arange(SIZE, dtype=np.float32) - 20
     logits_processor = LogitsProcessor([3], repetition_penalty=2.0, logit_bias={3: 5.0, 39: -100.0}, banned=[38, 37])
-    got = applied(logits, logits_processor.adjust(True))
+    got = applied(logits, logits_processor.bias(True))
     want = logits.copy()
     want[[3, 39, 38, 37]] = -17 * 2 + 5, 19 - 100, -np.inf, -np.inf
     np.testing.assert_array_equal(got, want)
     want[[38, 37]] = 18, 17
-    np.testing.assert_array_equal(applied(logits, logits_processor.adjust(False)), want)
-    got = applied(logits, logits_processor.adjust(True, words([0, 31, 32, 37])))
+    np.testing.assert_array_equal(applied(logits, logits_processor.bias(False)), want)
+    got = applied(logits, logits_processor.bias(True, words([0, 31, 32, 37])))
     assert np.flatnonzero(got > -np.inf).tolist() == [0, 31, 32]
 
 
 def test_nothing_to_do_is_none() -> None:
     logits_processor = LogitsProcessor([1, 2], banned=[5])
     logits_processor.push(1)
-    assert logits_processor.adjust(False) is None and logits_processor.adjust(True) is not None
-    assert LogitsProcessor([1]).adjust(True) is None
-    assert LogitsProcessor([1], frequency_penalty=1.0).adjust(False) is None, "nothing was sampled yet"
+    assert logits_processor.bias(False) is None and logits_processor.bias(True) is not None
+    assert LogitsProcessor([1]).bias(True) is None
+    assert LogitsProcessor([1], frequency_penalty=1.0).bias(False) is None, "nothing was sampled yet"
 
 
 def test_a_ban_gives_way_to_a_grammar_at_its_end() -> None:
-    adjust = LogitsProcessor([1], banned=[5, 6]).adjust(True, words([5]))
+    adjust = LogitsProcessor([1], banned=[5, 6]).bias(True, words([5]))
     assert adjust is not None and adjust.allows_any(SIZE) and len(adjust.tokens) == 0
 
 
@@ -117,7 +117,7 @@ def test_a_ban_gives_way_to_a_grammar_at_its_end() -> None:
         ({"repetition_penalty": float("nan")}, "repetition_penalty must be a positive float32, got nan"),
     ],
 )
-def test_adjuster_refuses(fields: dict[str, Any], message: str) -> None:
+def test_logits_processor_refuses(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LogitsProcessor([1], **fields)
 
@@ -133,26 +133,29 @@ SHAPE = BatchShape(1, 1, 4, 8, 0, CacheShape(2, 9, 8), draft_tokens=2)
 @pytest.mark.parametrize(
     ("work", "message"),
     [
-        (dataclasses.replace(GOOD, adjust=listed(3, VOCAB)), f"work 1: token id {VOCAB} is not in the vocabulary"),
-        (dataclasses.replace(GOOD, adjust=listed(-1)), "token id -1 is not in the vocabulary"),
-        (dataclasses.replace(GOOD, adjust=listed(3, 3)), "must rise strictly"),
-        (dataclasses.replace(GOOD, adjust=listed(3, add=np.inf)), "add must be finite or -inf .* got inf and 1.0"),
-        (dataclasses.replace(GOOD, adjust=listed(3, add=np.nan)), "got nan"),
-        (dataclasses.replace(GOOD, adjust=listed(3, scale=0)), "scale positive, got 0.0 and 0.0"),
-        (dataclasses.replace(GOOD, adjust=dataclasses.replace(listed(3), add=NONE[1])), "equally long lists"),
+        (dataclasses.replace(GOOD, logit_bias=listed(3, VOCAB)), f"work 1: token id {VOCAB} is not in the vocabulary"),
+        (dataclasses.replace(GOOD, logit_bias=listed(-1)), "token id -1 is not in the vocabulary"),
+        (dataclasses.replace(GOOD, logit_bias=listed(3, 3)), "must rise strictly"),
+        (dataclasses.replace(GOOD, logit_bias=listed(3, add=np.inf)), "add must be finite or -inf .* got inf and 1.0"),
+        (dataclasses.replace(GOOD, logit_bias=listed(3, add=np.nan)), "got nan"),
+        (dataclasses.replace(GOOD, logit_bias=listed(3, scale=0)), "scale positive, got 0.0 and 0.0"),
+        (dataclasses.replace(GOOD, logit_bias=dataclasses.replace(listed(3), add=NONE[1])), "equally long lists"),
         (
-            dataclasses.replace(GOOD, adjust=LogitBias(*NONE, words([1]))),
+            dataclasses.replace(GOOD, logit_bias=LogitBias(*NONE, words([1]))),
             r"mask must be uint32 \[8\], got uint32 \[2\]",
         ),
-        (dataclasses.replace(GOOD, adjust=LogitBias(*NONE, words([], VOCAB))), "leaves no token"),
-        (dataclasses.replace(GOOD, adjust=LogitBias(*NONE, words([VOCAB, 255], VOCAB))), "leaves no token"),
-        (dataclasses.replace(GOOD, adjust=listed(*range(VOCAB), add=-np.inf)), "leaves no token"),
+        (dataclasses.replace(GOOD, logit_bias=LogitBias(*NONE, words([], VOCAB))), "leaves no token"),
+        (dataclasses.replace(GOOD, logit_bias=LogitBias(*NONE, words([VOCAB, 255], VOCAB))), "leaves no token"),
+        (dataclasses.replace(GOOD, logit_bias=listed(*range(VOCAB), add=-np.inf)), "leaves no token"),
         (
-            dataclasses.replace(GOOD, adjust=dataclasses.replace(listed(7, add=-np.inf), mask=words([7], VOCAB))),
+            dataclasses.replace(GOOD, logit_bias=dataclasses.replace(listed(7, add=-np.inf), mask=words([7], VOCAB))),
             "leaves no token",
         ),
-        (dataclasses.replace(GOOD, drafts=1, adjust=listed(3)), "adjust can't be combined with drafts"),
-        (dataclasses.replace(GOOD, sampling=None, adjust=listed(3)), "adjust is for tokens after which one is sampled"),
+        (dataclasses.replace(GOOD, drafts=1, logit_bias=listed(3)), "logit_bias can't be combined with drafts"),
+        (
+            dataclasses.replace(GOOD, sampling=None, logit_bias=listed(3)),
+            "logit_bias is for tokens after which one is sampled",
+        ),
     ],
 )
 def test_a_step_refuses(work: StepRequest, message: str) -> None:
@@ -182,7 +185,7 @@ def test_each_device_gets_its_places(mesh: str | None, drafts: int) -> None:
     for counts, masks in (((5, 200, 0), (False, True, True)), ((240, 40, 1), (False,) * 3), ((0, 0, 0), (True,) * 3)):
         adjusts = [[random_adjust(rng, n, m) for n, m in zip(counts, masks, strict=True)] for _ in range(at.dp)]
         adjusts[-1][0] = None  # type: ignore[call-overload]
-        got = spreader([[dataclasses.replace(GOOD, adjust=adjust) for adjust in group] for group in adjusts])
+        got = spreader([[dataclasses.replace(GOOD, logit_bias=adjust) for adjust in group] for group in adjusts])
         want = [np.array(x) for x in jax.tree.leaves(spreader.nothing)]
         for group, mine in enumerate(adjusts):
             for i, adjust in enumerate(mine):
@@ -234,7 +237,7 @@ def test_adjusted_distribution() -> None:
     logits_processor = LogitsProcessor([3], presence_penalty=0.4, frequency_penalty=0.3, repetition_penalty=1.5)
     for token in (0, 0, 2):
         logits_processor.push(token)
-    adjust = logits_processor.adjust(False, words([0, 1, 2, 3, 4]))
+    adjust = logits_processor.bias(False, words([0, 1, 2, 3, 4]))
     assert adjust is not None
     add, scale = np.zeros(SIZE, np.float32), np.ones(SIZE, np.float32)
     add[adjust.tokens], scale[adjust.tokens] = adjust.add, adjust.scale

@@ -115,9 +115,9 @@ def played(mesh: str | None) -> list[dict[str, StepResult]]:
     allowed = words(list(range(0, CONFIG.vocab_size, 7)), CONFIG.vocab_size)
     out.append(
         steps.run(
-            b=StepRequest([second["b"]], len(B), (), GREEDY, adjust=penalised.adjust(True)),
+            b=StepRequest([second["b"]], len(B), (), GREEDY, logit_bias=penalised.bias(True)),
             a=StepRequest(A[21:], 21, (), GREEDY, score=True),
-            c=StepRequest([second["c"]], 1, (), DRAWN, adjust=LogitsProcessor(C).adjust(False, allowed)),
+            c=StepRequest([second["c"]], 1, (), DRAWN, logit_bias=LogitsProcessor(C).bias(False, allowed)),
         )
     )
     return out
