@@ -3,7 +3,7 @@
 The public names, for notebooks; the server is `python -m jax_mla_cp.serve`. See README.md for a complete example.
 """
 
-from jax_mla_cp.batch.work import SamplingParams, StepRequest
+from jax_mla_cp.batch.step_request import SamplingParams, StepRequest
 from jax_mla_cp.batch.zigzag import plan
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.config.model import ModelConfig

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jax_mla_cp.batch.work import SamplingParams, StepRequest
+from jax_mla_cp.batch.step_request import SamplingParams, StepRequest
 from jax_mla_cp.engine.engine import Engine
 from jax_mla_cp.engine.observer import StepReport
 from jax_mla_cp.engine.request import Event, Failed, Finished, Request

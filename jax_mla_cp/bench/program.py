@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from jax_mla_cp.attention import Implementation, resolve_implementation
 from jax_mla_cp.batch.form import Form
 from jax_mla_cp.batch.packing import Packed, packed_specs, unpack
-from jax_mla_cp.batch.work import StepRequest
+from jax_mla_cp.batch.step_request import StepRequest
 from jax_mla_cp.bench.data import normal
 from jax_mla_cp.bench.mock import MockBuild, mock_build
 from jax_mla_cp.bench.timing import Timing, measure

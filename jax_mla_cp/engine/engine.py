@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-from jax_mla_cp.batch.work import StepRequest
+from jax_mla_cp.batch.step_request import StepRequest
 from jax_mla_cp.engine.deadlines import Deadlines
 from jax_mla_cp.engine.group import Scheduled
 from jax_mla_cp.engine.observer import Observer, Reports, StepReport, describe

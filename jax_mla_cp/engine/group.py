@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from array import array
 
-from jax_mla_cp.batch.work import StepRequest
+from jax_mla_cp.batch.step_request import StepRequest
 from jax_mla_cp.engine.line import Line
 from jax_mla_cp.engine.pages import Pages
 from jax_mla_cp.engine.prefix import Names

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jax_mla_cp.batch.work import StepRequest
+from jax_mla_cp.batch.step_request import StepRequest
 from jax_mla_cp.batch.zigzag import loads
 from jax_mla_cp.engine.request import Request
 

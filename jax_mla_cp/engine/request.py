@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from jax_mla_cp.batch.logit_bias import LogitBias
-from jax_mla_cp.batch.work import SamplingParams
+from jax_mla_cp.batch.step_request import SamplingParams
 from jax_mla_cp.engine.logits_processor import LogitsProcessor
 from jax_mla_cp.engine.text import TextStream
 from jax_mla_cp.step.results import TokenLogprobs

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from jax_mla_cp.batch.work import StepRequest
+from jax_mla_cp.batch.step_request import StepRequest
 from jax_mla_cp.step.results import StepResult
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jax_mla_cp.batch.work import SamplingParams
+from jax_mla_cp.batch.step_request import SamplingParams
 from jax_mla_cp.bench.table import versions
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.config.model import ModelConfig

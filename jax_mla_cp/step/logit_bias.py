@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int32
 from numpy.typing import NDArray
 
 from jax_mla_cp.batch.shapes import BatchShape
-from jax_mla_cp.batch.work import StepRequest
+from jax_mla_cp.batch.step_request import StepRequest
 from jax_mla_cp.mesh import TOKENS, Axes, on_devices, vary_like
 from jax_mla_cp.model.handle import Model
 

@@ -16,7 +16,7 @@ from jax_mla_cp.batch.form import Form
 from jax_mla_cp.batch.layout import KEY_ALIGN, Layout, build, lay_out, packed_keys
 from jax_mla_cp.batch.packing import Packed
 from jax_mla_cp.batch.shapes import BatchShape, CacheShape, StepShape
-from jax_mla_cp.batch.work import StepRequest
+from jax_mla_cp.batch.step_request import StepRequest
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.mesh import mesh_shape
 from jax_mla_cp.model.handle import Model

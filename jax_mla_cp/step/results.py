@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from jax_mla_cp.batch.arrays import Batch
 from jax_mla_cp.batch.layout import Layout
 from jax_mla_cp.batch.shapes import BatchShape
-from jax_mla_cp.batch.work import StepRequest
+from jax_mla_cp.batch.step_request import StepRequest
 from jax_mla_cp.step.sampling import SamplerOutput, TokenLogprobsArrays
 
 

@@ -17,7 +17,7 @@ from jax_mla_cp.batch.form import Form
 from jax_mla_cp.batch.layout import build
 from jax_mla_cp.batch.packing import pack, packed_specs
 from jax_mla_cp.batch.shapes import StepShape
-from jax_mla_cp.batch.work import StepRequest
+from jax_mla_cp.batch.step_request import StepRequest
 from jax_mla_cp.cache import PAGES_SPEC
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.config.model import ModelConfig

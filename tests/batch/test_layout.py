@@ -18,7 +18,7 @@ from jax_mla_cp.batch.columns import Columns
 from jax_mla_cp.batch.form import use_expanded
 from jax_mla_cp.batch.layout import Layout, build, lay_out
 from jax_mla_cp.batch.shapes import BatchShape, CacheShape, StepShape
-from jax_mla_cp.batch.work import SamplingParams, StepRequest
+from jax_mla_cp.batch.step_request import SamplingParams, StepRequest
 from jax_mla_cp.batch.zigzag import plan
 from jax_mla_cp.config.presets import model_config
 from jax_mla_cp.step import planner

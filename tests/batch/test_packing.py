@@ -15,7 +15,7 @@ from jax_mla_cp.batch.columns import Columns
 from jax_mla_cp.batch.layout import build, lay_out
 from jax_mla_cp.batch.packing import pack, packed_specs, unpack
 from jax_mla_cp.batch.shapes import BatchShape, CacheShape, StepShape
-from jax_mla_cp.batch.work import SamplingParams, StepRequest
+from jax_mla_cp.batch.step_request import SamplingParams, StepRequest
 from jax_mla_cp.mesh import MeshShape, make_mesh, on_devices
 from tests.helpers.synthetic import CONFIG
 

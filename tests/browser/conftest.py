@@ -12,7 +12,7 @@ import pytest
 from selenium import webdriver
 from selenium.webdriver.remote.webdriver import WebDriver
 
-from jax_mla_cp.batch.work import StepRequest
+from jax_mla_cp.batch.step_request import StepRequest
 from jax_mla_cp.engine import Engine
 from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.serve.served import Served

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jax_mla_cp.batch.work import SamplingParams, StepRequest
+from jax_mla_cp.batch.step_request import SamplingParams, StepRequest
 from jax_mla_cp.engine import Engine, Failed, Finished
 from jax_mla_cp.step.results import StepResult
 from tests.helpers.engine_requests import Asked

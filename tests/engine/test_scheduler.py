@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from jax_mla_cp.batch.work import SamplingParams
+from jax_mla_cp.batch.step_request import SamplingParams
 from jax_mla_cp.engine import Event, Finished, PromptLogprobs, Request, Token
 from jax_mla_cp.engine.group import Scheduled
 from jax_mla_cp.engine.output import take

@@ -6,7 +6,7 @@ import queue
 from collections.abc import Sequence
 from typing import Any
 
-from jax_mla_cp.batch.work import SamplingParams
+from jax_mla_cp.batch.step_request import SamplingParams
 from jax_mla_cp.engine import Event, Failed, Finished, Request, Token
 from jax_mla_cp.engine.text import TextStream
 

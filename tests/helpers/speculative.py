@@ -15,7 +15,7 @@ from flax import nnx
 
 from jax_mla_cp.batch.arrays import Batch
 from jax_mla_cp.batch.form import Form
-from jax_mla_cp.batch.work import SamplingParams, StepRequest
+from jax_mla_cp.batch.step_request import SamplingParams, StepRequest
 from jax_mla_cp.checkpoint import ArraySource, load_params
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.engine import Engine, Event, Finished, Request, Speculation, Token

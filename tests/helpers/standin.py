@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jax_mla_cp.batch.logit_bias import LogitBias
-from jax_mla_cp.batch.work import StepRequest
+from jax_mla_cp.batch.step_request import StepRequest
 from jax_mla_cp.step.results import SampledToken, StepResult, TokenLogprobs
 
 VOCAB = 251

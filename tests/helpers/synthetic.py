@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from jax_mla_cp.batch.work import StepRequest
+from jax_mla_cp.batch.step_request import StepRequest
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.config.rope import RopeConfig
 from jax_mla_cp.mesh import make_mesh, mesh_shape

@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from jax_mla_cp.batch.work import StepRequest
+from jax_mla_cp.batch.step_request import StepRequest
 from jax_mla_cp.engine import Engine
 from jax_mla_cp.serve.reasoning import Splitter
 from jax_mla_cp.serve.served import Served

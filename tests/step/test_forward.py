@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_mla_cp.batch.work import StepRequest
+from jax_mla_cp.batch.step_request import StepRequest
 from jax_mla_cp.step.forward import forward
 from jax_mla_cp.step.runner import compile_step
 from tests.helpers.synthetic import CONFIG, Driver, random_model

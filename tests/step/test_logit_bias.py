@@ -17,7 +17,7 @@ from jax_mla_cp.batch.check import check_works
 from jax_mla_cp.batch.columns import Columns
 from jax_mla_cp.batch.logit_bias import LogitBias
 from jax_mla_cp.batch.shapes import BatchShape, CacheShape
-from jax_mla_cp.batch.work import SamplingParams, StepRequest
+from jax_mla_cp.batch.step_request import SamplingParams, StepRequest
 from jax_mla_cp.engine.logits_processor import LogitsProcessor
 from jax_mla_cp.mesh import make_mesh, mesh_shape
 from jax_mla_cp.model.context import Build

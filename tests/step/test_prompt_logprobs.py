@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_mla_cp.batch.work import SamplingParams, StepRequest
+from jax_mla_cp.batch.step_request import SamplingParams, StepRequest
 from jax_mla_cp.checkpoint import ArraySource, load_params
 from jax_mla_cp.engine.logits_processor import LogitsProcessor
 from jax_mla_cp.mesh import make_mesh, mesh_shape

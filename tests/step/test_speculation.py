@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 
 from jax_mla_cp.batch.form import Form
-from jax_mla_cp.batch.work import SamplingParams, StepRequest
+from jax_mla_cp.batch.step_request import SamplingParams, StepRequest
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.step.planner import Planner
 from jax_mla_cp.step.results import StepResult
