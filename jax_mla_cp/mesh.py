@@ -160,6 +160,19 @@ def vary_like(x: T, *like: Any) -> T:
     return jax.tree.map(cast, x)
 
 
+def declared_specs(x: T) -> T:
+    """The PartitionSpec of each array of a dataclass, as its fields declare them in their metadata ("spec").
+
+    A field's spec is that of all arrays in it; a field that is None stays None.
+
+    Raises:
+      KeyError: a field that is not static declares none.
+    """
+    fields = [field for field in dataclasses.fields(x) if not field.metadata.get("static")]  # type: ignore[arg-type]
+    specs = {f.name: jax.tree.map(lambda _, spec=f.metadata["spec"]: spec, getattr(x, f.name)) for f in fields}
+    return dataclasses.replace(x, **specs)  # type: ignore[type-var]
+
+
 def spec_axes(spec: PartitionSpec) -> set[str]:
     """The mesh axes that a PartitionSpec names."""
     axes: set[str] = set()

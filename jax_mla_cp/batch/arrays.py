@@ -1,77 +1,92 @@
-"""What a step is given: its requests' work on the host, and the arrays that become of it on the devices.
+"""The arrays of a step: what the model and the sampler see on the devices.
 
-`jax_mla_cp.batch.layout` makes the one into the other.
+`jax_mla_cp.batch.layout` makes them on the host, `jax_mla_cp.batch.packing` carries them to the devices. A field's
+declaration holds its shape on one device and, beside it, how the mesh divides it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from dataclasses import field
+from typing import Any, TypeAlias
 
 import jax
 from jax.sharding import PartitionSpec
+from jaxtyping import Float, Float32, Int32, UInt32
 
 from jax_mla_cp.batch.rows import Rows
 from jax_mla_cp.mesh import DP, TOKENS
 
+Array: TypeAlias = Any
+"""`np.ndarray` on the host, `jax.Array` on the devices."""
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """The arrays of a step. The comments give each one's shape on a device and how it is sharded.
 
-    `T` tokens of a rank's buffer, `I` requests, `W` pages of the longest one, `B = 2 I` rows, `K` expanded keys, `d` drafts
-    of a request, `J = I (1 + d)` places for sampled tokens, request after request.
-    """
-
-    tokens: Any  # int32 [T]            P(("dp", "cp"))
-    next_tokens: Any  # int32 [T]       P(("dp", "cp"))  the token after each; -1: the step samples it, or nobody knows
-    embeds: Any  # float [T, D] or None P(("dp", "cp"))
-    positions: Any  # int32 [T]         P(("dp", "cp"))
-    num_tokens: Any  # int32 [1]        P(("dp", "cp"))  tokens that exist; the rest of the buffer is padding
-    slots: Any  # int32 [cp T]          P("dp")          where each rank's tokens go in the cache
-    fresh: Any  # int32 [max(2, I ..)]  P("dp")          pages to zero first, `BatchShape.fresh` of each request
-    page_table: Any  # int32 [I, W]     P("dp")
-    key_pages: Any  # int32 [K / page]  P("dp")          pages of the packed keys, none without expanded rows
-    num_keys: Any  # int32 [1]          P("dp")          keys that the packed ones reach to
-    expanded: Rows  # int32 [B]         P(("dp", "cp"))
-    absorbed: Rows  # int32 [B]         P(("dp", "cp"))
-    last_index: Any  # int32 [J]        P(("dp", "cp"))  where the tokens sampled after are on this rank, or T
-    sampling: SamplingArrays
-    speculation: SpeculationArrays | None  # None: d = 0
-    absorbed_tokens: int = dataclasses.field(metadata={"static": True})  # `StepShape.absorbed_tokens`
+_PER_RANK = {"spec": PartitionSpec(TOKENS)}
+"""Each cp rank of each dp group has its own part, equal over tp."""
+_PER_GROUP = {"spec": PartitionSpec(DP)}
+"""Equal on all devices of a dp group."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingArrays:
-    """Per place, the places of `I / cp` requests on a device: P(("dp", "cp"))."""
+    """`SamplingParams` of the `J` places of a device's `I / cp` requests."""
 
-    temperature: Any  # float32 [J]; 0 where nothing is sampled
-    top_p: Any  # float32 [J]
-    top_k: Any  # int32 [J]
-    min_p: Any  # float32 [J]
-    seed: Any  # uint32 [J, 2]
-    position: Any  # int32 [J]: the position of the token that is sampled
+    temperature: Float32[Array, " J"]
+    """0: the most likely token, and where nothing is sampled."""
+    top_p: Float32[Array, " J"]
+    top_k: Int32[Array, " J"]
+    min_p: Float32[Array, " J"]
+    seed: UInt32[Array, "J 2"]
+    position: Int32[Array, " J"]
+    """Position of the token that is sampled."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SpeculationArrays:
-    """Per request, the same on all cp ranks: P("dp")."""
+    """Drafts of the group's `I` requests, equal on its cp ranks."""
 
-    drafts: Any  # int32 [I, d]: the guesses among the request's tokens; -1 where there is none
-    first: Any  # int32 [I]: the position of the first token that is sampled after
-    room: Any  # int32 [I]: positions below may be written; 0 for places without a request
+    drafts: Int32[Array, "I d"]
+    """The drafts among the request's tokens; -1 where there is none."""
+    first_position: Int32[Array, " I"]
+    """Position of the first token that is sampled after."""
+    writable_end: Int32[Array, " I"]
+    """Positions below it have a slot; 0 for places without a request."""
 
 
-def batch_specs(batch: Batch) -> Batch:
-    """A Batch of PartitionSpecs, with None where the batch has None."""
-    groups = {"slots", "fresh", "page_table", "key_pages", "num_keys", "speculation"}
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """The arrays of a step.
 
-    def spec(name: str) -> Any:
-        axes = PartitionSpec(DP) if name in groups else PartitionSpec(TOKENS)
-        return jax.tree.map(lambda _: axes, getattr(batch, name))
+    `T` tokens of a rank's buffer, `I` requests, `W` pages of the longest one, `B = 2 I` rows, `K` expanded keys, `d` drafts
+    of a request, `J = I (1 + d)` places for sampled tokens, request after request, `Z` pages to zero.
+    """
 
-    arrays = {f.name: spec(f.name) for f in dataclasses.fields(Batch) if f.name != "absorbed_tokens"}
-    return Batch(**arrays, absorbed_tokens=batch.absorbed_tokens)
+    tokens: Int32[Array, " T"] = field(metadata=_PER_RANK)
+    next_tokens: Int32[Array, " T"] = field(metadata=_PER_RANK)
+    """The token after each; -1: the step samples it, or it is unknown."""
+    embeds: Float[Array, "T D"] | None = field(metadata=_PER_RANK)
+    """Input embeddings in place of the tokens'."""
+    positions: Int32[Array, " T"] = field(metadata=_PER_RANK)
+    num_tokens: Int32[Array, " 1"] = field(metadata=_PER_RANK)
+    """Tokens of the rank; the rest of its buffer is padding."""
+    slots: Int32[Array, " cp*T"] = field(metadata=_PER_GROUP)
+    """Slot mapping: where each rank's latents go in the cache."""
+    pages_to_zero: Int32[Array, " Z"] = field(metadata=_PER_GROUP)
+    """Pages that the step begins and does not fill (`BatchShape.max_pages_to_zero` of each request)."""
+    page_table: Int32[Array, "I W"] = field(metadata=_PER_GROUP)
+    key_pages: Int32[Array, " K/page_size"] = field(metadata=_PER_GROUP)
+    """Pages of the packed keys; none in a step without expanded rows."""
+    num_keys: Int32[Array, " 1"] = field(metadata=_PER_GROUP)
+    """Packed keys in use."""
+    expanded: Rows = field(metadata=_PER_RANK)
+    absorbed: Rows = field(metadata=_PER_RANK)
+    last_index: Int32[Array, " J"] = field(metadata=_PER_RANK)
+    """Index in the rank's buffer of the tokens that are sampled after; `T` for those of other ranks."""
+    sampling: SamplingArrays = field(metadata=_PER_RANK)
+    speculation: SpeculationArrays | None = field(metadata=_PER_GROUP)
+    """None without speculation (`d = 0`)."""
+    absorbed_tokens: int = field(metadata={"static": True})
+    """`StepShape.absorbed_tokens`."""

@@ -1,4 +1,4 @@
-"""A step's works as columns, read once from the Python objects: from here on, the host's work is NumPy's."""
+"""The requests of a step as columns, read once from the Python objects: from here on the host's work is NumPy's."""
 
 from __future__ import annotations
 
@@ -17,75 +17,87 @@ Ints = NDArray[np.int64]
 
 
 @dataclasses.dataclass(frozen=True)
-class Columns:
-    """One dp group's `I` works with `M` tokens in all."""
+class RequestColumns:
+    """One dp group's `I` requests with `M` new tokens in all."""
 
-    works: Sequence[StepRequest]
-    new: Ints
-    """[I] tokens of each."""
-    cached: Ints
-    drafts: Ints
-    sampled: NDArray[np.bool_]
-    """[I]: something is sampled after the work's tokens."""
+    requests: Sequence[StepRequest]
+    num_new: Ints
+    """[I]: new tokens, drafts included."""
+    num_computed: Ints
+    """[I]"""
+    num_drafts: Ints
+    """[I]"""
+    samples: NDArray[np.bool_]
+    """[I]: a token is sampled after the request's tokens."""
     next_token: Ints
     """[I]; -1: not given."""
     tokens: Ints
-    """[M]: those of work i are `start[i]` to `start[i + 1]`."""
+    """[M]: those of request i are `start[i]` to `start[i + 1]`."""
     start: Ints
-    room: Ints
-    """[I]: positions below it may be written for a work: its tokens', and, as far as the request has pages, those of the
-    drafts that the step recycles."""
+    """[I + 1]"""
+    writable_end: Ints
+    """[I]: positions below it may be written: those of the request's tokens, and, as far as it has pages, of the drafts that
+    the step recycles."""
     pages: Ints
-    """The pages that `room` reaches, work after work."""
-    page_owner: Ints
-    """For each page its work."""
+    """The pages up to `writable_end`, request after request."""
+    page_request: Ints
+    """For each page its request."""
     page_column: Ints
-    """For each page its place among its work's."""
+    """For each page its index among its request's."""
 
     @property
     def end(self) -> Ints:
         """[I]: the position behind the last token."""
-        return self.cached + self.new
+        return self.num_computed + self.num_new
+
+    @property
+    def next_tokens(self) -> Ints:
+        """[M]: the token after each; -1 where the step samples it, also where a draft follows."""
+        following = np.append(self.tokens, -1)[1:]
+        following[within(self.num_new) >= np.repeat(self.num_new - 1 - self.num_drafts, self.num_new)] = -1
+        following[self.start[1:] - 1] = self.next_token
+        return following
 
     @classmethod
-    def of(cls, works: Sequence[StepRequest], shape: BatchShape) -> Columns:
-        """Reads the works.
+    def of(cls, requests: Sequence[StepRequest], shape: BatchShape) -> RequestColumns:
+        """Reads the requests.
 
         Raises:
-          ValueError: a work without tokens, or whose tokens or pages are not lists of whole numbers.
+          ValueError: a request without tokens, or whose tokens or pages are not lists of whole numbers.
         """
         facts = [
             (
-                len(w.tokens),
-                w.cached,
-                w.drafts,
-                w.sampling is not None,
-                -1 if w.next_token is None else w.next_token,
-                len(w.pages),
+                len(r.tokens),
+                r.num_computed,
+                r.drafts,
+                r.sampling is not None,
+                -1 if r.next_token is None else r.next_token,
+                len(r.pages),
             )
-            for w in works
+            for r in requests
         ]
-        new, cached, drafts, sampled, next_token, held = np.array(facts, np.int64).reshape(-1, 6).T
-        if not new.all():
-            raise ValueError(f"work {int(np.argmin(new))}: needs at least 1 token, got none.")
-        end, page_size = cached + new, shape.cache.page_size
-        further = np.minimum(end + max(shape.draft_tokens - 1, 0), np.minimum(held, shape.table_width) * page_size)
-        room = np.where(sampled, np.maximum(end, further), end)
-        used = np.clip(-(-room // page_size), 0, held)
+        num_new, num_computed, num_drafts, samples, next_token, num_pages = np.array(facts, np.int64).reshape(-1, 6).T
+        if not num_new.all():
+            raise ValueError(f"request {int(np.argmin(num_new))}: needs at least 1 token, got none.")
+        end, page_size = num_computed + num_new, shape.cache.page_size
+        slots = np.minimum(num_pages, shape.max_pages) * page_size
+        recycled_end = np.minimum(end + max(shape.draft_tokens - 1, 0), slots)
+        writable_end = np.where(samples, np.maximum(end, recycled_end), end)
+        used = np.clip(-(-writable_end // page_size), 0, num_pages)
         return cls(
-            works=works,
-            new=new,
-            cached=cached,
-            drafts=drafts,
-            sampled=sampled.astype(bool),
+            requests=requests,
+            num_new=num_new,
+            num_computed=num_computed,
+            num_drafts=num_drafts,
+            samples=samples.astype(bool),
             next_token=next_token,
-            tokens=_joined("tokens must be a list of token ids", [w.tokens for w in works]),
-            start=np.concatenate([[0], np.cumsum(new)]),
-            room=room,
+            tokens=_joined("tokens must be a list of token ids", [r.tokens for r in requests]),
+            start=np.concatenate([[0], np.cumsum(num_new)]),
+            writable_end=writable_end,
             pages=_joined(
-                "pages must be a list of page ids", [w.pages[:n] for w, n in zip(works, used.tolist(), strict=True)]
+                "pages must be a list of page ids", [r.pages[:n] for r, n in zip(requests, used.tolist(), strict=True)]
             ),
-            page_owner=np.repeat(np.arange(len(works)), used),
+            page_request=np.repeat(np.arange(len(requests)), used),
             page_column=within(used),
         )
 
@@ -99,11 +111,11 @@ def within(counts: Ints) -> Ints:
     return np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
-def _joined(needs: str, lists: Sequence[Any]) -> Ints:
+def _joined(rule: str, lists: Sequence[Any]) -> Ints:
     arrays = [_array(values) for values in lists]
     for i, got in enumerate(arrays):
         if got.ndim != 1 or (got.dtype.kind not in "iu" and len(got)):
-            raise ValueError(f"work {i}: {needs}, got {got.dtype} of shape {got.shape}.")
+            raise ValueError(f"request {i}: {rule}, got {got.dtype} of shape {got.shape}.")
     return np.concatenate(arrays).astype(np.int64) if arrays else np.zeros(0, np.int64)
 
 

@@ -1,4 +1,4 @@
-"""Which form of attention a request's rows take: by arithmetic, and by what the kernels reach.
+"""The choice of a request's form of attention: by arithmetic, and by the rates that the kernels reach.
 
 Per query-key pair and head the expanded form does `h + r + v` multiply-adds, the absorbed one `2 R + r`; the expanded one
 must up-project every key (`(R + r) (h + r + v)` each in one product, model/mla.py, whichever rank's queries see it), the
@@ -13,22 +13,22 @@ from jax_mla_cp.config.model import ModelConfig
 
 Form = Literal["auto", "expanded", "absorbed"]
 
-# Of a matrix product's rate on an H200, what FlashAttention-3 reaches at 128K keys (docs/benchmarks.md).
+# Rate of FlashAttention-3 relative to a matrix product, on an H200 at 128K keys (docs/benchmarks.md).
 _EXPANDED_RATE = 0.98
 _ABSORBED_RATE = 0.90
 
 
-def use_expanded(form: Form, config: ModelConfig, cp: int, new: int, prefix: int) -> bool:
-    """Whether a request's `new` tokens after a cached `prefix` take the expanded form, on each of cp ranks.
+def use_expanded(form: Form, config: ModelConfig, cp: int, num_new: int, num_computed: int) -> bool:
+    """True if a request's `num_new` tokens after `num_computed` in the cache take the expanded form, on each of cp ranks.
 
-    A single token (decode) is always absorbed: up-projecting a whole context for it is never right.
+    A single token (decode) is always absorbed: up-projecting a whole context for it never pays.
     """
-    if form == "absorbed" or new == 1:
+    if form == "absorbed" or num_new == 1:
         return False
     if form == "expanded":
         return True
     r, h, v, rank = config.qk_rope_head_dim, config.qk_nope_head_dim, config.v_head_dim, config.kv_lora_rank
-    pairs = (new * prefix + new * (new + 1) / 2) / cp
-    expanded = pairs * (h + r + v) / _EXPANDED_RATE + (rank + r) * (h + r + v) * (prefix + new)
-    absorbed = pairs * (2 * rank + r) / _ABSORBED_RATE + rank * (h + v) * new / cp
+    pairs = (num_new * num_computed + num_new * (num_new + 1) / 2) / cp
+    expanded = pairs * (h + r + v) / _EXPANDED_RATE + (rank + r) * (h + r + v) * (num_computed + num_new)
+    absorbed = pairs * (2 * rank + r) / _ABSORBED_RATE + rank * (h + v) * num_new / cp
     return expanded < absorbed

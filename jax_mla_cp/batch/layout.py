@@ -1,7 +1,7 @@
-"""A step's requests -> all its arrays, on the host (NumPy).
+"""A step's requests laid out over the ranks, and the arrays that follow, on the host (NumPy).
 
-`lay_out` chooses the requests' form of attention and plans the zigzag over the cp ranks; `build` makes the arrays, with the
-page slot that each token's latent goes to. The works have been checked before (jax_mla_cp/batch/check.py).
+`lay_out` chooses each request's form of attention and plans the zigzag over the cp ranks; `build` makes the arrays, with the
+slot that each token's latent goes to. `jax_mla_cp.batch.check` has checked the requests before.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jax_mla_cp.batch.arrays import Batch, SamplingArrays, SpeculationArrays
-from jax_mla_cp.batch.columns import Columns, Ints, within
+from jax_mla_cp.batch.columns import Ints, RequestColumns, within
 from jax_mla_cp.batch.form import use_expanded
 from jax_mla_cp.batch.rows import Rows
 from jax_mla_cp.batch.shapes import BatchShape, StepShape
@@ -23,7 +23,7 @@ from jax_mla_cp.batch.zigzag import Plan, plan
 from jax_mla_cp.config.model import ModelConfig
 
 KEY_ALIGN = 128
-"""Packed keys of different requests never share a tile of so many keys (FA3's largest KV tile here)."""
+"""Keys of a tile that packed keys of different requests never share (FA3's largest KV tile here)."""
 
 _GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy: dividing by them would leave float32's range."""
@@ -32,16 +32,17 @@ _T = TypeVar("_T", int, Ints)
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """One dp group's step: its works in the order of the plan, absorbed ones first."""
+class GroupLayout:
+    """One dp group's step: its requests in the order of the zigzag plan, absorbed ones first."""
 
-    works: Columns
-    order: Ints  # [I] the works, in the plan's order
+    columns: RequestColumns
+    order: Ints
+    """[I]: the requests' numbers, in the plan's order."""
     num_absorbed: int
     plan: Plan
 
     @property
-    def tokens(self) -> int:
+    def max_tokens(self) -> int:
         """Tokens of the fullest rank: what the buffer must hold."""
         return int(self.plan.rank_tokens.max())
 
@@ -54,98 +55,118 @@ class Layout:
     def rank_absorbed(self) -> Ints:
         """[cp]: tokens of absorbed rows, which every rank's buffer begins with."""
         p = self.plan
-        mine = p.row_request < self.num_absorbed
-        return np.bincount(p.row_rank[mine], weights=p.row_len[mine], minlength=p.cp).astype(np.int64)
+        absorbed = p.row_request < self.num_absorbed
+        return np.bincount(p.row_rank[absorbed], weights=p.row_len[absorbed], minlength=p.cp).astype(np.int64)
 
     @property
-    def expands(self) -> bool:
-        return self.num_absorbed < len(self.works.new)
+    def has_expanded(self) -> bool:
+        return self.num_absorbed < len(self.order)
 
-    def places(self, tokens: int) -> tuple[Ints, Ints]:
-        """Where the tokens are in the ranks' buffers of so many `tokens`, rank after rank, and which of `works.tokens` each
-        is, both in the plan's order."""
+    def buffer_index(self, tokens: int) -> tuple[Ints, Ints]:
+        """For each new token, in the plan's order: its index in the ranks' buffers of `tokens` tokens, which follow each
+        other, and its index in `columns.tokens`."""
         p = self.plan
         rank = np.repeat(np.arange(p.cp), p.rank_tokens)
-        place = np.arange(len(rank)) + (np.arange(p.cp) * tokens - p.rank_start[:-1])[rank]
-        return place, self.works.start[self.order[p.request]] + p.offset
+        index = np.arange(len(rank)) + (np.arange(p.cp) * tokens - p.rank_start[:-1])[rank]
+        return index, self.columns.start[self.order[p.request]] + p.offset
 
 
-def lay_out(c: Columns, shape: BatchShape, config: ModelConfig, *, expand: bool = True) -> Layout:
-    """Chooses each work's form and plans the zigzag, for a dp group's works that `check_works` has passed.
+@dataclasses.dataclass(frozen=True)
+class StepLayout:
+    """A step: its requests laid out in each dp group, and the program's shape that holds them."""
+
+    groups: Sequence[GroupLayout]
+    step: StepShape
+
+    @property
+    def rank_tokens(self) -> Ints:
+        """[cp]: new tokens of each cp rank, summed over the dp groups."""
+        return np.sum([group.plan.rank_tokens for group in self.groups], axis=0, dtype=np.int64)
+
+    @property
+    def rank_pairs(self) -> Ints:
+        """[cp]: query-key pairs of each cp rank, what its attention costs, summed over the dp groups."""
+        return np.sum([group.plan.rank_pairs() for group in self.groups], axis=0, dtype=np.int64)
+
+
+def lay_out(c: RequestColumns, shape: BatchShape, config: ModelConfig, *, expand: bool = True) -> GroupLayout:
+    """Chooses each request's form and plans the zigzag, for a dp group's requests that `check_requests` has passed.
 
     Without `expand`, all are absorbed.
     """
-    room, expanded = shape.expanded_keys if expand else 0, np.zeros(len(c.new), bool)
-    prompt = c.new - c.drafts  # a decoding request stays one, whatever its drafts
+    capacity, expanded = shape.expanded_keys if expand else 0, np.zeros(len(c.num_new), bool)
+    prompt = c.num_new - c.num_drafts  # a decoding request stays one, whatever its drafts
     keys = packed_keys(c.end, shape.cache.page_size)
-    for i in np.flatnonzero((keys <= room) & (prompt > 1)).tolist():
-        if keys[i] <= room and use_expanded(shape.form, config, shape.cp, int(prompt[i]), int(c.cached[i])):
+    for i in np.flatnonzero((keys <= capacity) & (prompt > 1)).tolist():
+        if keys[i] <= capacity and use_expanded(shape.form, config, shape.cp, int(prompt[i]), int(c.num_computed[i])):
             expanded[i] = True
-            room -= int(keys[i])
+            capacity -= int(keys[i])
     order = np.argsort(expanded, kind="stable")
-    return Layout(c, order, len(order) - int(expanded.sum()), plan(c.new[order], c.cached[order], cp=shape.cp))
+    zigzag = plan(c.num_new[order], c.num_computed[order], cp=shape.cp)
+    return GroupLayout(c, order, len(order) - int(expanded.sum()), zigzag)
 
 
-def build(layouts: Sequence[Layout], shape: BatchShape, step: StepShape) -> Batch:
-    """The arrays of a step, one layout per dp group.
+def build(layout: StepLayout, shape: BatchShape) -> Batch:
+    """The arrays of a step, all devices' one after the other.
 
     Raises:
       ValueError: a layout doesn't fit the step's shape, or only some requests have `embeds`.
     """
-    for name, needed, room in (
-        ("tokens", max(layout.tokens for layout in layouts), step.tokens),
-        ("tokens of absorbed rows", max(layout.absorbed_tokens for layout in layouts), step.absorbed_tokens),
-        ("expanded keys", max(_keys(layout, shape) for layout in layouts), step.expanded_keys),
+    groups, step = layout.groups, layout.step
+    for name, needed, capacity in (
+        ("tokens", max(group.max_tokens for group in groups), step.tokens),
+        ("tokens of absorbed rows", max(group.absorbed_tokens for group in groups), step.absorbed_tokens),
+        ("expanded keys", max(_expanded_keys(group, shape) for group in groups), step.expanded_keys),
     ):
-        if needed > room:
-            raise ValueError(f"a rank has {needed} {name}, the step has room for {room}. Use a larger step.")
-    groups = [_group(layout, shape, step) for layout in layouts]
-    batch = groups[0] if len(groups) == 1 else jax.tree.map(lambda *arrays: np.concatenate(arrays), *groups)
-    return dataclasses.replace(batch, embeds=_embeds(layouts, step))
+        if needed > capacity:
+            raise ValueError(f"a rank has {needed} {name}, the step has room for {capacity}. Use a larger step.")
+    batches = [_group_batch(group, shape, step) for group in groups]
+    batch = batches[0] if len(batches) == 1 else jax.tree.map(lambda *arrays: np.concatenate(arrays), *batches)
+    return dataclasses.replace(batch, embeds=_embeds(groups, step))
 
 
 def packed_keys(keys: _T, page_size: int) -> _T:
-    """Room for a request's keys: whole pages, and never less than up to the end of its last KV tile."""
+    """Packed keys that a request's keys take: whole pages, at least up to the end of its last KV tile."""
     tiled = -(-keys // KEY_ALIGN) * KEY_ALIGN
     return -(-tiled // page_size) * page_size
 
 
-def _keys(layout: Layout, shape: BatchShape) -> int:
-    """Packed keys of a layout's expanded works."""
-    return int(packed_keys(layout.works.end[layout.order[layout.num_absorbed :]], shape.cache.page_size).sum())
+def _expanded_keys(layout: GroupLayout, shape: BatchShape) -> int:
+    """Packed keys of a layout's expanded requests."""
+    return int(packed_keys(layout.columns.end[layout.order[layout.num_absorbed :]], shape.cache.page_size).sum())
 
 
-def _group(layout: Layout, shape: BatchShape, step: StepShape) -> Batch:
-    """One dp group's arrays, rank after rank. Places of requests are those of `works`, whatever the plan's order."""
-    p, c, cp, page_size, tokens = layout.plan, layout.works, shape.cp, shape.cache.page_size, step.tokens
-    page_table = shape.cache.no_page(shape.requests * shape.table_width).reshape(shape.requests, -1)
-    page_table[c.page_owner, c.page_column] = c.pages
+def _group_batch(layout: GroupLayout, shape: BatchShape, step: StepShape) -> Batch:
+    """One dp group's arrays, rank after rank. Requests have the places of `columns`, whatever the plan's order."""
+    p, c, cp, page_size, tokens = layout.plan, layout.columns, shape.cp, shape.cache.page_size, step.tokens
+    page_table = shape.cache.unused_pages(shape.max_requests * shape.max_pages).reshape(shape.max_requests, -1)
+    page_table[c.page_request, c.page_column] = c.pages
 
-    place, token = layout.places(tokens)
+    index, token = layout.buffer_index(tokens)
     request = layout.order[p.request]
-    position = c.cached[request] + p.offset
+    position = c.num_computed[request] + p.offset
 
-    def at_place(values: NDArray[Any], empty: NDArray[Any]) -> NDArray[Any]:
-        empty[place] = values
-        return empty
+    def in_buffers(values: NDArray[Any], padding: NDArray[Any]) -> NDArray[Any]:
+        padding[index] = values
+        return padding
 
     key_pages, key_start, num_keys = _pack_keys(layout, page_table, shape, step.expanded_keys)
-    sampled = p.offset - (c.new - 1 - c.drafts)[request]
-    last = sampled >= 0
-    rank, on_rank = np.divmod(place[last], tokens)
-    last_index = np.full((cp, shape.requests, shape.samples), tokens, np.int32)
-    last_index[rank, request[last], sampled[last]] = on_rank
+    sample = p.offset - (c.num_new - 1 - c.num_drafts)[request]  # which of the request's samples follows the token
+    last = sample >= 0
+    rank, index_on_rank = np.divmod(index[last], tokens)
+    last_index = np.full((cp, shape.max_requests, shape.samples), tokens, np.int32)
+    last_index[rank, request[last], sample[last]] = index_on_rank
     return Batch(
-        tokens=at_place(c.tokens[token], np.zeros(cp * tokens, np.int32)),
-        next_tokens=at_place(_next_tokens(c)[token], np.zeros(cp * tokens, np.int32)),
+        tokens=in_buffers(c.tokens[token], np.zeros(cp * tokens, np.int32)),
+        next_tokens=in_buffers(c.next_tokens[token], np.zeros(cp * tokens, np.int32)),
         embeds=None,
-        positions=at_place(position, np.zeros(cp * tokens, np.int32)),
+        positions=in_buffers(position, np.zeros(cp * tokens, np.int32)),
         num_tokens=p.rank_tokens.astype(np.int32),
-        slots=at_place(
-            page_table[request, position // page_size] * page_size + position % page_size,
-            shape.cache.no_slot(cp * tokens),
+        slots=in_buffers(
+            shape.cache.slot_of(page_table[request, position // page_size], position),
+            shape.cache.unused_slots(cp * tokens),
         ),
-        fresh=_fresh(c, page_table, shape),
+        pages_to_zero=_pages_to_zero(c, page_table, shape),
         page_table=page_table,
         key_pages=key_pages,
         num_keys=num_keys,
@@ -158,112 +179,105 @@ def _group(layout: Layout, shape: BatchShape, step: StepShape) -> Batch:
     )
 
 
-def _embeds(layouts: Sequence[Layout], step: StepShape) -> NDArray[Any] | None:
-    """Those of all groups, if the works have any."""
-    given = [work.embeds for layout in layouts for work in layout.works.works]
-    some = next((np.asarray(values) for values in given if values is not None), None)
-    if some is None:
+def _embeds(groups: Sequence[GroupLayout], step: StepShape) -> NDArray[Any] | None:
+    """The input embeddings of all groups, if their requests bring any."""
+    embeds = [request.embeds for group in groups for request in group.columns.requests]
+    first = next((np.asarray(values) for values in embeds if values is not None), None)
+    if first is None:
         return None
-    if any(values is None for values in given):
+    if any(values is None for values in embeds):
         raise ValueError("embeds: give them for all requests of a step or for none.")
-    out = np.zeros((len(layouts), layouts[0].plan.cp * step.tokens, some.shape[1]), some.dtype)
-    for group, layout in zip(out, layouts, strict=True):
-        if layout.works.works:
-            place, token = layout.places(step.tokens)
-            group[place] = np.concatenate([np.asarray(work.embeds) for work in layout.works.works])[token]
-    return out.reshape(-1, some.shape[1])
+    out = np.zeros((len(groups), groups[0].plan.cp * step.tokens, first.shape[1]), first.dtype)
+    for rows, group in zip(out, groups, strict=True):
+        if group.columns.requests:
+            index, token = group.buffer_index(step.tokens)
+            rows[index] = np.concatenate([np.asarray(request.embeds) for request in group.columns.requests])[token]
+    return out.reshape(-1, first.shape[1])
 
 
-def _fresh(c: Columns, page_table: NDArray[np.int32], shape: BatchShape) -> NDArray[np.int32]:
+def _pages_to_zero(c: RequestColumns, page_table: NDArray[np.int32], shape: BatchShape) -> NDArray[np.int32]:
     """Pages that the step begins and does not fill."""
-    page_size = shape.cache.page_size
-    # Of a single one, XLA's scatter may copy the cache.
-    fresh = shape.cache.no_page(max(2, shape.requests * shape.fresh))
-    first = np.maximum(c.end // page_size, -(-c.cached // page_size))
-    for j in range(shape.fresh):
-        works = np.flatnonzero(first + j < -(-c.room // page_size))
-        fresh[works * shape.fresh + j] = page_table[works, first[works] + j]
-    return fresh
+    page_size, count = shape.cache.page_size, shape.max_pages_to_zero
+    # At least two: with a single index, XLA's scatter may copy the cache.
+    pages = shape.cache.unused_pages(max(2, shape.max_requests * count))
+    first = np.maximum(c.end // page_size, -(-c.num_computed // page_size))
+    for j in range(count):
+        begun = np.flatnonzero(first + j < -(-c.writable_end // page_size))
+        pages[begun * count + j] = page_table[begun, first[begun] + j]
+    return pages
 
 
 def _pack_keys(
-    layout: Layout, page_table: NDArray[np.int32], shape: BatchShape, room: int
+    layout: GroupLayout, page_table: NDArray[np.int32], shape: BatchShape, capacity: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
-    """(pages of the packed keys, where each request's keys begin, how far the keys reach). Gaps read as zeros."""
+    """(pages of the packed keys, where each request's keys begin, number of packed keys). Gaps read as zeros."""
     page_size = shape.cache.page_size
-    key_pages = shape.cache.no_page(room // page_size)
-    start = np.zeros(shape.requests, np.int32)
+    key_pages = shape.cache.unused_pages(capacity // page_size)
+    start = np.zeros(shape.max_requests, np.int32)
     expanded = layout.order[layout.num_absorbed :]
-    keys = layout.works.end[expanded]
-    packed, used = packed_keys(keys, page_size), -(-keys // page_size)
+    keys = layout.columns.end[expanded]
+    packed, num_pages = packed_keys(keys, page_size), -(-keys // page_size)
     start[expanded] = np.cumsum(packed) - packed
-    owner, column = np.repeat(expanded, used), within(used)
-    key_pages[start[owner] // page_size + column] = page_table[owner, column]
+    request, column = np.repeat(expanded, num_pages), within(num_pages)
+    key_pages[start[request] // page_size + column] = page_table[request, column]
     return key_pages, start, np.array([packed.sum()], np.int32)
 
 
-def _rows(layout: Layout, shape: BatchShape, key_start: NDArray[np.int32], *, expanded: bool) -> Rows:
+def _rows(layout: GroupLayout, shape: BatchShape, key_start: NDArray[np.int32], *, expanded: bool) -> Rows:
     """The plan's rows of one form, rank after rank, each rank's filled up with empty ones."""
-    p, most = layout.plan, 2 * shape.requests
-    mine = np.flatnonzero((p.row_request >= layout.num_absorbed) == expanded)
-    rank = p.row_rank[mine]
-    place = within(np.bincount(rank, minlength=shape.cp))
-    cu_q = np.zeros((shape.cp, most + 1), np.int32)
-    cu_q[rank, place + 1] = p.row_len[mine]
+    p, max_rows = layout.plan, 2 * shape.max_requests
+    selected = np.flatnonzero((p.row_request >= layout.num_absorbed) == expanded)
+    rank = p.row_rank[selected]
+    row = within(np.bincount(rank, minlength=shape.cp))
+    cu_q = np.zeros((shape.cp, max_rows + 1), np.int32)
+    cu_q[rank, row + 1] = p.row_len[selected]
     if expanded:
         cu_q[:, 0] = layout.rank_absorbed
-    others = np.zeros((3, shape.cp, most), np.int32)
-    request = layout.order[p.row_request[mine]]
-    others[:, rank, place] = p.row_kv_len[mine], key_start[request], request
+    others = np.zeros((3, shape.cp, max_rows), np.int32)
+    request = layout.order[p.row_request[selected]]
+    others[:, rank, row] = p.row_kv_len[selected], key_start[request], request
     kv_len, kv_start, request = others.reshape(3, -1)
     return Rows(
         cu_q=np.cumsum(cu_q, axis=1, dtype=np.int32).reshape(-1), kv_len=kv_len, kv_start=kv_start, request=request
     )
 
 
-def _next_tokens(c: Columns) -> Ints:
-    """[M]: the token after each; -1 where the step samples it, whatever guess may follow."""
-    following = np.append(c.tokens[1:], -1)
-    following[within(c.new) >= np.repeat(c.new - 1 - c.drafts, c.new)] = -1
-    following[c.start[1:] - 1] = c.next_token
-    return following
-
-
-def _sampling(c: Columns, shape: BatchShape) -> SamplingArrays:
-    """A request's settings in each of its places that a token is drawn for; 0 and off elsewhere."""
-    settings = [
+def _sampling(c: RequestColumns, shape: BatchShape) -> SamplingArrays:
+    """Each request's parameters at the places of its sampled tokens; 0 and off elsewhere."""
+    params = [
         (s.temperature, s.top_p, s.top_k, s.min_p, s.seed & 0xFFFFFFFF, (s.seed >> 32) & 0xFFFFFFFF)
-        for s in (work.sampling for work in c.works)
+        for s in (request.sampling for request in c.requests)
         if s is not None
     ]
-    number = np.arange(shape.samples)
-    work = np.flatnonzero(c.sampled)
-    row, place = np.nonzero(number <= c.drafts[work, None])
+    sampling = np.flatnonzero(c.samples)
+    row, sample = np.nonzero(np.arange(shape.samples) <= c.num_drafts[sampling, None])
+    request = sampling[row]
 
-    def spread(values: NDArray[Any], empty: float, dtype: Any) -> NDArray[Any]:
-        out = np.full((shape.requests, shape.samples, *values.shape[1:]), empty, dtype)
-        out[work[row], place] = values[row]
+    def at_places(values: NDArray[Any], off: float, dtype: Any) -> NDArray[Any]:
+        out = np.full((shape.max_requests, shape.samples, *values.shape[1:]), off, dtype)
+        out[request, sample] = values[row]
         return out.reshape(-1, *values.shape[1:])
 
-    # float64 holds each exactly: also the halves of a seed.
-    temperature, top_p, top_k, min_p, *seed = np.array(settings, np.float64).reshape(-1, 6).T
-    position = np.zeros((shape.requests, shape.samples), np.int32)
-    position[work[row], place] = (c.end - c.drafts)[work[row]] + place
+    # float64 holds each exactly, the halves of a seed too.
+    temperature, top_p, top_k, min_p, *seed = np.array(params, np.float64).reshape(-1, 6).T
+    position = np.zeros((shape.max_requests, shape.samples), np.int32)
+    position[request, sample] = (c.end - c.num_drafts)[request] + sample
     return SamplingArrays(
-        temperature=spread(np.where(temperature >= _GREEDY_BELOW, temperature, 0), 0, np.float32),
-        top_p=spread(top_p, 1, np.float32),
-        top_k=spread(top_k, 0, np.int32),
-        min_p=spread(min_p, 0, np.float32),
-        seed=spread(np.stack(seed, axis=1), 0, np.uint32),
+        temperature=at_places(np.where(temperature >= _GREEDY_BELOW, temperature, 0), 0, np.float32),
+        top_p=at_places(top_p, 1, np.float32),
+        top_k=at_places(top_k, 0, np.int32),
+        min_p=at_places(min_p, 0, np.float32),
+        seed=at_places(np.stack(seed, axis=1), 0, np.uint32),
         position=position.reshape(-1),
     )
 
 
-def _speculation(c: Columns, shape: BatchShape) -> SpeculationArrays:
-    drafts = np.full((shape.requests, shape.draft_tokens), -1, np.int32)
-    owner, column = np.repeat(np.arange(len(c.new)), c.drafts), within(c.drafts)
-    drafts[owner, column] = c.tokens[(c.start[1:] - c.drafts)[owner] + column]
-    first, room = np.zeros(shape.requests, np.int32), np.zeros(shape.requests, np.int32)
-    first[: len(c.new)] = c.end - c.drafts - 1
-    room[: len(c.new)] = c.room
-    return SpeculationArrays(drafts, first, room)
+def _speculation(c: RequestColumns, shape: BatchShape) -> SpeculationArrays:
+    count = len(c.num_new)
+    drafts = np.full((shape.max_requests, shape.draft_tokens), -1, np.int32)
+    request, column = np.repeat(np.arange(count), c.num_drafts), within(c.num_drafts)
+    drafts[request, column] = c.tokens[(c.start[1:] - c.num_drafts)[request] + column]
+    first_position, writable_end = np.zeros((2, shape.max_requests), np.int32)
+    first_position[:count] = c.end - c.num_drafts - 1
+    writable_end[:count] = c.writable_end
+    return SpeculationArrays(drafts, first_position, writable_end)

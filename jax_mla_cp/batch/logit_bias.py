@@ -1,4 +1,4 @@
-"""What is done to one request's logits before its next token is chosen, as the step is given it."""
+"""Changes to the logits that one request's next token is chosen by."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 @dataclasses.dataclass(frozen=True)
 class LogitBias:
-    """The changes to one place's logits. A listed token's logit x becomes `(x / scale if x > 0 else x * scale) + add`, any
-    other stays; then whatever the mask does not allow is -inf.
+    """Additive biases, repetition scales and a grammar's mask.
 
-    Which of the arrays' values make sense is looked at before a step (jax_mla_cp/batch/check.py).
+    The logit x of a listed token becomes `(x / scale if x > 0 else x * scale) + add`, any other stays. Tokens that the
+    mask does not allow are -inf. `jax_mla_cp.batch.check` checks the values before a step.
     """
 
     tokens: NDArray[np.int32]
@@ -26,7 +26,7 @@ class LogitBias:
     """[ceil(V / 32)]: token t is allowed if bit t % 32 of word t // 32 is set. None: all are."""
 
     def allows_any(self, vocab_size: int) -> bool:
-        """Whether any of the model's tokens is left. A model that gives the others -inf itself is not known here."""
+        """True if a token of the vocabulary may still be chosen."""
         never = self.tokens[self.add == -np.inf]
         if self.mask is None:
             return len(never) < vocab_size
@@ -34,7 +34,7 @@ class LogitBias:
 
 
 def without(mask: NDArray[np.uint32], tokens: NDArray[np.int32], size: int) -> NDArray[np.uint32]:
-    """The mask's words without these tokens, and without bits from `size` on."""
+    """The mask's words with the bits of these tokens cleared, and those from `size` on."""
     left = mask.copy()
     np.bitwise_and.at(left, tokens // 32, ~(np.uint32(1) << (tokens % 32).astype(np.uint32)))
     left[size // 32 :] &= np.uint32((1 << size % 32) - 1)

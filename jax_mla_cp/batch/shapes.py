@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from jax_mla_cp.batch.form import Form
 from jax_mla_cp.config.errors import ConfigError
@@ -12,7 +14,7 @@ from jax_mla_cp.config.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class CacheShape:
-    """Where things are in one dp group's part of the array."""
+    """Sizes of one dp group's part of the cache."""
 
     layers: int
     pages_per_layer: int
@@ -42,31 +44,35 @@ class CacheShape:
         """Tokens that one dp group's pages hold."""
         return self.pages_per_layer * self.page_size
 
-    def no_page(self, count: int) -> np.ndarray:
-        """`count` different page ids that are in no layer."""
+    def slot_of(self, page: NDArray[Any], position: NDArray[Any]) -> NDArray[Any]:
+        """Slot of a position in its page, in the first layer."""
+        return page * self.page_size + position % self.page_size
+
+    def unused_pages(self, count: int) -> NDArray[np.int32]:
+        """`count` different page ids that lie outside of every layer."""
         return self.total_pages + np.arange(count, dtype=np.int32)
 
-    def no_slot(self, count: int) -> np.ndarray:
-        """`count` different slots that are in no layer."""
+    def unused_slots(self, count: int) -> NDArray[np.int32]:
+        """`count` different slots that lie outside of every layer."""
         return self.total_slots + np.arange(count, dtype=np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchShape:
-    """What is the same in the shapes of all steps, per dp group."""
+    """Sizes that all steps of a planner share, per dp group."""
 
     dp: int
     cp: int
-    requests: int
-    """Most requests in a step; a multiple of cp."""
-    table_width: int
-    """Pages of the longest request."""
+    max_requests: int
+    """Requests in a step; a multiple of cp."""
+    max_pages: int
+    """Pages of a request: the width of the page table."""
     expanded_keys: int
-    """Keys that the expanded form has room for, a multiple of the page size; 0: every row is absorbed."""
+    """Capacity of the packed keys, a multiple of the page size; 0: every row is absorbed."""
     cache: CacheShape
     form: Form = "auto"
     draft_tokens: int = 0
-    """Most drafts of a request, and how many the step proposes; 0: no speculation."""
+    """Drafts of a request, and how many the step proposes; 0: no speculation."""
 
     @property
     def samples(self) -> int:
@@ -74,13 +80,13 @@ class BatchShape:
         return 1 + self.draft_tokens
 
     @property
-    def fresh(self) -> int:
-        """Most pages of a request that a step begins and does not fill: the last, and those that recycled drafts reach."""
+    def max_pages_to_zero(self) -> int:
+        """Pages of a request that a step may begin without filling them: its last, and those of recycled drafts."""
         return 1 + -(-max(self.draft_tokens - 1, 0) // self.cache.page_size)
 
     def __post_init__(self) -> None:
-        if self.requests < 1 or self.requests % self.cp:
-            raise ValueError(f"requests must be a positive multiple of cp={self.cp}, got {self.requests}.")
+        if self.max_requests < 1 or self.max_requests % self.cp:
+            raise ValueError(f"max_requests must be a positive multiple of cp={self.cp}, got {self.max_requests}.")
         if self.expanded_keys % self.cache.page_size:
             raise ValueError(
                 f"expanded_keys must be a multiple of page_size={self.cache.page_size}, got {self.expanded_keys}."
@@ -89,13 +95,13 @@ class BatchShape:
 
 @dataclasses.dataclass(frozen=True)
 class StepShape:
-    """What differs between the programs: the shape of one step."""
+    """Sizes of one step. Each has a program."""
 
     tokens: int
     """Of each rank's buffer."""
     absorbed_tokens: int
-    """The first so many tokens of a buffer may be of absorbed rows; only they take that form's products."""
+    """Length of the buffer's head that may hold tokens of absorbed rows; only it takes that form's products."""
     expanded_keys: int
     """`BatchShape.expanded_keys`, or 0: the step has no expanded row."""
-    scored: bool = False
-    """The step also tells the log-probability of the token after each token."""
+    prompt_logprobs: bool = False
+    """The step also returns the log-probability of the token after each token."""

@@ -1,4 +1,4 @@
-"""What a step is given of each request."""
+"""A request's part of one step, as the scheduler hands it to the step."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from jax_mla_cp.batch.logit_bias import LogitBias
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen. `temperature` 0 is greedy; `top_p` 1, `top_k` 0 and `min_p` 0 are off."""
+    """Choice of the next token. `temperature` 0 is greedy; `top_p` 1, `top_k` 0 and `min_p` 0 are off."""
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
     min_p: float = 0.0
-    """Tokens less likely than `min_p` times the most likely one, at this temperature, are not drawn."""
+    """Minimum probability of a token that may be drawn, relative to the most likely one at this temperature."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +29,9 @@ class StepRequest:
     """One request's part of one step."""
 
     tokens: Sequence[int] | NDArray[np.integer[Any]]
-    """The new tokens, at positions `cached` and following. The last `drafts` of them are guesses."""
-    cached: int
-    """Tokens whose latents are in the pages already."""
+    """The new tokens, at positions `num_computed` and following. The last `drafts` of them are drafts."""
+    num_computed: int
+    """Tokens before the new ones: their latents are in the pages already."""
     pages: Sequence[int]
     """The request's pages, in order; at least those that the new tokens reach. Ids are local to the dp group."""
     sampling: SamplingParams | None = None
@@ -39,10 +39,10 @@ class StepRequest:
     embeds: NDArray[np.floating[Any]] | None = None
     """[len(tokens), D]: input embeddings in place of the tokens', for all requests of a step or for none."""
     drafts: int = 0
-    """Guesses among the tokens: after the token before them and after each of them, a token is sampled."""
+    """Number of drafts among the tokens: a token is sampled after the token before them and after each of them."""
     next_token: int | None = None
     """The token that follows, for tokens that end inside a prompt; the MTP layer reads it."""
     logit_bias: LogitBias | None = None
-    """What is done to the logits before the token after these is chosen. Not with drafts: what it does depends on them."""
-    score: bool = False
-    """The log-probability of the token after each of these is wanted too (`runner.TokenLogprobs`)."""
+    """Applied to the logits of the token after these. Not with drafts: each draft would change it."""
+    prompt_logprobs: bool = False
+    """Return the log-probability of the token after each of these (`jax_mla_cp.step.results.TokenLogprobs`)."""

@@ -1,6 +1,6 @@
-"""The step: one `shard_map` around the model, and the sampler behind it.
+"""The step: one `shard_map` around the model and, behind it, the head and the sampler.
 
-`forward` is what a notebook jits; `forward_and_sample` is what the server runs. Both are plain functions of (model, pages, batch).
+`forward` is what a notebook jits, `forward_and_sample` what the server runs. Both are plain functions of (model, pages, batch).
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from jax_mla_cp.batch.arrays import Batch
-from jax_mla_cp.batch.packing import Packed, pack, packed_specs, unpack
+from jax_mla_cp.batch.packing import DeviceBatch, pack
 from jax_mla_cp.cache import PAGES_SPEC
-from jax_mla_cp.mesh import CP, TOKENS, mesh_shape, on_devices
+from jax_mla_cp.mesh import CP, TOKENS, declared_specs, mesh_shape, on_devices
 from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.handle import Model, param_specs
 from jax_mla_cp.step.logit_bias import LogitBiasArrays
-from jax_mla_cp.step.sampling import SamplerOutput, TokenLogprobsArrays, likely, sample
+from jax_mla_cp.step.sampling import SamplerOutput, TokenLogprobsArrays, gather_logprobs, sample
 from jax_mla_cp.step.speculation import propose
 
-_SCORED_AT_ONCE = 256
-"""Tokens whose logits `score` has in memory at a time: of 129K words, 132 MB."""
+_LOGPROBS_BLOCK = 256
+"""Tokens whose logits `_prompt_logprobs` holds in memory at a time: with a vocabulary of 129K, 132 MB."""
 
 
 def forward(
-    model: Model, pages: Float[Array, "pages page_size C"], batch: Batch | Packed
+    model: Model, pages: Float[Array, "pages page_size C"], batch: DeviceBatch
 ) -> tuple[Float[Array, "J Vp"], jax.Array]:
     """Runs a batch: logits after each request's last token, and the cache with the step's latents.
 
@@ -53,16 +53,16 @@ def forward(
 def forward_and_sample(
     model: Model,
     pages: jax.Array,
-    batch: Batch | Packed,
+    batch: DeviceBatch,
     bias: LogitBiasArrays | None = None,
     *,
-    scored: bool = False,
+    prompt_logprobs: bool = False,
 ) -> tuple[SamplerOutput, jax.Array]:
     """`forward`, and a token sampled for each row of it; with speculation also the next drafts of each request.
 
     Args:
       bias: changes to the logits that tokens are sampled by.
-      scored: also tell the log-probability of each token's next one.
+      prompt_logprobs: also return the log-probability of the token after each token.
     """
 
     def run(
@@ -76,54 +76,17 @@ def forward_and_sample(
             with jax.named_scope("propose"):
                 drafts, pages = propose(decoder, hidden, pages, batch, sampled.token)
                 sampled = dataclasses.replace(sampled, drafts=drafts)
-        if scored:
-            sampled = dataclasses.replace(sampled, scored=TokenLogprobsArrays(*_score(decoder, hidden, batch, likely)))
+        if prompt_logprobs:
+            sampled = dataclasses.replace(sampled, prompt_logprobs=_prompt_logprobs(decoder, hidden, batch))
         return sampled, pages
 
     return _run(run, (PartitionSpec(TOKENS), PAGES_SPEC), model, pages, batch, *([] if bias is None else [bias]))
 
 
-def score(model: Model, pages: jax.Array, batch: Batch | Packed) -> tuple[Float[Array, " T"], jax.Array]:
-    """Runs a batch: the log-probability of each token's next one, and the cache with the step's latents.
-
-    Returns:
-      float32, in the places of `batch.next_tokens`; it means nothing where that is -1 or there is no token.
-    """
-
-    def run(decoder: Decoder, pages: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        hidden, pages = decoder(pages, batch)
-
-        def one(logprobs: jax.Array, token: jax.Array) -> jax.Array:
-            return jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
-
-        scores: jax.Array = _score(decoder, hidden, batch, one)
-        return scores, pages
-
-    return _run(run, (PartitionSpec(TOKENS), PAGES_SPEC), model, pages, batch)
-
-
-def _score(decoder: Decoder, hidden: jax.Array, batch: Batch, what: Callable[[jax.Array, jax.Array], Any]) -> Any:
-    """Per device, `what` of (log-probabilities after a token, the token's next one), for each token of the buffer, block by
-    block."""
-    tokens = hidden.shape[0]
-    size = min(_SCORED_AT_ONCE, tokens)
-
-    def block(inputs: tuple[jax.Array, jax.Array]) -> Any:
-        hidden, token = inputs
-        logits = decoder.logits(hidden)[:, : decoder.build.config.vocab_size]
-        return what(jax.nn.log_softmax(logits), token)
-
-    with jax.named_scope("score"):
-        hidden = jnp.pad(hidden, ((0, -tokens % size), (0, 0))).reshape(-1, size, hidden.shape[1])
-        following = jnp.pad(batch.next_tokens, (0, -tokens % size)).reshape(-1, size)
-        return jax.tree.map(lambda x: lax.collapse(x, 0, 2)[:tokens], lax.map(block, (hidden, following)))
-
-
-def _last_logits(decoder: Decoder, hidden: jax.Array, batch: Batch) -> jax.Array:
-    """Per device. Each cp rank brings the last tokens that it has; each gets the sum for its share of the requests."""
-    with jax.named_scope("head"):
-        last = hidden.at[batch.last_index].get(mode="fill", fill_value=0)
-        return decoder.logits(decoder.build.axes.psum_scatter(last, CP))
+def put(model: Model, batch: Batch) -> DeviceBatch:
+    """Places a host batch on this process's devices of the model's mesh. Every process must pass the same one."""
+    packed = pack(batch, mesh_shape(model.mesh))
+    return on_devices(packed, declared_specs(packed), model.mesh)
 
 
 def _run(
@@ -131,22 +94,45 @@ def _run(
     out_specs: Any,
     model: Model,
     pages: jax.Array,
-    batch: Batch | Packed,
+    batch: DeviceBatch,
     *per_token: Any,
 ) -> Any:
-    """`per_device` of (decoder, pages, batch, and what else is divided like the tokens)."""
+    """Calls `per_device(decoder, pages, batch, *per_token)` on each device; `per_token` is divided like the tokens."""
 
-    def run(params: Any, pages: jax.Array, batch: Batch | Packed, *per_token: Any) -> Any:
-        return per_device(model.decoder(params), pages, unpack(batch), *per_token)
+    def run(params: Any, pages: jax.Array, batch: DeviceBatch, *per_token: Any) -> Any:
+        return per_device(model.decoder(params), pages, batch.unpack(), *per_token)
 
     if model.mesh is None:
         return run(model.params, pages, batch, *per_token)
-    in_specs = (param_specs(model.params), PAGES_SPEC, packed_specs(batch), *(PartitionSpec(TOKENS) for _ in per_token))
+    in_specs = (
+        param_specs(model.params),
+        PAGES_SPEC,
+        declared_specs(batch),
+        *(PartitionSpec(TOKENS),) * len(per_token),
+    )
     mapped = jax.shard_map(run, mesh=model.mesh, in_specs=in_specs, out_specs=out_specs)
     return mapped(model.params, pages, batch, *per_token)
 
 
-def put(model: Model, batch: Batch) -> Packed:
-    """A host batch onto the model's devices that are this process's. Every process must pass the same one."""
-    packed = pack(batch, mesh_shape(model.mesh))
-    return on_devices(packed, packed_specs(packed), model.mesh)
+def _last_logits(decoder: Decoder, hidden: jax.Array, batch: Batch) -> jax.Array:
+    """Logits after each request's last tokens, per device: each cp rank brings the tokens that it has, and gets the sum for
+    its share of the requests."""
+    with jax.named_scope("head"):
+        last = hidden.at[batch.last_index].get(mode="fill", fill_value=0)
+        return decoder.logits(decoder.build.axes.psum_scatter(last, CP))
+
+
+def _prompt_logprobs(decoder: Decoder, hidden: jax.Array, batch: Batch) -> TokenLogprobsArrays:
+    """The log-probability of the token after each token of the buffer, per device, block by block."""
+    tokens = hidden.shape[0]
+    size = min(_LOGPROBS_BLOCK, tokens)
+
+    def block(inputs: tuple[jax.Array, jax.Array]) -> TokenLogprobsArrays:
+        hidden, next_token = inputs
+        logits = decoder.logits(hidden)[:, : decoder.build.config.vocab_size]
+        return TokenLogprobsArrays(*gather_logprobs(jax.nn.log_softmax(logits), next_token))
+
+    with jax.named_scope("prompt_logprobs"):
+        hidden = jnp.pad(hidden, ((0, -tokens % size), (0, 0))).reshape(-1, size, hidden.shape[1])
+        next_tokens = jnp.pad(batch.next_tokens, (0, -tokens % size)).reshape(-1, size)
+        return jax.tree.map(lambda x: lax.collapse(x, 0, 2)[:tokens], lax.map(block, (hidden, next_tokens)))

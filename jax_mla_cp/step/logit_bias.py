@@ -1,9 +1,9 @@
-"""A step's adjustments (jax_mla_cp/engine/logits_processor.py) on the devices, where every place has a whole vocabulary of them.
+"""Logit biases (`jax_mla_cp.batch.logit_bias`) on the devices: dense arrays over the vocabulary, for every place.
 
-The arrays have the same shapes in every step, so that there is one program of a step with and without adjustments, and it
-begins with a `lax.cond`. Without, it is given the same arrays each time, in which nothing is changed. With, a small program
-of its own makes the arrays: it is sent the listed tokens of all requests, and each device keeps those of its places. A list
-is filled up to one of few lengths. Masks are sent whole.
+The arrays have the same shapes in every step, so one program serves steps with and without biases; it begins with a
+`lax.cond`. A step without biases is given the same neutral arrays each time, and nothing is transferred. For a step with
+biases, a small program of its own makes the arrays: it is sent the listed tokens of all requests, filled up to one of few
+lengths, and each device keeps those of its places. Masks are sent whole.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from jax_mla_cp.batch.step_request import StepRequest
 from jax_mla_cp.mesh import TOKENS, Axes, on_devices, vary_like
 from jax_mla_cp.model.handle import Model
 
-_SHORTEST, _FACTOR = 256, 4
+_SHORTEST_LIST, _FACTOR = 256, 4
 
 
 @jax.tree_util.register_dataclass
@@ -37,29 +37,29 @@ class LogitBiasArrays:
     add: Any  # float32 [J, V]
     scale: Any  # float32 [J, V]
     mask: Any  # uint32 [J, ceil(V / 32)]
-    given: Any  # bool [J]: the place has an adjustment
+    biased: Any  # bool [J]: the place has a bias
 
 
 def apply_logit_bias(
     logits: Float[Array, "J V"], logprobs: Float[Array, "J V"], bias: LogitBiasArrays
 ) -> Float[Array, "J V"]:
-    """The adjusted logits of places that have an adjustment, the log-probabilities of those that have none."""
+    """The biased logits of places that have a bias, the log-probabilities of the others."""
 
     def change(logits: jax.Array, logprobs: jax.Array, bias: LogitBiasArrays) -> jax.Array:
         x = jnp.where(logits > 0, logits / bias.scale, logits * bias.scale) + bias.add
         allowed = (bias.mask[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
         allowed = lax.collapse(allowed, 1, 3)[:, : logits.shape[1]]
-        return jnp.where(bias.given[:, None], jnp.where(allowed == 1, x, -jnp.inf), logprobs)
+        return jnp.where(bias.biased[:, None], jnp.where(allowed == 1, x, -jnp.inf), logprobs)
 
     def keep(logits: jax.Array, logprobs: jax.Array, bias: LogitBiasArrays) -> jax.Array:
         return vary_like(logprobs, logits, bias)
 
-    return lax.cond(bias.given.any(), change, keep, logits.astype(jnp.float32), logprobs, bias)
+    return lax.cond(bias.biased.any(), change, keep, logits.astype(jnp.float32), logprobs, bias)
 
 
 def shapes(model: Model, shape: BatchShape) -> LogitBiasArrays:
     """The arrays as jax.ShapeDtypeStruct."""
-    places, vocabulary = shape.dp * shape.requests * shape.samples, model.config.vocab_size
+    places, vocabulary = shape.dp * shape.max_requests * shape.samples, model.config.vocab_size
     sharding = None if model.mesh is None else NamedSharding(model.mesh, PartitionSpec(TOKENS))
 
     def struct(dtype: Any, *more: int) -> jax.ShapeDtypeStruct:
@@ -72,64 +72,64 @@ def shapes(model: Model, shape: BatchShape) -> LogitBiasArrays:
 
 
 def device_bytes(model: Model, shape: BatchShape) -> int:
-    """Bytes that the arrays take on a device, twice: those that change nothing, and a step's."""
+    """Bytes of the arrays on a device: the neutral ones and a step's."""
     return 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes(model, shape))) // (shape.dp * shape.cp)
 
 
 class LogitBiasBuilder:
-    """Makes the arrays of a step's works."""
+    """Makes a step's `LogitBiasArrays`."""
 
     def __init__(self, model: Model, shape: BatchShape):
         self._model, self._shape = model, shape
         self._programs: dict[int, jax.stages.Compiled] = {}
         like = shapes(model, shape)
 
-        def nothing() -> LogitBiasArrays:
+        def neutral() -> LogitBiasArrays:
             return LogitBiasArrays(
                 jnp.zeros(like.add.shape, jnp.float32),
                 jnp.ones(like.scale.shape, jnp.float32),
                 jnp.full(like.mask.shape, 0xFFFFFFFF, jnp.uint32),
-                jnp.zeros(like.given.shape, jnp.bool_),
+                jnp.zeros(like.biased.shape, jnp.bool_),
             )
 
         shardings = None if model.mesh is None else jax.tree.map(lambda x: x.sharding, like)
-        self.nothing: LogitBiasArrays = jax.jit(nothing, out_shardings=shardings)()
-        """Arrays that change nothing."""
+        self.neutral: LogitBiasArrays = jax.jit(neutral, out_shardings=shardings)()
+        """Arrays that change no logit."""
 
     def __call__(self, groups: Sequence[Sequence[StepRequest]]) -> LogitBiasArrays:
-        """For works that `check_works` has passed, one list per dp group."""
-        given = [
-            ((group * self._shape.requests + i) * self._shape.samples, work.logit_bias)
-            for group, works in enumerate(groups)
-            for i, work in enumerate(works)
-            if work.logit_bias is not None
+        """The arrays for requests that `check_requests` has passed, one list per dp group."""
+        biases = [
+            ((group * self._shape.max_requests + i) * self._shape.samples, request.logit_bias)
+            for group, requests in enumerate(groups)
+            for i, request in enumerate(requests)
+            if request.logit_bias is not None
         ]
-        if not given:
-            return self.nothing
-        rows = np.array([row for row, _ in given])
-        arrays: dict[str, Any] = {"given": np.zeros(self.nothing.given.shape, np.bool_)}
-        arrays["given"][rows] = True
-        masks = [(row, bias.mask) for row, bias in given if bias.mask is not None]
+        if not biases:
+            return self.neutral
+        rows = np.array([row for row, _ in biases])
+        arrays: dict[str, Any] = {"biased": np.zeros(self.neutral.biased.shape, np.bool_)}
+        arrays["biased"][rows] = True
+        masks = [(row, bias.mask) for row, bias in biases if bias.mask is not None]
         if masks:
-            arrays["mask"] = np.full(self.nothing.mask.shape, 0xFFFFFFFF, np.uint32)
+            arrays["mask"] = np.full(self.neutral.mask.shape, 0xFFFFFFFF, np.uint32)
             arrays["mask"][[row for row, _ in masks]] = [mask for _, mask in masks]
         specs = {name: PartitionSpec(TOKENS) for name in arrays}
         arrays, mesh = on_devices(arrays, specs, self._model.mesh), self._model.mesh
-        counts = np.array([len(bias.tokens) for _, bias in given])
+        counts = np.array([len(bias.tokens) for _, bias in biases])
         if counts.any():
             entries = self._entries(
                 np.repeat(rows, counts),
-                *(np.concatenate([getattr(a, name) for _, a in given]) for name in ("tokens", "add", "scale")),
+                *(np.concatenate([getattr(a, name) for _, a in biases]) for name in ("tokens", "add", "scale")),
             )
             program = self._program(entries.shape[1])
             arrays["add"], arrays["scale"] = program(on_devices(entries, PartitionSpec(), mesh))
-        return dataclasses.replace(self.nothing, **arrays)
+        return dataclasses.replace(self.neutral, **arrays)
 
     def warmup(self) -> None:
         """Compiles the programs for all lengths of lists."""
-        length = _SHORTEST
+        length = _SHORTEST_LIST
         self._program(length)
-        while length < self.nothing.add.size:
+        while length < self.neutral.add.size:
             length *= _FACTOR
             self._program(length)
 
@@ -137,10 +137,10 @@ class LogitBiasBuilder:
         self, row: NDArray[Any], token: NDArray[Any], add: NDArray[Any], scale: NDArray[Any]
     ) -> NDArray[np.int32]:
         """[4, N]: the list, floats by their bits, filled up with rows that no device has."""
-        length = _SHORTEST
+        length = _SHORTEST_LIST
         while length < len(row):
             length *= _FACTOR
-        entries = np.full((4, length), len(self.nothing.given), np.int32)
+        entries = np.full((4, length), len(self.neutral.biased), np.int32)
         columns = row, token, add.astype(np.float32).view(np.int32), scale.astype(np.float32).view(np.int32)
         for out, values in zip(entries, columns, strict=True):
             out[: len(values)] = values
@@ -151,7 +151,7 @@ class LogitBiasBuilder:
             mesh, axes = self._model.mesh, self._model.build.axes
             ways = self._shape.dp * self._shape.cp
             run: Callable[..., Any] = functools.partial(
-                _spread, axes=axes, shape=(len(self.nothing.given) // ways, self.nothing.add.shape[1])
+                _scatter, axes=axes, shape=(len(self.neutral.biased) // ways, self.neutral.add.shape[1])
             )
             sharding = None
             if mesh is not None:
@@ -162,7 +162,7 @@ class LogitBiasBuilder:
         return self._programs[length]
 
 
-def _spread(entries: Int32[Array, "4 N"], *, axes: Axes, shape: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
+def _scatter(entries: Int32[Array, "4 N"], *, axes: Axes, shape: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
     """(add, scale) of this device's places."""
     row = entries[0] - axes.index(TOKENS) * shape[0]
     at = jnp.where(row < 0, shape[0], row), entries[1]

@@ -1,4 +1,4 @@
-"""The grid of programs, and batches that fit it: what turns `StepRequest` into arrays whose shapes repeat."""
+"""The grid of programs, and batches that fit it: it turns `StepRequest`s into arrays whose shapes repeat."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import jax
 
 from jax_mla_cp import cache
 from jax_mla_cp.attention import fa3
+from jax_mla_cp.batch import zigzag
 from jax_mla_cp.batch.arrays import Batch
-from jax_mla_cp.batch.check import check_works
-from jax_mla_cp.batch.columns import Columns
+from jax_mla_cp.batch.check import check_requests
+from jax_mla_cp.batch.columns import RequestColumns
 from jax_mla_cp.batch.form import Form
-from jax_mla_cp.batch.layout import KEY_ALIGN, Layout, build, lay_out, packed_keys
-from jax_mla_cp.batch.packing import Packed
+from jax_mla_cp.batch.layout import KEY_ALIGN, StepLayout, build, lay_out, packed_keys
+from jax_mla_cp.batch.packing import DeviceBatch
 from jax_mla_cp.batch.shapes import BatchShape, CacheShape, StepShape
 from jax_mla_cp.batch.step_request import StepRequest
 from jax_mla_cp.config.errors import ConfigError
@@ -22,19 +23,19 @@ from jax_mla_cp.mesh import mesh_shape
 from jax_mla_cp.model.handle import Model
 from jax_mla_cp.step.forward import put
 
-_SMALLEST = 16
+_SMALLEST_BUCKET = 16
 _FINE_FROM = 4096
 _ABSORBED_ONLY = 128
-"""Tokens per rank up to which no row gains by the expanded form (attention/form.py: the crossover against a long prefix
-is at 209), so that these programs do without it. And what a program with expanded rows leaves for absorbed ones, decoding
-requests above all, without doing the absorbed form's products for the whole buffer."""
+"""Tokens per rank up to which programs have no expanded form: no row gains by it (batch/form.py: the crossover against a
+long prefix is at 209). Also the head of the buffer that a program with expanded rows keeps for absorbed ones, decoding requests
+above all, so that it need not do the absorbed form's products for the whole buffer."""
 
-MOST_DRAFT_TOKENS = 4
-"""The layer is trained to guess one token; what it guesses from its own guesses is right less and less often."""
+MAX_DRAFT_TOKENS = 4
+"""The MTP layer is trained to predict one token; predictions from its own predictions are accepted less and less often."""
 
 
-def token_buckets(most: int) -> tuple[int, ...]:
-    """Sizes up to `most` tokens: doubling up to 4K, then at most 1/8 apart, because long steps are dear.
+def token_buckets(largest: int) -> tuple[int, ...]:
+    """Bucket sizes up to `largest` tokens: doubling up to 4K, then at most 1/8 apart, because padding of long steps is expensive.
 
     >>> token_buckets(6000)
     (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 4608, 5184, 5832, 6000)
@@ -42,11 +43,11 @@ def token_buckets(most: int) -> tuple[int, ...]:
     (16, 32, 64, 128, 256, 512, 1024, 2100)
     """
     sizes: list[int] = []
-    size = _SMALLEST
-    while size < most and not (size < _FINE_FROM and most <= size + size // 8):  # the last one does for it too
+    size = _SMALLEST_BUCKET
+    while size < largest and not (size < _FINE_FROM and largest <= size + size // 8):  # `largest` serves both
         sizes.append(size)
         size = 2 * size if size < _FINE_FROM else size + size // 8
-    return (*sizes, most)
+    return (*sizes, largest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +55,8 @@ class Planner:
     """Makes device-ready batches for one model and one cache.
 
     One program is compiled per `StepShape`: with `form="auto"` one for small buckets, and for the others one with expanded
-    rows beside few absorbed tokens (the common one), one beside many, and one without expanded rows. Steps that score have
-    a program for each bucket beside these.
+    rows beside few absorbed tokens (the common one), one beside many, and one without expanded rows. Steps that
+    return prompt log-probabilities have a program for each bucket beside these.
     """
 
     model: Model
@@ -82,8 +83,8 @@ class Planner:
           cache_tokens: tokens that a dp group's pages hold, rounded up to whole pages.
           page_size: tokens of a page.
           max_requests: requests in a step, per dp group.
-          max_len: longest request, prompt and continuation; default: what the model and the cache allow.
-          prefill_chunk: most new tokens in a step of a dp group, not counting those of decoding requests (one, and
+          max_len: maximum length of a request, prompt and output; default: what the model and the cache allow.
+          prefill_chunk: maximum number of new tokens in a step of a dp group, not counting those of decoding requests (one, and
             drafts); default: `max_len`.
           form: of attention. "auto" decides by shape; the others are for all requests but decoding ones.
           draft_tokens: drafts that a step proposes and verifies for each request, with the model's MTP layer; 0: none.
@@ -91,8 +92,8 @@ class Planner:
         Raises:
           ConfigError: sizes that are not positive, a `max_len` beyond the model or the cache, or drafts without MTP layer.
         """
-        if not 0 <= draft_tokens <= MOST_DRAFT_TOKENS:
-            raise ConfigError(f"draft_tokens must be 0 to {MOST_DRAFT_TOKENS}, got {draft_tokens}.")
+        if not 0 <= draft_tokens <= MAX_DRAFT_TOKENS:
+            raise ConfigError(f"draft_tokens must be 0 to {MAX_DRAFT_TOKENS}, got {draft_tokens}.")
         if draft_tokens and not model.build.mtp:
             raise ConfigError(f"draft_tokens={draft_tokens} needs the MTP layer: load the model with mtp=True.")
         sizes = {"cache_tokens": cache_tokens, "page_size": page_size, "max_requests": max_requests, "max_len": max_len}
@@ -107,13 +108,13 @@ class Planner:
         if form not in ("auto", "expanded", "absorbed"):
             raise ConfigError(f"form must be auto, expanded or absorbed, got {form!r}.")
         mesh = mesh_shape(model.mesh)
-        layout = CacheShape(model.build.cache_layers, -(-cache_tokens // page_size), page_size)
-        longest = min(model.config.max_position, layout.tokens)
+        cache_shape = CacheShape(model.build.cache_layers, -(-cache_tokens // page_size), page_size)
+        longest = min(model.config.max_position, cache_shape.tokens)
         max_len = longest if max_len is None else max_len
         if max_len > longest:
             raise ConfigError(
                 f"max_len={max_len} is more than {longest}: the model has {model.config.max_position} positions, "
-                f"the cache holds {layout.tokens} tokens."
+                f"the cache holds {cache_shape.tokens} tokens."
             )
         chunk = min(prefill_chunk or max_len, max_requests * max_len)
         # One request's keys, all of them; of several, those that fit beside the longest (the others are absorbed).
@@ -122,10 +123,10 @@ class Planner:
             dp=mesh.dp,
             cp=mesh.cp,
             # Recycled drafts write one slot per request, and of a single slot, XLA's scatter may copy the cache.
-            requests=-(-max(max_requests, min(draft_tokens, 2)) // mesh.cp) * mesh.cp,
-            table_width=-(-max_len // page_size),
+            max_requests=-(-max(max_requests, min(draft_tokens, 2)) // mesh.cp) * mesh.cp,
+            max_pages=-(-max_len // page_size),
             expanded_keys=0 if form == "absorbed" else packed_keys(keys, page_size),
-            cache=layout,
+            cache=cache_shape,
             form=form,
             draft_tokens=draft_tokens,
         )
@@ -136,39 +137,42 @@ class Planner:
         build = self.model.build
         return cache.create(self.shape.cache, build.config.latent_dim, build.dtype, self.model.mesh)
 
-    def batch(self, works: Sequence[StepRequest] | Sequence[Sequence[StepRequest]]) -> Packed:
-        """The arrays of a step, on the devices. StepRequest i of dp group g is in row `g * shape.requests + i` of its results.
+    def batch(self, requests: Sequence[StepRequest] | Sequence[Sequence[StepRequest]]) -> DeviceBatch:
+        """The arrays of a step, on the devices. Request i of dp group g has row `g * shape.max_requests + i` of the results.
 
         Args:
-          works: a list of works, or with dp > 1 one list per dp group.
+          requests: a list of requests, or with dp > 1 one list per dp group.
 
         Raises:
-          ValueError: a work that doesn't fit, with its index and what is allowed.
+          ValueError: a request that doesn't fit, with its index and what is allowed.
         """
-        groups = [works] if not works or isinstance(works[0], StepRequest) else works
+        groups = [requests] if not requests or isinstance(requests[0], StepRequest) else requests
         # mypy does not conclude from the first item what the others are
         return put(self.model, self.host_batch(groups))  # type: ignore[arg-type]
 
     def host_batch(self, groups: Sequence[Sequence[StepRequest]]) -> Batch:
         """`batch` before it goes to the devices: NumPy arrays, all devices' one after the other."""
-        layouts, step = self.lay_out(groups)
-        return build(layouts, self.shape, step)
+        return build(self.lay_out(groups), self.shape)
 
-    def lay_out(self, groups: Sequence[Sequence[StepRequest]]) -> tuple[list[Layout], StepShape]:
-        """A step's works, checked and divided over the ranks, one list of works per dp group; and the step they need."""
+    def lay_out(self, groups: Sequence[Sequence[StepRequest]]) -> StepLayout:
+        """A step's requests, one list per dp group: checked, divided over the ranks, and the program that they need.
+
+        Raises:
+          ValueError: as `batch`.
+        """
         if len(groups) != self.shape.dp:
-            raise ValueError(f"works: one list per dp group is needed, {self.shape.dp} of them, got {len(groups)}.")
-        columns = [Columns.of(works, self.shape) for works in groups]
-        for works in columns:
-            check_works(works, self.shape, self.model.config)
-        layouts = [lay_out(works, self.shape, self.model.config, expand=False) for works in columns]
-        bucket = self.bucket(max(layout.tokens for layout in layouts))
-        if self._may_expand(bucket):
-            layouts = [lay_out(works, self.shape, self.model.config) for works in columns]
-        if any(work.score for works in groups for work in works):
-            return layouts, self._scored(bucket)
+            raise ValueError(f"requests: one list per dp group is needed, {self.shape.dp} of them, got {len(groups)}.")
+        columns = [RequestColumns.of(requests, self.shape) for requests in groups]
+        for c in columns:
+            check_requests(c, self.shape, self.model.config)
+        # The zigzag gives every rank the same tokens in any order of the requests, so their forms don't change the bucket.
+        loads = [zigzag.loads(c.num_new, c.num_computed, cp=self.shape.cp) for c in columns]
+        bucket = self.bucket(max(int(rank_tokens.max()) for rank_tokens, _ in loads))
+        layouts = [lay_out(c, self.shape, self.model.config, expand=self._may_expand(bucket)) for c in columns]
+        if any(request.prompt_logprobs for requests in groups for request in requests):
+            return StepLayout(layouts, self._prompt_logprobs_step(bucket))
         absorbed = max(layout.absorbed_tokens for layout in layouts)
-        return layouts, self._step(bucket, absorbed, any(layout.expands for layout in layouts))
+        return StepLayout(layouts, self._step(bucket, absorbed, any(layout.has_expanded for layout in layouts)))
 
     def bucket(self, tokens: int) -> int:
         """The smallest bucket that holds so many tokens on a rank."""
@@ -190,27 +194,21 @@ class Planner:
         return tuple(dict.fromkeys(steps))
 
     @property
-    def scored_steps(self) -> tuple[StepShape, ...]:
-        """The shapes of the programs that score, one for each bucket: they are rare."""
-        return tuple(self._scored(bucket) for bucket in self.buckets)
-
-    def step_of(self, batch: Batch) -> StepShape:
-        """The shape of a batch, not scored."""
-        tokens = batch.tokens.shape[0] // (self.shape.dp * self.shape.cp)
-        keys = batch.key_pages.shape[0] // self.shape.dp * self.shape.cache.page_size
-        return StepShape(tokens, batch.absorbed_tokens, keys)
+    def prompt_logprobs_steps(self) -> tuple[StepShape, ...]:
+        """The shapes of the programs that return prompt log-probabilities, one for each bucket: they are rare."""
+        return tuple(self._prompt_logprobs_step(bucket) for bucket in self.buckets)
 
     def sample_batch(self, step: StepShape) -> Batch:
-        """A batch of the shape, with nothing in it, on the host: to compile for."""
-        nothing = lay_out(Columns.of([], self.shape), self.shape, self.model.config)
-        return build([nothing] * self.shape.dp, self.shape, step)
+        """A batch of the shape without a request, on the host: to compile for."""
+        empty = lay_out(RequestColumns.of([], self.shape), self.shape, self.model.config)
+        return build(StepLayout([empty] * self.shape.dp, step), self.shape)
 
     def _may_expand(self, bucket: int) -> bool:
         return self.shape.expanded_keys > 0 and (self.shape.form == "expanded" or bucket > _ABSORBED_ONLY)
 
-    def _scored(self, bucket: int) -> StepShape:
-        """The scoring program of a bucket: for any step that fits."""
-        return dataclasses.replace(self._step(bucket, bucket, True), scored=True)
+    def _prompt_logprobs_step(self, bucket: int) -> StepShape:
+        """The bucket's program that returns prompt log-probabilities: for any step that fits."""
+        return dataclasses.replace(self._step(bucket, bucket, True), prompt_logprobs=True)
 
     def _step(self, bucket: int, absorbed: int, expands: bool) -> StepShape:
         """The program for a step with so many absorbed tokens on a rank."""

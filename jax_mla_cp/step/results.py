@@ -1,4 +1,4 @@
-"""What a step made of its works: from arrays, one for all, to one `StepResult` per work."""
+"""A step's results: from the devices' arrays to one `StepResult` per request."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from jax_mla_cp.batch.arrays import Batch
-from jax_mla_cp.batch.layout import Layout
+from jax_mla_cp.batch.columns import Ints
+from jax_mla_cp.batch.layout import GroupLayout, StepLayout
 from jax_mla_cp.batch.shapes import BatchShape
 from jax_mla_cp.batch.step_request import StepRequest
 from jax_mla_cp.step.sampling import SamplerOutput, TokenLogprobsArrays
@@ -17,7 +17,7 @@ from jax_mla_cp.step.sampling import SamplerOutput, TokenLogprobsArrays
 
 @dataclasses.dataclass(frozen=True)
 class SampledToken:
-    """A sampled token, its log-probability, and the 20 most likely tokens with theirs: the model's own, whatever is adjusted."""
+    """A sampled token, its log-probability, and the 20 most likely tokens with theirs: the model's own, before any logit bias."""
 
     token: int
     logprob: float
@@ -27,79 +27,89 @@ class SampledToken:
 
 @dataclasses.dataclass(frozen=True)
 class TokenLogprobs:
-    """For each of a work's tokens, of the token after it: what the model thinks, whatever is adjusted or sampled.
+    """The model's own prediction after each of a request's new tokens, before any logit bias.
 
-    NaN where the token after it is not known: behind the last one, if the work has no `next_token`, and before drafts.
-    The log-probability of a token that is in the list is the list's float.
+    NaN where the token after it is not known: behind the last one, if the request has no `next_token`, and before drafts.
+    The log-probability of a token that is among the most likely ones is the same float there.
     """
 
     logprobs: NDArray[np.float32]
-    """[len(work.tokens)]"""
+    """[len(request.tokens)]: of the token after each."""
     top_tokens: NDArray[np.int32]
-    """[len(work.tokens), 20]: the most likely ones. (Fewer, if the vocabulary is smaller.)"""
+    """[len(request.tokens), 20]: the most likely ones (fewer, if the vocabulary is smaller)."""
     top_logprobs: NDArray[np.float32]
-    """[len(work.tokens), 20]"""
+    """[len(request.tokens), 20]"""
 
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    """What a step made of one work."""
+    """One request's part of a step's results."""
 
     sampled: list[SampledToken]
-    """Nothing, if the work samples nothing; else the drafts that hold and the token after them."""
+    """Empty if the request samples nothing; else its accepted drafts and the token after them."""
     drafts: list[int]
-    """Guesses at the tokens that follow, for the request's next step."""
-    scored: TokenLogprobs | None = None
-    """Of works with `score`."""
+    """Drafts of the tokens that follow, for the request's next step."""
+    prompt_logprobs: TokenLogprobs | None = None
+    """Of requests with `prompt_logprobs`."""
 
 
-def read_results(
-    arrays: SamplerOutput,
-    groups: Sequence[Sequence[StepRequest]],
-    layouts: Sequence[Layout],
-    batch: Batch,
-    shape: BatchShape,
-) -> list[list[StepResult]]:
-    """One per work, of a step's results as NumPy arrays.
+@dataclasses.dataclass(frozen=True)
+class StepOutcome:
+    """The results of a step, and its load."""
+
+    results: list[list[StepResult]]
+    """One per request, per dp group."""
+    rank_tokens: Ints
+    """[cp]: `StepLayout.rank_tokens`."""
+    rank_pairs: Ints
+    """[cp]: `StepLayout.rank_pairs`."""
+
+
+def read_results(arrays: SamplerOutput, layout: StepLayout, shape: BatchShape) -> StepOutcome:
+    """Reads the step's output.
 
     Args:
-      layouts, batch: those that the step was made of.
+      arrays: the output, as NumPy arrays.
+      layout: of the step that gave them.
     """
     tokens, logprobs = arrays.token.tolist(), arrays.logprob.tolist()
-    tops = list(arrays.top_tokens), list(arrays.top_logprobs)
+    top_tokens, top_logprobs = list(arrays.top_tokens), list(arrays.top_logprobs)
     drafts = None if arrays.drafts is None else arrays.drafts.tolist()
 
-    def one(place: int, work: StepRequest, scored: TokenLogprobs | None) -> StepResult:
-        if work.sampling is None:
-            return StepResult([], [], scored)
-        first, held = place * shape.samples, 0
-        if work.drafts:
-            guesses = work.tokens[len(work.tokens) - work.drafts :]
-            held = next((n for n, guess in enumerate(guesses) if guess != tokens[first + n]), work.drafts)
-        drawn = [
-            SampledToken(tokens[row], logprobs[row], tops[0][row], tops[1][row])
-            for row in range(first, first + held + 1)
+    def result(place: int, request: StepRequest, prompt_logprobs: TokenLogprobs | None) -> StepResult:
+        if request.sampling is None:
+            return StepResult([], [], prompt_logprobs)
+        first, num_accepted = place * shape.samples, 0
+        if request.drafts:
+            proposed = request.tokens[len(request.tokens) - request.drafts :]
+            num_accepted = next((n for n, d in enumerate(proposed) if d != tokens[first + n]), request.drafts)
+        sampled = [
+            SampledToken(tokens[row], logprobs[row], top_tokens[row], top_logprobs[row])
+            for row in range(first, first + num_accepted + 1)
         ]
-        return StepResult(drawn, [] if drafts is None else drafts[place], scored)
+        return StepResult(sampled, [] if drafts is None else drafts[place], prompt_logprobs)
 
     results = []
-    for group, works in enumerate(groups):
-        scored: Sequence[TokenLogprobs | None] = [None] * len(works)
-        if arrays.scored is not None:
-            scored = list(_scored(arrays.scored, group, layouts[group], batch))
-        results.append([one(group * shape.requests + i, work, scored[i]) for i, work in enumerate(works)])
-    return results
+    for g, group in enumerate(layout.groups):
+        requests = group.columns.requests
+        scored: Sequence[TokenLogprobs | None] = [None] * len(requests)
+        if arrays.prompt_logprobs is not None:
+            scored = list(_token_logprobs(arrays.prompt_logprobs, g, group, layout.step.tokens))
+        places = range(g * shape.max_requests, g * shape.max_requests + len(requests))
+        results.append([result(*args) for args in zip(places, requests, scored, strict=True)])
+    return StepOutcome(results, layout.rank_tokens, layout.rank_pairs)
 
 
-def _scored(arrays: TokenLogprobsArrays, group: int, layout: Layout, batch: Batch) -> Iterator[TokenLogprobs | None]:
-    """From the ranks' buffers to the order of each work's tokens."""
-    tokens = len(batch.tokens) // len(batch.num_tokens)
-    place, token = layout.places(tokens)
-    where = np.empty_like(place)
-    where[token] = place + group * layout.plan.cp * tokens
-    logprobs = np.where(batch.next_tokens[where] < 0, np.float32(np.nan), arrays.logprob[where])
+def _token_logprobs(
+    arrays: TokenLogprobsArrays, number: int, group: GroupLayout, tokens: int
+) -> Iterator[TokenLogprobs | None]:
+    """From the buffers of group `number`'s ranks, `tokens` each, to the order of each request's tokens."""
+    index, token = group.buffer_index(tokens)
+    where = np.empty_like(index)
+    where[token] = index + number * group.plan.cp * tokens
+    logprobs = np.where(group.columns.next_tokens < 0, np.float32(np.nan), arrays.logprob[where])
     top_tokens, top_logprobs = arrays.top_tokens[where], arrays.top_logprobs[where]
-    start = layout.works.start.tolist()
-    for work, first, end in zip(layout.works.works, start, start[1:], strict=False):
-        mine = slice(first, end)
-        yield TokenLogprobs(logprobs[mine], top_tokens[mine], top_logprobs[mine]) if work.score else None
+    start = group.columns.start.tolist()
+    for request, first, end in zip(group.columns.requests, start, start[1:], strict=False):
+        span = slice(first, end)
+        yield TokenLogprobs(logprobs[span], top_tokens[span], top_logprobs[span]) if request.prompt_logprobs else None

@@ -1,4 +1,4 @@
-"""`Runner`: one server's model, cache and compiled programs. What the engine calls, step after step."""
+"""`Runner`: the model, the cache and the compiled programs that the engine steps."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from jax.sharding import NamedSharding
 from jax_mla_cp import cache
 from jax_mla_cp.batch.form import Form
 from jax_mla_cp.batch.layout import build
-from jax_mla_cp.batch.packing import pack, packed_specs
+from jax_mla_cp.batch.packing import pack
 from jax_mla_cp.batch.shapes import StepShape
 from jax_mla_cp.batch.step_request import StepRequest
 from jax_mla_cp.cache import PAGES_SPEC
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.config.model import ModelConfig
-from jax_mla_cp.mesh import mesh_shape
+from jax_mla_cp.mesh import declared_specs, mesh_shape
 from jax_mla_cp.model.handle import Model, weight_bytes
 from jax_mla_cp.platform import default_memory_fraction, device_memory
-from jax_mla_cp.step import logit_bias as spread
+from jax_mla_cp.step import logit_bias
 from jax_mla_cp.step.forward import forward_and_sample, put
 from jax_mla_cp.step.planner import Planner
-from jax_mla_cp.step.results import StepResult, read_results
+from jax_mla_cp.step.results import StepOutcome, read_results
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Runner:
         self.max_model_len = max_model_len
         self._programs: dict[StepShape, jax.stages.Compiled] = {}
         self._pages = planner.new_cache()
-        self._logit_bias = spread.LogitBiasBuilder(planner.model, planner.shape)
+        self._bias_builder = logit_bias.LogitBiasBuilder(planner.model, planner.shape)
 
     @property
     def config(self) -> ModelConfig:
@@ -79,29 +79,30 @@ class Runner:
         """A new, empty cache: after a step failed, the donated one may be gone."""
         self._pages = self.planner.new_cache()
 
-    def check(self, work: StepRequest) -> None:
-        """Looks at one work, as `step` does.
+    def check(self, request: StepRequest) -> None:
+        """Checks one request alone.
 
         Raises:
-          ValueError: it doesn't fit.
+          ValueError: it doesn't fit, as in `step`.
         """
-        self.planner.lay_out([[work], *[[]] * (self.dp - 1)])
+        self.planner.lay_out([[request], *[[]] * (self.dp - 1)])
 
-    def step(self, work: Sequence[Sequence[StepRequest]]) -> list[list[StepResult]]:
-        """Runs one step and waits for it.
+    def step(self, groups: Sequence[Sequence[StepRequest]]) -> StepOutcome:
+        """Runs one step and waits for its results.
 
         Args:
-          work: per dp group, at most `max_running` works; their new tokens, those of decoding requests aside, at most
+          groups: per dp group, at most `max_running` requests; their new tokens, those of decoding requests aside, at most
             `prefill_chunk`.
 
         Raises:
-          ValueError: a work that doesn't fit; nothing has run then.
+          ValueError: a request that doesn't fit; nothing has run then.
         """
-        layouts, shape = self.planner.lay_out(work)
-        batch = build(layouts, self.planner.shape, shape)
-        program, model = self._program(shape), self.planner.model
-        sampled, self._pages = program(model, self._pages, put(model, batch), self._logit_bias(work))
-        return read_results(jax.device_get(sampled), work, layouts, batch, self.planner.shape)
+        planner, model = self.planner, self.planner.model
+        layout = planner.lay_out(groups)
+        batch = put(model, build(layout, planner.shape))
+        program = self._program(layout.step)
+        output, self._pages = program(model, self._pages, batch, self._bias_builder(groups))
+        return read_results(jax.device_get(output), layout, planner.shape)
 
     @property
     def grid(self) -> str:
@@ -112,14 +113,14 @@ class Runner:
 
     def warmup(self, progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda done, total: done) -> None:
         """Compiles all programs, several at a time. `progress` wraps what yields once for each, as rich.progress.track does."""
-        self._logit_bias.warmup()
+        self._bias_builder.warmup()
         with ThreadPoolExecutor(_COMPILERS) as pool:
             for _ in progress(pool.map(self._program, self._shapes), len(self._shapes)):
                 pass
 
     @property
     def _shapes(self) -> tuple[StepShape, ...]:
-        return self.planner.steps + self.planner.scored_steps
+        return self.planner.steps + self.planner.prompt_logprobs_steps
 
     def _program(self, shape: StepShape) -> jax.stages.Compiled:
         if shape not in self._programs:
@@ -133,10 +134,10 @@ def compile_step(planner: Planner, shape: StepShape) -> jax.stages.Compiled:
     """The step of one shape, its cache donated: called with (model, pages, packed batch, adjustments)."""
     model = planner.model
     packed = pack(planner.sample_batch(shape), mesh_shape(model.mesh))
-    batch = jax.tree.map(lambda x, spec: _struct(model, x, spec), packed, packed_specs(packed))
+    batch = jax.tree.map(lambda x, spec: _struct(model, x, spec), packed, declared_specs(packed))
     pages = _struct(model, jax.eval_shape(planner.new_cache), PAGES_SPEC)
-    program = jax.jit(functools.partial(forward_and_sample, scored=shape.scored), donate_argnums=1)
-    return program.lower(model, pages, batch, spread.shapes(model, planner.shape)).compile()
+    program = jax.jit(functools.partial(forward_and_sample, prompt_logprobs=shape.prompt_logprobs), donate_argnums=1)
+    return program.lower(model, pages, batch, logit_bias.shapes(model, planner.shape)).compile()
 
 
 def _struct(model: Model, x: Any, spec: Any) -> jax.ShapeDtypeStruct:
@@ -220,10 +221,10 @@ def _pages_that_fit(probe: Planner, fraction: float) -> int:
     """Pages that fit a device beside what the planner's largest steps need."""
     model = probe.model
     # The last has the most absorbed tokens, but only few of them take decode's kernel and its scratch (attention/fa3.py).
-    largest = [probe.scored_steps[-1], *(probe.steps[-2:-1] if model.build.attention == "fa3" else ())]
+    largest = [probe.prompt_logprobs_steps[-1], *(probe.steps[-2:-1] if model.build.attention == "fa3" else ())]
     log.info("compiling the largest steps, to know the memory that they need")
     needs = max(map(_temporaries, (compile_step(probe, shape) for shape in largest)))
-    free = device_memory() * fraction - needs - spread.device_bytes(model, probe.shape)
+    free = device_memory() * fraction - needs - logit_bias.device_bytes(model, probe.shape)
     if jax.local_devices()[0].platform != "cpu":  # what is free on a CPU no longer holds the weights
         free -= weight_bytes(model.build)
     layout = probe.shape.cache

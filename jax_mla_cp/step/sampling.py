@@ -34,39 +34,39 @@ class SamplerOutput:
     logprob: Any  # float32 [J]
     top_tokens: Any  # int32 [J, min(20, V)]
     top_logprobs: Any  # float32 [J, min(20, V)]
-    drafts: Any = None  # int32 [I, d]: guesses at each request's following tokens; None without speculation
-    scored: TokenLogprobsArrays | None = None  # of a step that scores
+    drafts: Any = None  # int32 [I, d]: each request's next drafts; None without speculation
+    prompt_logprobs: TokenLogprobsArrays | None = None  # of steps with StepShape.prompt_logprobs
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenLogprobsArrays:
-    """Per token of each rank's buffer, as in `SamplerOutput`, of the token after it; of no meaning where
-    `Batch.next_tokens` is -1."""
+    """Per token of each rank's buffer, as in `SamplerOutput`, for the token after it; undefined where `Batch.next_tokens`
+    is -1."""
 
     logprob: Any  # float32 [T]
     top_tokens: Any  # int32 [T, min(20, V)]
     top_logprobs: Any  # float32 [T, min(20, V)]
 
 
-def sample(logits: Float[Array, "J V"], how: SamplingArrays, bias: LogitBiasArrays | None = None) -> SamplerOutput:
+def sample(logits: Float[Array, "J V"], params: SamplingArrays, bias: LogitBiasArrays | None = None) -> SamplerOutput:
     """One token per place. Temperature 0 takes the most likely token, the first of equal ones.
 
     Args:
-      bias: what is done to the logits that tokens are chosen by. Places without any are as if it were None.
+      bias: changes to the logits that tokens are chosen by. Places without one are sampled as with None.
     """
     logprobs = jax.nn.log_softmax(logits.astype(jnp.float32))
     scores = logprobs if bias is None else apply_logit_bias(logits, logprobs, bias)
     greedy = jnp.argmax(scores, axis=-1).astype(jnp.int32)
-    random = lax.cond((how.temperature > 0).any(), _draw, lambda *_: greedy, scores, how)
-    token = jnp.where(how.temperature > 0, random, greedy)
-    return SamplerOutput(token, *likely(logprobs, token))
+    random = lax.cond((params.temperature > 0).any(), _sample_random, lambda *_: greedy, scores, params)
+    token = jnp.where(params.temperature > 0, random, greedy)
+    return SamplerOutput(token, *gather_logprobs(logprobs, token))
 
 
-def likely(
+def gather_logprobs(
     logprobs: Float[Array, "J V"], token: Int32[Array, " J"]
 ) -> tuple[Float[Array, " J"], Int32[Array, "J k"], Float[Array, "J k"]]:
-    """The tokens' log-probabilities, and the most likely tokens with theirs: bit for bit the same for the same token."""
+    """The tokens' log-probabilities, and the most likely tokens with theirs: bit-equal for the same token."""
     top_logprobs, top_tokens = lax.top_k(logprobs, min(TOP_LOGPROBS, logprobs.shape[-1]))
     own = jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
     # XLA may compute what is gathered a second time, in another order.
@@ -75,23 +75,25 @@ def likely(
     return own, top_tokens, top_logprobs
 
 
-def _draw(logprobs: jax.Array, how: SamplingArrays) -> Int32[Array, " J"]:
+def _sample_random(logprobs: jax.Array, params: SamplingArrays) -> Int32[Array, " J"]:
     # Less the largest, which stays 0: at tiny temperatures the others may overflow to -inf.
     below = logprobs - logprobs.max(-1, keepdims=True)
-    scaled = below / jnp.where(how.temperature > 0, how.temperature, 1.0)[:, None]
-    scaled = lax.cond((how.min_p > 0).any(), lambda s: _likely_enough(s, how), lambda s: vary_like(s, how), scaled)
-    truncated = ((how.top_p < 1) | (how.top_k > 0)).any()
-    everything = vary_like(jnp.ones(scaled.shape, jnp.bool_), scaled, how)
-    kept = lax.cond(truncated, lambda s: vary_like(_nucleus(s, how), how), lambda s: everything, scaled)
+    scaled = below / jnp.where(params.temperature > 0, params.temperature, 1.0)[:, None]
+    scaled = lax.cond(
+        (params.min_p > 0).any(), lambda s: _apply_min_p(s, params), lambda s: vary_like(s, params), scaled
+    )
+    truncates = ((params.top_p < 1) | (params.top_k > 0)).any()
+    all_kept = vary_like(jnp.ones(scaled.shape, jnp.bool_), scaled, params)
+    kept = lax.cond(truncates, lambda s: vary_like(_top_k_top_p(s, params), params), lambda s: all_kept, scaled)
     # argmax(log p + Gumbel noise) is a draw from p.
-    noise = jax.vmap(_gumbel, in_axes=(0, 0, None))(how.seed, how.position, logprobs.shape[-1])
+    noise = jax.vmap(_gumbel, in_axes=(0, 0, None))(params.seed, params.position, logprobs.shape[-1])
     return jnp.argmax(jnp.where(kept, scaled + noise, -jnp.inf), axis=-1).astype(jnp.int32)
 
 
-def _likely_enough(scaled: Float[Array, "J V"], how: SamplingArrays) -> Float[Array, "J V"]:
-    """-inf for tokens with p < min_p * (the largest p); before `_nucleus`, as in vLLM."""
-    least = scaled.max(-1, keepdims=True) + jnp.log(how.min_p)[:, None]
-    return vary_like(jnp.where(scaled >= least, scaled, -jnp.inf), how)
+def _apply_min_p(scaled: Float[Array, "J V"], params: SamplingArrays) -> Float[Array, "J V"]:
+    """Sets tokens with p < min_p * (the largest p) to -inf; before `_top_k_top_p`, as in vLLM."""
+    least = scaled.max(-1, keepdims=True) + jnp.log(params.min_p)[:, None]
+    return vary_like(jnp.where(scaled >= least, scaled, -jnp.inf), params)
 
 
 def _gumbel(seed: UInt32[Array, " 2"], position: Int32[Array, ""], vocab: int) -> Float[Array, " V"]:
@@ -99,13 +101,13 @@ def _gumbel(seed: UInt32[Array, " 2"], position: Int32[Array, ""], vocab: int) -
     return jax.random.gumbel(key, (vocab,), jnp.float32)
 
 
-def _nucleus(scaled: Float[Array, "J V"], how: SamplingArrays) -> Bool[Array, "J V"]:
-    """The `top_k` most likely tokens, and of those the fewest whose probability reaches `top_p`."""
+def _top_k_top_p(scaled: Float[Array, "J V"], params: SamplingArrays) -> Bool[Array, "J V"]:
+    """Mask of the `top_k` most likely tokens, cut to the fewest whose probability reaches `top_p`."""
     order = jnp.argsort(-scaled, axis=-1, stable=True)
     ranked = jnp.take_along_axis(scaled, order, axis=-1)
     rank = jnp.arange(scaled.shape[-1])
-    ranked = jnp.where((how.top_k[:, None] == 0) | (rank < how.top_k[:, None]), ranked, -jnp.inf)
+    ranked = jnp.where((params.top_k[:, None] == 0) | (rank < params.top_k[:, None]), ranked, -jnp.inf)
     p = jax.nn.softmax(ranked, axis=-1)
     before = jnp.cumsum(p, axis=-1) - p
-    kept = (ranked > -jnp.inf) & ((before < how.top_p[:, None]) | (rank == 0))
+    kept = (ranked > -jnp.inf) & ((before < params.top_p[:, None]) | (rank == 0))
     return jnp.put_along_axis(jnp.zeros_like(kept), order, kept, axis=-1, inplace=False)

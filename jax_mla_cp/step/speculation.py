@@ -1,21 +1,21 @@
-"""Speculative decoding: which drafts hold, and the MTP layer's next ones. Per device, after the model and the sampler.
+"""Speculative decoding: acceptance of drafts, and the MTP layer's next ones. Per device, after the model and the sampler.
 
 A step's new tokens of a decoding request are the last sampled one and `n <= d` drafts. The model runs over all of them, and
 the sampler draws a token after each, from the model's distribution there and with the key of (seed, position) that it would
-have used anyway. Drafts hold as long as they are what was drawn; the first drawn token that differs takes its draft's place,
-and if all hold, the last drawn one comes on top: 1 to n + 1 tokens a step.
+have used anyway. A draft is accepted while it equals the token drawn in its place. The first drawn token that differs replaces
+its draft; if all are accepted, the last drawn token is a bonus: 1 to n + 1 tokens a step.
 
-Why no probability is compared: a draft is an argmax, so its proposal distribution is a point. Rejection sampling
+No probabilities are compared: a draft is an argmax, so its proposal distribution is a point. Rejection sampling
 (arXiv:2211.17192, section 2.3) accepts a draft x with probability min(1, p(x) / 1) = p(x), and otherwise draws from p without
 x. Drawing y from p and accepting if y = x does the same: y = x happens with probability p(x), and y given y != x is
 distributed as p without x. It is independent of how x came about, because x follows from tokens before it, whose random
 numbers are others. So the output has the model's distribution; and since y is the token that would have been drawn without
 drafts, it is even the same output, up to ties that floating point breaks in another way.
 
-The MTP layer runs over the whole step's buffer, prompts and drafts alike, with the plan that the model's layers ran with:
-its latents must be in the cache before it can guess. It needs the token after each, of which the plan brings those that are
-known; the others have just been drawn. Behind a draft that does not hold, latents are of tokens that do not exist: no
-row's `kv_len` reaches them before later steps have written over them.
+The MTP layer runs over the whole step's buffer, prompts and drafts alike, with the rows of the model's layers: its latents
+must be in the cache before it can draft. It needs the token after each: the batch brings those that are known, and the others
+have just been drawn. Latents behind a rejected draft belong to tokens that do not exist; no row's `kv_len` reaches them before
+later steps have written over them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def propose(
     batch: Batch,
     sampled: Int32[Array, " J/cp"],
 ) -> tuple[Int32[Array, "I/cp d"], Float[Array, "pages page_size C"]]:
-    """Drafts for each request of this rank's share, and the cache with the MTP layer's latents.
+    """Drafts for this rank's share of the requests, and the cache with the MTP layer's latents.
 
     Args:
       hidden: the model's states after the final norm.
@@ -50,52 +50,56 @@ def propose(
     """
     axes, spec = decoder.build.axes, batch.speculation
     assert spec is not None
-    most = spec.drafts.shape[1]
-    drawn = axes.all_gather(sampled.reshape(-1, 1 + most), CP)
-    held = accepted(drawn, spec.drafts)
+    num_drafts = spec.drafts.shape[1]
+    drawn = axes.all_gather(sampled.reshape(-1, 1 + num_drafts), CP)
+    num_accepted = count_accepted(drawn, spec.drafts)
     state, pages = decoder.mtp(decoder.embed_tokens(_next_tokens(batch, drawn)), hidden, pages, decoder.inputs(batch))
-    at = jnp.take_along_axis(batch.last_index.reshape(-1, 1 + most), held[:, None], axis=1)[:, 0]
-    state = axes.psum_scatter(state.at[at].get(mode="fill", fill_value=0), CP)
-    draft = _best(decoder, state)
-    if most == 1:
+    last = jnp.take_along_axis(batch.last_index.reshape(-1, 1 + num_drafts), num_accepted[:, None], axis=1)[:, 0]
+    state = axes.psum_scatter(state.at[last].get(mode="fill", fill_value=0), CP)
+    draft = _greedy(decoder, state)
+    if num_drafts == 1:
         return draft[:, None], pages
 
-    def again(
+    def recycle(
         carry: tuple[jax.Array, jax.Array, jax.Array], ahead: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array]:
         state, draft, pages = carry
-        inputs = _inputs(decoder, batch, spec.first + held + ahead, spec.room, pages.shape)
+        inputs = _inputs(decoder, batch, spec.first_position + num_accepted + ahead, spec.writable_end, pages.shape)
         state, pages = decoder.mtp(decoder.embed_tokens(draft), state, pages, inputs)
-        draft = _best(decoder, state)
+        draft = _greedy(decoder, state)
         return (state, draft, pages), draft
 
-    (_, _, pages), more = lax.scan(again, (state, draft, pages), jnp.arange(1, most))
+    (_, _, pages), more = lax.scan(recycle, (state, draft, pages), jnp.arange(1, num_drafts))
     return jnp.concatenate([draft[None], more]).T, pages
 
 
-def accepted(drawn: Int32[Array, "I 1+d"], drafts: Int32[Array, "I d"]) -> Int32[Array, " I"]:
-    """How many drafts of each request hold: those before the first that is not what was drawn in its place."""
+def count_accepted(drawn: Int32[Array, "I 1+d"], drafts: Int32[Array, "I d"]) -> Int32[Array, " I"]:
+    """Number of accepted drafts of each request: those before the first that differs from the token drawn in its place."""
     return jnp.cumprod(drawn[:, :-1] == drafts, axis=1, dtype=jnp.int32).sum(1)
 
 
 def _next_tokens(batch: Batch, drawn: Int32[Array, "I 1+d"]) -> Int32[Array, " T"]:
-    """The token after each of this rank's; behind the first draft that does not hold, of no meaning."""
+    """The token after each of this rank's; undefined behind the first rejected draft."""
     filled = batch.next_tokens.at[batch.last_index].set(drawn.reshape(-1), mode="drop")
     return jnp.where(batch.next_tokens < 0, filled, batch.next_tokens)
 
 
-def _best(decoder: Decoder, state: Float[Array, "I/cp D"]) -> Int32[Array, " I/cp"]:
+def _greedy(decoder: Decoder, state: Float[Array, "I/cp D"]) -> Int32[Array, " I/cp"]:
     with jax.named_scope("head"):
         return jnp.argmax(decoder.logits(state), axis=-1).astype(jnp.int32)
 
 
 def _inputs(
-    decoder: Decoder, batch: Batch, position: Int32[Array, " I"], room: Int32[Array, " I"], shape: tuple[int, ...]
+    decoder: Decoder,
+    batch: Batch,
+    position: Int32[Array, " I"],
+    writable_end: Int32[Array, " I"],
+    shape: tuple[int, ...],
 ) -> LayerInputs:
     """One token of each request, at `position`: each rank computes its share, all write all latents.
 
-    Latents beyond a request's room are dropped; what is proposed from there is of no use to the request. Pages that begin
-    within it have been zeroed by the pass over the step's tokens (here, XLA could do so before that pass's attention has read
+    Latents at or past `writable_end` are dropped; the request has no use for drafts from there. Pages that begin
+    before it have been zeroed by the pass over the step's tokens (here, XLA could do so before that pass's attention has read
     the cache, and would copy it).
     """
     c, axes = decoder.build.config, decoder.build.axes
@@ -103,18 +107,18 @@ def _inputs(
     requests = len(position)
     share = requests // axes.size(CP)
 
-    def mine(values: jax.Array) -> jax.Array:
+    def share_of(values: jax.Array) -> jax.Array:
         return lax.dynamic_slice_in_dim(values, axes.index(CP) * share, share)
 
-    fits = position < room
+    fits = position < writable_end
     page = jnp.take_along_axis(batch.page_table, jnp.where(fits, position // page_size, 0)[:, None], axis=1)[:, 0]
     slots = jnp.where(fits, page * page_size + position % page_size, total_pages * page_size + jnp.arange(requests))
-    exists = mine(room) > 0  # requests stand before places without one
-    cos, sin = rope_angles(mine(position), c.qk_rope_head_dim, c.rope)
+    exists = share_of(writable_end) > 0  # requests stand before places without one
+    cos, sin = rope_angles(share_of(position), c.qk_rope_head_dim, c.rope)
     number = jnp.arange(share)
     rows = Rows(
         cu_q=jnp.minimum(jnp.arange(share + 1), exists.sum()),
-        kv_len=jnp.where(exists, mine(jnp.minimum(position + 1, room)), 0),
+        kv_len=jnp.where(exists, share_of(jnp.minimum(position + 1, writable_end)), 0),
         kv_start=jnp.zeros_like(number),
         request=number,
     )
@@ -124,9 +128,9 @@ def _inputs(
         cos=cos,
         sin=sin,
         slots=slots,
-        fresh=batch.fresh[:0],
+        pages_to_zero=batch.pages_to_zero[:0],
         key_pages=batch.key_pages[:0],
         absorbed=rows,
-        row_pages=mine(batch.page_table),
+        row_pages=share_of(batch.page_table),
         absorbed_tokens=share,
     )

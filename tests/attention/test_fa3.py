@@ -80,7 +80,7 @@ def test_absorbed_rows_have_their_own_part_of_a_step() -> None:
         StepShape(largest, largest, 1152),
     )
     for step in planner.steps:
-        assert planner.step_of(planner.sample_batch(step)) == step
+        assert step_of(planner, planner.sample_batch(step)) == step
 
 
 def test_a_page_is_a_multiple_of_the_kernels_tile() -> None:

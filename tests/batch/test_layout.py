@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from jax_mla_cp import mesh
 from jax_mla_cp.batch import columns
 from jax_mla_cp.batch.arrays import Batch
-from jax_mla_cp.batch.check import check_works
-from jax_mla_cp.batch.columns import Columns
+from jax_mla_cp.batch.check import check_requests
+from jax_mla_cp.batch.columns import RequestColumns
 from jax_mla_cp.batch.form import use_expanded
-from jax_mla_cp.batch.layout import Layout, build, lay_out
+from jax_mla_cp.batch.layout import GroupLayout, StepLayout, build, lay_out
 from jax_mla_cp.batch.shapes import BatchShape, CacheShape, StepShape
 from jax_mla_cp.batch.step_request import SamplingParams, StepRequest
 from jax_mla_cp.batch.zigzag import plan
@@ -28,37 +28,37 @@ from tests.helpers.synthetic import CONFIG
 PAGE = 8
 
 
-def shape(cp: int, requests: int, form: str = "auto", expanded_keys: int = 1664, drafts: int = 0) -> BatchShape:
-    return BatchShape(1, cp, -(-requests // cp) * cp, 16, expanded_keys, CacheShape(3, 200, PAGE), form, drafts)  # type: ignore[arg-type]
+def shape(cp: int, lengths: int, form: str = "auto", expanded_keys: int = 1664, drafts: int = 0) -> BatchShape:
+    return BatchShape(1, cp, -(-lengths // cp) * cp, 16, expanded_keys, CacheShape(3, 200, PAGE), form, drafts)  # type: ignore[arg-type]
 
 
-def fit(layout: Layout, at: BatchShape, spare: int = 0) -> StepShape:
+def fit(layout: GroupLayout, at: BatchShape, spare: int = 0) -> StepShape:
     """Just large enough, and `spare` tokens more."""
-    return StepShape(layout.tokens + spare, layout.absorbed_tokens, at.expanded_keys)
+    return StepShape(layout.max_tokens + spare, layout.absorbed_tokens, at.expanded_keys)
 
 
-def make_works(requests: list[tuple[int, int]], seed: int = 0) -> list[StepRequest]:
+def make_requests(lengths: list[tuple[int, int]], seed: int = 0) -> list[StepRequest]:
     rng = np.random.default_rng(seed)
     free = rng.permutation(200).tolist()
-    works = []
-    for new, cached in requests:
+    requests = []
+    for new, cached in lengths:
         pages = [free.pop() for _ in range(-(-(new + cached) // PAGE))]
-        works.append(
-            StepRequest(rng.integers(0, CONFIG.vocab_size, new), cached, pages, SamplingParams(seed=len(works)))
+        requests.append(
+            StepRequest(rng.integers(0, CONFIG.vocab_size, new), cached, pages, SamplingParams(seed=len(requests)))
         )
-    return works
+    return requests
 
 
-requests = st.lists(st.tuples(st.integers(1, 60), st.integers(0, 40)), min_size=1, max_size=8)
+lengths = st.lists(st.tuples(st.integers(1, 60), st.integers(0, 40)), min_size=1, max_size=8)
 
 
-@given(requests, st.integers(1, 9), st.sampled_from(["auto", "expanded", "absorbed"]))
+@given(lengths, st.integers(1, 9), st.sampled_from(["auto", "expanded", "absorbed"]))
 @settings(deadline=None)
-def test_every_token_is_in_its_place(requests: list[tuple[int, int]], cp: int, form: str) -> None:
-    works, at = make_works(requests), shape(cp, len(requests), form)
-    layout = lay_out(Columns.of(works, at), at, CONFIG)
-    size = layout.tokens + 3
-    batch = build([layout], at, fit(layout, at, spare=3))
+def test_every_token_is_in_its_place(lengths: list[tuple[int, int]], cp: int, form: str) -> None:
+    requests, at = make_requests(lengths), shape(cp, len(lengths), form)
+    layout = lay_out(RequestColumns.of(requests, at), at, CONFIG)
+    size = layout.max_tokens + 3
+    batch = build(StepLayout([layout], fit(layout, at, spare=3)), at)
     seen = set()
     for k in range(cp):
         mine = slice(k * size, (k + 1) * size)
@@ -67,7 +67,7 @@ def test_every_token_is_in_its_place(requests: list[tuple[int, int]], cp: int, f
         assert (slots[count:] >= at.cache.total_slots).all(), "padding is written nowhere, in any layer"
         covered = 0
         for rows in (batch.expanded, batch.absorbed):
-            many = 2 * at.requests
+            many = 2 * at.max_requests
             cu_q = rows.cu_q[k * (many + 1) : (k + 1) * (many + 1)]
             assert (np.diff(cu_q) >= 0).all()
             for b in np.flatnonzero(np.diff(cu_q)):
@@ -76,32 +76,32 @@ def test_every_token_is_in_its_place(requests: list[tuple[int, int]], cp: int, f
                 for j, t in enumerate(range(cu_q[b], cu_q[b + 1])):
                     position = kv_len - (cu_q[b + 1] - cu_q[b]) + j
                     assert positions[t] == position
-                    assert tokens[t] == works[i].tokens[position - works[i].cached]
-                    assert slots[t] == works[i].pages[position // PAGE] * PAGE + position % PAGE
+                    assert tokens[t] == requests[i].tokens[position - requests[i].num_computed]
+                    assert slots[t] == requests[i].pages[position // PAGE] * PAGE + position % PAGE
                     assert rows is batch.expanded or t < layout.absorbed_tokens
                     seen.add((i, position))
                     covered += 1
                 if rows is batch.expanded:  # the row's keys are its request's pages, in order
                     first = int(rows.kv_start[k * many + b]) // PAGE
                     used = -(-kv_len // PAGE)
-                    assert batch.key_pages[first : first + used].tolist() == list(works[i].pages[:used])
+                    assert batch.key_pages[first : first + used].tolist() == list(requests[i].pages[:used])
         assert covered == count
-    assert seen == {(i, cached + t) for i, (new, cached) in enumerate(requests) for t in range(new)}
+    assert seen == {(i, cached + t) for i, (new, cached) in enumerate(lengths) for t in range(new)}
     last = batch.last_index.reshape(cp, -1)
-    for i, work in enumerate(works):
+    for i, request in enumerate(requests):
         (rank,) = np.flatnonzero(last[:, i] < size)
-        assert batch.positions[rank * size + last[rank, i]] == work.cached + len(work.tokens) - 1
-    assert (last[:, len(works) :] == size).all()
+        assert batch.positions[rank * size + last[rank, i]] == request.num_computed + len(request.tokens) - 1
+    assert (last[:, len(requests) :] == size).all()
 
 
-@given(requests, st.integers(1, 9))
+@given(lengths, st.integers(1, 9))
 @settings(deadline=None)
-def test_packed_keys_share_no_tile(requests: list[tuple[int, int]], cp: int) -> None:
+def test_packed_keys_share_no_tile(lengths: list[tuple[int, int]], cp: int) -> None:
     """128 keys from any request's start belong to it or are gaps, which read as zeros."""
-    works, at = make_works(requests), shape(cp, len(requests), "expanded")
-    layout = lay_out(Columns.of(works, at), at, CONFIG)
-    batch = build([layout], at, fit(layout, at))
-    owner = {page: i for i, work in enumerate(works) for page in work.pages}
+    requests, at = make_requests(lengths), shape(cp, len(lengths), "expanded")
+    layout = lay_out(RequestColumns.of(requests, at), at, CONFIG)
+    batch = build(StepLayout([layout], fit(layout, at)), at)
+    owner = {page: i for i, request in enumerate(requests) for page in request.pages}
     rows = batch.expanded
     for b in np.flatnonzero(rows.kv_len):
         start, tiles = int(rows.kv_start[b]), -(-int(rows.kv_len[b]) // 128) * 128
@@ -109,19 +109,23 @@ def test_packed_keys_share_no_tile(requests: list[tuple[int, int]], cp: int) -> 
             assert page >= at.cache.total_pages or owner[int(page)] == rows.request[b]
 
 
-def test_fresh_pages_are_those_that_the_step_begins_and_does_not_fill() -> None:
+def test_pages_to_zero_are_those_that_the_step_begins_and_does_not_fill() -> None:
     at = shape(2, 4)
-    works = make_works([(9, 0), (8, 0), (3, 2), (1, 8)])  # begins page 1; fills page 0; goes on; begins page 1
-    batch = build([lay_out(Columns.of(works, at), at, CONFIG)], at, StepShape(16, 16, at.expanded_keys))
-    fresh = [int(page) for page in batch.fresh if page < at.cache.total_pages]
-    assert fresh == [works[0].pages[1], works[3].pages[1]]
+    requests = make_requests([(9, 0), (8, 0), (3, 2), (1, 8)])  # begins page 1; fills page 0; goes on; begins page 1
+    batch = build(
+        StepLayout([lay_out(RequestColumns.of(requests, at), at, CONFIG)], StepShape(16, 16, at.expanded_keys)), at
+    )
+    to_zero = [int(page) for page in batch.pages_to_zero if page < at.cache.total_pages]
+    assert to_zero == [requests[0].pages[1], requests[3].pages[1]]
 
 
 def test_sampling_goes_with_its_request() -> None:
     at = shape(2, 4)
-    works = make_works([(1, 4), (30, 0), (2, 2)])
-    works[2] = dataclasses.replace(works[2], sampling=None)
-    batch: Batch = build([lay_out(Columns.of(works, at), at, CONFIG)], at, StepShape(32, 32, at.expanded_keys))
+    requests = make_requests([(1, 4), (30, 0), (2, 2)])
+    requests[2] = dataclasses.replace(requests[2], sampling=None)
+    batch: Batch = build(
+        StepLayout([lay_out(RequestColumns.of(requests, at), at, CONFIG)], StepShape(32, 32, at.expanded_keys)), at
+    )
     assert batch.sampling.position.tolist() == [5, 30, 0, 0]
     assert batch.sampling.seed[:2, 0].tolist() == [0, 1]
     assert batch.sampling.temperature.tolist() == [1, 1, 0, 0]
@@ -131,52 +135,52 @@ def test_sampling_goes_with_its_request() -> None:
 def speculating(draw: st.DrawFn) -> tuple[list[StepRequest], int]:
     """Prompts' chunks and ends, decoding requests with drafts, and how many drafts there may be."""
     most = draw(st.integers(1, 4))
-    works = []
-    for work in make_works(draw(requests)):
-        drafts = draw(st.integers(0, min(most, len(work.tokens) - 1)))
+    requests = []
+    for request in make_requests(draw(lengths)):
+        drafts = draw(st.integers(0, min(most, len(request.tokens) - 1)))
         follows = draw(st.one_of(st.none(), st.integers(0, CONFIG.vocab_size - 1)))
         if draw(st.booleans()):
-            works.append(dataclasses.replace(work, drafts=drafts))
+            requests.append(dataclasses.replace(request, drafts=drafts))
         else:
-            works.append(dataclasses.replace(work, sampling=None, next_token=follows))
-    return works, most
+            requests.append(dataclasses.replace(request, sampling=None, next_token=follows))
+    return requests, most
 
 
 @given(speculating(), st.integers(1, 5))
 @settings(deadline=None)
 def test_every_token_goes_with_its_next_one(case: tuple[list[StepRequest], int], cp: int) -> None:
     """Next tokens are permuted like the tokens; what is sampled after is where the plan put it."""
-    works, most = case
-    at = shape(cp, len(works), drafts=most)
-    check_works(Columns.of(works, at), at, CONFIG)
-    layout = lay_out(Columns.of(works, at), at, CONFIG)
-    size = layout.tokens + 2
-    batch = build([layout], at, fit(layout, at, spare=2))
-    owner = {page: i for i, work in enumerate(works) for page in work.pages}
+    requests, most = case
+    at = shape(cp, len(requests), drafts=most)
+    check_requests(RequestColumns.of(requests, at), at, CONFIG)
+    layout = lay_out(RequestColumns.of(requests, at), at, CONFIG)
+    size = layout.max_tokens + 2
+    batch = build(StepLayout([layout], fit(layout, at, spare=2)), at)
+    owner = {page: i for i, request in enumerate(requests) for page in request.pages}
     seen = 0
     for k in range(cp):
         for t in range(k * size, k * size + int(batch.num_tokens[k])):
-            work = works[owner[int(batch.slots[t]) // PAGE]]
-            offset = int(batch.positions[t]) - work.cached
-            known = len(work.tokens) - 1 - work.drafts
-            end = -1 if work.next_token is None else work.next_token
-            assert batch.next_tokens[t] == (work.tokens[offset + 1] if offset < known else end)
+            request = requests[owner[int(batch.slots[t]) // PAGE]]
+            offset = int(batch.positions[t]) - request.num_computed
+            known = len(request.tokens) - 1 - request.drafts
+            end = -1 if request.next_token is None else request.next_token
+            assert batch.next_tokens[t] == (request.tokens[offset + 1] if offset < known else end)
             seen += 1
-    assert seen == sum(len(work.tokens) for work in works)
+    assert seen == sum(len(request.tokens) for request in requests)
     last = batch.last_index.reshape(cp, -1, 1 + most)
     sampling = {name: value.reshape(-1, 1 + most, *value.shape[1:]) for name, value in vars(batch.sampling).items()}
     assert batch.speculation is not None
-    for i, work in enumerate(works):
-        first = work.cached + len(work.tokens) - 1 - work.drafts
-        assert batch.speculation.first[i] == first
-        guesses = [*work.tokens[len(work.tokens) - work.drafts :], *[-1] * (most - work.drafts)]
+    for i, request in enumerate(requests):
+        first = request.num_computed + len(request.tokens) - 1 - request.drafts
+        assert batch.speculation.first_position[i] == first
+        guesses = [*request.tokens[len(request.tokens) - request.drafts :], *[-1] * (most - request.drafts)]
         assert batch.speculation.drafts[i].tolist() == guesses
         for j in range(1 + most):
             (ranks,) = np.nonzero(last[:, i, j] < size)
-            assert len(ranks) == (j <= work.drafts)
+            assert len(ranks) == (j <= request.drafts)
             for rank in ranks:
                 assert batch.positions[rank * size + last[rank, i, j]] == first + j
-            drawn = work.sampling is not None and j <= work.drafts
+            drawn = request.sampling is not None and j <= request.drafts
             assert sampling["position"][i, j] == (first + j + 1 if drawn else 0)
             assert sampling["temperature"][i, j] == drawn
             assert sampling["seed"][i, j, 0] == (i if drawn else 0)
@@ -185,18 +189,25 @@ def test_every_token_goes_with_its_next_one(case: tuple[list[StepRequest], int],
 def test_recycled_drafts_may_be_written_as_far_as_the_request_has_pages() -> None:
     """Pages that they begin are zeroed with the step's own."""
     at = shape(1, 4, drafts=4)
-    works = make_works([(3, 4), (1, 7), (2, 13), (8, 0)])
-    works = [dataclasses.replace(work, pages=[*work.pages, 150 + i]) for i, work in enumerate(works)]
-    works[2] = dataclasses.replace(works[2], pages=works[2].pages[:2])
-    works[3] = dataclasses.replace(works[3], sampling=None, next_token=5)
-    check_works(Columns.of(works, at), at, CONFIG)
-    batch = build([lay_out(Columns.of(works, at), at, CONFIG)], at, StepShape(32, 32, at.expanded_keys))
+    requests = make_requests([(3, 4), (1, 7), (2, 13), (8, 0)])
+    requests = [dataclasses.replace(request, pages=[*request.pages, 150 + i]) for i, request in enumerate(requests)]
+    requests[2] = dataclasses.replace(requests[2], pages=requests[2].pages[:2])
+    requests[3] = dataclasses.replace(requests[3], sampling=None, next_token=5)
+    check_requests(RequestColumns.of(requests, at), at, CONFIG)
+    batch = build(
+        StepLayout([lay_out(RequestColumns.of(requests, at), at, CONFIG)], StepShape(32, 32, at.expanded_keys)), at
+    )
     assert batch.speculation is not None
-    assert batch.speculation.room.tolist() == [10, 11, 16, 8]
-    fresh = [int(page) for page in batch.fresh if page < at.cache.total_pages]
-    assert fresh == [150, 151]
+    assert batch.speculation.writable_end.tolist() == [10, 11, 16, 8]
+    to_zero = [int(page) for page in batch.pages_to_zero if page < at.cache.total_pages]
+    assert to_zero == [150, 151]
     reached = [[int(page) for page in row if page < at.cache.total_pages] for row in batch.page_table]
-    assert reached == [list(works[0].pages), list(works[1].pages), list(works[2].pages), list(works[3].pages[:1])]
+    assert reached == [
+        list(requests[0].pages),
+        list(requests[1].pages),
+        list(requests[2].pages),
+        list(requests[3].pages[:1]),
+    ]
 
 
 @given(
@@ -234,39 +245,42 @@ def test_default_grids_are_small() -> None:
 def test_a_step_that_is_too_small_is_refused() -> None:
     """Two ranks with 12 tokens each of a long request, and a decoding request on one of them."""
     at = shape(2, 4, "expanded")
-    layout = lay_out(Columns.of(make_works([(24, 0), (1, 30)]), at), at, CONFIG)
-    assert (layout.tokens, layout.absorbed_tokens) == (13, 1)
-    build([layout], at, StepShape(13, 1, 128))
+    layout = lay_out(RequestColumns.of(make_requests([(24, 0), (1, 30)]), at), at, CONFIG)
+    assert (layout.max_tokens, layout.absorbed_tokens) == (13, 1)
+    build(StepLayout([layout], StepShape(13, 1, 128)), at)
     for step, message in (
         (StepShape(12, 1, 128), "a rank has 13 tokens, the step has room for 12"),
         (StepShape(13, 0, 128), "a rank has 1 tokens of absorbed rows, the step has room for 0"),
         (StepShape(13, 1, 0), "a rank has 128 expanded keys, the step has room for 0"),
     ):
         with pytest.raises(ValueError, match=message):
-            build([layout], at, step)
+            build(StepLayout([layout], step), at)
 
 
 GOOD = StepRequest([1, 2, 3], 6, [4, 5])
 
 
 @pytest.mark.parametrize(
-    ("works", "message"),
+    ("requests", "message"),
     [
         ([dataclasses.replace(GOOD, tokens=[])], "at least 1 token"),
         ([dataclasses.replace(GOOD, tokens=[1, 250, 3])], "token id 250 is not in the vocabulary"),
         ([dataclasses.replace(GOOD, tokens=[1, -1, 3])], "token id -1"),
         ([dataclasses.replace(GOOD, tokens=[0.5, 1.0])], "must be a list of token ids"),
-        ([GOOD, dataclasses.replace(GOOD, tokens=[2**70, 1])], r"work 1: .* must be a list of token ids, got object"),
+        (
+            [GOOD, dataclasses.replace(GOOD, tokens=[2**70, 1])],
+            r"request 1: .* must be a list of token ids, got object",
+        ),
         ([dataclasses.replace(GOOD, tokens=np.zeros((3, 1), int))], r"list of token ids, got int64 of shape \(3, 1\)"),
         ([dataclasses.replace(GOOD, pages=[4, 5.5])], "pages must be a list of page ids, got float64"),
-        ([dataclasses.replace(GOOD, cached=-1)], "cached >= 0"),
+        ([dataclasses.replace(GOOD, num_computed=-1)], "num_computed must be at least 0"),
         ([dataclasses.replace(GOOD, pages=[4])], "need 2 pages of 8, got 1"),
         ([dataclasses.replace(GOOD, pages=[4, 200])], "page ids must be 0 to 199"),
         ([dataclasses.replace(GOOD, pages=[-1, 4])], "page ids must be 0 to 199"),
         ([dataclasses.replace(GOOD, pages=[4, 4])], "a page is listed twice"),
-        ([GOOD, GOOD], "also written by work 0"),
-        ([dataclasses.replace(GOOD, cached=126, pages=range(17))], "the page table holds 16"),
-        ([dataclasses.replace(GOOD, cached=510, pages=range(65))], "exceed the model's 512 positions"),
+        ([GOOD, GOOD], "also written by request 0"),
+        ([dataclasses.replace(GOOD, num_computed=126, pages=range(17))], "the page table holds 16"),
+        ([dataclasses.replace(GOOD, num_computed=510, pages=range(65))], "exceed the model's 512 positions"),
         ([dataclasses.replace(GOOD, embeds=np.zeros((2, 64)))], r"embeds must be \[3, 64\]"),
         ([dataclasses.replace(GOOD, drafts=3, sampling=SamplingParams())], "drafts must be 0 to 2 .* got 3"),
         ([dataclasses.replace(GOOD, drafts=1)], "drafts are verified by sampling"),
@@ -276,17 +290,17 @@ GOOD = StepRequest([1, 2, 3], 6, [4, 5])
         (
             [
                 dataclasses.replace(GOOD, sampling=SamplingParams(), pages=[4, 5, 6]),
-                dataclasses.replace(GOOD, cached=1, pages=[6]),
+                dataclasses.replace(GOOD, num_computed=1, pages=[6]),
             ],
-            "page 6 is also written by work 0",
+            "page 6 is also written by request 0",
         ),
         ([dataclasses.replace(GOOD, pages=[2 * i, 2 * i + 1]) for i in range(9)], "at most 8 requests"),
     ],
 )
-def test_refuses(works: list[StepRequest], message: str) -> None:
+def test_refuses(requests: list[StepRequest], message: str) -> None:
     at = shape(2, 8, drafts=12)
     with pytest.raises(ValueError, match=message):
-        check_works(Columns.of(works, at), at, CONFIG)
+        check_requests(RequestColumns.of(requests, at), at, CONFIG)
 
 
 def test_form_follows_the_arithmetic() -> None:

@@ -26,11 +26,11 @@ from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.handle import Model
 from jax_mla_cp.step.forward import put
 from jax_mla_cp.step.planner import Planner
-from jax_mla_cp.step.results import StepResult
+from jax_mla_cp.step.results import StepOutcome, StepResult
 from jax_mla_cp.step.runner import Runner
 from tests.helpers.random_weights import random_weights
 from tests.helpers.synthetic import CONFIG as SYNTHETIC
-from tests.helpers.synthetic import REAL_DIMS_CONFIG
+from tests.helpers.synthetic import REAL_DIMS_CONFIG, step_of
 
 CONFIG = dataclasses.replace(
     SYNTHETIC,
@@ -114,8 +114,8 @@ class OneBucket(Runner):
     def propose(self, batch: Batch) -> np.ndarray:
         """Runs a batch as it is: drafts [dp, I, d]."""
         model = self.planner.model
-        program = self._program(self.planner.step_of(batch))
-        sampled, self._pages = program(model, self._pages, put(model, batch), self._logit_bias.nothing)
+        program = self._program(step_of(self.planner, batch))
+        sampled, self._pages = program(model, self._pages, put(model, batch), self._bias_builder.neutral)
         return np.asarray(sampled.drafts).reshape(self.dp, -1, self.draft_tokens)
 
     def poison(self) -> None:
@@ -136,7 +136,7 @@ class OneBucket(Runner):
 
 
 class Watched:
-    """A runner whose works and outcomes are shown to `look`, which may change them, work by work."""
+    """A runner whose requests and results are shown to `look`, which may change them, one by one."""
 
     def __init__(self, steps: Runner, look: Callable[[StepRequest, StepResult], object]):
         self._steps, self._look = steps, look
@@ -144,12 +144,12 @@ class Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._steps, name)
 
-    def step(self, work: Sequence[Sequence[StepRequest]]) -> list[list[StepResult]]:
-        outcomes = self._steps.step(work)
-        for works, results in zip(work, outcomes, strict=True):
-            for one, outcome in zip(works, results, strict=True):
-                self._look(one, outcome)
-        return outcomes
+    def step(self, groups: Sequence[Sequence[StepRequest]]) -> StepOutcome:
+        outcome = self._steps.step(groups)
+        for requests, results in zip(groups, outcome.results, strict=True):
+            for request, result in zip(requests, results, strict=True):
+                self._look(request, result)
+        return outcome
 
 
 @dataclasses.dataclass

@@ -11,6 +11,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
+from jax_mla_cp.batch.arrays import Batch
+from jax_mla_cp.batch.shapes import StepShape
 from jax_mla_cp.batch.step_request import StepRequest
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.config.rope import RopeConfig
@@ -97,6 +99,14 @@ def _shapes(build: Build) -> list[tuple[str, tuple[int, ...]]]:
     return [(jax.tree_util.keystr(path), param.get_value().shape) for path, param in flat]
 
 
+def step_of(planner: Planner, batch: Batch) -> StepShape:
+    """The shape of a host batch, told from its arrays."""
+    shape = planner.shape
+    tokens = batch.tokens.shape[0] // (shape.dp * shape.cp)
+    keys = batch.key_pages.shape[0] // shape.dp * shape.cache.page_size
+    return StepShape(tokens, batch.absorbed_tokens, keys)
+
+
 @dataclasses.dataclass
 class Request:
     """A request of the driver: where it lives, and what has been computed of it."""
@@ -144,13 +154,13 @@ class Driver:
 
     def step(self, news: Sequence[tuple[Request, Sequence[int]]]) -> np.ndarray:
         """Appends new tokens to requests, in one step; returns [requests, vocab] logits after each one's last."""
-        works: list[list[StepRequest]] = [[] for _ in range(self.planner.shape.dp)]
+        groups: list[list[StepRequest]] = [[] for _ in range(self.planner.shape.dp)]
         rows = []
         for request, tokens in news:
-            rows.append(request.group * self.planner.shape.requests + len(works[request.group]))
-            works[request.group].append(StepRequest(list(tokens), len(request.tokens), request.pages))
+            rows.append(request.group * self.planner.shape.max_requests + len(groups[request.group]))
+            groups[request.group].append(StepRequest(list(tokens), len(request.tokens), request.pages))
             request.tokens += tokens
-        logits, self.pages = self._forward(self.model, self.pages, self.planner.batch(works))
+        logits, self.pages = self._forward(self.model, self.pages, self.planner.batch(groups))
         return np.asarray(logits)[rows, : self.model.config.vocab_size]
 
     def latents(self, request: Request, shard: np.ndarray | None = None) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jax_mla_cp.batch.step_request import StepRequest
-from jax_mla_cp.step.forward import forward
+from jax_mla_cp.step.forward import forward, put
 from jax_mla_cp.step.runner import compile_step
 from tests.helpers.synthetic import CONFIG, Driver, random_model
 from tests.test_cache import copies_of
@@ -59,10 +59,10 @@ def test_absorbed_rows_beside_expanded_ones(shorts: int, keys: bool, few: bool) 
     lengths = ([200] if keys else []) + [20] * shorts
     prompts = [rng.integers(0, CONFIG.vocab_size, n).tolist() for n in lengths]
     driver = Driver(random_model(), max_requests=12, chunk=512)
-    works = [StepRequest(prompt, 0, driver.request().pages) for prompt in prompts]
-    step = driver.planner.step_of(driver.planner.host_batch([works]))
+    requests = [StepRequest(prompt, 0, driver.request().pages) for prompt in prompts]
+    step = driver.planner.lay_out([requests]).step
     assert (step.expanded_keys > 0) == keys and (step.absorbed_tokens < step.tokens) == few
-    logits, _ = jax.jit(forward)(driver.model, driver.pages, driver.planner.batch(works))
+    logits, _ = jax.jit(forward)(driver.model, driver.pages, driver.planner.batch(requests))
     for i, prompt in enumerate(prompts):
         alone = Driver(random_model(), max_requests=12, chunk=512)
         want = alone.step([(alone.request(), prompt)])[0]
@@ -74,11 +74,11 @@ def test_a_wrong_plan_is_noticed(expected: list[np.ndarray]) -> None:
     """Negative control: the same run with each rank's first row seeing one key less."""
     driver = Driver(random_model("cp=2"))
     request = driver.request()
-    work = StepRequest(PROMPTS[0][:70], 0, request.pages)
-    batch = driver.planner.host_batch([[work]])
+    step_request = StepRequest(PROMPTS[0][:70], 0, request.pages)
+    batch = driver.planner.host_batch([[step_request]])
     for rows in (batch.expanded, batch.absorbed):
         rows.kv_len[rows.kv_len > 1] -= 1
-    logits, _ = forward(driver.model, driver.pages, batch)
+    logits, _ = forward(driver.model, driver.pages, put(driver.model, batch))
     assert np.abs(np.asarray(logits)[0, : CONFIG.vocab_size] - expected[0][0]).max() > 1e-3 * np.abs(expected[0]).max()
 
 
@@ -116,11 +116,11 @@ def test_a_neighbor_with_nan_latents_changes_nothing() -> None:
     first, second = driver.request(), driver.request()
     poison = np.full((50, CONFIG.hidden_size), np.nan, np.float32)
     embed = np.asarray(random_model().params["embed"][...])
-    works = [
+    requests = [
         StepRequest(PROMPTS[0][:40], 0, first.pages, embeds=embed[PROMPTS[0][:40]]),
         StepRequest([0] * 50, 0, second.pages, embeds=poison),
     ]
-    logits, _ = jax.jit(forward)(driver.model, driver.pages, driver.planner.batch(works))
+    logits, _ = jax.jit(forward)(driver.model, driver.pages, driver.planner.batch(requests))
     logits = np.asarray(logits)[:, : CONFIG.vocab_size]
     np.testing.assert_allclose(logits[0], want[0], atol=1e-5 * np.abs(want).max(), rtol=0)
     assert np.isnan(logits[1]).all()
@@ -140,7 +140,7 @@ def test_no_layer_slices_the_experts_weights() -> None:
     """The scan over layers slices every other parameter of a layer; a kernel would be given a copy of such a slice."""
     driver = Driver(random_model())
     batch = driver.planner.sample_batch(driver.planner.steps[-1])
-    text = jax.jit(forward).lower(driver.model, driver.pages, batch).as_text()
+    text = jax.jit(forward).lower(driver.model, driver.pages, put(driver.model, batch)).as_text()
     c = CONFIG
 
     def slices(*shape: int) -> int:

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_mla_cp.batch.check import check_works
-from jax_mla_cp.batch.columns import Columns
+from jax_mla_cp.batch.check import check_requests
+from jax_mla_cp.batch.columns import RequestColumns
 from jax_mla_cp.batch.logit_bias import LogitBias
 from jax_mla_cp.batch.shapes import BatchShape, CacheShape
 from jax_mla_cp.batch.step_request import SamplingParams, StepRequest
@@ -22,7 +22,7 @@ from jax_mla_cp.engine.logits_processor import LogitsProcessor
 from jax_mla_cp.mesh import make_mesh, mesh_shape
 from jax_mla_cp.model.context import Build
 from jax_mla_cp.model.handle import Model
-from jax_mla_cp.step import logit_bias as spread
+from jax_mla_cp.step import logit_bias
 from jax_mla_cp.step.sampling import sample
 from tests.helpers.synthetic import CONFIG
 from tests.step.test_sampling import how
@@ -50,15 +50,15 @@ def penalised(
     return out
 
 
-def applied(logits: np.ndarray, adjust: LogitBias | None) -> np.ndarray:
+def applied(logits: np.ndarray, bias: LogitBias | None) -> np.ndarray:
     """What the device makes of a row of logits."""
-    if adjust is None:
+    if bias is None:
         return logits
     add, scale = np.zeros_like(logits), np.ones_like(logits)
-    add[adjust.tokens], scale[adjust.tokens] = adjust.add, adjust.scale
-    mask = words(list(range(SIZE))) if adjust.mask is None else adjust.mask
-    arrays = spread.LogitBiasArrays(*(jnp.asarray(x)[None] for x in (add, scale, mask, True)))
-    return np.asarray(spread.apply_logit_bias(jnp.asarray(logits)[None], jnp.asarray(logits)[None], arrays))[0]
+    add[bias.tokens], scale[bias.tokens] = bias.add, bias.scale
+    mask = words(list(range(SIZE))) if bias.mask is None else bias.mask
+    arrays = logit_bias.LogitBiasArrays(*(jnp.asarray(x)[None] for x in (add, scale, mask, True)))
+    return np.asarray(logit_bias.apply_logit_bias(jnp.asarray(logits)[None], jnp.asarray(logits)[None], arrays))[0]
 
 
 tokens = st.lists(st.integers(0, SIZE - 1), max_size=30)
@@ -102,8 +102,8 @@ def test_nothing_to_do_is_none() -> None:
 
 
 def test_a_ban_gives_way_to_a_grammar_at_its_end() -> None:
-    adjust = LogitsProcessor([1], banned=[5, 6]).bias(True, words([5]))
-    assert adjust is not None and adjust.allows_any(SIZE) and len(adjust.tokens) == 0
+    bias = LogitsProcessor([1], banned=[5, 6]).bias(True, words([5]))
+    assert bias is not None and bias.allows_any(SIZE) and len(bias.tokens) == 0
 
 
 @pytest.mark.parametrize(
@@ -131,9 +131,12 @@ SHAPE = BatchShape(1, 1, 4, 8, 0, CacheShape(2, 9, 8), draft_tokens=2)
 
 
 @pytest.mark.parametrize(
-    ("work", "message"),
+    ("bad", "message"),
     [
-        (dataclasses.replace(GOOD, logit_bias=listed(3, VOCAB)), f"work 1: token id {VOCAB} is not in the vocabulary"),
+        (
+            dataclasses.replace(GOOD, logit_bias=listed(3, VOCAB)),
+            f"request 1: token id {VOCAB} is not in the vocabulary",
+        ),
         (dataclasses.replace(GOOD, logit_bias=listed(-1)), "token id -1 is not in the vocabulary"),
         (dataclasses.replace(GOOD, logit_bias=listed(3, 3)), "must rise strictly"),
         (dataclasses.replace(GOOD, logit_bias=listed(3, add=np.inf)), "add must be finite or -inf .* got inf and 1.0"),
@@ -158,13 +161,13 @@ SHAPE = BatchShape(1, 1, 4, 8, 0, CacheShape(2, 9, 8), draft_tokens=2)
         ),
     ],
 )
-def test_a_step_refuses(work: StepRequest, message: str) -> None:
-    works = Columns.of([dataclasses.replace(GOOD, pages=[5]), work], SHAPE)
+def test_a_step_refuses(bad: StepRequest, message: str) -> None:
+    columns = RequestColumns.of([dataclasses.replace(GOOD, pages=[5]), bad], SHAPE)
     with pytest.raises(ValueError, match=message):
-        check_works(works, SHAPE, CONFIG)
+        check_requests(columns, SHAPE, CONFIG)
 
 
-def random_adjust(rng: np.random.Generator, count: int, mask: bool) -> LogitBias:
+def random_bias(rng: np.random.Generator, count: int, mask: bool) -> LogitBias:
     tokens = np.sort(rng.choice(VOCAB, count, replace=False)).astype(np.int32)
     add = np.where(rng.random(count) < 0.1, -np.inf, rng.normal(size=count))
     allowed = words(np.flatnonzero(rng.random(VOCAB) < 0.5).tolist(), VOCAB) if mask else None
@@ -174,28 +177,28 @@ def random_adjust(rng: np.random.Generator, count: int, mask: bool) -> LogitBias
 @pytest.mark.parametrize("mesh", [None, "dp=2,cp=2,tp=2"])
 @pytest.mark.parametrize("drafts", [0, 2])
 def test_each_device_gets_its_places(mesh: str | None, drafts: int) -> None:
-    """The whole arrays, by NumPy; lists of several lengths; and a step without adjustments gets the same arrays each time."""
+    """The whole arrays, by NumPy; lists of several lengths; and a step without biases gets the same arrays each time."""
     on = None if mesh is None else make_mesh(mesh)
     model = Model({}, Build(CONFIG, None if on is None else mesh_shape(on)), on)
     at = mesh_shape(on)
     shape = BatchShape(at.dp, at.cp, 4, 8, 0, CacheShape(2, 64, 8), draft_tokens=drafts)
-    spreader, rng = spread.LogitBiasBuilder(model, shape), np.random.default_rng(0)
+    builder, rng = logit_bias.LogitBiasBuilder(model, shape), np.random.default_rng(0)
     plain = [[GOOD] * 3] * at.dp
-    assert spreader(plain) is spreader.nothing
+    assert builder(plain) is builder.neutral
     for counts, masks in (((5, 200, 0), (False, True, True)), ((240, 40, 1), (False,) * 3), ((0, 0, 0), (True,) * 3)):
-        adjusts = [[random_adjust(rng, n, m) for n, m in zip(counts, masks, strict=True)] for _ in range(at.dp)]
-        adjusts[-1][0] = None  # type: ignore[call-overload]
-        got = spreader([[dataclasses.replace(GOOD, logit_bias=adjust) for adjust in group] for group in adjusts])
-        want = [np.array(x) for x in jax.tree.leaves(spreader.nothing)]
-        for group, mine in enumerate(adjusts):
-            for i, adjust in enumerate(mine):
-                if adjust is None:
+        biases = [[random_bias(rng, n, m) for n, m in zip(counts, masks, strict=True)] for _ in range(at.dp)]
+        biases[-1][0] = None  # type: ignore[call-overload]
+        got = builder([[dataclasses.replace(GOOD, logit_bias=bias) for bias in group] for group in biases])
+        want = [np.array(x) for x in jax.tree.leaves(builder.neutral)]
+        for group, mine in enumerate(biases):
+            for i, bias in enumerate(mine):
+                if bias is None:
                     continue
                 place = (group * 4 + i) * shape.samples
-                want[0][place, adjust.tokens], want[1][place, adjust.tokens] = adjust.add, adjust.scale
-                want[2][place] = 0xFFFFFFFF if adjust.mask is None else adjust.mask
+                want[0][place, bias.tokens], want[1][place, bias.tokens] = bias.add, bias.scale
+                want[2][place] = 0xFFFFFFFF if bias.mask is None else bias.mask
                 want[3][place] = True
-        for ours, theirs, neutral in zip(jax.tree.leaves(got), want, jax.tree.leaves(spreader.nothing), strict=True):
+        for ours, theirs, neutral in zip(jax.tree.leaves(got), want, jax.tree.leaves(builder.neutral), strict=True):
             np.testing.assert_array_equal(ours, theirs)
             assert ours.sharding == neutral.sharding and ours.dtype == neutral.dtype
 
@@ -213,8 +216,8 @@ def test_places_without_any_are_sampled_as_ever() -> None:
     full = np.tile(words(list(range(SIZE))), (6, 1))
     given = np.arange(6) % 2 == 1
 
-    def arrays(given: np.ndarray) -> spread.LogitBiasArrays:
-        return spread.LogitBiasArrays(*map(jnp.asarray, (add, np.full_like(add, 1.5), full, given)))
+    def arrays(given: np.ndarray) -> logit_bias.LogitBiasArrays:
+        return logit_bias.LogitBiasArrays(*map(jnp.asarray, (add, np.full_like(add, 1.5), full, given)))
 
     run = jax.jit(sample)
     plain, neutral, some = (
@@ -231,18 +234,18 @@ def test_places_without_any_are_sampled_as_ever() -> None:
     np.testing.assert_allclose(some.logprob, own[np.arange(6), some.token], rtol=1e-5, err_msg="the model's own")
 
 
-def test_adjusted_distribution() -> None:
+def test_biased_distribution() -> None:
     """20,000 draws from penalised logits with a mask and a temperature: within 5 standard deviations of float64's."""
     count, logits = 20_000, np.array([2.0, 1.5, 1.0, -0.5, 0.3, 0.9] + [-9.0] * (SIZE - 6), np.float32)
     logits_processor = LogitsProcessor([3], presence_penalty=0.4, frequency_penalty=0.3, repetition_penalty=1.5)
     for token in (0, 0, 2):
         logits_processor.push(token)
-    adjust = logits_processor.bias(False, words([0, 1, 2, 3, 4]))
-    assert adjust is not None
+    bias = logits_processor.bias(False, words([0, 1, 2, 3, 4]))
+    assert bias is not None
     add, scale = np.zeros(SIZE, np.float32), np.ones(SIZE, np.float32)
-    add[adjust.tokens], scale[adjust.tokens] = adjust.add, adjust.scale
-    arrays = spread.LogitBiasArrays(
-        *(jnp.tile(x, (count, 1)) for x in (add, scale, adjust.mask)), jnp.ones(count, bool)
+    add[bias.tokens], scale[bias.tokens] = bias.add, bias.scale
+    arrays = logit_bias.LogitBiasArrays(
+        *(jnp.tile(x, (count, 1)) for x in (add, scale, bias.mask)), jnp.ones(count, bool)
     )
     settings = how(count, temperature=np.full(count, 0.8, np.float32))
     drawn = jax.jit(sample)(jnp.tile(logits, (count, 1)), settings, arrays).token

@@ -78,12 +78,12 @@ class OneBucket(Runner):
         made = dataclasses.replace(made, buckets=made.buckets[-1:])
         super().__init__(made, prefill_chunk=CHUNK, max_running=4, max_model_len=64)
 
-    def run(self, **works: StepRequest) -> dict[str, StepResult]:
+    def run(self, **requests: StepRequest) -> dict[str, StepResult]:
         """One step. Request b runs in the last dp group, the others in the first."""
         groups: list[dict[str, StepRequest]] = [{} for _ in range(self.dp)]
-        for name, work in works.items():
-            groups[-1 if name == "b" else 0][name] = dataclasses.replace(work, pages=PAGES[name])
-        results = self.step([list(group.values()) for group in groups])
+        for name, request in requests.items():
+            groups[-1 if name == "b" else 0][name] = dataclasses.replace(request, pages=PAGES[name])
+        results = self.step([list(group.values()) for group in groups]).results
         return {
             name: outcome
             for group, outcomes in zip(groups, results, strict=True)
@@ -92,7 +92,7 @@ class OneBucket(Runner):
 
     @property
     def programs(self) -> dict[bool, str]:
-        return {shape.scored: program.as_text() or "" for shape, program in self._programs.items()}
+        return {shape.prompt_logprobs: program.as_text() or "" for shape, program in self._programs.items()}
 
 
 runner = functools.cache(OneBucket)
@@ -105,8 +105,8 @@ def played(mesh: str | None) -> list[dict[str, StepResult]]:
     out = [
         steps.run(
             c=StepRequest(C, 0, (), DRAWN),
-            a=StepRequest(A[:21], 0, (), next_token=A[21], score=True),
-            b=StepRequest(B, 0, (), GREEDY, score=True),
+            a=StepRequest(A[:21], 0, (), next_token=A[21], prompt_logprobs=True),
+            b=StepRequest(B, 0, (), GREEDY, prompt_logprobs=True),
         )
     ]
     second = {name: out[0][name].sampled[0].token for name in ("b", "c")}
@@ -116,7 +116,7 @@ def played(mesh: str | None) -> list[dict[str, StepResult]]:
     out.append(
         steps.run(
             b=StepRequest([second["b"]], len(B), (), GREEDY, logit_bias=penalised.bias(True)),
-            a=StepRequest(A[21:], 21, (), GREEDY, score=True),
+            a=StepRequest(A[21:], 21, (), GREEDY, prompt_logprobs=True),
             c=StepRequest([second["c"]], 1, (), DRAWN, logit_bias=LogitsProcessor(C).bias(False, allowed)),
         )
     )
@@ -129,14 +129,14 @@ MESHES = pytest.mark.parametrize("mesh", [None, "tp=2,cp=2", "dp=2"])
 @MESHES
 def test_scores_are_the_references(mesh: str | None) -> None:
     first, second = played(mesh)
-    scored = [first["a"].scored, second["a"].scored]
-    assert all(scored) and first["c"].scored is None and second["b"].scored is None
+    scored = [first["a"].prompt_logprobs, second["a"].prompt_logprobs]
+    assert all(scored) and first["c"].prompt_logprobs is None and second["b"].prompt_logprobs is None
     whole = [
         np.concatenate([getattr(part, name) for part in scored]) for name in ("logprobs", "top_tokens", "top_logprobs")
     ]
     for prompt, (own, tokens, values) in (
         (A, whole),
-        (B, [getattr(first["b"].scored, name) for name in ("logprobs", "top_tokens", "top_logprobs")]),
+        (B, [getattr(first["b"].prompt_logprobs, name) for name in ("logprobs", "top_tokens", "top_logprobs")]),
     ):
         want, following = logprobs(tuple(prompt)), np.array(prompt[1:])
         assert own.shape == (len(prompt),) and tokens.shape == values.shape == (len(prompt), SAMPLES)
@@ -152,7 +152,7 @@ def test_scores_are_the_references(mesh: str | None) -> None:
 def test_scores_of_a_wrong_order_are_noticed() -> None:
     """Negative control: the comparison tells neighbors apart."""
     want = logprobs(tuple(A))[np.arange(len(A) - 1), A[1:]]
-    got = np.concatenate([step["a"].scored.logprobs for step in played(None)])  # type: ignore[union-attr]
+    got = np.concatenate([step["a"].prompt_logprobs.logprobs for step in played(None)])  # type: ignore[union-attr]
     assert np.abs(got[:-1] - np.roll(want, 1)).min() > 1e-3
 
 
@@ -196,6 +196,6 @@ def test_a_step_without_scores_samples_the_same() -> None:
 
 def test_the_grid_has_a_scoring_program_for_each_bucket() -> None:
     planner = runner(None).planner
-    (step,) = planner.scored_steps
+    (step,) = planner.prompt_logprobs_steps
     assert step.scored and step not in planner.steps and dataclasses.replace(step, scored=False) == planner.steps[-1]
     assert runner(None).grid.startswith(f"{len(planner.steps) + 1} programs")

@@ -49,9 +49,9 @@ def test_greedy_tokens_are_the_same(mesh: str | None, ep: str, draft_tokens: int
     steps = runner(mesh, ep, draft_tokens, form)
     held: collections.Counter[int] = collections.Counter()
 
-    def count(work: StepRequest, outcome: StepResult) -> None:
-        if work.drafts == draft_tokens:
-            held[len(outcome.sampled) - 1] += 1
+    def count(request: StepRequest, result: StepResult) -> None:
+        if request.drafts == draft_tokens:
+            held[len(result.sampled) - 1] += 1
 
     want, got = greedily(), generate(Watched(steps, count), PROMPTS, COUNTS)
     assert got.tokens == want.tokens
@@ -92,8 +92,8 @@ def chunks(steps: OneBucket, *, shift: int = 0) -> tuple[np.ndarray, list[list[i
     first = StepRequest(long[:9], 0, pages[0], next_token=long[9])
     second = [StepRequest(short, 0, pages[1], GREEDY), StepRequest(long[9:], 9, pages[0], GREEDY)]
     others: list[list[StepRequest]] = [[] for _ in range(steps.dp - 1)]
-    for works in ([first], second):
-        batch = steps.planner.host_batch([*others, works])
+    for requests in ([first], second):
+        batch = steps.planner.host_batch([*others, requests])
         batch = dataclasses.replace(batch, next_tokens=np.roll(batch.next_tokens, shift))
         drafts = steps.propose(batch)
     return drafts[-1], pages
@@ -129,7 +129,7 @@ def test_stale_memory_reaches_no_output(mesh: str, ep: str, draft_tokens: int, f
     steps = runner(mesh, ep, draft_tokens, form)
     steps.poison()
 
-    def look(work: StepRequest, outcome: StepResult) -> None:
+    def look(request: StepRequest, result: StepResult) -> None:
         stale = np.isnan(steps.pages()).reshape(len(steps.pages()), -1)
         assert stale.all(1).any() and not stale.all()
         assert (stale.all(1) == stale.any(1)).all()
@@ -197,11 +197,11 @@ def test_accepting_every_draft_is_noticed() -> None:
     """Negative control of the statistical test."""
     steps = runner(*MESHES[1])
 
-    def believe(work: StepRequest, outcome: StepResult) -> None:
-        if work.drafts:
-            last = outcome.sampled[-1]
-            guesses = list(work.tokens)[-work.drafts :]
-            outcome.sampled[:] = [*(dataclasses.replace(last, token=guess) for guess in guesses), last]
+    def believe(request: StepRequest, result: StepResult) -> None:
+        if request.drafts:
+            last = result.sampled[-1]
+            guesses = list(request.tokens)[-request.drafts :]
+            result.sampled[:] = [*(dataclasses.replace(last, token=guess) for guess in guesses), last]
 
     how = [SamplingParams(seed=seed) for seed in range(600)]
     run = generate(Watched(steps, believe), [PROMPT] * len(how), 3, how)
@@ -222,10 +222,10 @@ def test_next_tokens_need_no_collective() -> None:
     text = steps.program.as_text()
     gathers = re.findall(r"= (\w+\[[\d,]*\])\S* all-gather(?:-start)?\(", text)
     tokens = 3 * steps.planner.buckets[-1]
-    latents = [f"f32[{tokens},{c.latent_dim}]"] * 2 + [f"f32[{shape.requests},{c.latent_dim}]"]
-    share = shape.requests // 3
+    latents = [f"f32[{tokens},{c.latent_dim}]"] * 2 + [f"f32[{shape.max_requests},{c.latent_dim}]"]
+    share = shape.max_requests // 3
     logits = [f"f32[{n},{c.vocab_size}]" for n in (share * shape.samples, share, share)]
-    assert sorted(gathers) == sorted([*latents, *logits, f"s32[{shape.requests},{shape.samples}]"])
+    assert sorted(gathers) == sorted([*latents, *logits, f"s32[{shape.max_requests},{shape.samples}]"])
     scatters = re.findall(r"= (\w+\[[\d,]*\])\S* reduce-scatter\(", text)
     assert sorted(scatters) == sorted([f"f32[{n},{c.hidden_size}]" for n in (share, share * shape.samples)])
     assert not re.search(r"all-to-all|collective-permute", text)
