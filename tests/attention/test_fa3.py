@@ -14,7 +14,7 @@ from jax_mla_cp.step.planner import Planner
 from jax_mla_cp.step.runner import compile_step
 from tests.helpers.speculative import REAL_DIMS, OneBucket, generate
 from tests.helpers.speculative import model as speculative
-from tests.helpers.synthetic import REAL_DIMS_CONFIG, Driver, random_model, tempered
+from tests.helpers.synthetic import REAL_DIMS_CONFIG, Driver, random_model, step_of, tempered
 from tests.test_cache import copies_of
 
 BF16 = jnp.dtype(jnp.bfloat16)
