@@ -15,7 +15,7 @@ from jax_mla_cp.engine.steps import Steps
 from jax_mla_cp.engine.text import TextStream
 from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.serve.status import About, Telemetry
-from jax_mla_cp.step.results import SampledToken, StepResult
+from jax_mla_cp.step.results import RunnerOutput, SampledToken, StepResult
 from jax_mla_cp.tokenizer import Tokenizer
 
 
@@ -46,8 +46,10 @@ class NoModel:
     def check(self, work: StepRequest) -> None:
         """Nothing is wrong with any."""
 
-    def step(self, work: Sequence[Sequence[StepRequest]]) -> list[list[StepResult]]:
-        return [[self._sampled if w.sampling else StepResult([], []) for w in works] for works in work]
+    def step(self, groups: Sequence[Sequence[StepRequest]]) -> RunnerOutput:
+        idle = np.zeros(self.cp, np.int64)
+        results = [[self._sampled if r.sampling else StepResult([], []) for r in requests] for requests in groups]
+        return RunnerOutput(results, idle, idle)
 
     def reset(self) -> None:
         """There is nothing to lose."""

@@ -222,10 +222,9 @@ class Engine:
             return
         for scheduled, _ in (part for group in step for part in group):
             self._reports.started(scheduled.request)
-        report = describe([[(scheduled.request, work) for scheduled, work in group] for group in step], self._runner.cp)
         self._step_began = dispatched = time.monotonic()
         try:
-            results = self._runner.step([[work for _, work in group] for group in step])
+            output = self._runner.step([[work for _, work in group] for group in step])
         except Exception as error:
             log.exception("a step failed")
             # Where it was refused before it ran, whoever's work it was is to blame, and the others lose nothing.
@@ -238,7 +237,8 @@ class Engine:
         finally:
             self._step_began, ended = None, time.monotonic()
         self._failures = 0
-        for group, outcomes in zip(step, results, strict=True):
+        report = describe([[(scheduled.request, work) for scheduled, work in group] for group in step], output)
+        for group, outcomes in zip(step, output.results, strict=True):
             for (scheduled, _), outcome in zip(group, outcomes, strict=True):
                 self._take(scheduled, outcome, ended)
         self._steps += 1

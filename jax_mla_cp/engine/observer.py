@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
-
-import numpy as np
+from collections.abc import Iterator, Sequence
 
 from jax_mla_cp.batch.step_request import StepRequest
-from jax_mla_cp.batch.zigzag import loads
 from jax_mla_cp.engine.request import Request
+from jax_mla_cp.step.results import RunnerOutput
 
 log = logging.getLogger(__name__)
 
@@ -40,10 +39,10 @@ class StepReport:
     decode_tokens: int
     """Last sampled tokens and drafts."""
     requests: int
-    rows: tuple[int, ...]
-    """Per cp rank: query tokens."""
-    pairs: tuple[int, ...]
-    """Per cp rank: query-key pairs, what attention costs."""
+    rank_tokens: tuple[int, ...]
+    """[cp]: query tokens of each rank."""
+    rank_pairs: tuple[int, ...]
+    """[cp]: query-key pairs of each rank, the cost of its attention."""
     prompts: tuple[Prefilled, ...]
 
 
@@ -90,67 +89,73 @@ class Reports:
         """Nothing, if it is one that starts again."""
         if request.started is None:
             request.started = time.monotonic()
-            self._tell("started", request.started - request.arrived)
+            with _log_errors("started"):
+                self._observer.started(request.started - request.arrived)
 
     def token(self, request: Request, now: float) -> None:
         if request.last_token is None:
             request.first_token = now
-            self._tell("first_token", now - request.arrived)
+            with _log_errors("first_token"):
+                self._observer.first_token(now - request.arrived)
         else:
-            self._tell("token", now - request.last_token)
+            with _log_errors("token"):
+                self._observer.token(now - request.last_token)
         request.last_token = now
 
     def preempted(self, times: int) -> None:
         for _ in range(times):
-            self._tell("preempted")
+            with _log_errors("preempted"):
+                self._observer.preempted()
 
     def finished(self, request: Request, reason: str) -> None:
         now = time.monotonic()
         started = now if request.started is None else request.started
         first = now if request.first_token is None else request.first_token
-        self._tell(
-            "finished",
-            RequestReport(
-                reason=reason,
-                prompt_tokens=len(request.prompt),
-                cached_tokens=request.cached_tokens,
-                output_tokens=request.sampled,
-                queue_seconds=started - request.arrived,
-                prefill_seconds=first - started,
-                e2e_seconds=now - request.arrived,
-            ),
+        report = RequestReport(
+            reason=reason,
+            prompt_tokens=len(request.prompt),
+            cached_tokens=request.cached_tokens,
+            output_tokens=request.sampled,
+            queue_seconds=started - request.arrived,
+            prefill_seconds=first - started,
+            e2e_seconds=now - request.arrived,
         )
+        with _log_errors("finished"):
+            self._observer.finished(report)
 
     def step(self, report: StepReport) -> None:
-        self._tell("step", report)
-
-    def _tell(self, what: str, *args: object) -> None:
-        try:
-            getattr(self._observer, what)(*args)
-        except Exception:
-            log.exception("the engine's observer failed in %s", what)
+        with _log_errors("step"):
+            self._observer.step(report)
 
 
-def describe(step: Sequence[Sequence[tuple[Request, StepRequest]]], cp: int) -> StepReport:
-    """The report of a step that is about to run, per dp group its works; without its times."""
+@contextlib.contextmanager
+def _log_errors(event: str) -> Iterator[None]:
+    """Logs what an observer raises, and goes on: a broken observer must not stop the engine."""
+    try:
+        yield
+    except Exception:
+        log.exception("the engine's observer failed in %s", event)
+
+
+def describe(step: Sequence[Sequence[tuple[Request, StepRequest]]], output: RunnerOutput) -> StepReport:
+    """Describes a step that has run, before its results are applied to its requests; `Engine` adds the times.
+
+    Args:
+      step: per dp group, the requests in the step and their parts of it.
+    """
     prompts, prefill, total = [], 0, 0
-    rows, pairs = np.zeros(cp, np.int64), np.zeros(cp, np.int64)
-    for group in step:
-        new = [len(work.tokens) for _, work in group]
-        for (request, work), count in zip(group, new, strict=True):
-            if not request.decoding:
-                prompts.append(Prefilled(request.id, work.cached, count, len(request.tokens)))
-                prefill += count
-        total += sum(new)
-        group_rows, group_pairs = loads(new, [work.cached for _, work in group], cp=cp)
-        rows, pairs = rows + group_rows, pairs + group_pairs
+    for request, part in (pair for group in step for pair in group):
+        total += len(part.tokens)
+        if not request.decoding:
+            prompts.append(Prefilled(request.id, part.cached, len(part.tokens), len(request.tokens)))
+            prefill += len(part.tokens)
     return StepReport(
         seconds=0.0,
         host_seconds=0.0,
         prefill_tokens=prefill,
         decode_tokens=total - prefill,
         requests=sum(map(len, step)),
-        rows=tuple(rows.tolist()),
-        pairs=tuple(pairs.tolist()),
+        rank_tokens=tuple(output.rank_tokens.tolist()),
+        rank_pairs=tuple(output.rank_pairs.tolist()),
         prompts=tuple(prompts),
     )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from jax_mla_cp.batch.step_request import StepRequest
-from jax_mla_cp.step.results import StepResult
+from jax_mla_cp.step.results import RunnerOutput
 
 
 class Steps(Protocol):
@@ -17,9 +17,6 @@ class Steps(Protocol):
 
     @property
     def dp(self) -> int: ...
-
-    @property
-    def cp(self) -> int: ...
 
     @property
     def draft_tokens(self) -> int: ...
@@ -33,7 +30,7 @@ class Steps(Protocol):
     def check(self, work: StepRequest) -> None:
         """Raises ValueError if `step` would for this work alone."""
 
-    def step(self, work: Sequence[Sequence[StepRequest]]) -> list[list[StepResult]]:
+    def step(self, work: Sequence[Sequence[StepRequest]]) -> RunnerOutput:
         """Raises ValueError for a work that can't be run; nothing has run then."""
 
     def reset(self) -> None: ...

@@ -175,7 +175,7 @@ class Metrics(Observer):
         if report.prefill_tokens:
             self._prompt_tokens.inc(report.prefill_tokens)
             self._prefill_steps.inc()
-            self._balance.observe(balance(report.pairs))
+            self._balance.observe(balance(report.rank_pairs))
 
     def first_token(self, seconds_since_arrival: float) -> None:
         self._generation_tokens.inc()

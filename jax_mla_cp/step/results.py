@@ -53,6 +53,18 @@ class StepResult:
     """Of works with `score`."""
 
 
+@dataclasses.dataclass(frozen=True)
+class RunnerOutput:
+    """The output of one step: a result per request, and the load of each cp rank, summed over the dp groups."""
+
+    results: list[list[StepResult]]
+    """Per dp group, in the order of its requests."""
+    rank_tokens: NDArray[np.int64]
+    """[cp]: query tokens of each rank."""
+    rank_pairs: NDArray[np.int64]
+    """[cp]: query-key pairs of each rank, the cost of its attention."""
+
+
 def read_results(
     arrays: SamplerOutput,
     groups: Sequence[Sequence[StepRequest]],

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import NamedSharding
 
 from jax_mla_cp import cache
@@ -27,7 +28,7 @@ from jax_mla_cp.platform import default_memory_fraction, device_memory
 from jax_mla_cp.step import logit_bias as spread
 from jax_mla_cp.step.forward import forward_and_sample, put
 from jax_mla_cp.step.planner import Planner
-from jax_mla_cp.step.results import StepResult, read_results
+from jax_mla_cp.step.results import RunnerOutput, read_results
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ class Runner:
         """
         self.planner.lay_out([[work], *[[]] * (self.dp - 1)])
 
-    def step(self, work: Sequence[Sequence[StepRequest]]) -> list[list[StepResult]]:
+    def step(self, work: Sequence[Sequence[StepRequest]]) -> RunnerOutput:
         """Runs one step and waits for it.
 
         Args:
@@ -101,7 +102,11 @@ class Runner:
         batch = build(layouts, self.planner.shape, shape)
         program, model = self._program(shape), self.planner.model
         sampled, self._pages = program(model, self._pages, put(model, batch), self._logit_bias(work))
-        return read_results(jax.device_get(sampled), work, layouts, batch, self.planner.shape)
+        return RunnerOutput(
+            results=read_results(jax.device_get(sampled), work, layouts, batch, self.planner.shape),
+            rank_tokens=np.sum([layout.plan.rank_tokens for layout in layouts], axis=0, dtype=np.int64),
+            rank_pairs=np.sum([layout.plan.rank_pairs() for layout in layouts], axis=0, dtype=np.int64),
+        )
 
     @property
     def grid(self) -> str:

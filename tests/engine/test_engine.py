@@ -120,9 +120,10 @@ def test_what_an_observer_is_told() -> None:
     until(lambda: len(seen.steps) == model.steps)
     engine.stop(5)
     assert [(p.id, p.cached, p.new, p.total) for p in seen.steps[0].prompts] == [("r0", 0, 16, 19)]
-    assert seen.steps[0].rows == (8, 8) and sum(seen.steps[0].pairs) == 16 * 17 / 2
-    assert abs(seen.steps[0].pairs[0] - seen.steps[0].pairs[1]) <= 32
-    assert all(sum(s.rows) == s.prefill_tokens + s.decode_tokens for s in seen.steps)
+    assert seen.steps[0].rank_tokens == (8, 8) and sum(seen.steps[0].rank_pairs) == 16 * 17 / 2
+    assert abs(seen.steps[0].rank_pairs[0] - seen.steps[0].rank_pairs[1]) <= 32
+    assert len(seen.steps) > 1
+    assert all(sum(s.rank_tokens) == s.prefill_tokens + s.decode_tokens for s in seen.steps)
     assert all(0 < s.host_seconds <= s.seconds for s in seen.steps)
     assert [len(seen.times[kind]) for kind in ("started", "first_token", "token")] == [4, 4, 24]
     assert sorted(r.output_tokens for r in seen.requests) == [1, 9, 9, 9]

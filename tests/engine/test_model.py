@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from jax_mla_cp.batch.step_request import SamplingParams, StepRequest
-from jax_mla_cp.engine import Engine, Failed, Finished
-from jax_mla_cp.step.results import StepResult
+from jax_mla_cp.engine import Engine, Failed, Finished, Observer, StepReport
+from jax_mla_cp.step.results import RunnerOutput
 from tests.helpers.engine_requests import Asked
 from tests.helpers.speculative import CONFIG, OneBucket, model
 
@@ -38,20 +38,24 @@ class Few:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._steps, name)
 
-    def step(self, work: Sequence[Sequence[StepRequest]]) -> list[list[StepResult]]:
-        outcomes = self._steps.step(work)
+    def step(self, work: Sequence[Sequence[StepRequest]]) -> RunnerOutput:
+        output = self._steps.step(work)
         self._count += 1
         if self._count == self._fail_at:
             self._steps._pages.delete()  # as after an error on the device: the donated cache is gone
             raise RuntimeError("the device stopped")
-        return outcomes
+        return output
 
 
 def ask(
-    steps: Few, prompts: Sequence[Sequence[int]], first: int = 0, salts: bool = False
+    steps: Few,
+    prompts: Sequence[Sequence[int]],
+    first: int = 0,
+    salts: bool = False,
+    observer: Observer | None = None,
 ) -> tuple[list[Asked], Engine]:
     """All at once; with `salts`, none may use another's pages."""
-    engine = Engine(steps)
+    engine = Engine(steps, observer=observer)
     asked = [Asked(prompt, COUNT, cache_salt=str(i) if salts else "") for i, prompt in enumerate(prompts)]
     for i, a in enumerate(asked, first):
         a.request.sampling = HOW[i % 2]
@@ -107,3 +111,19 @@ def test_a_work_that_is_refused_concerns_its_request_alone() -> None:
     assert isinstance(asked[2].all[-1], Failed) and asked[2].all[-1].kind == "internal"
     assert tokens([asked[0], asked[1]]) == alone(0)[:2] and isinstance(asked[3].all[-1], Finished)
     assert engine.idle
+
+
+class Reported(Observer):
+    def __init__(self) -> None:
+        self.steps: list[StepReport] = []
+
+    def step(self, report: StepReport) -> None:
+        self.steps.append(report)
+
+
+def test_the_runner_reports_the_load_of_each_rank() -> None:
+    seen = Reported()
+    ask(Few(runner(2)), PROMPTS, observer=seen)
+    assert seen.steps and [(p.cached, p.new) for p in seen.steps[0].prompts] == [(0, 10)]
+    assert seen.steps[0].rank_tokens == (5, 5) and sum(seen.steps[0].rank_pairs) == 10 * 11 / 2
+    assert all(sum(s.rank_tokens) == s.prefill_tokens + s.decode_tokens for s in seen.steps)

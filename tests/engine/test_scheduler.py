@@ -52,8 +52,8 @@ def run(scheduler: Scheduler, model: PageModel) -> list[list[Scheduled]]:
     """One step, as the engine does it."""
     planned = scheduler.schedule()
     assert any(planned) or not scheduler.busy, "requests wait and none runs"
-    outcomes = model.step([[s.work() for s in group] for group in planned])
-    for group, results in zip(planned, outcomes, strict=True):
+    output = model.step([[s.work() for s in group] for group in planned])
+    for group, results in zip(planned, output.results, strict=True):
         for scheduled, outcome in zip(group, results, strict=True):
             events = take(scheduled, outcome)
             scheduler.taken(scheduled.request)

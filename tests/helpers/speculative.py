@@ -26,7 +26,7 @@ from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.handle import Model
 from jax_mla_cp.step.forward import put
 from jax_mla_cp.step.planner import Planner
-from jax_mla_cp.step.results import StepResult
+from jax_mla_cp.step.results import RunnerOutput, StepResult
 from jax_mla_cp.step.runner import Runner
 from tests.helpers.random_weights import random_weights
 from tests.helpers.synthetic import CONFIG as SYNTHETIC
@@ -144,12 +144,12 @@ class Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._steps, name)
 
-    def step(self, work: Sequence[Sequence[StepRequest]]) -> list[list[StepResult]]:
-        outcomes = self._steps.step(work)
-        for works, results in zip(work, outcomes, strict=True):
+    def step(self, work: Sequence[Sequence[StepRequest]]) -> RunnerOutput:
+        output = self._steps.step(work)
+        for works, results in zip(work, output.results, strict=True):
             for one, outcome in zip(works, results, strict=True):
                 self._look(one, outcome)
-        return outcomes
+        return output
 
 
 @dataclasses.dataclass

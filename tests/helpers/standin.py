@@ -10,7 +10,8 @@ import numpy as np
 
 from jax_mla_cp.batch.logit_bias import LogitBias
 from jax_mla_cp.batch.step_request import StepRequest
-from jax_mla_cp.step.results import SampledToken, StepResult, TokenLogprobs
+from jax_mla_cp.batch.zigzag import loads
+from jax_mla_cp.step.results import RunnerOutput, SampledToken, StepResult, TokenLogprobs
 
 VOCAB = 251
 
@@ -102,7 +103,7 @@ class PageModel:
         if self.refused in work.tokens:
             raise ValueError("a token that is refused")
 
-    def step(self, work: Sequence[Sequence[StepRequest]]) -> list[list[StepResult]]:
+    def step(self, work: Sequence[Sequence[StepRequest]]) -> RunnerOutput:
         if self.gate:
             self.gate.acquire()
         for each in (w for works in work for w in works):
@@ -114,7 +115,13 @@ class PageModel:
         for works in work:
             self._check(works)
         self.steps += 1
-        return [[self._run(g, w) for w in works] for g, works in enumerate(work)]
+        return self.output(work, [[self._run(g, w) for w in works] for g, works in enumerate(work)])
+
+    def output(self, work: Sequence[Sequence[StepRequest]], results: list[list[StepResult]]) -> RunnerOutput:
+        """Adds the ranks' loads to the results."""
+        divided = [loads([len(w.tokens) for w in works], [w.cached for w in works], cp=self.cp) for works in work]
+        rank_tokens, rank_pairs = np.sum(divided, axis=0)
+        return RunnerOutput(results, rank_tokens, rank_pairs)
 
     def slots_of(self, pages: Sequence[int], tokens: int) -> np.ndarray:
         at = np.arange(tokens)

@@ -319,8 +319,8 @@ REPORT = StepReport(
     prefill_tokens=8,
     decode_tokens=0,
     requests=1,
-    rows=(4, 4),
-    pairs=(18, 18),
+    rank_tokens=(4, 4),
+    rank_pairs=(18, 18),
     prompts=(),
 )
 

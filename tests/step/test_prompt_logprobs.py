@@ -83,7 +83,7 @@ class OneBucket(Runner):
         groups: list[dict[str, StepRequest]] = [{} for _ in range(self.dp)]
         for name, work in works.items():
             groups[-1 if name == "b" else 0][name] = dataclasses.replace(work, pages=PAGES[name])
-        results = self.step([list(group.values()) for group in groups])
+        results = self.step([list(group.values()) for group in groups]).results
         return {
             name: outcome
             for group, outcomes in zip(groups, results, strict=True)

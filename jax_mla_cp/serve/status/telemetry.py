@@ -84,9 +84,9 @@ class Telemetry(Observer):
         return Prefill(
             age=time.monotonic() - at,
             seconds=report.seconds,
-            tokens=list(report.rows),
-            pairs=list(report.pairs),
-            balance=balance(report.pairs),
+            tokens=list(report.rank_tokens),
+            pairs=list(report.rank_pairs),
+            balance=balance(report.rank_pairs),
             prompts=self._prompts.show(self.about.mesh.cp),
         )
 
