@@ -13,8 +13,8 @@ from jax_mla_cp.engine import (
     RequestReport,
     StepReport,
 )
-from jax_mla_cp.engine.pages import Pages
-from tests.helpers.engine_requests import Asked
+from jax_mla_cp.engine.page_pool import PagePool
+from tests.helpers.engine_requests import Asked, is_idle
 from tests.helpers.standin import PageModel, continuation
 from tests.helpers.waiting import until
 
@@ -28,7 +28,7 @@ def test_many_threads(engine: Engine) -> None:
         tokens, end = a.result()
         assert tokens == continuation(a.request.prompt, a.request.max_tokens)
         assert isinstance(end, Finished) and end.reason == "length"
-    until(lambda: engine.idle)
+    until(lambda: is_idle(engine))
 
 
 def test_drafts_save_steps_and_fit_the_pages() -> None:
@@ -59,16 +59,16 @@ def test_a_new_request_joins_while_another_decodes(model: PageModel, engine: Eng
     assert first.result()[0] == continuation([1, 2], 50)
 
 
-def test_pages_refuse_what_is_not_theirs() -> None:
-    pages = Pages(4, 16)
-    taken = pages.allocate(pages.needed(33))
-    assert len(taken) == 3 and pages.free == 1
-    with pytest.raises(ValueError, match="2 pages asked for, 1 of 4"):
-        pages.allocate(2)
-    pages.release(taken)
-    assert pages.free == 4
+def test_the_pool_refuses_pages_it_has_not() -> None:
+    pool = PagePool(4, 16)
+    pages = pool.allocate(pool.pages_for(33))
+    assert len(pages) == 3 and pool.num_free == 1
+    with pytest.raises(ValueError, match="2 pages requested, 1 of 4"):
+        pool.allocate(2)
+    pool.release(pages)
+    assert pool.num_free == 4
     with pytest.raises(ValueError, match="not in use"):
-        pages.release(taken[:1])
+        pool.release(pages[:1])
 
 
 def test_the_last_sampled_token_needs_no_place() -> None:
@@ -119,7 +119,7 @@ def test_what_an_observer_is_told() -> None:
         a.result()
     until(lambda: len(seen.steps) == model.steps)
     engine.stop(5)
-    assert [(p.id, p.cached, p.new, p.total) for p in seen.steps[0].prompts] == [("r0", 0, 16, 19)]
+    assert [(p.id, p.cached, p.new, p.total) for p in seen.steps[0].prefills] == [("r0", 0, 16, 19)]
     assert seen.steps[0].rank_tokens == (8, 8) and sum(seen.steps[0].rank_pairs) == 16 * 17 / 2
     assert abs(seen.steps[0].rank_pairs[0] - seen.steps[0].rank_pairs[1]) <= 32
     assert len(seen.steps) > 1
@@ -152,4 +152,4 @@ def test_a_shared_prefix_is_computed_once() -> None:
     assert computed < 20 * 3002 / 10
     status = engine.status()
     assert (status.prefix_queries, status.prefix_hits) == (20 * 3002, 19 * 2992)
-    assert engine.idle and status.pages_cached > 180
+    assert is_idle(engine) and status.pages_cached > 180

@@ -16,7 +16,7 @@ from jax_mla_cp.engine import (
     QueueFull,
     StepReport,
 )
-from tests.helpers.engine_requests import Asked, ended
+from tests.helpers.engine_requests import Asked, ended, is_alive, is_idle
 from tests.helpers.standin import PageModel, continuation
 from tests.helpers.waiting import until
 
@@ -29,7 +29,7 @@ def test_abort_frees_the_pages_within_a_step(model: PageModel, engine: Engine) -
     until(lambda: asked.events.qsize() == 3)
     engine.abort(asked.request)
     model.gate.release(1)
-    until(lambda: engine.idle)
+    until(lambda: is_idle(engine))
     assert model.steps <= 4
 
 
@@ -49,7 +49,7 @@ def test_a_failed_step_fails_its_requests_and_the_others_go_on(model: PageModel,
         assert asked.result()[0] == continuation(asked.request.prompt, asked.request.max_tokens)
     engine.submit(decoding.request)
     assert decoding.result()[0] == continuation([1] * 4, 150)
-    assert engine.alive and engine.unhealthy_reason is None
+    assert is_alive(engine) and engine.unhealthy_reason is None
 
 
 def test_a_refused_work_concerns_its_request_alone(model: PageModel, engine: Engine) -> None:
@@ -65,11 +65,11 @@ def test_a_refused_work_concerns_its_request_alone(model: PageModel, engine: Eng
         engine.submit(asked.request)
         model.gate.release(4)
         end = asked.result()[1]
-        assert end == Failed("The request's next step is not one that can be run.", "internal")
+        assert end == Failed("The request's next step is invalid and can't be run.", "internal")
     model.gate.release(200)
     assert running.result()[0] == continuation([1] * 4, 60)
-    assert engine.alive and engine.unhealthy_reason is None
-    until(lambda: engine.idle)
+    assert is_alive(engine) and engine.unhealthy_reason is None
+    until(lambda: is_idle(engine))
 
 
 def test_repeated_failures_end_the_engine(model: PageModel, engine: Engine) -> None:
@@ -88,9 +88,9 @@ def test_repeated_failures_end_the_engine(model: PageModel, engine: Engine) -> N
     engine.submit(good.request)
     assert good.result()[0] == continuation([1], 2)
     fail(2)
-    assert engine.alive and engine.unhealthy_reason is None
+    assert is_alive(engine) and engine.unhealthy_reason is None
     fail(1)
-    until(lambda: not engine.alive)
+    until(lambda: not is_alive(engine))
     assert engine.unhealthy_reason == "3 steps failed in a row."
     with pytest.raises(EngineDead, match="3 steps failed"):
         engine.submit(Asked([1], 1).request)
@@ -107,7 +107,10 @@ def test_an_engine_without_a_cache_ends(model: PageModel, engine: Engine, monkey
     model.gate.release(1)
     kinds = [end.kind for a in (failed, waiting) if isinstance(end := a.result()[1], Failed)]
     assert kinds == ["step", "dead"]
-    assert not engine.alive and engine.unhealthy_reason == "a step failed, and no new cache could be made."
+    assert (
+        not is_alive(engine)
+        and engine.unhealthy_reason == "a step failed, and the KV cache could not be allocated again."
+    )
 
 
 def test_a_fault_of_the_loop_itself_ends_the_engine(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,9 +123,9 @@ def test_a_fault_of_the_loop_itself_ends_the_engine(engine: Engine, monkeypatch:
 
     monkeypatch.setattr(engine._scheduler, "schedule", faulty)
     engine.submit(first.request)
-    why = "the engine's loop failed (AssertionError)."
+    why = "the engine loop failed (AssertionError)."
     assert [a.result()[1] for a in (first, late)] == [Failed(f"The engine has stopped: {why}", "dead")] * 2
-    assert not engine.alive and engine.unhealthy_reason == why
+    assert not is_alive(engine) and engine.unhealthy_reason == why
 
 
 def test_stop_fails_what_is_left() -> None:
@@ -142,7 +145,7 @@ def test_stop_fails_what_is_left() -> None:
     model.gate.release(10)
     stopper.join(30)
     assert [a.result()[1] for a in asked] == [Failed("The server is stopping.", "stopping")] * 4
-    assert not engine.alive and engine.idle
+    assert not is_alive(engine) and is_idle(engine)
 
 
 def test_an_owner_that_raises_harms_no_other(engine: Engine) -> None:
@@ -155,7 +158,7 @@ def test_an_owner_that_raises_harms_no_other(engine: Engine) -> None:
     engine.submit(broken.request)
     engine.submit(good.request)
     assert ended(good) == (continuation([2], 30), "length", None)
-    until(lambda: engine.idle)
+    until(lambda: is_idle(engine))
 
 
 def test_an_observer_that_raises_harms_nobody(model: PageModel) -> None:
@@ -174,14 +177,14 @@ def test_an_observer_that_raises_harms_nobody(model: PageModel) -> None:
 def test_the_queue_has_an_end(model: PageModel) -> None:
     engine = Engine(model, max_queued=2)  # beside 4 that run
     engine.submit_all([Asked([i], 2).request for i in range(4)])
-    with pytest.raises(QueueFull, match="4 requests run or wait already, 6 may"):
+    with pytest.raises(QueueFull, match="4 requests are running or waiting, the limit is 6"):
         engine.submit_all([Asked([5], 2).request for _ in range(3)])
     last = [Asked([i], 2) for i in (5, 6)]
     engine.submit_all([a.request for a in last])
     engine.start()
     for a in last:
         assert a.result()[0] == continuation(a.request.prompt, 2)
-    with pytest.raises(ValueError, match="need 161 places, the cache has 160"):
+    with pytest.raises(ValueError, match="need 161 cache slots, the cache has 160"):
         engine.submit(Asked([1] * 100, 62).request)
     engine.stop(5)
 
@@ -200,7 +203,7 @@ def test_requests_have_limits(model: PageModel) -> None:
     assert kinds == ["queue_timeout", "timeout"]
     assert fine.result()[0] == continuation([3], 1)
     engine.stop(5)
-    assert engine.idle
+    assert is_idle(engine)
 
 
 def test_drain_ends_what_is_there_and_takes_nothing_new(model: PageModel, engine: Engine) -> None:
@@ -226,7 +229,7 @@ def test_a_step_that_hangs_is_told() -> None:
     asked = Asked([1], 1)
     engine.submit(asked.request)
     until(lambda: engine.unhealthy_reason is not None)
-    assert "a step has been running for" in str(engine.unhealthy_reason) and engine.alive
+    assert "a step has been running for" in str(engine.unhealthy_reason) and is_alive(engine)
     model.gate.release(1)
     assert asked.result()[0] == continuation([1], 1)
     until(lambda: engine.unhealthy_reason is None)

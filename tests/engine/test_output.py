@@ -15,7 +15,7 @@ from jax_mla_cp.engine import (
 )
 from jax_mla_cp.engine.text import TextStream
 from tests.helpers.byte_tokenizer import byte_tokenizer
-from tests.helpers.engine_requests import Asked, ended
+from tests.helpers.engine_requests import Asked, ended, is_idle
 from tests.helpers.standin import VOCAB, PageModel, continuation, logprob
 from tests.helpers.waiting import until
 
@@ -42,10 +42,10 @@ def test_what_follows_an_end_within_a_run_is_dropped() -> None:
         for token, a in zip(want, asked[8:16], strict=False):
             assert ended(a) == (want[: want.index(token) + 1], "stop", token)
         assert ended(asked[-1]) == (want[: want.index(ord(stop)) + 1], "stop", stop)
-    until(lambda: engine.idle)
-    assert engine.speculation is not None
-    assert engine.speculation.drafted == sum(drafts * times for (drafts, _), times in model.held.items())
-    assert engine.speculation.accepted == sum(held * times for (_, held), times in model.held.items())
+    until(lambda: is_idle(engine))
+    assert engine.status().speculation is not None
+    assert engine.status().speculation.num_drafts == sum(drafts * times for (drafts, _), times in model.held.items())
+    assert engine.status().speculation.num_accepted == sum(held * times for (_, held), times in model.held.items())
     assert {(4, held) for held in range(5)} < set(model.held), "every number of drafts held"
     engine.stop(5)
 
@@ -113,7 +113,7 @@ def test_a_grammar_leads_and_ends_its_request() -> None:
     assert refused.result()[1] == Failed("too hard", "grammar")
     assert ended(other)[0] == continuation([5], 20)
     engine.stop(5)
-    assert engine.idle
+    assert is_idle(engine)
 
 
 def test_no_end_before_min_tokens(engine: Engine) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jax_mla_cp.batch.step_request import SamplingParams
-from jax_mla_cp.engine import Event, Failed, Finished, Request, Token
+from jax_mla_cp.engine import Engine, Event, Failed, Finished, Request, Token
 from jax_mla_cp.engine.text import TextStream
 
 
@@ -41,6 +41,17 @@ class Asked:
             self.all.append(event)
             if isinstance(event, Finished | Failed):
                 return [e.token for e in self.all if isinstance(e, Token)], event
+
+
+def is_idle(engine: Engine) -> bool:
+    """No request is waiting or running, and no page is in use."""
+    now = engine.status()
+    return not (now.waiting or now.running or now.pages_used)
+
+
+def is_alive(engine: Engine) -> bool:
+    """The thread runs, and the engine hasn't given up, whatever the watchdog says."""
+    return engine._thread.is_alive() and engine._dead is None
 
 
 def ended(asked: Asked) -> tuple[list[int], str, int | str | None]:

@@ -18,7 +18,7 @@ from jax_mla_cp.batch.form import Form
 from jax_mla_cp.batch.step_request import SamplingParams, StepRequest
 from jax_mla_cp.checkpoint import ArraySource, load_params
 from jax_mla_cp.config.model import ModelConfig
-from jax_mla_cp.engine import Engine, Event, Finished, Request, Speculation, Token
+from jax_mla_cp.engine import Engine, Event, Finished, Request, SpeculationStats, Token
 from jax_mla_cp.engine.text import TextStream
 from jax_mla_cp.mesh import make_mesh, mesh_shape
 from jax_mla_cp.model.context import EP_CHOICES, Build
@@ -28,6 +28,7 @@ from jax_mla_cp.step.forward import put
 from jax_mla_cp.step.planner import Planner
 from jax_mla_cp.step.results import RunnerOutput, StepResult
 from jax_mla_cp.step.runner import Runner
+from tests.helpers.engine_requests import is_idle
 from tests.helpers.random_weights import random_weights
 from tests.helpers.synthetic import CONFIG as SYNTHETIC
 from tests.helpers.synthetic import REAL_DIMS_CONFIG
@@ -158,7 +159,7 @@ class Run:
 
     tokens: list[list[int]]
     logprobs: list[list[float]]
-    speculation: Speculation | None
+    speculation: SpeculationStats | None
     idle: bool
     """No page is lost."""
 
@@ -189,4 +190,4 @@ def generate(
             assert isinstance(event, Finished) and event.reason == "length", event
             left -= 1
     engine.stop(timeout=60)
-    return dataclasses.replace(run, speculation=engine.speculation, idle=engine.idle)
+    return dataclasses.replace(run, speculation=engine.status().speculation, idle=is_idle(engine))

@@ -31,7 +31,7 @@ class Telemetry(Observer):
         self._step_time.add(report.seconds)
         if report.prefill_tokens:
             self._prompt_rate.add(report.prefill_tokens)
-            self._prompts.step(report.prompts)
+            self._prompts.step(report.prefills)
             self._prefill = time.monotonic(), report
 
     def first_token(self, seconds_since_arrival: float) -> None:
@@ -68,7 +68,7 @@ class Telemetry(Observer):
             prefix_hits=now.prefix_hits,
             speculation=None
             if now.speculation is None
-            else Speculation(drafted=now.speculation.drafted, accepted=now.speculation.accepted),
+            else Speculation(drafted=now.speculation.num_drafts, accepted=now.speculation.num_accepted),
             prefill=self._last_prefill(),
             ttft=_latency(self._ttft),
             itl=_latency(self._itl),
