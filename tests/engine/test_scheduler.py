@@ -6,7 +6,7 @@ import collections
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -66,6 +66,9 @@ def run(scheduler: Scheduler, model: PageModel) -> list[list[ScheduledRequest]]:
 
 class Anything(RuleBasedStateMachine):
     """Prompts are cut from two texts, so that many share pages, some of them only the tokens of a page."""
+
+    seen: ClassVar[collections.Counter[str]] = collections.Counter()
+    """Over all examples, how often each thing happened that the assertions are about."""
 
     @initialize(
         dp=st.integers(1, 2),
@@ -136,6 +139,7 @@ class Anything(RuleBasedStateMachine):
             for r in group.running:
                 slots = self.model.slots_of(r.pages, r.num_computed_tokens)
                 assert self.model.slots[g, slots].tolist() == r.tokens[: r.num_computed_tokens]
+                self.seen["computed"] += r.num_computed_tokens
 
     @invariant()
     def pages_add_up(self) -> None:
@@ -146,6 +150,7 @@ class Anything(RuleBasedStateMachine):
             assert all(pool._refcount[page] == times for page, times in used.items())
             for page, times in used.items():
                 if times > 1:
+                    self.seen["shared pages"] += 1
                     assert page in pool._hash_by_page, "a page that is not committed is shared"
             salts: dict[int, set[str]] = {}
             for r in group.running:
@@ -162,6 +167,10 @@ class Anything(RuleBasedStateMachine):
             run(self.scheduler, self.model)
         assert not self.scheduler.has_requests, "no end"
         self.pages_add_up()
+        self.seen["preemptions"] += self.scheduler.stats.preemptions
+        self.seen["prefix hits"] += self.scheduler.stats.prefix_hits
+        self.seen["finished"] += len(self.requests) - len(self.gone)
+        self.seen["aborted or failed"] += len(self.gone)
         for r in self.requests:
             tokens = [e.token for e in self.events[r] if isinstance(e, Token)]
             want = continuation(r.prompt, r.max_tokens, STOP)
@@ -169,6 +178,7 @@ class Anything(RuleBasedStateMachine):
             scored = [e for e in self.events[r] if isinstance(e, PromptLogprobs)]
             assert len(scored) == (r.prompt_logprobs and (r not in self.gone or bool(scored)))
             for event in scored:
+                self.seen["scored prompts"] += 1
                 assert self.events[r][0] is event
                 assert event.logprobs.tolist()[1:] == [
                     logprob(r.prompt[:n], r.prompt[n]) for n in range(1, len(r.prompt))
@@ -177,12 +187,22 @@ class Anything(RuleBasedStateMachine):
 
 
 def test_anything() -> None:
+    Anything.seen.clear()
     run_state_machine_as_test(
         Anything,
         settings=settings(
             max_examples=300, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
+    assert set(+Anything.seen) == {
+        "computed",
+        "shared pages",
+        "preemptions",
+        "prefix hits",
+        "finished",
+        "aborted or failed",
+        "scored prompts",
+    }
 
 
 def finish(scheduler: Scheduler, model: PageModel, most: int = 2000) -> list[list[list[ScheduledRequest]]]:
@@ -225,6 +245,7 @@ def test_the_youngest_gives_way_and_comes_back_in_its_place() -> None:
     assert ended == requests, "oldest first served"
     assert scheduler.stats.preemptions > 0
     assert all(r.tokens == [*r.prompt, *continuation(r.prompt, 30)] for r in requests)
+    assert len(steps) >= 30
     assert all(any(s.request is requests[0] for s in step[0]) for step in steps[:30]), "the oldest never waits"
 
 
