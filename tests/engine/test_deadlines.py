@@ -8,7 +8,7 @@ import pytest
 
 from jax_mla_cp.engine.deadlines import Deadlines
 from jax_mla_cp.engine.request import Request
-from tests.helpers.engine_requests import Asked
+from tests.helpers.engine_requests import RecordedRequest
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
 
 
 def arrived(at: float, **limits: float) -> Request:
-    request = Asked([1], 1, **limits).request
+    request = RecordedRequest([1], 1, **limits).request
     request.arrival_time = at
     return request
 

@@ -14,13 +14,13 @@ from jax_mla_cp.engine import (
     StepReport,
 )
 from jax_mla_cp.engine.page_pool import PagePool
-from tests.helpers.engine_requests import Asked, is_idle
+from tests.helpers.engine_requests import RecordedRequest, is_idle
 from tests.helpers.standin import PageModel, continuation
 from tests.helpers.waiting import until
 
 
 def test_many_threads(engine: Engine) -> None:
-    asked = [Asked([i, 2, 3] * (1 + i % 9), 5 + i % 7) for i in range(40)]
+    asked = [RecordedRequest([i, 2, 3] * (1 + i % 9), 5 + i % 7) for i in range(40)]
     threads = [threading.Thread(target=engine.submit, args=(a.request,)) for a in asked]
     for thread in threads:
         thread.start()
@@ -37,7 +37,7 @@ def test_drafts_save_steps_and_fit_the_pages() -> None:
     for model in (plain, speculating):
         engine = Engine(model)
         engine.start()
-        asked = Asked([1] * 10, 55)  # 64 places
+        asked = RecordedRequest([1] * 10, 55)  # 64 places
         engine.submit(asked.request)
         assert asked.result()[0] == continuation([1] * 10, 55)
         engine.stop(5)
@@ -46,7 +46,10 @@ def test_drafts_save_steps_and_fit_the_pages() -> None:
 
 def test_a_new_request_joins_while_another_decodes(model: PageModel, engine: Engine) -> None:
     model.gate = threading.Semaphore(0)
-    first, second = Asked([1, 2], 50), Asked([5] * 40, 3)  # the second's prompt takes three steps of 16
+    first, second = (
+        RecordedRequest([1, 2], 50),
+        RecordedRequest([5] * 40, 3),
+    )  # the second's prompt takes three steps of 16
     engine.submit(first.request)
     model.gate.release(5)
     until(lambda: first.events.qsize() == 5)
@@ -75,7 +78,7 @@ def test_the_last_sampled_token_needs_no_place() -> None:
     """60 + 5 tokens on exactly 64 slots: the last token is answered, not cached."""
     engine = Engine(PageModel(pages=16, page_size=4))
     engine.start()
-    asked = Asked([1] * 60, 5)
+    asked = RecordedRequest([1] * 60, 5)
     engine.submit(asked.request)
     assert asked.result()[0] == continuation([1] * 60, 5)
     engine.stop(5)
@@ -112,7 +115,7 @@ class Seen(Observer):
 def test_what_an_observer_is_told() -> None:
     model, seen = PageModel(pages=13, cp=2), Seen()
     engine = Engine(model, observer=seen)
-    asked = [Asked([i] * 19, 9, id=f"r{i}") for i in range(3)] + [Asked([0] * 19, 1)]
+    asked = [RecordedRequest([i] * 19, 9, id=f"r{i}") for i in range(3)] + [RecordedRequest([0] * 19, 1)]
     engine.submit_all([a.request for a in asked])
     engine.start()
     for a in asked:
@@ -140,7 +143,7 @@ def test_a_shared_prefix_is_computed_once() -> None:
     prefix = [(n * n) % 250 for n in range(3000)]
     model, seen = PageModel(pages=1200, page_size=16, max_running=8, prefill_chunk=1024), Seen()
     engine = Engine(model, observer=seen)
-    asked = [Asked([*prefix, i, i], 2) for i in range(20)]
+    asked = [RecordedRequest([*prefix, i, i], 2) for i in range(20)]
     engine.submit_all([a.request for a in asked])
     engine.start()
     for i, a in enumerate(asked):

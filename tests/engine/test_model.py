@@ -12,7 +12,7 @@ import pytest
 from jax_mla_cp.batch.step_request import SamplingParams, StepRequest
 from jax_mla_cp.engine import Engine, Failed, Finished, Observer, StepReport
 from jax_mla_cp.step.results import RunnerOutput
-from tests.helpers.engine_requests import Asked, is_idle
+from tests.helpers.engine_requests import RecordedRequest, is_idle
 from tests.helpers.speculative import CONFIG, OneBucket, model
 
 PREFIX = np.random.default_rng(5).integers(0, CONFIG.vocab_size, 27).tolist()
@@ -38,8 +38,8 @@ class Few:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._steps, name)
 
-    def step(self, work: Sequence[Sequence[StepRequest]]) -> RunnerOutput:
-        output = self._steps.step(work)
+    def step(self, groups: Sequence[Sequence[StepRequest]]) -> RunnerOutput:
+        output = self._steps.step(groups)
         self._count += 1
         if self._count == self._fail_at:
             self._steps._pages.delete()  # as after an error on the device: the donated cache is gone
@@ -53,10 +53,10 @@ def ask(
     first: int = 0,
     salts: bool = False,
     observer: Observer | None = None,
-) -> tuple[list[Asked], Engine]:
+) -> tuple[list[RecordedRequest], Engine]:
     """All at once; with `salts`, none may use another's pages."""
     engine = Engine(steps, observer=observer)
-    asked = [Asked(prompt, COUNT, cache_salt=str(i) if salts else "") for i, prompt in enumerate(prompts)]
+    asked = [RecordedRequest(prompt, COUNT, cache_salt=str(i) if salts else "") for i, prompt in enumerate(prompts)]
     for i, a in enumerate(asked, first):
         a.request.sampling = HOW[i % 2]
     engine.submit_all([a.request for a in asked])
@@ -67,7 +67,7 @@ def ask(
     return asked, engine
 
 
-def tokens(asked: Sequence[Asked]) -> list[list[int]]:
+def tokens(asked: Sequence[RecordedRequest]) -> list[list[int]]:
     return [a.request.tokens[len(a.request.prompt) :] for a in asked]
 
 

@@ -1,4 +1,4 @@
-"""Requests whose events a test can wait for."""
+"""Requests whose events a test can wait for, and the state of an engine."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from jax_mla_cp.engine import Engine, Event, Failed, Finished, Request, Token
 from jax_mla_cp.engine.text import TextStream
 
 
-class Asked:
-    """A request and the events it got."""
+class RecordedRequest:
+    """A request that records its events."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ def is_alive(engine: Engine) -> bool:
     return engine._thread.is_alive() and engine._dead is None
 
 
-def ended(asked: Asked) -> tuple[list[int], str, int | str | None]:
+def ended(asked: RecordedRequest) -> tuple[list[int], str, int | str | None]:
     tokens, end = asked.result()
     assert isinstance(end, Finished), end
     return tokens, end.reason, end.stop

@@ -137,47 +137,47 @@ class OneBucket(Runner):
 
 
 class Watched:
-    """A runner whose works and outcomes are shown to `look`, which may change them, work by work."""
+    """A runner that calls `look` with every request of a step and its result, which `look` may change."""
 
-    def __init__(self, steps: Runner, look: Callable[[StepRequest, StepResult], object]):
-        self._steps, self._look = steps, look
+    def __init__(self, runner: Runner, look: Callable[[StepRequest, StepResult], object]):
+        self._runner, self._look = runner, look
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._steps, name)
+        return getattr(self._runner, name)
 
-    def step(self, work: Sequence[Sequence[StepRequest]]) -> RunnerOutput:
-        output = self._steps.step(work)
-        for works, results in zip(work, output.results, strict=True):
-            for one, outcome in zip(works, results, strict=True):
-                self._look(one, outcome)
+    def step(self, groups: Sequence[Sequence[StepRequest]]) -> RunnerOutput:
+        output = self._runner.step(groups)
+        for requests, results in zip(groups, output.results, strict=True):
+            for request, result in zip(requests, results, strict=True):
+                self._look(request, result)
         return output
 
 
 @dataclasses.dataclass
 class Run:
-    """What an engine made of requests."""
+    """The output of an engine for some requests."""
 
     tokens: list[list[int]]
     logprobs: list[list[float]]
     speculation: SpeculationStats | None
     idle: bool
-    """No page is lost."""
+    """All pages have been released."""
 
 
 def generate(
-    steps: Runner | Watched,
+    runner: Runner | Watched,
     prompts: Sequence[Sequence[int]],
     count: int | Sequence[int],
-    how: Sequence[SamplingParams] | None = None,
+    sampling: Sequence[SamplingParams] | None = None,
 ) -> Run:
-    """`count` tokens for each prompt, greedy if not told `how`; all requests arrive at once."""
+    """`count` tokens for each prompt, greedy by default. All requests arrive at once."""
     events: queue.Queue[tuple[int, Event]] = queue.Queue()
-    engine = Engine(steps)
+    engine = Engine(runner)
     counts = [count] * len(prompts) if isinstance(count, int) else count
-    for i, (prompt, most) in enumerate(zip(prompts, counts, strict=True)):
-        sampling = how[i] if how else SamplingParams(temperature=0)
+    for i, (prompt, max_tokens) in enumerate(zip(prompts, counts, strict=True)):
+        params = sampling[i] if sampling else SamplingParams(temperature=0)
         text, emit = TextStream(None), functools.partial(lambda i, event: events.put((i, event)), i)
-        engine.submit(Request(list(prompt), most, sampling, frozenset(), text, emit))
+        engine.submit(Request(list(prompt), max_tokens, params, frozenset(), text, emit))
     engine.start()
     run = Run([[] for _ in prompts], [[] for _ in prompts], None, False)
     left = len(prompts)

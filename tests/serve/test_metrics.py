@@ -28,7 +28,7 @@ from jax_mla_cp.serve.status.prompts import Prompts
 from jax_mla_cp.serve.status.recent import SECONDS, Latencies, Rates, percentile
 from jax_mla_cp.serve.status.schemas import Status
 from tests.helpers.byte_tokenizer import byte_tokenizer
-from tests.helpers.engine_requests import Asked, is_idle
+from tests.helpers.engine_requests import RecordedRequest, is_idle
 from tests.helpers.standin import PageModel
 from tests.helpers.waiting import until
 
@@ -142,7 +142,7 @@ def test_what_is_true_at_a_moment() -> None:
     """Two run, on 5 pages and on 6, and one waits, which gives up; the two do not fit the 12 pages to their ends."""
     observed = Observed(pages=12, max_running=2)
     observed.model.gate = gate = threading.Semaphore(2)  # 32 of the 40 prompt tokens
-    asked = [Asked([i] * 20, 9) for i in range(3)]
+    asked = [RecordedRequest([i] * 20, 9) for i in range(3)]
     try:
         observed.engine.submit_all([a.request for a in asked])
         until(lambda: observed.now()["engine_step_seconds_count"] == 2)
