@@ -62,7 +62,7 @@ class Mla(nnx.Module):
         with jax.named_scope("query"):
             q_nope, q_rope = self._queries(x, inputs)
         with jax.named_scope("write"):
-            pages = cache.write(pages, latents, inputs.slots, inputs.fresh, layer, pages_per_layer=pages_per_layer)
+            pages = cache.write(pages, latents, inputs.slots, inputs.pages_to_zero, layer, pages_per_layer=pages_per_layer)
 
         out, few = None, inputs.absorbed_tokens
         if inputs.key_pages.size:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from jax_mla_cp import mesh
 from jax_mla_cp.batch import columns
 from jax_mla_cp.batch.arrays import Batch
-from jax_mla_cp.batch.check import check_works
-from jax_mla_cp.batch.columns import Columns
+from jax_mla_cp.batch.check import check_requests
+from jax_mla_cp.batch.columns import RequestColumns
 from jax_mla_cp.batch.form import use_expanded
 from jax_mla_cp.batch.layout import Layout, build, lay_out
 from jax_mla_cp.batch.shapes import BatchShape, CacheShape, StepShape
@@ -56,7 +56,7 @@ requests = st.lists(st.tuples(st.integers(1, 60), st.integers(0, 40)), min_size=
 @settings(deadline=None)
 def test_every_token_is_in_its_place(requests: list[tuple[int, int]], cp: int, form: str) -> None:
     works, at = make_works(requests), shape(cp, len(requests), form)
-    layout = lay_out(Columns.of(works, at), at, CONFIG)
+    layout = lay_out(RequestColumns.of(works, at), at, CONFIG)
     size = layout.tokens + 3
     batch = build([layout], at, fit(layout, at, spare=3))
     seen = set()
@@ -67,7 +67,7 @@ def test_every_token_is_in_its_place(requests: list[tuple[int, int]], cp: int, f
         assert (slots[count:] >= at.cache.total_slots).all(), "padding is written nowhere, in any layer"
         covered = 0
         for rows in (batch.expanded, batch.absorbed):
-            many = 2 * at.requests
+            many = 2 * at.max_requests
             cu_q = rows.cu_q[k * (many + 1) : (k + 1) * (many + 1)]
             assert (np.diff(cu_q) >= 0).all()
             for b in np.flatnonzero(np.diff(cu_q)):
@@ -90,7 +90,7 @@ def test_every_token_is_in_its_place(requests: list[tuple[int, int]], cp: int, f
     last = batch.last_index.reshape(cp, -1)
     for i, work in enumerate(works):
         (rank,) = np.flatnonzero(last[:, i] < size)
-        assert batch.positions[rank * size + last[rank, i]] == work.cached + len(work.tokens) - 1
+        assert batch.positions[rank * size + last[rank, i]] == work.num_computed + len(work.tokens) - 1
     assert (last[:, len(works) :] == size).all()
 
 
@@ -99,7 +99,7 @@ def test_every_token_is_in_its_place(requests: list[tuple[int, int]], cp: int, f
 def test_packed_keys_share_no_tile(requests: list[tuple[int, int]], cp: int) -> None:
     """128 keys from any request's start belong to it or are gaps, which read as zeros."""
     works, at = make_works(requests), shape(cp, len(requests), "expanded")
-    layout = lay_out(Columns.of(works, at), at, CONFIG)
+    layout = lay_out(RequestColumns.of(works, at), at, CONFIG)
     batch = build([layout], at, fit(layout, at))
     owner = {page: i for i, work in enumerate(works) for page in work.pages}
     rows = batch.expanded
@@ -112,8 +112,8 @@ def test_packed_keys_share_no_tile(requests: list[tuple[int, int]], cp: int) -> 
 def test_fresh_pages_are_those_that_the_step_begins_and_does_not_fill() -> None:
     at = shape(2, 4)
     works = make_works([(9, 0), (8, 0), (3, 2), (1, 8)])  # begins page 1; fills page 0; goes on; begins page 1
-    batch = build([lay_out(Columns.of(works, at), at, CONFIG)], at, StepShape(16, 16, at.expanded_keys))
-    fresh = [int(page) for page in batch.fresh if page < at.cache.total_pages]
+    batch = build([lay_out(RequestColumns.of(works, at), at, CONFIG)], at, StepShape(16, 16, at.expanded_keys))
+    fresh = [int(page) for page in batch.pages_to_zero if page < at.cache.total_pages]
     assert fresh == [works[0].pages[1], works[3].pages[1]]
 
 
@@ -121,7 +121,7 @@ def test_sampling_goes_with_its_request() -> None:
     at = shape(2, 4)
     works = make_works([(1, 4), (30, 0), (2, 2)])
     works[2] = dataclasses.replace(works[2], sampling=None)
-    batch: Batch = build([lay_out(Columns.of(works, at), at, CONFIG)], at, StepShape(32, 32, at.expanded_keys))
+    batch: Batch = build([lay_out(RequestColumns.of(works, at), at, CONFIG)], at, StepShape(32, 32, at.expanded_keys))
     assert batch.sampling.position.tolist() == [5, 30, 0, 0]
     assert batch.sampling.seed[:2, 0].tolist() == [0, 1]
     assert batch.sampling.temperature.tolist() == [1, 1, 0, 0]
@@ -148,8 +148,8 @@ def test_every_token_goes_with_its_next_one(case: tuple[list[StepRequest], int],
     """Next tokens are permuted like the tokens; what is sampled after is where the plan put it."""
     works, most = case
     at = shape(cp, len(works), drafts=most)
-    check_works(Columns.of(works, at), at, CONFIG)
-    layout = lay_out(Columns.of(works, at), at, CONFIG)
+    check_requests(RequestColumns.of(works, at), at, CONFIG)
+    layout = lay_out(RequestColumns.of(works, at), at, CONFIG)
     size = layout.tokens + 2
     batch = build([layout], at, fit(layout, at, spare=2))
     owner = {page: i for i, work in enumerate(works) for page in work.pages}
@@ -157,7 +157,7 @@ def test_every_token_goes_with_its_next_one(case: tuple[list[StepRequest], int],
     for k in range(cp):
         for t in range(k * size, k * size + int(batch.num_tokens[k])):
             work = works[owner[int(batch.slots[t]) // PAGE]]
-            offset = int(batch.positions[t]) - work.cached
+            offset = int(batch.positions[t]) - work.num_computed
             known = len(work.tokens) - 1 - work.drafts
             end = -1 if work.next_token is None else work.next_token
             assert batch.next_tokens[t] == (work.tokens[offset + 1] if offset < known else end)
@@ -167,7 +167,7 @@ def test_every_token_goes_with_its_next_one(case: tuple[list[StepRequest], int],
     sampling = {name: value.reshape(-1, 1 + most, *value.shape[1:]) for name, value in vars(batch.sampling).items()}
     assert batch.speculation is not None
     for i, work in enumerate(works):
-        first = work.cached + len(work.tokens) - 1 - work.drafts
+        first = work.num_computed + len(work.tokens) - 1 - work.drafts
         assert batch.speculation.first[i] == first
         guesses = [*work.tokens[len(work.tokens) - work.drafts :], *[-1] * (most - work.drafts)]
         assert batch.speculation.drafts[i].tolist() == guesses
@@ -189,11 +189,11 @@ def test_recycled_drafts_may_be_written_as_far_as_the_request_has_pages() -> Non
     works = [dataclasses.replace(work, pages=[*work.pages, 150 + i]) for i, work in enumerate(works)]
     works[2] = dataclasses.replace(works[2], pages=works[2].pages[:2])
     works[3] = dataclasses.replace(works[3], sampling=None, next_token=5)
-    check_works(Columns.of(works, at), at, CONFIG)
-    batch = build([lay_out(Columns.of(works, at), at, CONFIG)], at, StepShape(32, 32, at.expanded_keys))
+    check_requests(RequestColumns.of(works, at), at, CONFIG)
+    batch = build([lay_out(RequestColumns.of(works, at), at, CONFIG)], at, StepShape(32, 32, at.expanded_keys))
     assert batch.speculation is not None
     assert batch.speculation.room.tolist() == [10, 11, 16, 8]
-    fresh = [int(page) for page in batch.fresh if page < at.cache.total_pages]
+    fresh = [int(page) for page in batch.pages_to_zero if page < at.cache.total_pages]
     assert fresh == [150, 151]
     reached = [[int(page) for page in row if page < at.cache.total_pages] for row in batch.page_table]
     assert reached == [list(works[0].pages), list(works[1].pages), list(works[2].pages), list(works[3].pages[:1])]
@@ -234,7 +234,7 @@ def test_default_grids_are_small() -> None:
 def test_a_step_that_is_too_small_is_refused() -> None:
     """Two ranks with 12 tokens each of a long request, and a decoding request on one of them."""
     at = shape(2, 4, "expanded")
-    layout = lay_out(Columns.of(make_works([(24, 0), (1, 30)]), at), at, CONFIG)
+    layout = lay_out(RequestColumns.of(make_works([(24, 0), (1, 30)]), at), at, CONFIG)
     assert (layout.tokens, layout.absorbed_tokens) == (13, 1)
     build([layout], at, StepShape(13, 1, 128))
     for step, message in (
@@ -259,14 +259,14 @@ GOOD = StepRequest([1, 2, 3], 6, [4, 5])
         ([GOOD, dataclasses.replace(GOOD, tokens=[2**70, 1])], r"work 1: .* must be a list of token ids, got object"),
         ([dataclasses.replace(GOOD, tokens=np.zeros((3, 1), int))], r"list of token ids, got int64 of shape \(3, 1\)"),
         ([dataclasses.replace(GOOD, pages=[4, 5.5])], "pages must be a list of page ids, got float64"),
-        ([dataclasses.replace(GOOD, cached=-1)], "cached >= 0"),
+        ([dataclasses.replace(GOOD, num_computed=-1)], "cached >= 0"),
         ([dataclasses.replace(GOOD, pages=[4])], "need 2 pages of 8, got 1"),
         ([dataclasses.replace(GOOD, pages=[4, 200])], "page ids must be 0 to 199"),
         ([dataclasses.replace(GOOD, pages=[-1, 4])], "page ids must be 0 to 199"),
         ([dataclasses.replace(GOOD, pages=[4, 4])], "a page is listed twice"),
         ([GOOD, GOOD], "also written by work 0"),
-        ([dataclasses.replace(GOOD, cached=126, pages=range(17))], "the page table holds 16"),
-        ([dataclasses.replace(GOOD, cached=510, pages=range(65))], "exceed the model's 512 positions"),
+        ([dataclasses.replace(GOOD, num_computed=126, pages=range(17))], "the page table holds 16"),
+        ([dataclasses.replace(GOOD, num_computed=510, pages=range(65))], "exceed the model's 512 positions"),
         ([dataclasses.replace(GOOD, embeds=np.zeros((2, 64)))], r"embeds must be \[3, 64\]"),
         ([dataclasses.replace(GOOD, drafts=3, sampling=SamplingParams())], "drafts must be 0 to 2 .* got 3"),
         ([dataclasses.replace(GOOD, drafts=1)], "drafts are verified by sampling"),
@@ -276,7 +276,7 @@ GOOD = StepRequest([1, 2, 3], 6, [4, 5])
         (
             [
                 dataclasses.replace(GOOD, sampling=SamplingParams(), pages=[4, 5, 6]),
-                dataclasses.replace(GOOD, cached=1, pages=[6]),
+                dataclasses.replace(GOOD, num_computed=1, pages=[6]),
             ],
             "page 6 is also written by work 0",
         ),
@@ -286,7 +286,7 @@ GOOD = StepRequest([1, 2, 3], 6, [4, 5])
 def test_refuses(works: list[StepRequest], message: str) -> None:
     at = shape(2, 8, drafts=12)
     with pytest.raises(ValueError, match=message):
-        check_works(Columns.of(works, at), at, CONFIG)
+        check_requests(RequestColumns.of(works, at), at, CONFIG)
 
 
 def test_form_follows_the_arithmetic() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_mla_cp.batch.arrays import Batch, batch_specs
-from jax_mla_cp.batch.columns import Columns
+from jax_mla_cp.batch.columns import RequestColumns
 from jax_mla_cp.batch.layout import build, lay_out
 from jax_mla_cp.batch.packing import pack, packed_specs, unpack
 from jax_mla_cp.batch.shapes import BatchShape, CacheShape, StepShape
@@ -23,7 +23,7 @@ from tests.helpers.synthetic import CONFIG
 def batch(dp: int, cp: int, drafts: int, seed: int) -> Batch:
     """A step's arrays, filled with random bits: NaNs, infinities and negative zeros too."""
     shape = BatchShape(dp, cp, 2 * cp, 3, 16, CacheShape(2, 9, 8), draft_tokens=drafts)
-    works = Columns.of([StepRequest([1, 2, 3], 4, [5], SamplingParams(seed=7))], shape)
+    works = RequestColumns.of([StepRequest([1, 2, 3], 4, [5], SamplingParams(seed=7))], shape)
     made = build([lay_out(works, shape, CONFIG)] * dp, shape, StepShape(5, 5, 0))
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: rng.integers(0, 2**32, x.shape, np.uint32).view(x.dtype), made)
