@@ -23,11 +23,11 @@ def check_requests(c: RequestColumns, shape: BatchShape, config: ModelConfig) ->
         raise ValueError(f"a step takes at most {shape.max_requests} requests of a dp group, got {len(c.requests)}.")
     if not c.requests:
         return
-    if (i := _first(c.num_computed < 0)) is not None:
-        raise ValueError(f"request {i}: num_computed must be at least 0, got {c.num_computed[i]}.")
+    if (i := _first(c.num_computed_tokens < 0)) is not None:
+        raise ValueError(f"request {i}: num_computed_tokens must be at least 0, got {c.num_computed_tokens[i]}.")
     if (i := _first(c.end > config.max_position)) is not None:
         raise ValueError(
-            f"request {i}: {c.num_computed[i]} + {c.num_new[i]} tokens exceed the model's {config.max_position} positions."
+            f"request {i}: {c.num_computed_tokens[i]} + {c.num_new_tokens[i]} tokens exceed the model's {config.max_position} positions."
         )
     _check_pages(c, shape)
     _check_tokens(c, shape, config)
@@ -54,7 +54,7 @@ def _check_pages(c: RequestColumns, shape: BatchShape) -> None:
         i = int(c.page_request[at])
         used = c.pages[c.page_request == i]
         raise ValueError(f"request {i}: page ids must be 0 to {pages - 1}, got {used.min()} to {used.max()}.")
-    written = c.page_column >= (c.num_computed // page_size)[c.page_request]
+    written = c.page_column >= (c.num_computed_tokens // page_size)[c.page_request]
     page, request = c.pages[written], c.page_request[written]
     writer = np.empty(pages, np.int64)
     writer[page[::-1]] = request[::-1]  # of several, the first one stays
@@ -70,11 +70,11 @@ def _check_tokens(c: RequestColumns, shape: BatchShape, config: ModelConfig) -> 
     embeds = np.array([request.embeds is not None for request in c.requests])
     for i in np.flatnonzero(embeds).tolist():
         got = np.asarray(c.requests[i].embeds).shape
-        if got != (c.num_new[i], config.hidden_size):
-            raise ValueError(f"request {i}: embeds must be [{c.num_new[i]}, {config.hidden_size}], got {got}.")
+        if got != (c.num_new_tokens[i], config.hidden_size):
+            raise ValueError(f"request {i}: embeds must be [{c.num_new_tokens[i]}, {config.hidden_size}], got {got}.")
         if shape.draft_tokens:
             raise ValueError(f"request {i}: embeds can't be combined with draft_tokens: the MTP layer reads token ids.")
-    bad = ((c.tokens < 0) | (c.tokens >= len(vocabulary))) & ~np.repeat(embeds, c.num_new)
+    bad = ((c.tokens < 0) | (c.tokens >= len(vocabulary))) & ~np.repeat(embeds, c.num_new_tokens)
     if (at := _first(bad)) is not None:
         raise _unknown(int(np.searchsorted(c.start, at, "right")) - 1, c.tokens[at], config.vocab_size)
     for i, request in enumerate(c.requests):
@@ -91,7 +91,7 @@ def _unknown(i: int, token: Any, vocab_size: int) -> ValueError:
 
 
 def _check_drafts(c: RequestColumns, shape: BatchShape) -> None:
-    allowed = np.minimum(shape.draft_tokens, c.num_new - 1)
+    allowed = np.minimum(shape.draft_tokens, c.num_new_tokens - 1)
     if (i := _first((c.num_drafts < 0) | (c.num_drafts > allowed))) is not None:
         raise ValueError(
             f"request {i}: drafts must be 0 to {allowed[i]} (the planner's draft_tokens, and fewer than the tokens), "

@@ -21,9 +21,9 @@ class RequestColumns:
     """One dp group's `I` requests with `M` new tokens in all."""
 
     requests: Sequence[StepRequest]
-    num_new: Ints
+    num_new_tokens: Ints
     """[I]: new tokens, drafts included."""
-    num_computed: Ints
+    num_computed_tokens: Ints
     """[I]"""
     num_drafts: Ints
     """[I]"""
@@ -48,13 +48,15 @@ class RequestColumns:
     @property
     def end(self) -> Ints:
         """[I]: the position behind the last token."""
-        return self.num_computed + self.num_new
+        return self.num_computed_tokens + self.num_new_tokens
 
     @property
     def next_tokens(self) -> Ints:
         """[M]: the token after each; -1 where the step samples it, also where a draft follows."""
         following = np.append(self.tokens, -1)[1:]
-        following[within(self.num_new) >= np.repeat(self.num_new - 1 - self.num_drafts, self.num_new)] = -1
+        following[
+            within(self.num_new_tokens) >= np.repeat(self.num_new_tokens - 1 - self.num_drafts, self.num_new_tokens)
+        ] = -1
         following[self.start[1:] - 1] = self.next_token
         return following
 
@@ -68,7 +70,7 @@ class RequestColumns:
         facts = [
             (
                 len(r.tokens),
-                r.num_computed,
+                r.num_computed_tokens,
                 r.drafts,
                 r.sampling is not None,
                 -1 if r.next_token is None else r.next_token,
@@ -76,23 +78,25 @@ class RequestColumns:
             )
             for r in requests
         ]
-        num_new, num_computed, num_drafts, samples, next_token, num_pages = np.array(facts, np.int64).reshape(-1, 6).T
-        if not num_new.all():
-            raise ValueError(f"request {int(np.argmin(num_new))}: needs at least 1 token, got none.")
-        end, page_size = num_computed + num_new, shape.cache.page_size
+        num_new_tokens, num_computed_tokens, num_drafts, samples, next_token, num_pages = (
+            np.array(facts, np.int64).reshape(-1, 6).T
+        )
+        if not num_new_tokens.all():
+            raise ValueError(f"request {int(np.argmin(num_new_tokens))}: needs at least 1 token, got none.")
+        end, page_size = num_computed_tokens + num_new_tokens, shape.cache.page_size
         slots = np.minimum(num_pages, shape.max_pages) * page_size
         recycled_end = np.minimum(end + max(shape.draft_tokens - 1, 0), slots)
         writable_end = np.where(samples, np.maximum(end, recycled_end), end)
         used = np.clip(-(-writable_end // page_size), 0, num_pages)
         return cls(
             requests=requests,
-            num_new=num_new,
-            num_computed=num_computed,
+            num_new_tokens=num_new_tokens,
+            num_computed_tokens=num_computed_tokens,
             num_drafts=num_drafts,
             samples=samples.astype(bool),
             next_token=next_token,
             tokens=_joined("tokens must be a list of token ids", [r.tokens for r in requests]),
-            start=np.concatenate([[0], np.cumsum(num_new)]),
+            start=np.concatenate([[0], np.cumsum(num_new_tokens)]),
             writable_end=writable_end,
             pages=_joined(
                 "pages must be a list of page ids", [r.pages[:n] for r, n in zip(requests, used.tolist(), strict=True)]

@@ -18,17 +18,17 @@ _EXPANDED_RATE = 0.98
 _ABSORBED_RATE = 0.90
 
 
-def use_expanded(form: Form, config: ModelConfig, cp: int, num_new: int, num_computed: int) -> bool:
-    """True if a request's `num_new` tokens after `num_computed` in the cache take the expanded form, on each of cp ranks.
+def use_expanded(form: Form, config: ModelConfig, cp: int, num_new_tokens: int, num_computed_tokens: int) -> bool:
+    """True if a request's `num_new_tokens` tokens after `num_computed_tokens` in the cache take the expanded form, on each of cp ranks.
 
     A single token (decode) is always absorbed: up-projecting a whole context for it never pays.
     """
-    if form == "absorbed" or num_new == 1:
+    if form == "absorbed" or num_new_tokens == 1:
         return False
     if form == "expanded":
         return True
     r, h, v, rank = config.qk_rope_head_dim, config.qk_nope_head_dim, config.v_head_dim, config.kv_lora_rank
-    pairs = (num_new * num_computed + num_new * (num_new + 1) / 2) / cp
-    expanded = pairs * (h + r + v) / _EXPANDED_RATE + (rank + r) * (h + r + v) * (num_computed + num_new)
-    absorbed = pairs * (2 * rank + r) / _ABSORBED_RATE + rank * (h + v) * num_new / cp
+    pairs = (num_new_tokens * num_computed_tokens + num_new_tokens * (num_new_tokens + 1) / 2) / cp
+    expanded = pairs * (h + r + v) / _EXPANDED_RATE + (rank + r) * (h + r + v) * (num_computed_tokens + num_new_tokens)
+    absorbed = pairs * (2 * rank + r) / _ABSORBED_RATE + rank * (h + v) * num_new_tokens / cp
     return expanded < absorbed

@@ -94,15 +94,17 @@ def lay_out(c: RequestColumns, shape: BatchShape, config: ModelConfig, *, expand
 
     Without `expand`, all are absorbed.
     """
-    capacity, expanded = shape.expanded_keys if expand else 0, np.zeros(len(c.num_new), bool)
-    prompt = c.num_new - c.num_drafts  # a decoding request stays one, whatever its drafts
+    capacity, expanded = shape.expanded_keys if expand else 0, np.zeros(len(c.num_new_tokens), bool)
+    prompt = c.num_new_tokens - c.num_drafts  # a decoding request stays one, whatever its drafts
     keys = packed_keys(c.end, shape.cache.page_size)
     for i in np.flatnonzero((keys <= capacity) & (prompt > 1)).tolist():
-        if keys[i] <= capacity and use_expanded(shape.form, config, shape.cp, int(prompt[i]), int(c.num_computed[i])):
+        if keys[i] <= capacity and use_expanded(
+            shape.form, config, shape.cp, int(prompt[i]), int(c.num_computed_tokens[i])
+        ):
             expanded[i] = True
             capacity -= int(keys[i])
     order = np.argsort(expanded, kind="stable")
-    zigzag = plan(c.num_new[order], c.num_computed[order], cp=shape.cp)
+    zigzag = plan(c.num_new_tokens[order], c.num_computed_tokens[order], cp=shape.cp)
     return GroupLayout(c, order, len(order) - int(expanded.sum()), zigzag)
 
 
@@ -144,14 +146,16 @@ def _group_batch(layout: GroupLayout, shape: BatchShape, step: StepShape) -> Bat
 
     index, token = layout.buffer_index(tokens)
     request = layout.order[p.request]
-    position = c.num_computed[request] + p.offset
+    position = c.num_computed_tokens[request] + p.offset
 
     def in_buffers(values: NDArray[Any], padding: NDArray[Any]) -> NDArray[Any]:
         padding[index] = values
         return padding
 
     key_pages, key_start, num_keys = _pack_keys(layout, page_table, shape, step.expanded_keys)
-    sample = p.offset - (c.num_new - 1 - c.num_drafts)[request]  # which of the request's samples follows the token
+    sample = (
+        p.offset - (c.num_new_tokens - 1 - c.num_drafts)[request]
+    )  # which of the request's samples follows the token
     last = sample >= 0
     rank, index_on_rank = np.divmod(index[last], tokens)
     last_index = np.full((cp, shape.max_requests, shape.samples), tokens, np.int32)
@@ -200,7 +204,7 @@ def _pages_to_zero(c: RequestColumns, page_table: NDArray[np.int32], shape: Batc
     page_size, count = shape.cache.page_size, shape.max_pages_to_zero
     # At least two: with a single index, XLA's scatter may copy the cache.
     pages = shape.cache.unused_pages(max(2, shape.max_requests * count))
-    first = np.maximum(c.end // page_size, -(-c.num_computed // page_size))
+    first = np.maximum(c.end // page_size, -(-c.num_computed_tokens // page_size))
     for j in range(count):
         begun = np.flatnonzero(first + j < -(-c.writable_end // page_size))
         pages[begun * count + j] = page_table[begun, first[begun] + j]
@@ -273,7 +277,7 @@ def _sampling(c: RequestColumns, shape: BatchShape) -> SamplingArrays:
 
 
 def _speculation(c: RequestColumns, shape: BatchShape) -> SpeculationArrays:
-    count = len(c.num_new)
+    count = len(c.num_new_tokens)
     drafts = np.full((shape.max_requests, shape.draft_tokens), -1, np.int32)
     request, column = np.repeat(np.arange(count), c.num_drafts), within(c.num_drafts)
     drafts[request, column] = c.tokens[(c.start[1:] - c.num_drafts)[request] + column]

@@ -29,8 +29,8 @@ class StepRequest:
     """One request's part of one step."""
 
     tokens: Sequence[int] | NDArray[np.integer[Any]]
-    """The new tokens, at positions `num_computed` and following. The last `drafts` of them are drafts."""
-    num_computed: int
+    """The new tokens, at positions `num_computed_tokens` and following. The last `drafts` of them are drafts."""
+    num_computed_tokens: int
     """Tokens before the new ones: their latents are in the pages already."""
     pages: Sequence[int]
     """The request's pages, in order; at least those that the new tokens reach. Ids are local to the dp group."""

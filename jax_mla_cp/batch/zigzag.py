@@ -71,20 +71,22 @@ class Plan:
         return np.bincount(self.row_rank, weights=pairs, minlength=self.cp).astype(np.int64)
 
 
-def plan(num_new: Sequence[int] | np.ndarray, num_computed: Sequence[int] | np.ndarray, *, cp: int) -> Plan:
-    """Divides requests with `num_new[i]` tokens to compute, after `num_computed[i]` in the cache, over `cp` ranks.
+def plan(
+    num_new_tokens: Sequence[int] | np.ndarray, num_computed_tokens: Sequence[int] | np.ndarray, *, cp: int
+) -> Plan:
+    """Divides requests with `num_new_tokens[i]` tokens to compute, after `num_computed_tokens[i]` in the cache, over `cp` ranks.
 
     For a request with `L >= 2 cp` the ranks' shares differ by at most 2 tokens and `2 (P + L)` query-key pairs.
 
     Raises:
       ValueError: cp below 1, lists of different lengths, a request without new tokens, a negative number of computed ones.
     """
-    length, computed = np.asarray(num_new, np.int64), np.asarray(num_computed, np.int64)
+    length, computed = np.asarray(num_new_tokens, np.int64), np.asarray(num_computed_tokens, np.int64)
     if cp < 1:
         raise ValueError(f"cp must be at least 1, got {cp}.")
     if length.ndim != 1 or length.shape != computed.shape:
         raise ValueError(
-            f"num_new and num_computed must be equally long lists, got shapes {length.shape} and {computed.shape}."
+            f"num_new_tokens and num_computed_tokens must be equally long lists, got shapes {length.shape} and {computed.shape}."
         )
     if (length < 1).any() or (computed < 0).any():
         i = int(np.argmax((length < 1) | (computed < 0)))
@@ -112,14 +114,14 @@ def plan(num_new: Sequence[int] | np.ndarray, num_computed: Sequence[int] | np.n
 
 
 def loads(
-    num_new: Sequence[int] | np.ndarray, num_computed: Sequence[int] | np.ndarray, *, cp: int
+    num_new_tokens: Sequence[int] | np.ndarray, num_computed_tokens: Sequence[int] | np.ndarray, *, cp: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The load of each rank under `plan`, without the arrays of its tokens. Independent of the requests' order.
 
     Returns:
       int64 [cp], twice: `Plan.rank_tokens` and `Plan.rank_pairs`.
     """
-    length, computed = np.asarray(num_new, np.int64), np.asarray(num_computed, np.int64)
+    length, computed = np.asarray(num_new_tokens, np.int64), np.asarray(num_computed_tokens, np.int64)
     rank, request, start, stop = _rows(length, computed, cp)
     n, kv = stop - start, computed[request] + stop
     pairs = np.bincount(rank, weights=n * kv - n * (n - 1) // 2, minlength=cp)

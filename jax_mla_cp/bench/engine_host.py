@@ -1,4 +1,4 @@
-"""How long the engine's own part of a step takes: schedule, works, outcomes, text; without a model."""
+"""Host time of the engine's own part of a step, without a model: schedule, step requests, results, text."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from jax_mla_cp.batch.step_request import SamplingParams, StepRequest
 from jax_mla_cp.engine.engine import Engine
 from jax_mla_cp.engine.observer import StepReport
 from jax_mla_cp.engine.request import Event, Failed, Finished, Request
-from jax_mla_cp.engine.steps import Steps
+from jax_mla_cp.engine.step_runner import StepRunner
 from jax_mla_cp.engine.text import TextStream
 from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.serve.status import About, Telemetry
-from jax_mla_cp.step.results import SampledToken, StepResult
+from jax_mla_cp.step.results import RunnerOutput, SampledToken, StepResult
 from jax_mla_cp.tokenizer import Tokenizer
 
 
 class NoModel:
-    """Steps that cost nothing: each samples the same token after whatever it is given.
+    """A runner that costs nothing and always samples the same token.
 
-    Implements `jax_mla_cp.engine.steps.Steps`.
+    Implements `jax_mla_cp.engine.step_runner.StepRunner`.
     """
 
     draft_tokens = 0
@@ -43,18 +43,20 @@ class NoModel:
         top = np.arange(20, dtype=np.int32), np.linspace(-1, -9, 20, dtype=np.float32)
         self._sampled = StepResult([SampledToken(token, -1.0, *top)], [])
 
-    def check(self, work: StepRequest) -> None:
-        """Nothing is wrong with any."""
+    def check(self, request: StepRequest) -> None:
+        """Accepts every request."""
 
-    def step(self, work: Sequence[Sequence[StepRequest]]) -> list[list[StepResult]]:
-        return [[self._sampled if w.sampling else StepResult([], []) for w in works] for works in work]
+    def step(self, groups: Sequence[Sequence[StepRequest]]) -> RunnerOutput:
+        idle = np.zeros(self.cp, np.int64)
+        results = [[self._sampled if r.sampling else StepResult([], []) for r in requests] for requests in groups]
+        return RunnerOutput(results, idle, idle)
 
     def reset(self) -> None:
-        """There is nothing to lose."""
+        """There is no cache."""
 
 
 class _Steps(Telemetry):
-    """The server's own observer, whose time counts too; and the reports of all steps."""
+    """The server's own observer, whose time counts too. Keeps the reports of all steps."""
 
     def __init__(self) -> None:
         super().__init__(About("none", 1, chat=False, mesh=MeshShape(), facts={}))
@@ -66,17 +68,18 @@ class _Steps(Telemetry):
 
 
 def host_seconds(
-    runner: Steps, *, requests: int, steps: int, prompt_tokens: int = 32, tokenizer: Tokenizer | None = None
+    runner: StepRunner, *, requests: int, steps: int, prompt_tokens: int = 32, tokenizer: Tokenizer | None = None
 ) -> list[float]:
-    """The engine's own seconds in each step in which `requests` requests decode: about `steps` of them.
+    """Measures the engine's own seconds in each step in which all of `requests` requests decode, about `steps` of them.
 
     Args:
-      runner: a stand-in (`NoModel`), or a real one; its own time does not count.
-      requests: as many as it can run, over all dp groups, with room for `prompt_tokens + steps` tokens each.
-      tokenizer: makes text of the tokens; None: there is no text.
+      runner: a stand-in (`NoModel`), or a real runner; its own time does not count.
+      requests: at most the number that the runner can run at once, over all dp groups, each with `prompt_tokens + steps`
+        tokens.
+      tokenizer: detokenizes the output; None: no text.
 
     Raises:
-      ValueError: a request failed or could not be.
+      ValueError: a request failed or does not fit the cache.
     """
     observer, done, failed = _Steps(), threading.Semaphore(0), []
 

@@ -1,9 +1,9 @@
-"""Requests over time: pages, schedule, and the loop that steps the model."""
+"""The engine: waiting queue, page pool, prefix cache, scheduler, and the thread that steps the model."""
 
 from jax_mla_cp.engine.engine import Engine, EngineDead, QueueFull
-from jax_mla_cp.engine.observer import Observer, Prefilled, RequestReport, StepReport
+from jax_mla_cp.engine.observer import Observer, PrefillReport, RequestReport, StepReport
 from jax_mla_cp.engine.request import Event, Failed, Finished, Grammar, GrammarError, PromptLogprobs, Request, Token
-from jax_mla_cp.engine.status import EngineStatus, Speculation
+from jax_mla_cp.engine.status import EngineStatus, SpeculationStats
 
 __all__ = [
     "Engine",
@@ -15,12 +15,12 @@ __all__ = [
     "Grammar",
     "GrammarError",
     "Observer",
-    "Prefilled",
+    "PrefillReport",
     "PromptLogprobs",
     "QueueFull",
     "Request",
     "RequestReport",
-    "Speculation",
+    "SpeculationStats",
     "StepReport",
     "Token",
 ]

@@ -1,4 +1,4 @@
-"""Which requests' time is over."""
+"""Deadlines of requests: `queue_timeout` and `timeout`."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from jax_mla_cp.engine.request import FailedKind, Request
 
 
 class Deadlines:
-    """The limits of all requests. They are looked at only when it may be the time of one, not in every step."""
+    """Finds requests whose deadline has passed. Requests are scanned only when the earliest deadline is due."""
 
     def __init__(self) -> None:
-        self._next = math.inf
+        self._earliest = math.inf
 
     def add(self, request: Request) -> None:
-        self._next = min([self._next, *(at for at, _, _ in request.deadlines())])
+        self._earliest = min([self._earliest, *(at for at, _, _ in request.deadlines())])
 
-    def over(self, requests: Iterable[Request]) -> list[tuple[Request, FailedKind, str]]:
-        """Those of all requests there are whose time is over, what they fail with, and what their owners are told."""
+    def expired(self, requests: Iterable[Request]) -> list[tuple[Request, FailedKind, str]]:
+        """Finds the expired ones among all requests of the engine: request, kind of failure, message for the client."""
         now = time.monotonic()
-        if now < self._next:
+        if now < self._earliest:
             return []
-        self._next, found = math.inf, []
+        self._earliest, found = math.inf, []
         for request in requests:
-            limits = list(request.deadlines())
-            passed = next(((kind, message) for at, kind, message in limits if at <= now), None)
+            deadlines = list(request.deadlines())
+            passed = next(((kind, message) for at, kind, message in deadlines if at <= now), None)
             if passed:
                 found.append((request, *passed))
             else:
-                self._next = min([self._next, *(at for at, _, _ in limits)])
+                self._earliest = min([self._earliest, *(at for at, _, _ in deadlines)])
         return found

@@ -1,4 +1,4 @@
-"""The loop: schedule, step, hand out the tokens, on a thread of its own. docs/engine.md tells how it behaves."""
+"""The engine's thread: schedule, step, process the output. docs/engine.md describes its behavior."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ from collections.abc import Sequence
 
 from jax_mla_cp.batch.step_request import StepRequest
 from jax_mla_cp.engine.deadlines import Deadlines
-from jax_mla_cp.engine.group import Scheduled
-from jax_mla_cp.engine.observer import Observer, Reports, StepReport, describe
-from jax_mla_cp.engine.output import take
+from jax_mla_cp.engine.group_scheduler import ScheduledRequest
+from jax_mla_cp.engine.observer import Observer, Reporter, StepReport, describe
+from jax_mla_cp.engine.output_processor import process_output
 from jax_mla_cp.engine.request import Failed, FailedKind, Finished, GrammarError, Request, Token
 from jax_mla_cp.engine.scheduler import Scheduler
-from jax_mla_cp.engine.status import EngineStatus, Speculation
-from jax_mla_cp.engine.steps import Steps
+from jax_mla_cp.engine.status import EngineStatus, SpeculationStats
+from jax_mla_cp.engine.step_runner import StepRunner
 from jax_mla_cp.step.results import StepResult
 
 log = logging.getLogger(__name__)
 
-_FAILURES_IN_A_ROW = 3
+_MAX_FAILURES_IN_A_ROW = 3
 
 
 class EngineDead(RuntimeError):
-    """The engine has stopped, or is about to, and takes no more requests."""
+    """The engine has stopped or is stopping: it takes no more requests."""
 
 
 class QueueFull(RuntimeError):
-    """As many requests wait as may; try again later."""
+    """The waiting queue is full; try again later."""
 
 
 class Engine:
     """Runs requests on a model. All methods may be called from any thread.
 
     Args:
-      max_queued: requests that may wait, beside as many as may run; None: any number.
-      observer: told of steps, requests and tokens.
-      watchdog_seconds: a step that takes longer makes the engine unhealthy until it ends; None: none does.
+      max_queued: limit of waiting requests, beside those that can run; None: no limit.
+      observer: receives reports of steps, requests and tokens.
+      watchdog_seconds: a step that takes longer makes the engine unhealthy until it ends; None: no limit.
     """
 
     def __init__(
         self,
-        runner: Steps,
+        runner: StepRunner,
         *,
         max_queued: int | None = None,
         observer: Observer | None = None,
@@ -59,31 +59,30 @@ class Engine:
             prefill_chunk=runner.prefill_chunk,
             draft_tokens=runner.draft_tokens,
         )
-        self._reports = Reports(observer)
-        self._most = math.inf if max_queued is None else max_queued + runner.dp * runner.max_running
+        self._reporter = Reporter(observer)
+        self._max_requests = math.inf if max_queued is None else max_queued + runner.dp * runner.max_running
         self._watchdog = watchdog_seconds
         self._lock = threading.Condition()
-        self._arrived: list[Request] = []
+        self._submitted: list[Request] = []
         self._aborted: list[Request] = []
-        self._held = 0  # requests that have not ended
-        self._refusing: str | None = None
+        self._num_unfinished = 0
+        self._rejecting: str | None = None
+        """The reason why new requests are rejected."""
         self._stopping = False
         self._dead: str | None = None
+        """The reason why the engine has died."""
         self._failures = 0
+        """Failed steps in a row."""
         self._deadlines = Deadlines()
         self._step_began: float | None = None
         self._steps = 0
         self._last_step: StepReport | None = None
-        self._speculation = Speculation() if runner.draft_tokens else None
+        self._speculation = SpeculationStats() if runner.draft_tokens else None
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
     @property
-    def alive(self) -> bool:
-        return self._thread.is_alive() and self._dead is None
-
-    @property
     def unhealthy_reason(self) -> str | None:
-        """Why no answers are to be expected now; None: all is well."""
+        """The reason why requests can't be expected to finish; None if the engine is healthy."""
         if self._dead:
             return self._dead
         if not self._thread.is_alive():
@@ -93,29 +92,18 @@ class Engine:
             return f"a step has been running for {took:.0f} s; --watchdog is {self._watchdog:g}."
         return None
 
-    @property
-    def idle(self) -> bool:
-        """Nothing waits or runs, and no page is in use."""
-        now = self.status()
-        return not (now.waiting or now.running or now.pages_used)
-
-    @property
-    def speculation(self) -> Speculation | None:
-        """None: the engine runs without speculation."""
-        return self._speculation
-
     def status(self) -> EngineStatus:
-        """Numbers for people and metrics; those of a step in progress may already be in some of them."""
-        groups, counts = self._scheduler.groups, self._scheduler.counts
+        """A snapshot. While a step is in progress, some of its numbers may already be included."""
+        groups, stats = self._scheduler.groups, self._scheduler.stats
         return EngineStatus(
-            waiting=len(self._arrived) + len(self._scheduler.waiting),
+            waiting=len(self._submitted) + len(self._scheduler.waiting),
             running=sum(len(group.running) for group in groups),
-            pages_total=sum(group.pages.count for group in groups),
-            pages_free=sum(group.pages.free for group in groups),
-            pages_cached=sum(group.pages.cached for group in groups),
-            prefix_queries=counts.prefix_queries,
-            prefix_hits=counts.prefix_hits,
-            preemptions=counts.preemptions,
+            pages_total=sum(group.page_pool.num_pages for group in groups),
+            pages_free=sum(group.page_pool.num_free for group in groups),
+            pages_cached=sum(group.page_pool.num_cached for group in groups),
+            prefix_queries=stats.prefix_queries,
+            prefix_hits=stats.prefix_hits,
+            preemptions=stats.preemptions,
             steps=self._steps,
             last_step=self._last_step,
             speculation=self._speculation,
@@ -125,7 +113,7 @@ class Engine:
         self._thread.start()
 
     def submit(self, request: Request) -> None:
-        """Queues a request; its events come through `request.emit`.
+        """Queues a request. Its events are sent to `request.emit`.
 
         Raises:
           EngineDead, QueueFull, ValueError: as `submit_all`.
@@ -133,48 +121,53 @@ class Engine:
         self.submit_all([request])
 
     def submit_all(self, requests: Sequence[Request]) -> None:
-        """Queues all of these requests, or none.
+        """Queues all of the requests, or none of them.
 
         Raises:
-          EngineDead: no more requests are taken.
-          QueueFull: there is no room in the queue for all of them.
-          ValueError: one is longer than the cache.
+          EngineDead: the engine has stopped or is stopping.
+          QueueFull: the queue has no room for all of them.
+          ValueError: a request needs more slots than the cache has.
         """
-        held = self._runner.pages_per_group * self._runner.page_size
+        slots = self._runner.pages_per_group * self._runner.page_size
         for request in requests:
-            if request.longest > held:
-                raise ValueError(f"max_tokens: prompt and answer need {request.longest} places, the cache has {held}.")
+            if request.max_slots > slots:
+                raise ValueError(
+                    f"max_tokens: prompt and output need {request.max_slots} cache slots, the cache has {slots}."
+                )
         with self._lock:
-            if self._dead or self._refusing:
-                raise EngineDead(self._dead or self._refusing)
-            if self._held + len(requests) > self._most:
-                raise QueueFull(f"{self._held} requests run or wait already, {self._most} may. Try again later.")
+            if self._dead or self._rejecting:
+                raise EngineDead(self._dead or self._rejecting)
+            if self._num_unfinished + len(requests) > self._max_requests:
+                raise QueueFull(
+                    f"{self._num_unfinished} requests are running or waiting, the limit is {self._max_requests}. "
+                    "Try again later."
+                )
             for request in requests:
-                request.arrived = time.monotonic()
-            self._held += len(requests)
-            self._arrived.extend(requests)
+                request.arrival_time = time.monotonic()
+            self._num_unfinished += len(requests)
+            self._submitted.extend(requests)
             self._lock.notify_all()
 
     def abort(self, request: Request) -> None:
-        """Drops a request, whatever its state, before the next step; no further events come after that step."""
+        """Drops a request in any state. Takes effect before the next step; after that, no more events are sent."""
         with self._lock:
             self._aborted.append(request)
             self._lock.notify_all()
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Takes no more requests, and waits for those that it has.
+        """Rejects new requests and waits for the others to end. The engine runs on: `stop` must still be called.
 
         Returns:
-          Whether all of them ended within `timeout` seconds. `stop` is still to be called.
+          True if all requests ended within `timeout` seconds.
         """
         with self._lock:
-            self._refusing = "the server is stopping."
-            return self._lock.wait_for(lambda: not self._held, timeout)
+            self._rejecting = "the server is stopping."
+            return self._lock.wait_for(lambda: not self._num_unfinished, timeout)
 
     def stop(self, timeout: float | None = None) -> None:
-        """Ends the loop after the step in progress. Requests that are not done fail."""
+        """Ends the loop after the step in progress. Unfinished requests fail."""
         with self._lock:
-            self._refusing, self._stopping = "the server is stopping.", True
+            self._rejecting, self._stopping = "the server is stopping.", True
             self._lock.notify_all()
         if self._thread.is_alive():
             self._thread.join(timeout)
@@ -183,138 +176,139 @@ class Engine:
         try:
             while self._receive():
                 self._expire()
-                if self._scheduler.busy:
+                if self._scheduler.has_requests:
                     self._step()
         except BaseException as error:
-            log.exception("the engine's own loop failed")
-            self._dead = f"the engine's loop failed ({type(error).__name__})."
+            log.exception("the engine loop failed")
+            self._dead = f"the engine loop failed ({type(error).__name__})."
         finally:
             self._fail_all()
             if self._speculation:
                 log.info("speculation: %s", self._speculation)
 
     def _receive(self) -> bool:
-        """Takes in what has been submitted and aborted, and waits for work; False at the end."""
+        """Waits for requests, then takes in submitted and aborted ones. Returns False when the loop must end."""
         with self._lock:
-            while not (self._arrived or self._aborted or self._stopping or self._scheduler.busy):
+            while not (self._submitted or self._aborted or self._stopping or self._scheduler.has_requests):
                 self._lock.wait()
-            for request in self._arrived:
+            for request in self._submitted:
                 self._scheduler.add(request)
                 self._deadlines.add(request)
             aborted = self._aborted
-            self._arrived, self._aborted = [], []
+            self._submitted, self._aborted = [], []
         for request in aborted:
             self._end(request, "abort")
         return not (self._stopping or self._dead)
 
     def _expire(self) -> None:
-        for request, kind, message in self._deadlines.over(self._scheduler.requests):
+        for request, kind, message in self._deadlines.expired(self._scheduler.requests):
             self._fail(request, message, kind)
 
     def _step(self) -> None:
-        began, preempted = time.monotonic(), self._scheduler.counts.preemptions
-        planned = self._scheduler.schedule()
-        if not any(planned):
-            raise RuntimeError("requests wait and none can run")
-        self._reports.preempted(self._scheduler.counts.preemptions - preempted)
-        step = [self._works(group) for group in planned]
+        began, preemptions = time.monotonic(), self._scheduler.stats.preemptions
+        scheduled_groups = self._scheduler.schedule()
+        if not any(scheduled_groups):
+            raise RuntimeError("requests are waiting, but none can run")
+        self._reporter.preempted(self._scheduler.stats.preemptions - preemptions)
+        step = [self._step_requests(group) for group in scheduled_groups]
         if not any(step):
             return
         for scheduled, _ in (part for group in step for part in group):
-            self._reports.started(scheduled.request)
-        report = describe([[(scheduled.request, work) for scheduled, work in group] for group in step], self._runner.cp)
+            self._reporter.started(scheduled.request)
         self._step_began = dispatched = time.monotonic()
         try:
-            results = self._runner.step([[work for _, work in group] for group in step])
+            output = self._runner.step([[step_request for _, step_request in group] for group in step])
         except Exception as error:
             log.exception("a step failed")
-            # Where it was refused before it ran, whoever's work it was is to blame, and the others lose nothing.
-            refused = self._refused(step) if isinstance(error, ValueError) else []
-            for request in refused:
-                self._fail(request, "The request's next step is not one that can be run.", "internal")
-            if not refused:
+            # The runner rejects invalid requests before it runs any: the others have lost nothing.
+            invalid = self._invalid_requests(step) if isinstance(error, ValueError) else []
+            for request in invalid:
+                self._fail(request, "The request's next step is invalid and can't be run.", "internal")
+            if not invalid:
                 self._recover([scheduled.request for group in step for scheduled, _ in group])
             return
         finally:
             self._step_began, ended = None, time.monotonic()
         self._failures = 0
-        for group, outcomes in zip(step, results, strict=True):
-            for (scheduled, _), outcome in zip(group, outcomes, strict=True):
-                self._take(scheduled, outcome, ended)
+        report = describe(step, output)
+        for group, results in zip(step, output.results, strict=True):
+            for (scheduled, _), result in zip(group, results, strict=True):
+                self._update(scheduled, result, ended)
         self._steps += 1
         seconds = time.monotonic() - began
         self._last_step = dataclasses.replace(report, seconds=seconds, host_seconds=seconds - (ended - dispatched))
-        self._reports.step(self._last_step)
+        self._reporter.step(self._last_step)
 
-    def _works(self, group: Sequence[Scheduled]) -> list[tuple[Scheduled, StepRequest]]:
-        """What goes wrong with one request's grammar is no other request's concern."""
-        works = []
+    def _step_requests(self, group: Sequence[ScheduledRequest]) -> list[tuple[ScheduledRequest, StepRequest]]:
+        """The runner's input. A request whose grammar fails is dropped; the others are not affected."""
+        step_requests = []
         for scheduled in group:
             try:
-                works.append((scheduled, scheduled.work()))
+                step_requests.append((scheduled, scheduled.step_request()))
             except GrammarError as error:
                 self._fail(scheduled.request, str(error), "grammar")
             except Exception:
                 log.exception("a request's next token could not be prepared")
                 self._fail(scheduled.request, "The request's next token could not be prepared.", "internal")
-        return works
+        return step_requests
 
-    def _refused(self, step: Sequence[Sequence[tuple[Scheduled, StepRequest]]]) -> list[Request]:
-        """Requests whose works can't be run, each looked at alone."""
-        refused = []
-        for scheduled, work in (part for group in step for part in group):
+    def _invalid_requests(self, step: Sequence[Sequence[tuple[ScheduledRequest, StepRequest]]]) -> list[Request]:
+        """The requests of a rejected step that can't be run, each checked alone."""
+        invalid = []
+        for scheduled, step_request in (part for group in step for part in group):
             try:
-                self._runner.check(work)
+                self._runner.check(step_request)
             except ValueError:
-                refused.append(scheduled.request)
-        return refused
+                invalid.append(scheduled.request)
+        return invalid
 
-    def _take(self, scheduled: Scheduled, outcome: StepResult, now: float) -> None:
-        """What goes wrong with one request's text, or its owner, is no other request's concern."""
+    def _update(self, scheduled: ScheduledRequest, result: StepResult, now: float) -> None:
+        """Applies a result and sends its events. A request whose text or owner fails doesn't affect the others."""
         request = scheduled.request
-        if self._speculation and outcome.sampled:
-            before = self._speculation
-            held = len(outcome.sampled) - 1
-            self._speculation = Speculation(before.drafted + len(request.drafts), before.accepted + held)
+        if self._speculation and result.sampled:
+            self._speculation = SpeculationStats(
+                self._speculation.num_drafts + len(request.drafts),
+                self._speculation.num_accepted + len(result.sampled) - 1,
+            )
         try:
-            events = take(scheduled, outcome)
-            self._scheduler.taken(request)
+            events = process_output(scheduled, result)
+            self._scheduler.commit_pages(request)
             last = events[-1] if events else None
             for event in events:
                 if isinstance(event, Token):
-                    self._reports.token(request, now)
-            if isinstance(last, Finished):  # pages first: whoever is told of the end may look at them
+                    self._reporter.token(request, now)
+            if isinstance(last, Finished):  # before the event is sent: its receiver may look at the pages
                 self._end(request, last.reason)
             for event in events:
                 request.emit(event)
         except GrammarError as error:
             self._fail(request, str(error), "grammar")
         except Exception:
-            log.exception("a request's output could not be made or told")
-            self._fail(request, "The request's output could not be made.", "internal")
+            log.exception("a request's output could not be processed")
+            self._fail(request, "The request's output could not be processed.", "internal")
 
     def _recover(self, failed: Sequence[Request]) -> None:
-        """The donated cache may be gone: the step's requests fail, and all others are computed again, in a new cache."""
+        """Recovers from a failed step. Its requests fail. The donated cache may be gone: all others are computed again."""
         for request in failed:
             self._fail(request, "The step that this request was part of failed.", "step")
-        self._scheduler.restart()
+        self._scheduler.reset_cache()
         self._failures += 1
         try:
             self._runner.reset()
         except Exception:
-            log.exception("no new cache could be made")
-            self._dead = "a step failed, and no new cache could be made."
-        if self._failures >= _FAILURES_IN_A_ROW:
+            log.exception("the KV cache could not be allocated again")
+            self._dead = "a step failed, and the KV cache could not be allocated again."
+        if self._failures >= _MAX_FAILURES_IN_A_ROW:
             self._dead = f"{self._failures} steps failed in a row."
         if self._dead:
-            log.error("the engine gives up: %s", self._dead)
+            log.error("the engine stops: %s", self._dead)
 
     def _fail_all(self) -> None:
         with self._lock:
             self._stopping = True
-            for request in self._arrived:
+            for request in self._submitted:
                 self._scheduler.add(request)
-            self._arrived = []
+            self._submitted = []
         for request in list(self._scheduler.requests):
             if self._dead:
                 self._fail(request, f"The engine has stopped: {self._dead}", "dead")
@@ -325,13 +319,13 @@ class Engine:
         self._end(request, kind)
         try:
             request.emit(Failed(message, kind))
-        except Exception:  # an owner that can't be told must not keep the others from being told
-            log.exception("a request's owner could not be told of its failure")
+        except Exception:  # an owner that fails must not keep the others from being notified
+            log.exception("a request's owner could not be notified of its failure")
 
     def _end(self, request: Request, reason: str) -> None:
-        """Takes a request out, and its pages back. Nothing, if it has ended before."""
+        """Removes a request and releases its pages. Does nothing if it has ended already."""
         if self._scheduler.remove(request):
             with self._lock:
-                self._held -= 1
+                self._num_unfinished -= 1
                 self._lock.notify_all()
-            self._reports.finished(request, reason)
+            self._reporter.finished(request, reason)

@@ -1,8 +1,8 @@
-"""What is done to a request's logits before its next token is chosen: penalties, biases, bans and grammars. On the host.
+"""Penalties, logit bias, banned tokens and grammar masks of a request, on the host.
 
-The definitions are those of vLLM (vllm/v1/sample/ops/penalties.py, vllm/model_executor/layers/utils.py): a token of the
-prompt or of the answer is repeated, and its logit x becomes x / r if it is positive and x r if not; a token of the answer
-that occurs c times loses `frequency_penalty * c`, and `presence_penalty` once. A bias is added last.
+The definitions are vLLM's (vllm/v1/sample/ops/penalties.py, vllm/model_executor/layers/utils.py). With a repetition penalty
+r, the logit x of a token that occurs in the prompt or the output becomes x / r if it is positive, x r if not. A token that
+occurs c times in the output loses `frequency_penalty * c`, and `presence_penalty` once. The logit bias is added last.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _FLOAT32 = np.finfo(np.float32)
 
 
 class LogitsProcessor:
-    """One request's penalties, biases and bans, as its answer grows."""
+    """One request's logits processor; `push` follows its output."""
 
     def __init__(
         self,
@@ -32,11 +32,11 @@ class LogitsProcessor:
         banned: Collection[int] = (),
     ):
         """Args:
-          logit_bias: what is added to a token's logit.
-          banned: tokens that `bias(ban=True)` rules out: those that would end the answer.
+          logit_bias: added to the logits of these tokens.
+          banned: tokens that `bias(ban=True)` rules out: the stop tokens, before `min_tokens`.
 
         Raises:
-          ValueError: a number that is not finite, or a repetition penalty that is not positive as a float32.
+          ValueError: a number is not finite, or the repetition penalty is not a positive float32.
         """
         numbers = {"presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty}
         for name, value in (numbers | {f"logit_bias[{t}]": bias for t, bias in logit_bias.items()}).items():
@@ -45,11 +45,11 @@ class LogitsProcessor:
         if not _FLOAT32.tiny <= repetition_penalty <= _FLOAT32.max:
             raise ValueError(f"repetition_penalty must be a positive float32, got {repetition_penalty}.")
         self._presence, self._frequency, self._repetition = presence_penalty, frequency_penalty, repetition_penalty
-        self._counts_answer = presence_penalty != 0 or frequency_penalty != 0
+        self._counts_output = presence_penalty != 0 or frequency_penalty != 0
         seen = np.unique(np.asarray(prompt, np.int32)) if repetition_penalty != 1 else np.zeros(0, np.int32)
         bias = np.array(sorted(logit_bias), np.int32)
         self._banned = np.unique(np.array(list(banned), np.int32))
-        # All arrays below are of these tokens.
+        # All arrays below have an entry for each of these tokens.
         self._tokens = np.unique(np.concatenate([seen, bias, self._banned]))
         self._bias = np.zeros(len(self._tokens))
         self._bias[np.searchsorted(self._tokens, bias)] = [logit_bias[token] for token in bias.tolist()]
@@ -57,8 +57,8 @@ class LogitsProcessor:
         self._seen = np.isin(self._tokens, seen)
 
     def push(self, token: int) -> None:
-        """A token was sampled."""
-        if not self._counts_answer and self._repetition == 1:
+        """Counts a sampled token."""
+        if not self._counts_output and self._repetition == 1:
             return
         at = int(np.searchsorted(self._tokens, token))
         if at == len(self._tokens) or self._tokens[at] != token:
@@ -70,12 +70,11 @@ class LogitsProcessor:
         self._seen[at] = True
 
     def bias(self, ban: bool, mask: NDArray[np.uint32] | None = None) -> LogitBias | None:
-        """What the next token's logits need; None: nothing.
-
-        A ban gives way where the mask would leave nothing else: a grammar that has come to its end.
+        """The bias of the next token's logits; None if there is none.
 
         Args:
-          mask: a grammar's, as in `LogitBias`.
+          ban: rules out the banned tokens, unless the mask allows no other: the grammar is at its end then.
+          mask: the grammar's, as in `LogitBias`.
         """
         add = self._bias - self._frequency * self._count - self._presence * (self._count > 0)
         scale = np.where(self._seen, self._repetition, 1.0)

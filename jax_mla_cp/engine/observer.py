@@ -1,70 +1,72 @@
-"""What the engine tells about itself, for metrics and status pages."""
+"""The engine's observer: reports of steps and requests for metrics and the status page."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
-
-import numpy as np
+from collections.abc import Iterator, Sequence
 
 from jax_mla_cp.batch.step_request import StepRequest
-from jax_mla_cp.batch.zigzag import loads
+from jax_mla_cp.engine.group_scheduler import ScheduledRequest
 from jax_mla_cp.engine.request import Request
+from jax_mla_cp.step.results import RunnerOutput
 
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class Prefilled:
-    """A request whose prompt, or what of it had to be computed again, was in a step."""
+class PrefillReport:
+    """A request's prefill in one step: a chunk of its prompt, or of what it computes again after preemption."""
 
     id: str
     cached: int
-    """Tokens that were in the pages before."""
+    """Tokens that were in the pages before the step."""
     new: int
+    """Tokens that the step computed."""
     total: int
-    """Known tokens, in the end all of them in pages."""
+    """Tokens to prefill in all."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StepReport:
-    """One step. With several dp groups, numbers are sums over them."""
+    """One step, summed over the dp groups."""
 
     seconds: float
-    """From the schedule to the last event."""
+    """From scheduling to the last event."""
     host_seconds: float
-    """What of it was not spent in the runner: the engine's own work."""
+    """The part of `seconds` outside the runner: the engine's own work."""
     prefill_tokens: int
     decode_tokens: int
-    """Last sampled tokens and drafts."""
+    """Decoding requests' last tokens and drafts."""
     requests: int
-    rows: tuple[int, ...]
-    """Per cp rank: query tokens."""
-    pairs: tuple[int, ...]
-    """Per cp rank: query-key pairs, what attention costs."""
-    prompts: tuple[Prefilled, ...]
+    rank_tokens: tuple[int, ...]
+    """[cp]: query tokens of each rank."""
+    rank_pairs: tuple[int, ...]
+    """[cp]: query-key pairs of each rank, the cost of its attention."""
+    prefills: tuple[PrefillReport, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class RequestReport:
-    """A request that has ended."""
+    """A request that has ended: finished, failed or aborted."""
 
     reason: str
-    """"stop", "length", "abort", or the kind of its failure."""
+    """"stop", "length", "abort", or the kind of failure."""
     prompt_tokens: int
     cached_tokens: int
     output_tokens: int
     queue_seconds: float
-    """Until it started, or ended without that."""
+    """From arrival to the start, or to the end if it never started."""
     prefill_seconds: float
-    """From its start to its first token, or its end without one; 0 if it never started."""
+    """From the start to the first token, or to the end if there was none; 0 if it never started."""
     e2e_seconds: float
+    """From arrival to the end."""
 
 
 class Observer:
-    """Called on the engine's thread, between steps: it must not block. This one looks at nothing."""
+    """Base class of observers; it ignores everything. Called on the engine's thread, between steps: it must not block."""
 
     def step(self, report: StepReport) -> None: ...
 
@@ -73,84 +75,91 @@ class Observer:
     def first_token(self, seconds_since_arrival: float) -> None: ...
 
     def token(self, seconds_since_last: float) -> None:
-        """Every token but the first; 0 for those that came with the one before, as drafts that hold."""
+        """Every token but a request's first. Accepted drafts come in one step: 0 between them."""
 
     def finished(self, report: RequestReport) -> None: ...
 
     def preempted(self) -> None: ...
 
 
-class Reports:
-    """Keeps the times of requests and tells an observer, whose errors are logged and go no further."""
+class Reporter:
+    """Records the times of requests and calls an observer. The observer's errors are logged and go no further."""
 
     def __init__(self, observer: Observer | None):
         self._observer = observer or Observer()
 
     def started(self, request: Request) -> None:
-        """Nothing, if it is one that starts again."""
-        if request.started is None:
-            request.started = time.monotonic()
-            self._tell("started", request.started - request.arrived)
+        """Reports a request's first start. A preempted request that starts again is ignored."""
+        if request.start_time is None:
+            request.start_time = time.monotonic()
+            with _log_errors("started"):
+                self._observer.started(request.start_time - request.arrival_time)
 
     def token(self, request: Request, now: float) -> None:
-        if request.last_token is None:
-            request.first_token = now
-            self._tell("first_token", now - request.arrived)
+        if request.last_token_time is None:
+            request.first_token_time = now
+            with _log_errors("first_token"):
+                self._observer.first_token(now - request.arrival_time)
         else:
-            self._tell("token", now - request.last_token)
-        request.last_token = now
+            with _log_errors("token"):
+                self._observer.token(now - request.last_token_time)
+        request.last_token_time = now
 
-    def preempted(self, times: int) -> None:
-        for _ in range(times):
-            self._tell("preempted")
+    def preempted(self, count: int) -> None:
+        for _ in range(count):
+            with _log_errors("preempted"):
+                self._observer.preempted()
 
     def finished(self, request: Request, reason: str) -> None:
         now = time.monotonic()
-        started = now if request.started is None else request.started
-        first = now if request.first_token is None else request.first_token
-        self._tell(
-            "finished",
-            RequestReport(
-                reason=reason,
-                prompt_tokens=len(request.prompt),
-                cached_tokens=request.cached_tokens,
-                output_tokens=request.sampled,
-                queue_seconds=started - request.arrived,
-                prefill_seconds=first - started,
-                e2e_seconds=now - request.arrived,
-            ),
+        started = now if request.start_time is None else request.start_time
+        first = now if request.first_token_time is None else request.first_token_time
+        report = RequestReport(
+            reason=reason,
+            prompt_tokens=len(request.prompt),
+            cached_tokens=request.cached_tokens,
+            output_tokens=request.num_output_tokens,
+            queue_seconds=started - request.arrival_time,
+            prefill_seconds=first - started,
+            e2e_seconds=now - request.arrival_time,
         )
+        with _log_errors("finished"):
+            self._observer.finished(report)
 
     def step(self, report: StepReport) -> None:
-        self._tell("step", report)
-
-    def _tell(self, what: str, *args: object) -> None:
-        try:
-            getattr(self._observer, what)(*args)
-        except Exception:
-            log.exception("the engine's observer failed in %s", what)
+        with _log_errors("step"):
+            self._observer.step(report)
 
 
-def describe(step: Sequence[Sequence[tuple[Request, StepRequest]]], cp: int) -> StepReport:
-    """The report of a step that is about to run, per dp group its works; without its times."""
-    prompts, prefill, total = [], 0, 0
-    rows, pairs = np.zeros(cp, np.int64), np.zeros(cp, np.int64)
-    for group in step:
-        new = [len(work.tokens) for _, work in group]
-        for (request, work), count in zip(group, new, strict=True):
-            if not request.decoding:
-                prompts.append(Prefilled(request.id, work.cached, count, len(request.tokens)))
-                prefill += count
-        total += sum(new)
-        group_rows, group_pairs = loads(new, [work.cached for _, work in group], cp=cp)
-        rows, pairs = rows + group_rows, pairs + group_pairs
+@contextlib.contextmanager
+def _log_errors(event: str) -> Iterator[None]:
+    """Logs what an observer raises, and goes on: a broken observer must not stop the engine."""
+    try:
+        yield
+    except Exception:
+        log.exception("the engine's observer failed in %s", event)
+
+
+def describe(step: Sequence[Sequence[tuple[ScheduledRequest, StepRequest]]], output: RunnerOutput) -> StepReport:
+    """Describes a step that has run, before its results are applied to its requests; `Engine` adds the times.
+
+    Args:
+      step: per dp group, its requests as scheduled and as given to the runner.
+    """
+    prefills, prefill_tokens, total = [], 0, 0
+    for scheduled, step_request in (part for group in step for part in group):
+        request, new = scheduled.request, len(step_request.tokens)
+        total += new
+        if not request.is_decoding:
+            prefills.append(PrefillReport(request.id, step_request.num_computed_tokens, new, len(request.tokens)))
+            prefill_tokens += new
     return StepReport(
         seconds=0.0,
         host_seconds=0.0,
-        prefill_tokens=prefill,
-        decode_tokens=total - prefill,
+        prefill_tokens=prefill_tokens,
+        decode_tokens=total - prefill_tokens,
         requests=sum(map(len, step)),
-        rows=tuple(rows.tolist()),
-        pairs=tuple(pairs.tolist()),
-        prompts=tuple(prompts),
+        rank_tokens=tuple(output.rank_tokens.tolist()),
+        rank_pairs=tuple(output.rank_pairs.tolist()),
+        prefills=tuple(prefills),
     )

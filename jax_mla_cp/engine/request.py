@@ -1,4 +1,4 @@
-"""A request in the engine, and the events that its owner gets."""
+"""Requests, and the events that the engine sends to their owners."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ FailedKind = Literal["step", "timeout", "queue_timeout", "grammar", "stopping", 
 
 
 class GrammarError(ValueError):
-    """A grammar that can't be followed; the message is fit for the client."""
+    """The output can't follow its grammar. The message is for the client."""
 
 
 class Grammar(Protocol):
-    """What the output must follow, token by token. The state of one request.
+    """Constrains one request's output, token by token.
 
     Raises:
-      GrammarError: in `mask` and `accept`, it can be followed no further.
+      GrammarError: by `mask` and `accept`, if the grammar can't be followed any further.
     """
 
     def mask(self) -> np.ndarray:
-        """uint32 [ceil(V / 32)]: the bits, lowest first, of the tokens that may come next."""
+        """uint32 [ceil(V / 32)]: a bit per token, lowest first; set if the token may come next."""
         ...
 
     def accept(self, token: int) -> None:
-        """A token has been sampled."""
+        """Advances by a sampled token."""
         ...
 
     @property
     def finished(self) -> bool:
-        """Nothing but the end may follow."""
+        """True if only the end may follow."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Token:
-    """A sampled token, with the text that it completed."""
+    """A sampled token, and the text that it completes."""
 
     token: int
     text: str
@@ -57,9 +57,9 @@ class Token:
 
 @dataclasses.dataclass(frozen=True)
 class PromptLogprobs:
-    """The log-probability of each of the `P` prompt tokens, and the `k` most likely ones in its place.
+    """Log-probabilities of the `P` prompt tokens, and the `k` most likely tokens at each position.
 
-    Nothing comes before the first token: its entries are NaN, and tokens 0.
+    The first token is predicted by nothing: its log-probabilities are NaN, its top tokens 0.
     """
 
     logprobs: np.ndarray  # float32 [P]
@@ -69,27 +69,26 @@ class PromptLogprobs:
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-    """The end. `text` is what was held back for a stop string or a code point that never came."""
+    """The end of a request that succeeded."""
 
     reason: Literal["stop", "length"]
     text: str
+    """Text held back until now: it might have begun a stop string, or a code point was incomplete."""
     cached_tokens: int = 0
-    """Prompt tokens that were not computed, because pages of other requests had them."""
+    """Prompt tokens found in the prefix cache."""
     stop: int | str | None = None
-    """The end token or stop string that came; None if `max_tokens` or the grammar ended it."""
+    """The stop token or stop string; None if `max_tokens` or the grammar ended the output."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Failed:
-    """The request got no further; the message is fit for the client.
-
-    `kind`: "step", a step that it was part of failed; "timeout" and "queue_timeout", its own limits; "grammar", its
-    grammar could be followed no further; "stopping" and "dead",
-    the engine takes and finishes nothing more; "internal", something went wrong with this request alone.
-    """
+    """The end of a request that failed. The message is for the client."""
 
     message: str
     kind: FailedKind = "internal"
+    """"step": a step with this request failed. "timeout", "queue_timeout": a deadline of the request passed. "grammar": its
+    grammar can't be followed any further. "stopping", "dead": the engine has stopped. "internal": an error that concerns
+    this request alone."""
 
 
 Event = Token | PromptLogprobs | Finished | Failed
@@ -97,63 +96,65 @@ Event = Token | PromptLogprobs | Finished | Failed
 
 @dataclasses.dataclass(eq=False)
 class Request:
-    """What is asked for, and how far it has come. Only the engine's thread touches it once it is submitted.
+    """A request and its state. Once it is submitted, only the engine's thread may touch it.
 
     Raises:
-      ValueError: no prompt, or numbers of tokens that can't be.
+      ValueError: the prompt is empty, or `max_tokens` or `min_tokens` is out of range.
     """
 
     prompt: list[int]
     max_tokens: int
-    """May be 0 with `prompt_logprobs`."""
+    """At least 1; 0 is allowed with `prompt_logprobs`."""
     sampling: SamplingParams
     stop_tokens: frozenset[int]
     text: TextStream
     emit: Callable[[Event], None]
-    """Called on the engine's thread, with every event in order; it must not block."""
+    """Called on the engine's thread with every event, in order. It must not block."""
     _: dataclasses.KW_ONLY
     id: str = ""
     min_tokens: int = 0
-    """Before so many are sampled, no end token is, and no stop string is looked for."""
+    """Number of tokens before which stop tokens are banned and stop strings ignored."""
     logits_processor: LogitsProcessor | None = None
-    """Must know the end tokens if there are `min_tokens`; None: made if it is needed."""
+    """With `min_tokens`, it must ban the stop tokens. None: created if `min_tokens` or `grammar` need one."""
     grammar: Grammar | None = None
     prompt_logprobs: bool = False
-    """Sends `PromptLogprobs` before the first token. Takes no pages of other requests: every token has to run."""
+    """Sends `PromptLogprobs` before the first token. The whole prompt is computed: cached pages are not used."""
     cache_salt: str = ""
-    """Only requests with the same one share pages."""
+    """Requests share cached pages only if they have the same salt."""
     queue_timeout: float | None = None
-    """Seconds until it must have started."""
+    """Seconds from arrival within which the request must start."""
     timeout: float | None = None
-    """Seconds until it must be finished."""
+    """Seconds from arrival within which the request must finish."""
 
     # State.
     tokens: list[int] = dataclasses.field(init=False)
-    """The prompt and what has been sampled."""
-    computed: int = dataclasses.field(default=0, init=False)
+    """The prompt and the sampled tokens."""
+    num_computed_tokens: int = dataclasses.field(default=0, init=False)
     """Tokens whose latents are in the pages."""
     drafts: list[int] = dataclasses.field(default_factory=list, init=False)
-    """Guesses at the tokens that follow `tokens`, verified by the next step."""
+    """Draft tokens that follow `tokens`, verified by the next step."""
     pages: array[int] = dataclasses.field(default_factory=lambda: array("i"), init=False)
-    named: int = dataclasses.field(default=0, init=False)
-    """Pages, from the first one on, that other requests may use too."""
-    names: list[bytes] = dataclasses.field(default_factory=list, init=False)
-    """Of the request's first pages, as far as they have been needed (`prefix.Names`)."""
+    num_committed_pages: int = dataclasses.field(default=0, init=False)
+    """Leading pages that other requests may share."""
+    page_hashes: list[bytes] = dataclasses.field(default_factory=list, init=False)
+    """Prefix hashes of the leading pages, as far as they have been needed."""
     group: int | None = dataclasses.field(default=None, init=False)
-    """The dp group that it runs in; None: it waits, or is not in the engine."""
-    arrival: int = dataclasses.field(default=-1, init=False)
-    """Its place among all requests."""
+    """The dp group that the request runs in; None if it is waiting or not in the engine."""
+    arrival_index: int = dataclasses.field(default=-1, init=False)
+    """The request's place in the order of arrival."""
     preempted: bool = dataclasses.field(default=False, init=False)
+    """True once the request has been preempted."""
     cached_tokens: int = dataclasses.field(default=0, init=False)
-    scoring: bool = dataclasses.field(init=False)
-    """The prompt's scores are still to come."""
-    scores: list[TokenLogprobs] = dataclasses.field(default_factory=list, init=False)
-    """Those of the prompt's first `computed` tokens, chunk by chunk, while `scoring`."""
-    # When it happened, in seconds of `time.monotonic`.
-    arrived: float = dataclasses.field(default=math.nan, init=False)
-    started: float | None = dataclasses.field(default=None, init=False)
-    first_token: float | None = dataclasses.field(default=None, init=False)
-    last_token: float | None = dataclasses.field(default=None, init=False)
+    """Prompt tokens found in the prefix cache at the first start."""
+    needs_prompt_logprobs: bool = dataclasses.field(init=False)
+    """True until `PromptLogprobs` is sent."""
+    prompt_logprobs_chunks: list[TokenLogprobs] = dataclasses.field(default_factory=list, init=False)
+    """While `needs_prompt_logprobs`: the scores of the first `num_computed_tokens` tokens, one item per chunk."""
+    # Seconds of `time.monotonic`.
+    arrival_time: float = dataclasses.field(default=math.nan, init=False)
+    start_time: float | None = dataclasses.field(default=None, init=False)
+    first_token_time: float | None = dataclasses.field(default=None, init=False)
+    last_token_time: float | None = dataclasses.field(default=None, init=False)
 
     def __post_init__(self) -> None:
         least = 0 if self.prompt_logprobs else 1
@@ -164,49 +165,56 @@ class Request:
         if not 0 <= self.min_tokens <= self.max_tokens:
             raise ValueError(f"min_tokens: must be 0 to max_tokens={self.max_tokens}, got {self.min_tokens}.")
         self.tokens = list(self.prompt)
-        self.scoring = self.prompt_logprobs
+        self.needs_prompt_logprobs = self.prompt_logprobs
         if self.logits_processor is None and (self.min_tokens or self.grammar is not None):
             self.logits_processor = LogitsProcessor(self.prompt, banned=tuple(self.stop_tokens))
 
     @property
-    def sampled(self) -> int:
+    def num_output_tokens(self) -> int:
         return len(self.tokens) - len(self.prompt)
 
     @property
-    def left(self) -> int:
+    def num_remaining_tokens(self) -> int:
         """Tokens that may still be sampled."""
-        return self.max_tokens - self.sampled
+        return self.max_tokens - self.num_output_tokens
 
     @property
-    def pending(self) -> int:
+    def num_uncomputed_tokens(self) -> int:
         """Known tokens whose latents are not in the pages."""
-        return len(self.tokens) - self.computed
+        return len(self.tokens) - self.num_computed_tokens
 
     @property
-    def decoding(self) -> bool:
-        """Nothing but the last sampled token is to be computed."""
-        return self.pending == 1 and self.computed >= len(self.prompt)
+    def is_decoding(self) -> bool:
+        """True if only the last sampled token is left to compute."""
+        return self.num_uncomputed_tokens == 1 and self.num_computed_tokens >= len(self.prompt)
 
     @property
-    def longest(self) -> int:
-        """Tokens that may need a place in the cache: all but the last one sampled."""
+    def max_slots(self) -> int:
+        """Cache slots that the request needs at most. The last sampled token needs none."""
         return len(self.prompt) + max(self.max_tokens, 1) - 1
 
     @property
-    def may_end(self) -> bool:
-        """Whether an end token or a stop string ends it now."""
-        return self.sampled >= self.min_tokens
+    def min_tokens_reached(self) -> bool:
+        """True if a stop token or stop string may end the output now."""
+        return self.num_output_tokens >= self.min_tokens
 
     def logit_bias(self) -> LogitBias | None:
-        """What is done to the logits of the next token."""
+        """The bias of the next token's logits."""
         if self.logits_processor is None:
             return None
-        return self.logits_processor.bias(not self.may_end, None if self.grammar is None else self.grammar.mask())
+        mask = None if self.grammar is None else self.grammar.mask()
+        return self.logits_processor.bias(not self.min_tokens_reached, mask)
+
+    def reset_computed(self) -> None:
+        """Returns to the state of a waiting request: no pages, nothing computed. Sampled tokens stay."""
+        self.pages, self.group = array("i"), None
+        self.num_computed_tokens, self.num_committed_pages = 0, 0
+        self.drafts, self.prompt_logprobs_chunks = [], []
 
     def deadlines(self) -> Iterator[tuple[float, FailedKind, str]]:
-        """The limits that still hold: until when, and what it fails with then."""
-        if self.queue_timeout is not None and self.started is None:
+        """The deadlines that still apply: time, kind of failure, message for the client."""
+        if self.queue_timeout is not None and self.start_time is None:
             message = f"The request did not start within {self.queue_timeout:g} s: the server is busy."
-            yield self.arrived + self.queue_timeout, "queue_timeout", message
+            yield self.arrival_time + self.queue_timeout, "queue_timeout", message
         if self.timeout is not None:
-            yield self.arrived + self.timeout, "timeout", f"The request was not finished within {self.timeout:g} s."
+            yield self.arrival_time + self.timeout, "timeout", f"The request did not finish within {self.timeout:g} s."

@@ -1,4 +1,4 @@
-"""The engine's state at a moment."""
+"""A snapshot of the engine."""
 
 from __future__ import annotations
 
@@ -8,41 +8,44 @@ from jax_mla_cp.engine.observer import StepReport
 
 
 @dataclasses.dataclass(frozen=True)
-class Speculation:
-    """Drafts since the start: how many were verified, and how many of them were what the model sampled."""
+class SpeculationStats:
+    """Draft tokens since the start."""
 
-    drafted: int = 0
-    accepted: int = 0
+    num_drafts: int = 0
+    """Drafts that were verified."""
+    num_accepted: int = 0
+    """Drafts that were equal to the model's own token."""
 
     @property
     def acceptance_rate(self) -> float:
         """0 before the first draft."""
-        return self.accepted / self.drafted if self.drafted else 0.0
+        return self.num_accepted / self.num_drafts if self.num_drafts else 0.0
 
     def __str__(self) -> str:
-        return f"{self.accepted} of {self.drafted} drafts accepted ({self.acceptance_rate:.0%})"
+        return f"{self.num_accepted} of {self.num_drafts} drafts accepted ({self.acceptance_rate:.0%})"
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineStatus:
-    """Numbers over all dp groups; counts are since the start."""
+    """Sums over all dp groups. Counts are since the start."""
 
     waiting: int
+    """Requests in the waiting queue."""
     running: int
     pages_total: int
     pages_free: int
-    """Never used, or given back with nothing that could be reused."""
+    """Pages that hold nothing reusable."""
     pages_cached: int
-    """Used by no request, but reusable; taken when no free one is left."""
+    """Pages that no request uses, but that can be reused. They are evicted when no page is free."""
     prefix_queries: int
-    """Prompt tokens of the requests that started and looked for pages with them."""
+    """Prompt tokens looked up in the prefix cache."""
     prefix_hits: int
-    """Those of them that were found."""
+    """Prompt tokens found in the prefix cache."""
     preemptions: int
     steps: int
-    """Those that succeeded."""
+    """Steps that succeeded."""
     last_step: StepReport | None
-    speculation: Speculation | None
+    speculation: SpeculationStats | None
     """None: the engine runs without speculation."""
 
     @property

@@ -45,10 +45,10 @@ def install(app: FastAPI, served: Served, drain: Drain) -> None:
     async def health() -> Health:
         """503 when only a new start helps: the engine has given up, or a step hangs."""
         check_engine()
-        now = served.engine.speculation
+        now = served.engine.status().speculation
         if now is None:
             return Health(status="ok")
-        counts = Acceptance(drafted=now.drafted, accepted=now.accepted, acceptance_rate=now.acceptance_rate)
+        counts = Acceptance(drafted=now.num_drafts, accepted=now.num_accepted, acceptance_rate=now.acceptance_rate)
         return Health(status="ok", speculation=counts)
 
     @app.get("/ready")

@@ -58,8 +58,8 @@ class Entry:
 
     def take(self, index: int, request: Request, event: Event) -> None:
         """An event of the engine for choice `index` and its request, as it reaches the client."""
-        if index not in self.started and request.started is not None:
-            self.started[index] = request.started - request.arrived
+        if index not in self.started and request.start_time is not None:
+            self.started[index] = request.start_time - request.arrival_time
             self.prompt_tokens += len(request.prompt)
         if isinstance(event, Token):
             self.output_tokens += 1

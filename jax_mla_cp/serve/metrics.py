@@ -175,7 +175,7 @@ class Metrics(Observer):
         if report.prefill_tokens:
             self._prompt_tokens.inc(report.prefill_tokens)
             self._prefill_steps.inc()
-            self._balance.observe(balance(report.pairs))
+            self._balance.observe(balance(report.rank_pairs))
 
     def first_token(self, seconds_since_arrival: float) -> None:
         self._generation_tokens.inc()
@@ -246,7 +246,7 @@ class _StatusCollector:
         yield self._counter("prefix_cache_hits", "Prompt tokens found in the cache.", now.prefix_hits)
         yield self._counter("num_preemptions", "Requests put back to make room.", now.preemptions)
         if now.speculation is not None:
-            drafted, accepted = now.speculation.drafted, now.speculation.accepted
+            drafted, accepted = now.speculation.num_drafts, now.speculation.num_accepted
             yield self._counter("spec_decode_num_draft_tokens", "Drafts verified.", drafted)
             yield self._counter("spec_decode_num_accepted_tokens", "Drafts that the model would have said.", accepted)
 

@@ -166,7 +166,7 @@ class Planner:
         for c in columns:
             check_requests(c, self.shape, self.model.config)
         # The zigzag gives every rank the same tokens in any order of the requests, so their forms don't change the bucket.
-        loads = [zigzag.loads(c.num_new, c.num_computed, cp=self.shape.cp) for c in columns]
+        loads = [zigzag.loads(c.num_new_tokens, c.num_computed_tokens, cp=self.shape.cp) for c in columns]
         bucket = self.bucket(max(int(rank_tokens.max()) for rank_tokens, _ in loads))
         layouts = [lay_out(c, self.shape, self.model.config, expand=self._may_expand(bucket)) for c in columns]
         if any(request.prompt_logprobs for requests in groups for request in requests):

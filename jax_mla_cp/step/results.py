@@ -54,7 +54,7 @@ class StepResult:
 
 
 @dataclasses.dataclass(frozen=True)
-class StepOutcome:
+class RunnerOutput:
     """The results of a step, and its load."""
 
     results: list[list[StepResult]]
@@ -65,7 +65,7 @@ class StepOutcome:
     """[cp]: `StepLayout.rank_pairs`."""
 
 
-def read_results(arrays: SamplerOutput, layout: StepLayout, shape: BatchShape) -> StepOutcome:
+def read_results(arrays: SamplerOutput, layout: StepLayout, shape: BatchShape) -> RunnerOutput:
     """Reads the step's output.
 
     Args:
@@ -97,7 +97,7 @@ def read_results(arrays: SamplerOutput, layout: StepLayout, shape: BatchShape) -
             scored = list(_token_logprobs(arrays.prompt_logprobs, g, group, layout.step.tokens))
         places = range(g * shape.max_requests, g * shape.max_requests + len(requests))
         results.append([result(*args) for args in zip(places, requests, scored, strict=True)])
-    return StepOutcome(results, layout.rank_tokens, layout.rank_pairs)
+    return RunnerOutput(results, layout.rank_tokens, layout.rank_pairs)
 
 
 def _token_logprobs(

@@ -27,7 +27,7 @@ from jax_mla_cp.platform import default_memory_fraction, device_memory
 from jax_mla_cp.step import logit_bias
 from jax_mla_cp.step.forward import forward_and_sample, put
 from jax_mla_cp.step.planner import Planner
-from jax_mla_cp.step.results import StepOutcome, read_results
+from jax_mla_cp.step.results import RunnerOutput, read_results
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class Runner:
         """
         self.planner.lay_out([[request], *[[]] * (self.dp - 1)])
 
-    def step(self, groups: Sequence[Sequence[StepRequest]]) -> StepOutcome:
+    def step(self, groups: Sequence[Sequence[StepRequest]]) -> RunnerOutput:
         """Runs one step and waits for its results.
 
         Args:

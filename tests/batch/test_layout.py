@@ -76,7 +76,7 @@ def test_every_token_is_in_its_place(lengths: list[tuple[int, int]], cp: int, fo
                 for j, t in enumerate(range(cu_q[b], cu_q[b + 1])):
                     position = kv_len - (cu_q[b + 1] - cu_q[b]) + j
                     assert positions[t] == position
-                    assert tokens[t] == requests[i].tokens[position - requests[i].num_computed]
+                    assert tokens[t] == requests[i].tokens[position - requests[i].num_computed_tokens]
                     assert slots[t] == requests[i].pages[position // PAGE] * PAGE + position % PAGE
                     assert rows is batch.expanded or t < layout.absorbed_tokens
                     seen.add((i, position))
@@ -90,7 +90,7 @@ def test_every_token_is_in_its_place(lengths: list[tuple[int, int]], cp: int, fo
     last = batch.last_index.reshape(cp, -1)
     for i, request in enumerate(requests):
         (rank,) = np.flatnonzero(last[:, i] < size)
-        assert batch.positions[rank * size + last[rank, i]] == request.num_computed + len(request.tokens) - 1
+        assert batch.positions[rank * size + last[rank, i]] == request.num_computed_tokens + len(request.tokens) - 1
     assert (last[:, len(requests) :] == size).all()
 
 
@@ -161,7 +161,7 @@ def test_every_token_goes_with_its_next_one(case: tuple[list[StepRequest], int],
     for k in range(cp):
         for t in range(k * size, k * size + int(batch.num_tokens[k])):
             request = requests[owner[int(batch.slots[t]) // PAGE]]
-            offset = int(batch.positions[t]) - request.num_computed
+            offset = int(batch.positions[t]) - request.num_computed_tokens
             known = len(request.tokens) - 1 - request.drafts
             end = -1 if request.next_token is None else request.next_token
             assert batch.next_tokens[t] == (request.tokens[offset + 1] if offset < known else end)
@@ -171,7 +171,7 @@ def test_every_token_goes_with_its_next_one(case: tuple[list[StepRequest], int],
     sampling = {name: value.reshape(-1, 1 + most, *value.shape[1:]) for name, value in vars(batch.sampling).items()}
     assert batch.speculation is not None
     for i, request in enumerate(requests):
-        first = request.num_computed + len(request.tokens) - 1 - request.drafts
+        first = request.num_computed_tokens + len(request.tokens) - 1 - request.drafts
         assert batch.speculation.first_position[i] == first
         guesses = [*request.tokens[len(request.tokens) - request.drafts :], *[-1] * (most - request.drafts)]
         assert batch.speculation.drafts[i].tolist() == guesses
@@ -273,14 +273,14 @@ GOOD = StepRequest([1, 2, 3], 6, [4, 5])
         ),
         ([dataclasses.replace(GOOD, tokens=np.zeros((3, 1), int))], r"list of token ids, got int64 of shape \(3, 1\)"),
         ([dataclasses.replace(GOOD, pages=[4, 5.5])], "pages must be a list of page ids, got float64"),
-        ([dataclasses.replace(GOOD, num_computed=-1)], "num_computed must be at least 0"),
+        ([dataclasses.replace(GOOD, num_computed_tokens=-1)], "num_computed_tokens must be at least 0"),
         ([dataclasses.replace(GOOD, pages=[4])], "need 2 pages of 8, got 1"),
         ([dataclasses.replace(GOOD, pages=[4, 200])], "page ids must be 0 to 199"),
         ([dataclasses.replace(GOOD, pages=[-1, 4])], "page ids must be 0 to 199"),
         ([dataclasses.replace(GOOD, pages=[4, 4])], "a page is listed twice"),
         ([GOOD, GOOD], "also written by request 0"),
-        ([dataclasses.replace(GOOD, num_computed=126, pages=range(17))], "the page table holds 16"),
-        ([dataclasses.replace(GOOD, num_computed=510, pages=range(65))], "exceed the model's 512 positions"),
+        ([dataclasses.replace(GOOD, num_computed_tokens=126, pages=range(17))], "the page table holds 16"),
+        ([dataclasses.replace(GOOD, num_computed_tokens=510, pages=range(65))], "exceed the model's 512 positions"),
         ([dataclasses.replace(GOOD, embeds=np.zeros((2, 64)))], r"embeds must be \[3, 64\]"),
         ([dataclasses.replace(GOOD, drafts=3, sampling=SamplingParams())], "drafts must be 0 to 2 .* got 3"),
         ([dataclasses.replace(GOOD, drafts=1)], "drafts are verified by sampling"),
@@ -290,7 +290,7 @@ GOOD = StepRequest([1, 2, 3], 6, [4, 5])
         (
             [
                 dataclasses.replace(GOOD, sampling=SamplingParams(), pages=[4, 5, 6]),
-                dataclasses.replace(GOOD, num_computed=1, pages=[6]),
+                dataclasses.replace(GOOD, num_computed_tokens=1, pages=[6]),
             ],
             "page 6 is also written by request 0",
         ),

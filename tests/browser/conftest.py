@@ -18,7 +18,7 @@ from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.serve.served import Served
 from jax_mla_cp.serve.status import Telemetry
 from jax_mla_cp.serve.status.about import About
-from jax_mla_cp.step.results import SampledToken, StepResult
+from jax_mla_cp.step.results import RunnerOutput, SampledToken, StepResult
 from tests.helpers.byte_tokenizer import byte_tokenizer
 from tests.helpers.in_process import serving
 from tests.helpers.processes import server, url_of
@@ -64,14 +64,14 @@ def guarded_url(browser: WebDriver) -> Iterator[str]:
 class HostileModel(PageModel):
     """Says `HOSTILE`, over and over, a byte a token, slowly enough to be stopped."""
 
-    def step(self, work: Sequence[Sequence[StepRequest]]) -> list[list[StepResult]]:
+    def step(self, work: Sequence[Sequence[StepRequest]]) -> RunnerOutput:
         time.sleep(0.005)
-        return [[self._say(w) for w in works] for works in work]
+        return self.output(work, [[self._say(w) for w in works] for works in work])
 
     def _say(self, work: StepRequest) -> StepResult:
         if work.sampling is None:
             return StepResult([], [])
-        byte = HOSTILE.encode()[(work.num_computed + len(work.tokens)) % len(HOSTILE)]
+        byte = HOSTILE.encode()[(work.num_computed_tokens + len(work.tokens)) % len(HOSTILE)]
         return StepResult([SampledToken(byte, -0.5, np.zeros(0, np.int32), np.zeros(0, np.float32))], [])
 
 

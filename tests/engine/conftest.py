@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from jax_mla_cp.engine import Engine
+from tests.helpers.engine_requests import is_idle
 from tests.helpers.standin import PageModel
 
 
@@ -24,4 +25,4 @@ def engine(model: PageModel) -> Iterator[Engine]:
         model.gate.release(10_000)
     ended = engine.drain(timeout=30)
     engine.stop(timeout=30)
-    assert ended and engine.idle
+    assert ended and is_idle(engine)

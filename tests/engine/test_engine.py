@@ -13,14 +13,14 @@ from jax_mla_cp.engine import (
     RequestReport,
     StepReport,
 )
-from jax_mla_cp.engine.pages import Pages
-from tests.helpers.engine_requests import Asked
+from jax_mla_cp.engine.page_pool import PagePool
+from tests.helpers.engine_requests import RecordedRequest, is_idle
 from tests.helpers.standin import PageModel, continuation
 from tests.helpers.waiting import until
 
 
 def test_many_threads(engine: Engine) -> None:
-    asked = [Asked([i, 2, 3] * (1 + i % 9), 5 + i % 7) for i in range(40)]
+    asked = [RecordedRequest([i, 2, 3] * (1 + i % 9), 5 + i % 7) for i in range(40)]
     threads = [threading.Thread(target=engine.submit, args=(a.request,)) for a in asked]
     for thread in threads:
         thread.start()
@@ -28,7 +28,7 @@ def test_many_threads(engine: Engine) -> None:
         tokens, end = a.result()
         assert tokens == continuation(a.request.prompt, a.request.max_tokens)
         assert isinstance(end, Finished) and end.reason == "length"
-    until(lambda: engine.idle)
+    until(lambda: is_idle(engine))
 
 
 def test_drafts_save_steps_and_fit_the_pages() -> None:
@@ -37,7 +37,7 @@ def test_drafts_save_steps_and_fit_the_pages() -> None:
     for model in (plain, speculating):
         engine = Engine(model)
         engine.start()
-        asked = Asked([1] * 10, 55)  # 64 places
+        asked = RecordedRequest([1] * 10, 55)  # 64 places
         engine.submit(asked.request)
         assert asked.result()[0] == continuation([1] * 10, 55)
         engine.stop(5)
@@ -46,7 +46,10 @@ def test_drafts_save_steps_and_fit_the_pages() -> None:
 
 def test_a_new_request_joins_while_another_decodes(model: PageModel, engine: Engine) -> None:
     model.gate = threading.Semaphore(0)
-    first, second = Asked([1, 2], 50), Asked([5] * 40, 3)  # the second's prompt takes three steps of 16
+    first, second = (
+        RecordedRequest([1, 2], 50),
+        RecordedRequest([5] * 40, 3),
+    )  # the second's prompt takes three steps of 16
     engine.submit(first.request)
     model.gate.release(5)
     until(lambda: first.events.qsize() == 5)
@@ -59,23 +62,23 @@ def test_a_new_request_joins_while_another_decodes(model: PageModel, engine: Eng
     assert first.result()[0] == continuation([1, 2], 50)
 
 
-def test_pages_refuse_what_is_not_theirs() -> None:
-    pages = Pages(4, 16)
-    taken = pages.allocate(pages.needed(33))
-    assert len(taken) == 3 and pages.free == 1
-    with pytest.raises(ValueError, match="2 pages asked for, 1 of 4"):
-        pages.allocate(2)
-    pages.release(taken)
-    assert pages.free == 4
+def test_the_pool_refuses_pages_it_has_not() -> None:
+    pool = PagePool(4, 16)
+    pages = pool.allocate(pool.pages_for(33))
+    assert len(pages) == 3 and pool.num_free == 1
+    with pytest.raises(ValueError, match="2 pages requested, 1 of 4"):
+        pool.allocate(2)
+    pool.release(pages)
+    assert pool.num_free == 4
     with pytest.raises(ValueError, match="not in use"):
-        pages.release(taken[:1])
+        pool.release(pages[:1])
 
 
 def test_the_last_sampled_token_needs_no_place() -> None:
     """60 + 5 tokens on exactly 64 slots: the last token is answered, not cached."""
     engine = Engine(PageModel(pages=16, page_size=4))
     engine.start()
-    asked = Asked([1] * 60, 5)
+    asked = RecordedRequest([1] * 60, 5)
     engine.submit(asked.request)
     assert asked.result()[0] == continuation([1] * 60, 5)
     engine.stop(5)
@@ -112,17 +115,18 @@ class Seen(Observer):
 def test_what_an_observer_is_told() -> None:
     model, seen = PageModel(pages=13, cp=2), Seen()
     engine = Engine(model, observer=seen)
-    asked = [Asked([i] * 19, 9, id=f"r{i}") for i in range(3)] + [Asked([0] * 19, 1)]
+    asked = [RecordedRequest([i] * 19, 9, id=f"r{i}") for i in range(3)] + [RecordedRequest([0] * 19, 1)]
     engine.submit_all([a.request for a in asked])
     engine.start()
     for a in asked:
         a.result()
     until(lambda: len(seen.steps) == model.steps)
     engine.stop(5)
-    assert [(p.id, p.cached, p.new, p.total) for p in seen.steps[0].prompts] == [("r0", 0, 16, 19)]
-    assert seen.steps[0].rows == (8, 8) and sum(seen.steps[0].pairs) == 16 * 17 / 2
-    assert abs(seen.steps[0].pairs[0] - seen.steps[0].pairs[1]) <= 32
-    assert all(sum(s.rows) == s.prefill_tokens + s.decode_tokens for s in seen.steps)
+    assert [(p.id, p.cached, p.new, p.total) for p in seen.steps[0].prefills] == [("r0", 0, 16, 19)]
+    assert seen.steps[0].rank_tokens == (8, 8) and sum(seen.steps[0].rank_pairs) == 16 * 17 / 2
+    assert abs(seen.steps[0].rank_pairs[0] - seen.steps[0].rank_pairs[1]) <= 32
+    assert len(seen.steps) > 1
+    assert all(sum(s.rank_tokens) == s.prefill_tokens + s.decode_tokens for s in seen.steps)
     assert all(0 < s.host_seconds <= s.seconds for s in seen.steps)
     assert [len(seen.times[kind]) for kind in ("started", "first_token", "token")] == [4, 4, 24]
     assert sorted(r.output_tokens for r in seen.requests) == [1, 9, 9, 9]
@@ -139,7 +143,7 @@ def test_a_shared_prefix_is_computed_once() -> None:
     prefix = [(n * n) % 250 for n in range(3000)]
     model, seen = PageModel(pages=1200, page_size=16, max_running=8, prefill_chunk=1024), Seen()
     engine = Engine(model, observer=seen)
-    asked = [Asked([*prefix, i, i], 2) for i in range(20)]
+    asked = [RecordedRequest([*prefix, i, i], 2) for i in range(20)]
     engine.submit_all([a.request for a in asked])
     engine.start()
     for i, a in enumerate(asked):
@@ -151,4 +155,4 @@ def test_a_shared_prefix_is_computed_once() -> None:
     assert computed < 20 * 3002 / 10
     status = engine.status()
     assert (status.prefix_queries, status.prefix_hits) == (20 * 3002, 19 * 2992)
-    assert engine.idle and status.pages_cached > 180
+    assert is_idle(engine) and status.pages_cached > 180

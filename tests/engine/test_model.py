@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from jax_mla_cp.batch.step_request import SamplingParams, StepRequest
-from jax_mla_cp.engine import Engine, Failed, Finished
-from jax_mla_cp.step.results import StepResult
-from tests.helpers.engine_requests import Asked
+from jax_mla_cp.engine import Engine, Failed, Finished, Observer, StepReport
+from jax_mla_cp.step.results import RunnerOutput
+from tests.helpers.engine_requests import RecordedRequest, is_idle
 from tests.helpers.speculative import CONFIG, OneBucket, model
 
 PREFIX = np.random.default_rng(5).integers(0, CONFIG.vocab_size, 27).tolist()
@@ -38,21 +38,25 @@ class Few:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._steps, name)
 
-    def step(self, work: Sequence[Sequence[StepRequest]]) -> list[list[StepResult]]:
-        outcomes = self._steps.step(work)
+    def step(self, groups: Sequence[Sequence[StepRequest]]) -> RunnerOutput:
+        output = self._steps.step(groups)
         self._count += 1
         if self._count == self._fail_at:
             self._steps._pages.delete()  # as after an error on the device: the donated cache is gone
             raise RuntimeError("the device stopped")
-        return outcomes
+        return output
 
 
 def ask(
-    steps: Few, prompts: Sequence[Sequence[int]], first: int = 0, salts: bool = False
-) -> tuple[list[Asked], Engine]:
+    steps: Few,
+    prompts: Sequence[Sequence[int]],
+    first: int = 0,
+    salts: bool = False,
+    observer: Observer | None = None,
+) -> tuple[list[RecordedRequest], Engine]:
     """All at once; with `salts`, none may use another's pages."""
-    engine = Engine(steps)
-    asked = [Asked(prompt, COUNT, cache_salt=str(i) if salts else "") for i, prompt in enumerate(prompts)]
+    engine = Engine(steps, observer=observer)
+    asked = [RecordedRequest(prompt, COUNT, cache_salt=str(i) if salts else "") for i, prompt in enumerate(prompts)]
     for i, a in enumerate(asked, first):
         a.request.sampling = HOW[i % 2]
     engine.submit_all([a.request for a in asked])
@@ -63,7 +67,7 @@ def ask(
     return asked, engine
 
 
-def tokens(asked: Sequence[Asked]) -> list[list[int]]:
+def tokens(asked: Sequence[RecordedRequest]) -> list[list[int]]:
     return [a.request.tokens[len(a.request.prompt) :] for a in asked]
 
 
@@ -78,13 +82,13 @@ def test_a_reused_prefix_gives_the_same_tokens(draft_tokens: int) -> None:
     assert tokens(asked) == alone(draft_tokens) == alone(0)
     cached = [a.all[-1].cached_tokens for a in asked if isinstance(a.all[-1], Finished)]
     assert cached[0] == 0 and min(cached[1:]) >= 24
-    assert engine.idle and engine.status().prefix_hits == sum(cached)
+    assert is_idle(engine) and engine.status().prefix_hits == sum(cached)
 
 
 @pytest.mark.parametrize("draft_tokens", [0, 2])
 def test_who_gave_way_goes_on_with_the_same_tokens(draft_tokens: int) -> None:
     asked, engine = ask(Few(runner(draft_tokens), pages=24), PROMPTS, salts=True)
-    assert engine.status().preemptions > 0 and engine.idle
+    assert engine.status().preemptions > 0 and is_idle(engine)
     assert tokens(asked) == alone(0)
 
 
@@ -97,7 +101,7 @@ def test_a_step_that_raises_after_dispatch() -> None:
     for a, lost, want in zip(asked, failed, alone(0), strict=True):
         got = tokens([a])[0]
         assert got == (want[: len(got)] if lost else want)
-    assert engine.idle
+    assert is_idle(engine)
 
 
 def test_a_work_that_is_refused_concerns_its_request_alone() -> None:
@@ -106,4 +110,20 @@ def test_a_work_that_is_refused_concerns_its_request_alone() -> None:
     asked, engine = ask(Few(runner(0)), prompts)
     assert isinstance(asked[2].all[-1], Failed) and asked[2].all[-1].kind == "internal"
     assert tokens([asked[0], asked[1]]) == alone(0)[:2] and isinstance(asked[3].all[-1], Finished)
-    assert engine.idle
+    assert is_idle(engine)
+
+
+class Reported(Observer):
+    def __init__(self) -> None:
+        self.steps: list[StepReport] = []
+
+    def step(self, report: StepReport) -> None:
+        self.steps.append(report)
+
+
+def test_the_runner_reports_the_load_of_each_rank() -> None:
+    seen = Reported()
+    ask(Few(runner(2)), PROMPTS, observer=seen)
+    assert seen.steps and [(p.cached, p.new) for p in seen.steps[0].prefills] == [(0, 10)]
+    assert seen.steps[0].rank_tokens == (5, 5) and sum(seen.steps[0].rank_pairs) == 10 * 11 / 2
+    assert all(sum(s.rank_tokens) == s.prefill_tokens + s.decode_tokens for s in seen.steps)

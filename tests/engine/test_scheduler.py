@@ -6,7 +6,7 @@ import collections
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -15,8 +15,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from jax_mla_cp.batch.step_request import SamplingParams
 from jax_mla_cp.engine import Event, Finished, PromptLogprobs, Request, Token
-from jax_mla_cp.engine.group import Scheduled
-from jax_mla_cp.engine.output import take
+from jax_mla_cp.engine.group_scheduler import ScheduledRequest
+from jax_mla_cp.engine.output_processor import process_output
 from jax_mla_cp.engine.scheduler import Scheduler
 from jax_mla_cp.engine.text import TextStream
 from tests.helpers.standin import PageModel, continuation, logprob
@@ -48,15 +48,15 @@ def scheduler_of(model: PageModel) -> Scheduler:
     )
 
 
-def run(scheduler: Scheduler, model: PageModel) -> list[list[Scheduled]]:
+def run(scheduler: Scheduler, model: PageModel) -> list[list[ScheduledRequest]]:
     """One step, as the engine does it."""
     planned = scheduler.schedule()
-    assert any(planned) or not scheduler.busy, "requests wait and none runs"
-    outcomes = model.step([[s.work() for s in group] for group in planned])
-    for group, results in zip(planned, outcomes, strict=True):
-        for scheduled, outcome in zip(group, results, strict=True):
-            events = take(scheduled, outcome)
-            scheduler.taken(scheduled.request)
+    assert any(planned) or not scheduler.has_requests, "requests wait and none runs"
+    output = model.step([[s.step_request() for s in group] for group in planned])
+    for group, results in zip(planned, output.results, strict=True):
+        for scheduled, result in zip(group, results, strict=True):
+            events = process_output(scheduled, result)
+            scheduler.commit_pages(scheduled.request)
             if events and isinstance(events[-1], Finished):
                 scheduler.remove(scheduled.request)
             for event in events:
@@ -66,6 +66,9 @@ def run(scheduler: Scheduler, model: PageModel) -> list[list[Scheduled]]:
 
 class Anything(RuleBasedStateMachine):
     """Prompts are cut from two texts, so that many share pages, some of them only the tokens of a page."""
+
+    seen: ClassVar[collections.Counter[str]] = collections.Counter()
+    """Over all examples, how often each thing happened that the assertions are about."""
 
     @initialize(
         dp=st.integers(1, 2),
@@ -112,41 +115,43 @@ class Anything(RuleBasedStateMachine):
     @rule(times=st.integers(1, 6))
     def steps(self, times: int) -> None:
         for _ in range(times):
-            if self.scheduler.busy:
+            if self.scheduler.has_requests:
                 run(self.scheduler, self.model)
                 self.what_is_written_is_right()
 
     @rule()
     def a_step_fails(self) -> None:
-        if not self.scheduler.busy:
+        if not self.scheduler.has_requests:
             return
         self.model.fail_next = 1
         planned = self.scheduler.schedule()
         with pytest.raises(RuntimeError, match="fell over"):
-            self.model.step([[s.work() for s in group] for group in planned])
+            self.model.step([[s.step_request() for s in group] for group in planned])
         for scheduled in [s for group in planned for s in group]:
             self.scheduler.remove(scheduled.request)
             self.gone.add(scheduled.request)
-        self.scheduler.restart()
+        self.scheduler.reset_cache()
         self.model.reset()
 
     def what_is_written_is_right(self) -> None:
         """What a request has computed is there, whoever else has written meanwhile."""
         for g, group in enumerate(self.scheduler.groups):
             for r in group.running:
-                slots = self.model.slots_of(r.pages, r.computed)
-                assert self.model.slots[g, slots].tolist() == r.tokens[: r.computed]
+                slots = self.model.slots_of(r.pages, r.num_computed_tokens)
+                assert self.model.slots[g, slots].tolist() == r.tokens[: r.num_computed_tokens]
+                self.seen["computed"] += r.num_computed_tokens
 
     @invariant()
     def pages_add_up(self) -> None:
         for group in self.scheduler.groups:
-            pages = group.pages
+            pool = group.page_pool
             used = collections.Counter(page for r in group.running for page in r.pages)
-            assert pages.free + pages.cached + len(used) == pages.count
-            assert all(group.pages._references[page] == times for page, times in used.items())
+            assert pool.num_free + pool.num_cached + len(used) == pool.num_pages
+            assert all(pool._refcount[page] == times for page, times in used.items())
             for page, times in used.items():
                 if times > 1:
-                    assert page in pages._name, "a page that is not complete is shared"
+                    self.seen["shared pages"] += 1
+                    assert page in pool._hash_by_page, "a page that is not committed is shared"
             salts: dict[int, set[str]] = {}
             for r in group.running:
                 for page in r.pages:
@@ -157,11 +162,15 @@ class Anything(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         for _ in range(4000):
-            if not self.scheduler.busy:
+            if not self.scheduler.has_requests:
                 break
             run(self.scheduler, self.model)
-        assert not self.scheduler.busy, "no end"
+        assert not self.scheduler.has_requests, "no end"
         self.pages_add_up()
+        self.seen["preemptions"] += self.scheduler.stats.preemptions
+        self.seen["prefix hits"] += self.scheduler.stats.prefix_hits
+        self.seen["finished"] += len(self.requests) - len(self.gone)
+        self.seen["aborted or failed"] += len(self.gone)
         for r in self.requests:
             tokens = [e.token for e in self.events[r] if isinstance(e, Token)]
             want = continuation(r.prompt, r.max_tokens, STOP)
@@ -169,6 +178,7 @@ class Anything(RuleBasedStateMachine):
             scored = [e for e in self.events[r] if isinstance(e, PromptLogprobs)]
             assert len(scored) == (r.prompt_logprobs and (r not in self.gone or bool(scored)))
             for event in scored:
+                self.seen["scored prompts"] += 1
                 assert self.events[r][0] is event
                 assert event.logprobs.tolist()[1:] == [
                     logprob(r.prompt[:n], r.prompt[n]) for n in range(1, len(r.prompt))
@@ -177,17 +187,27 @@ class Anything(RuleBasedStateMachine):
 
 
 def test_anything() -> None:
+    Anything.seen.clear()
     run_state_machine_as_test(
         Anything,
         settings=settings(
             max_examples=300, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
+    assert set(+Anything.seen) == {
+        "computed",
+        "shared pages",
+        "preemptions",
+        "prefix hits",
+        "finished",
+        "aborted or failed",
+        "scored prompts",
+    }
 
 
-def finish(scheduler: Scheduler, model: PageModel, most: int = 2000) -> list[list[list[Scheduled]]]:
+def finish(scheduler: Scheduler, model: PageModel, most: int = 2000) -> list[list[list[ScheduledRequest]]]:
     steps = []
-    while scheduler.busy:
+    while scheduler.has_requests:
         steps.append(run(scheduler, model))
         assert len(steps) < most, "no end"
     return steps
@@ -204,7 +224,10 @@ def test_several_prompts_share_a_step_beside_all_decodes() -> None:
     for r in prompts:
         scheduler.add(r)
     [step] = run(scheduler, model)
-    assert [(s.request, s.count) for s in step] == [*((r, 1) for r in decoding), *zip(prompts, (6, 6, 4), strict=True)]
+    assert [(s.request, s.num_tokens) for s in step] == [
+        *((r, 1) for r in decoding),
+        *zip(prompts, (6, 6, 4), strict=True),
+    ]
 
 
 def test_the_youngest_gives_way_and_comes_back_in_its_place() -> None:
@@ -220,8 +243,9 @@ def test_the_youngest_gives_way_and_comes_back_in_its_place() -> None:
         scheduler.add(made)
     steps = finish(scheduler, model)
     assert ended == requests, "oldest first served"
-    assert scheduler.counts.preemptions > 0
+    assert scheduler.stats.preemptions > 0
     assert all(r.tokens == [*r.prompt, *continuation(r.prompt, 30)] for r in requests)
+    assert len(steps) >= 30
     assert all(any(s.request is requests[0] for s in step[0]) for step in steps[:30]), "the oldest never waits"
 
 
@@ -233,7 +257,7 @@ def test_who_gave_way_waits_for_room_for_all_its_tokens() -> None:
     for i, (length, most) in enumerate(((1, 17), (13, 34), (13, 29))):
         scheduler.add(endless([i] * length, most))
     finish(scheduler, model)
-    assert scheduler.counts.preemptions == 1
+    assert scheduler.stats.preemptions == 1
 
 
 def test_nobody_starts_on_the_pages_that_running_requests_need_next() -> None:
@@ -243,7 +267,7 @@ def test_nobody_starts_on_the_pages_that_running_requests_need_next() -> None:
     run(scheduler, model)
     scheduler.add(endless([2] * 4, 4))
     finish(scheduler, model)
-    assert scheduler.counts.preemptions == 0
+    assert scheduler.stats.preemptions == 0
 
 
 def test_a_request_goes_where_its_pages_are_and_else_where_there_is_room() -> None:
@@ -283,8 +307,8 @@ def test_drafts_shrink_before_anyone_gives_way() -> None:
     for i in range(2):
         scheduler.add(endless([i] * 8, 29))
     finish(scheduler, model)
-    assert scheduler.counts.preemptions == 0
-    assert {drafts for drafts, _ in model.held} >= {0, 4}, "some were shrunk, some were not"
+    assert scheduler.stats.preemptions == 0
+    assert {drafts for drafts, _ in model.accepted} >= {0, 4}, "some were shrunk, some were not"
 
 
 @functools.cache

@@ -48,7 +48,7 @@ def test_a_model_that_fails_ends_the_run_with_what_it_has(
     flags = ["--lengths", "512", "--depths", "2", "--perplexity-tokens", "0", "--compile-cache", "off"]
     assert main([*flags, "--json", str(tmp_path / "out.json")]) == 1
     assert (
-        "The request's next step is not one that can be run."
+        "The request's next step is invalid and can't be run."
         in json.loads((tmp_path / "out.json").read_text())["stopped"]
     )
     assert "not complete" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Requests whose events a test can wait for."""
+"""Requests whose events a test can wait for, and the state of an engine."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from jax_mla_cp.batch.step_request import SamplingParams
-from jax_mla_cp.engine import Event, Failed, Finished, Request, Token
+from jax_mla_cp.engine import Engine, Event, Failed, Finished, Request, Token
 from jax_mla_cp.engine.text import TextStream
 
 
-class Asked:
-    """A request and the events it got."""
+class RecordedRequest:
+    """A request that records its events."""
 
     def __init__(
         self,
@@ -43,7 +43,18 @@ class Asked:
                 return [e.token for e in self.all if isinstance(e, Token)], event
 
 
-def ended(asked: Asked) -> tuple[list[int], str, int | str | None]:
+def is_idle(engine: Engine) -> bool:
+    """No request is waiting or running, and no page is in use."""
+    now = engine.status()
+    return not (now.waiting or now.running or now.pages_used)
+
+
+def is_alive(engine: Engine) -> bool:
+    """The thread runs, and the engine hasn't given up, whatever the watchdog says."""
+    return engine._thread.is_alive() and engine._dead is None
+
+
+def ended(asked: RecordedRequest) -> tuple[list[int], str, int | str | None]:
     tokens, end = asked.result()
     assert isinstance(end, Finished), end
     return tokens, end.reason, end.stop

@@ -30,8 +30,6 @@ BODY = {"model": "tiny", "prompt": "Hello", "max_tokens": 3}
 class Echo:
     """An engine of one letter. `gate`, if set, is asked for a permit before each token."""
 
-    speculation = None
-
     def __init__(self) -> None:
         self.unhealthy_reason: str | None = None
         self.refuse: Exception | None = None
@@ -49,7 +47,7 @@ class Echo:
         if self.refuse is not None:
             raise self.refuse
         for request in requests:
-            request.arrived = request.started = time.monotonic()
+            request.arrival_time = request.start_time = time.monotonic()
             self.requests.append(request)
             self._threads.append(threading.Thread(target=self._run, args=(request,), daemon=True))
             self._threads[-1].start()

@@ -18,7 +18,7 @@ from jax_mla_cp.batch.form import Form
 from jax_mla_cp.batch.step_request import SamplingParams, StepRequest
 from jax_mla_cp.checkpoint import ArraySource, load_params
 from jax_mla_cp.config.model import ModelConfig
-from jax_mla_cp.engine import Engine, Event, Finished, Request, Speculation, Token
+from jax_mla_cp.engine import Engine, Event, Finished, Request, SpeculationStats, Token
 from jax_mla_cp.engine.text import TextStream
 from jax_mla_cp.mesh import make_mesh, mesh_shape
 from jax_mla_cp.model.context import EP_CHOICES, Build
@@ -26,8 +26,9 @@ from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.handle import Model
 from jax_mla_cp.step.forward import put
 from jax_mla_cp.step.planner import Planner
-from jax_mla_cp.step.results import StepOutcome, StepResult
+from jax_mla_cp.step.results import RunnerOutput, StepResult
 from jax_mla_cp.step.runner import Runner
+from tests.helpers.engine_requests import is_idle
 from tests.helpers.random_weights import random_weights
 from tests.helpers.synthetic import CONFIG as SYNTHETIC
 from tests.helpers.synthetic import REAL_DIMS_CONFIG, step_of
@@ -136,47 +137,47 @@ class OneBucket(Runner):
 
 
 class Watched:
-    """A runner whose requests and results are shown to `look`, which may change them, one by one."""
+    """A runner that calls `look` with every request of a step and its result, which `look` may change."""
 
-    def __init__(self, steps: Runner, look: Callable[[StepRequest, StepResult], object]):
-        self._steps, self._look = steps, look
+    def __init__(self, runner: Runner, look: Callable[[StepRequest, StepResult], object]):
+        self._runner, self._look = runner, look
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._steps, name)
+        return getattr(self._runner, name)
 
-    def step(self, groups: Sequence[Sequence[StepRequest]]) -> StepOutcome:
-        outcome = self._steps.step(groups)
-        for requests, results in zip(groups, outcome.results, strict=True):
+    def step(self, groups: Sequence[Sequence[StepRequest]]) -> RunnerOutput:
+        output = self._runner.step(groups)
+        for requests, results in zip(groups, output.results, strict=True):
             for request, result in zip(requests, results, strict=True):
                 self._look(request, result)
-        return outcome
+        return output
 
 
 @dataclasses.dataclass
 class Run:
-    """What an engine made of requests."""
+    """The output of an engine for some requests."""
 
     tokens: list[list[int]]
     logprobs: list[list[float]]
-    speculation: Speculation | None
+    speculation: SpeculationStats | None
     idle: bool
-    """No page is lost."""
+    """All pages have been released."""
 
 
 def generate(
-    steps: Runner | Watched,
+    runner: Runner | Watched,
     prompts: Sequence[Sequence[int]],
     count: int | Sequence[int],
-    how: Sequence[SamplingParams] | None = None,
+    sampling: Sequence[SamplingParams] | None = None,
 ) -> Run:
-    """`count` tokens for each prompt, greedy if not told `how`; all requests arrive at once."""
+    """`count` tokens for each prompt, greedy by default. All requests arrive at once."""
     events: queue.Queue[tuple[int, Event]] = queue.Queue()
-    engine = Engine(steps)
+    engine = Engine(runner)
     counts = [count] * len(prompts) if isinstance(count, int) else count
-    for i, (prompt, most) in enumerate(zip(prompts, counts, strict=True)):
-        sampling = how[i] if how else SamplingParams(temperature=0)
+    for i, (prompt, max_tokens) in enumerate(zip(prompts, counts, strict=True)):
+        params = sampling[i] if sampling else SamplingParams(temperature=0)
         text, emit = TextStream(None), functools.partial(lambda i, event: events.put((i, event)), i)
-        engine.submit(Request(list(prompt), most, sampling, frozenset(), text, emit))
+        engine.submit(Request(list(prompt), max_tokens, params, frozenset(), text, emit))
     engine.start()
     run = Run([[] for _ in prompts], [[] for _ in prompts], None, False)
     left = len(prompts)
@@ -189,4 +190,4 @@ def generate(
             assert isinstance(event, Finished) and event.reason == "length", event
             left -= 1
     engine.stop(timeout=60)
-    return dataclasses.replace(run, speculation=engine.speculation, idle=engine.idle)
+    return dataclasses.replace(run, speculation=engine.status().speculation, idle=is_idle(engine))

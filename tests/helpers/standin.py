@@ -1,4 +1,4 @@
-"""A stand-in for the model that remembers only what is in its pages: wrong pages or positions give wrong tokens."""
+"""A stand-in for the runner. It remembers only the content of its pages: wrong pages or positions give wrong tokens."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import numpy as np
 
 from jax_mla_cp.batch.logit_bias import LogitBias
 from jax_mla_cp.batch.step_request import StepRequest
-from jax_mla_cp.step.results import SampledToken, StepResult, TokenLogprobs
+from jax_mla_cp.batch.zigzag import loads
+from jax_mla_cp.step.results import RunnerOutput, SampledToken, StepResult, TokenLogprobs
 
 VOCAB = 251
 
 
 def next_token(tokens: Sequence[int]) -> int:
-    """A function of all tokens and their places."""
+    """The token that follows: a function of all tokens and their positions."""
     value = 7
     for token in tokens:
         value = (value * 31 + token + 1) % 1_000_003
@@ -24,7 +25,7 @@ def next_token(tokens: Sequence[int]) -> int:
 
 
 def continuation(prompt: Sequence[int], count: int, stop: frozenset[int] = frozenset()) -> list[int]:
-    """What a request must get."""
+    """The expected output of a request."""
     tokens = list(prompt)
     for _ in range(count):
         tokens.append(next_token(tokens))
@@ -34,7 +35,7 @@ def continuation(prompt: Sequence[int], count: int, stop: frozenset[int] = froze
 
 
 def guesses(tokens: Sequence[int], count: int) -> list[int]:
-    """Drafts for what follows, of which every third or so is wrong."""
+    """Drafts, of which about every third is wrong."""
     seen = list(tokens)
     for _ in range(count):
         true = next_token(seen)
@@ -42,18 +43,18 @@ def guesses(tokens: Sequence[int], count: int) -> list[int]:
     return seen[len(tokens) :]
 
 
-def allowed(token: int, adjust: LogitBias | None) -> int:
-    """The token, or if it may not be, the next one that may."""
-    if adjust is None:
+def allowed(token: int, bias: LogitBias | None) -> int:
+    """The token, or if it is banned, the next one that is not."""
+    if bias is None:
         return token
-    never = set(adjust.tokens[adjust.add == -np.inf].tolist())
+    never = set(bias.tokens[bias.add == -np.inf].tolist())
     candidates = ((token + n) % VOCAB for n in range(VOCAB))
-    mask = np.full(-(-VOCAB // 32), 0xFFFFFFFF, np.uint32) if adjust.mask is None else adjust.mask
+    mask = np.full(-(-VOCAB // 32), 0xFFFFFFFF, np.uint32) if bias.mask is None else bias.mask
     return next(t for t in candidates if t not in never and int(mask[t // 32]) >> t % 32 & 1)
 
 
 def logprob(before: Sequence[int], token: int) -> float:
-    """Of a token after others."""
+    """The log-probability of a token after others."""
     return -((token - next_token(before)) % VOCAB) / 8
 
 
@@ -61,10 +62,10 @@ NOTHING, STALE = -1, -2
 
 
 class PageModel:
-    """Keeps tokens in pages as the real model keeps latents, and checks the engine's side of the contract.
+    """A `StepRunner` that keeps tokens in pages as the real one keeps latents, and checks the engine's side of the contract.
 
-    With drafts, a slot remembers the token after its own too, as the MTP layer's latent does; and what a step writes behind
-    the last token, or leaves of a page that it begins, is as wrong as the real one's.
+    With drafts, a slot also remembers the token after its own, as the MTP layer's latent does. What a step writes after the
+    last token, or leaves in a page that it begins, is as wrong as in the real cache.
     """
 
     def __init__(
@@ -81,94 +82,106 @@ class PageModel:
         self.dp, self.cp, self.pages_per_group, self.page_size = dp, cp, pages, page_size
         self.max_running, self.prefill_chunk = max_running, prefill_chunk
         self.draft_tokens = draft_tokens
-        self.held: collections.Counter[tuple[int, int]] = collections.Counter()
-        """How often so many drafts were given, and so many of them held."""
+        self.accepted: collections.Counter[tuple[int, int]] = collections.Counter()
+        """How often a number of drafts was verified and a number of them accepted: (drafts, accepted) -> times."""
         self.fail_next = 0
         self.refused: int | None = None
-        """A token: works that have it can't be run."""
+        """A token: requests with it are invalid."""
         self.steps = 0
-        """Those that succeeded."""
-        self.prefilled = 0
-        """Tokens of works with more than one."""
+        """Steps that succeeded."""
         self.gate: threading.Semaphore | None = None
-        """Set: every step waits for a permit."""
+        """If set, every step waits for a permit."""
         self.reset()
 
     def reset(self) -> None:
         shape = (self.dp, self.pages_per_group * self.page_size)
         self.slots, self._following = np.full(shape, NOTHING), np.full(shape, NOTHING)
 
-    def check(self, work: StepRequest) -> None:
-        if self.refused in work.tokens:
+    def check(self, request: StepRequest) -> None:
+        if self.refused in request.tokens:
             raise ValueError("a token that is refused")
 
-    def step(self, work: Sequence[Sequence[StepRequest]]) -> list[list[StepResult]]:
+    def step(self, groups: Sequence[Sequence[StepRequest]]) -> RunnerOutput:
         if self.gate:
             self.gate.acquire()
-        for each in (w for works in work for w in works):
-            self.check(each)
+        for request in (request for requests in groups for request in requests):
+            self.check(request)
         if self.fail_next:  # after dispatch: the donated cache is gone
             self.fail_next -= 1
             self.slots[:] = self._following[:] = STALE
             raise RuntimeError("a device fell over")
-        for works in work:
-            self._check(works)
+        for requests in groups:
+            self._check(requests)
         self.steps += 1
-        return [[self._run(g, w) for w in works] for g, works in enumerate(work)]
+        return self.output(groups, [[self._run(g, r) for r in requests] for g, requests in enumerate(groups)])
+
+    def output(self, groups: Sequence[Sequence[StepRequest]], results: list[list[StepResult]]) -> RunnerOutput:
+        """Adds the ranks' loads to the results."""
+        group_loads = [
+            loads([len(r.tokens) for r in group], [r.num_computed_tokens for r in group], cp=self.cp)
+            for group in groups
+        ]
+        rank_tokens, rank_pairs = np.sum(group_loads, axis=0)
+        return RunnerOutput(results, rank_tokens, rank_pairs)
 
     def slots_of(self, pages: Sequence[int], tokens: int) -> np.ndarray:
         at = np.arange(tokens)
         return np.asarray(pages)[at // self.page_size] * self.page_size + at % self.page_size
 
-    def _check(self, works: Sequence[StepRequest]) -> None:
-        assert len(works) <= self.max_running
-        assert sum(len(w.tokens) for w in works if len(w.tokens) - w.drafts > 1) <= self.prefill_chunk
-        assert all(w.drafts <= self.draft_tokens for w in works)
-        assert not any(w.drafts and w.logit_bias for w in works)
-        for w in works:
-            written = set(w.pages[w.num_computed // self.page_size :])
-            others = {page for other in works if other is not w for page in other.pages}
+    def _check(self, requests: Sequence[StepRequest]) -> None:
+        assert len(requests) <= self.max_running
+        assert sum(len(r.tokens) for r in requests if len(r.tokens) - r.drafts > 1) <= self.prefill_chunk
+        assert all(r.drafts <= self.draft_tokens for r in requests)
+        assert not any(r.drafts and r.logit_bias for r in requests)
+        for r in requests:
+            written = set(r.pages[r.num_computed_tokens // self.page_size :])
+            others = {page for other in requests if other is not r for page in other.pages}
             assert not written & others, "a page is written that another request refers to"
-            assert len(set(w.pages)) == len(w.pages)
+            assert len(set(r.pages)) == len(r.pages)
 
-    def _run(self, group: int, work: StepRequest) -> StepResult:
-        end, size = work.num_computed + len(work.tokens), self.page_size
-        self.prefilled += len(work.tokens) if len(work.tokens) - work.drafts > 1 else 0
-        slots = self.slots_of(work.pages, end)
+    def _run(self, group: int, request: StepRequest) -> StepResult:
+        end, size = request.num_computed_tokens + len(request.tokens), self.page_size
+        slots = self.slots_of(request.pages, end)
         memory, following = self.slots[group], self._following[group]
-        seen = [*memory[slots[: work.num_computed]].tolist(), *map(int, work.tokens)]
+        seen = [*memory[slots[: request.num_computed_tokens]].tolist(), *map(int, request.tokens)]
         if self.draft_tokens:
-            known = seen[1 : len(seen) - work.drafts]
-            assert following[slots[: work.num_computed]].tolist() == known[: work.num_computed], (
+            known = seen[1 : len(seen) - request.drafts]
+            assert following[slots[: request.num_computed_tokens]].tolist() == known[: request.num_computed_tokens], (
                 "an MTP latent is of another text"
             )
-        # What is begun and not filled is zeroed; guesses beyond the drafts leave latents behind.
-        reach = end if work.sampling is None else min(end + max(self.draft_tokens - 1, 0), len(work.pages) * size)
-        for page in work.pages[max(end // size, -(-work.num_computed // size)) : -(-reach // size)]:
+        # Pages that are begun and not filled are zeroed. Drafts beyond those verified leave latents behind.
+        reach = end if request.sampling is None else min(end + max(self.draft_tokens - 1, 0), len(request.pages) * size)
+        for page in request.pages[max(end // size, -(-request.num_computed_tokens // size)) : -(-reach // size)]:
             memory[page * size : (page + 1) * size] = following[page * size : (page + 1) * size] = NOTHING
-        memory[slots[work.num_computed :]] = work.tokens
-        memory[self.slots_of(work.pages, reach)[end:]] = STALE
-        scored = self._score(seen, work) if work.score else None
-        if work.sampling is None:
-            after = [*seen[work.num_computed + 1 :], NOTHING if work.next_token is None else work.next_token]
-            following[slots[work.num_computed :]] = after
+        memory[slots[request.num_computed_tokens :]] = request.tokens
+        memory[self.slots_of(request.pages, reach)[end:]] = STALE
+        scored = self._score(seen, request) if request.prompt_logprobs else None
+        if request.sampling is None:
+            after = [
+                *seen[request.num_computed_tokens + 1 :],
+                NOTHING if request.next_token is None else request.next_token,
+            ]
+            following[slots[request.num_computed_tokens :]] = after
             return StepResult([], [], scored)
-        seen, drafts = seen[: end - work.drafts], seen[end - work.drafts :]
+        seen, drafts = seen[: end - request.drafts], seen[end - request.drafts :]
         start = len(seen)
         while True:
-            seen.append(allowed(next_token(seen), work.logit_bias))
+            seen.append(allowed(next_token(seen), request.logit_bias))
             if not drafts or seen[-1] != drafts.pop(0):
                 break
-        following[slots[work.num_computed :]] = NOTHING
-        following[slots[work.num_computed : len(seen) - 1]] = seen[work.num_computed + 1 :]
-        self.held[work.drafts, len(seen) - start - 1] += 1
+        following[slots[request.num_computed_tokens :]] = NOTHING
+        following[slots[request.num_computed_tokens : len(seen) - 1]] = seen[request.num_computed_tokens + 1 :]
+        self.accepted[request.drafts, len(seen) - start - 1] += 1
         drawn = [SampledToken(token, -0.5, np.arange(20), np.linspace(-1, -9, 20)) for token in seen[start:]]
         return StepResult(drawn, guesses(seen, self.draft_tokens), scored)
 
-    def _score(self, seen: Sequence[int], work: StepRequest) -> TokenLogprobs:
-        after = [*seen[work.num_computed + 1 :], *([] if work.next_token is None else [work.next_token])]
-        values = np.full(len(work.tokens), np.nan, np.float32)
+    def _score(self, seen: Sequence[int], request: StepRequest) -> TokenLogprobs:
+        after = [
+            *seen[request.num_computed_tokens + 1 :],
+            *([] if request.next_token is None else [request.next_token]),
+        ]
+        values = np.full(len(request.tokens), np.nan, np.float32)
         for n, token in enumerate(after):
-            values[n] = logprob(seen[: work.num_computed + n + 1], token)
-        top = np.tile(np.arange(20, dtype=np.int32), (len(work.tokens), 1))
+            values[n] = logprob(seen[: request.num_computed_tokens + n + 1], token)
+        top = np.tile(np.arange(20, dtype=np.int32), (len(request.tokens), 1))
         return TokenLogprobs(values, top, np.tile(values[:, None], (1, 20)))

@@ -22,6 +22,7 @@ from jax_mla_cp.serve.schemas import ChatRequest, CompletionRequest
 from jax_mla_cp.serve.served import Served
 from jax_mla_cp.serve.tokens import DetokenizeRequest, TokenizeRequest
 from tests.helpers.byte_tokenizer import byte_tokenizer
+from tests.helpers.engine_requests import is_idle
 from tests.helpers.in_process import serving
 from tests.helpers.standin import VOCAB, PageModel, continuation
 from tests.helpers.waiting import until
@@ -63,7 +64,7 @@ def text_of(tokens: list[int]) -> str:
 
 def until_idle(server: Server) -> None:
     """Every page has been given back."""
-    until(lambda: server.engine.idle)
+    until(lambda: is_idle(server.engine))
 
 
 def test_completion(client: openai.OpenAI) -> None:
@@ -341,7 +342,7 @@ def test_a_client_that_goes_away_frees_its_pages(server: Server, stream: bool) -
             assert server.model.gate is not None
             server.model.gate.release()
             time.sleep(0.02)
-            return server.engine.idle
+            return is_idle(server.engine)
 
         until(idle)
         assert server.model.steps - before < 250, "it did not go on to its end"

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as open_metrics
 from prometheus_client.parser import text_string_to_metric_families as plain
 
-from jax_mla_cp.engine import Engine, Prefilled, RequestReport, StepReport
+from jax_mla_cp.engine import Engine, PrefillReport, RequestReport, StepReport
 from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.serve.app import create_app
 from jax_mla_cp.serve.metrics import Metrics
@@ -28,7 +28,7 @@ from jax_mla_cp.serve.status.prompts import Prompts
 from jax_mla_cp.serve.status.recent import SECONDS, Latencies, Rates, percentile
 from jax_mla_cp.serve.status.schemas import Status
 from tests.helpers.byte_tokenizer import byte_tokenizer
-from tests.helpers.engine_requests import Asked
+from tests.helpers.engine_requests import RecordedRequest, is_idle
 from tests.helpers.standin import PageModel
 from tests.helpers.waiting import until
 
@@ -50,7 +50,7 @@ class Observed:
 
     def values(self) -> dict[str, float]:
         """`now`, when the engine is idle and has told of its last step: its requests have heard of their end before."""
-        until(lambda: self.engine.idle and self.now()["engine_step_seconds_count"] == self.model.steps)
+        until(lambda: is_idle(self.engine) and self.now()["engine_step_seconds_count"] == self.model.steps)
         return self.now()
 
     def now(self) -> dict[str, float]:
@@ -142,7 +142,7 @@ def test_what_is_true_at_a_moment() -> None:
     """Two run, on 5 pages and on 6, and one waits, which gives up; the two do not fit the 12 pages to their ends."""
     observed = Observed(pages=12, max_running=2)
     observed.model.gate = gate = threading.Semaphore(2)  # 32 of the 40 prompt tokens
-    asked = [Asked([i] * 20, 9) for i in range(3)]
+    asked = [RecordedRequest([i] * 20, 9) for i in range(3)]
     try:
         observed.engine.submit_all([a.request for a in asked])
         until(lambda: observed.now()["engine_step_seconds_count"] == 2)
@@ -319,17 +319,17 @@ REPORT = StepReport(
     prefill_tokens=8,
     decode_tokens=0,
     requests=1,
-    rows=(4, 4),
-    pairs=(18, 18),
-    prompts=(),
+    rank_tokens=(4, 4),
+    rank_pairs=(18, 18),
+    prefills=(),
 )
 
 
 def test_a_preempted_prompt_begins_again() -> None:
     prompts = Prompts()
     for cached in (0, 16):
-        prompts.step([Prefilled("a", cached, 16, 48)])
-    prompts.step([Prefilled("a", 8, 16, 49)])
+        prompts.step([PrefillReport("a", cached, 16, 48)])
+    prompts.step([PrefillReport("a", 8, 16, 49)])
     (shown,) = prompts.show(cp=2)
     assert (shown.reused, shown.done, shown.total, [s.start for s in shown.steps]) == (8, 24, 49, [8])
 
@@ -337,7 +337,7 @@ def test_a_preempted_prompt_begins_again() -> None:
 def test_only_recent_prompts_are_kept() -> None:
     prompts = Prompts()
     for n in range(100):
-        prompts.step([Prefilled(f"r{n}", 0, 4, 4), Prefilled("long", 4 * n, 4, 400)])
+        prompts.step([PrefillReport(f"r{n}", 0, 4, 4), PrefillReport("long", 4 * n, 4, 400)])
     shown = prompts.show(cp=1)
     assert len(shown) == 6 and {p.id for p in shown if p.active} == {"r99", "long"}
     assert max(len(p.steps) for p in shown) == 24

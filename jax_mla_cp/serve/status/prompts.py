@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from jax_mla_cp.batch.zigzag import plan
-from jax_mla_cp.engine.observer import Prefilled
+from jax_mla_cp.engine.observer import PrefillReport
 from jax_mla_cp.serve.status.schemas import Chunk, Prompt, PromptStep
 
 _PROMPTS = 6
@@ -54,7 +54,7 @@ class Prompts:
         self._seen: collections.OrderedDict[str, _Seen] = collections.OrderedDict()
         self._active: set[str] = set()
 
-    def step(self, prompts: Iterable[Prefilled]) -> None:
+    def step(self, prompts: Iterable[PrefillReport]) -> None:
         """Takes the prompts of a step."""
         with self._lock:
             self._active = set()

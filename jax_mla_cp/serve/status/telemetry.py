@@ -31,7 +31,7 @@ class Telemetry(Observer):
         self._step_time.add(report.seconds)
         if report.prefill_tokens:
             self._prompt_rate.add(report.prefill_tokens)
-            self._prompts.step(report.prompts)
+            self._prompts.step(report.prefills)
             self._prefill = time.monotonic(), report
 
     def first_token(self, seconds_since_arrival: float) -> None:
@@ -68,7 +68,7 @@ class Telemetry(Observer):
             prefix_hits=now.prefix_hits,
             speculation=None
             if now.speculation is None
-            else Speculation(drafted=now.speculation.drafted, accepted=now.speculation.accepted),
+            else Speculation(drafted=now.speculation.num_drafts, accepted=now.speculation.num_accepted),
             prefill=self._last_prefill(),
             ttft=_latency(self._ttft),
             itl=_latency(self._itl),
@@ -84,9 +84,9 @@ class Telemetry(Observer):
         return Prefill(
             age=time.monotonic() - at,
             seconds=report.seconds,
-            tokens=list(report.rows),
-            pairs=list(report.pairs),
-            balance=balance(report.pairs),
+            tokens=list(report.rank_tokens),
+            pairs=list(report.rank_pairs),
+            balance=balance(report.rank_pairs),
             prompts=self._prompts.show(self.about.mesh.cp),
         )
 

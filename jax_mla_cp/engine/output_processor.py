@@ -1,0 +1,79 @@
+"""Applies the result of a step to a request: tokens, text, drafts, the end."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jax_mla_cp.engine.group_scheduler import ScheduledRequest
+from jax_mla_cp.engine.request import Event, Finished, PromptLogprobs, Request, Token
+from jax_mla_cp.step.results import SampledToken, StepResult
+
+
+def process_output(scheduled: ScheduledRequest, result: StepResult) -> list[Event]:
+    """Updates a request from its step's result.
+
+    Returns:
+      The events for its owner, in order. `Finished` is the last one if the request has ended.
+
+    Raises:
+      GrammarError: the request's grammar does not accept a sampled token.
+    """
+    request, end = scheduled.request, scheduled.request.num_computed_tokens + scheduled.num_tokens
+    events: list[Event] = []
+    if request.needs_prompt_logprobs:
+        assert result.prompt_logprobs is not None
+        request.prompt_logprobs_chunks.append(result.prompt_logprobs)
+        if end == len(request.prompt):
+            events.append(_prompt_logprobs(request))
+            request.needs_prompt_logprobs, request.prompt_logprobs_chunks = False, []
+    if not scheduled.samples:
+        request.num_computed_tokens = end
+        if end == len(request.tokens):  # max_tokens is 0
+            events.append(Finished("length", "", request.cached_tokens))
+        return events
+    finished = None
+    for sampled in result.sampled:
+        token, finished = _append(request, sampled)
+        events.append(token)
+        if finished:
+            events.append(finished)
+            break  # accepted drafts after the end are dropped
+    # Accepted drafts are computed; the token sampled after them is not.
+    request.num_computed_tokens = len(request.tokens) - 1
+    # A logits processor needs all tokens before the one it biases: its request runs without drafts.
+    drop = finished or request.logits_processor
+    request.drafts = [] if drop else result.drafts[: max(request.num_remaining_tokens - 1, 0)]
+    return events
+
+
+def _append(request: Request, sampled: SampledToken) -> tuple[Token, Finished | None]:
+    may_stop = request.min_tokens_reached
+    is_stop_token = may_stop and sampled.token in request.stop_tokens
+    request.tokens.append(sampled.token)
+    if request.logits_processor:
+        request.logits_processor.push(sampled.token)
+    if request.grammar and not is_stop_token:
+        request.grammar.accept(sampled.token)
+    text = "" if is_stop_token else request.text.push(sampled.token, may_stop=may_stop)
+    token = Token(sampled.token, text, sampled.logprob, sampled.top_tokens, sampled.top_logprobs)
+    stop = sampled.token if is_stop_token else request.text.stopped_by
+    if stop is not None or (request.grammar and request.grammar.finished):
+        return token, Finished("stop", request.text.finish(), request.cached_tokens, stop)
+    if not request.num_remaining_tokens:
+        return token, Finished("length", request.text.finish(), request.cached_tokens)
+    return token, None
+
+
+def _prompt_logprobs(request: Request) -> PromptLogprobs:
+    """Joins the chunks and shifts them by one: a step scores the token after each, a client wants each token's own."""
+
+    def shifted(parts: list[np.ndarray], first: float) -> np.ndarray:
+        values = np.concatenate(parts)[: len(request.prompt) - 1]
+        return np.concatenate([np.full((1, *values.shape[1:]), first, values.dtype), values])
+
+    chunks = request.prompt_logprobs_chunks
+    return PromptLogprobs(
+        shifted([chunk.logprobs for chunk in chunks], np.nan),
+        shifted([chunk.top_tokens for chunk in chunks], 0),
+        shifted([chunk.top_logprobs for chunk in chunks], np.nan),
+    )

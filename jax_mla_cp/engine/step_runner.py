@@ -1,0 +1,49 @@
+"""The interface between the engine and the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from jax_mla_cp.batch.step_request import StepRequest
+from jax_mla_cp.step.results import RunnerOutput
+
+
+class StepRunner(Protocol):
+    """`jax_mla_cp.step.runner.Runner`, or a stand-in for it."""
+
+    prefill_chunk: int
+    max_running: int
+
+    @property
+    def dp(self) -> int: ...
+
+    @property
+    def draft_tokens(self) -> int: ...
+
+    @property
+    def page_size(self) -> int: ...
+
+    @property
+    def pages_per_group(self) -> int: ...
+
+    def check(self, request: StepRequest, /) -> None:
+        """Checks one request as `step` would.
+
+        Raises:
+          ValueError: it can't be run.
+        """
+
+    def step(self, groups: Sequence[Sequence[StepRequest]], /) -> RunnerOutput:
+        """Runs one step.
+
+        Args:
+          groups: per dp group, its requests.
+
+        Raises:
+          ValueError: a request can't be run. No request has run then.
+        """
+        ...
+
+    def reset(self) -> None:
+        """Replaces the KV cache by an empty one."""
