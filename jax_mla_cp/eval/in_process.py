@@ -9,16 +9,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from numpy.typing import NDArray
 
 from jax_mla_cp.batch.step_request import SamplingParams
 from jax_mla_cp.bench.table import versions
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.default_model import DIRECTORY
-from jax_mla_cp.engine import Engine, Event, Failed, Finished, Request, Token
+from jax_mla_cp.engine import Engine, Event, Failed, Finished, PromptLogprobs, Request, Token
 from jax_mla_cp.engine.text import TextStream
 from jax_mla_cp.eval.prompts import Prompt
-from jax_mla_cp.eval.score import token_logprobs
 from jax_mla_cp.eval.target import TargetError
 from jax_mla_cp.serve.options import ServeConfig
 from jax_mla_cp.serve.start import load_model, make_runner, set_up_devices
@@ -75,60 +76,112 @@ class InProcess:
         }
 
     def answer(self, prompts: Sequence[Prompt], max_tokens: int, done: Callable[[int, int, str], None]) -> None:
-        engine = Engine(self._runner())
-        events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
-
-        def emit(index: int, event: Event) -> None:
-            events.put((index, event))
-
-        for index, prompt in enumerate(prompts):
-            engine.submit(self._request(prompt, max_tokens, functools.partial(emit, index)))
         texts = [""] * len(prompts)
-        left = len(prompts)
-        engine.start()
-        try:
-            while left:
-                index, event = events.get()
-                if isinstance(event, Failed):
-                    raise TargetError(f"{event.message} The log above says why.")
-                if isinstance(event, Token | Finished):
-                    texts[index] += event.text
-                if isinstance(event, Finished):
-                    left -= 1
-                    done(index, len(prompts[index].tokens), texts[index])
-        finally:
-            engine.stop()
 
-    def _runner(self) -> Runner:
-        try:
-            return make_runner(
-                self._model, dataclasses.replace(self._serve, max_model_len=self._max_len, max_running=_RUNNING)
+        def on_event(index: int, event: Event) -> None:
+            if isinstance(event, Token | Finished):
+                texts[index] += event.text
+            if isinstance(event, Finished):
+                done(index, len(prompts[index].tokens), texts[index])
+
+        def request(index: int, emit: Callable[[Event], None]) -> Request:
+            return Request(
+                prompt=prompts[index].tokens,
+                max_tokens=max_tokens,
+                sampling=SamplingParams(temperature=0),
+                stop_tokens=frozenset(self._model.config.eos_token_ids),
+                text=TextStream(self._tokenizer),
+                emit=emit,
             )
+
+        try:
+            runner = self._runner(self._max_len)
         except ConfigError as error:
             raise ConfigError(
                 f"--lengths: a prompt and answer of {self._max_len} tokens can't be run on these devices. Use shorter ones, "
                 f"or more devices. ({error})"
             ) from error
-
-    def _request(self, prompt: Prompt, max_tokens: int, emit: Callable[[Event], None]) -> Request:
-        return Request(
-            prompt=prompt.tokens,
-            max_tokens=max_tokens,
-            sampling=SamplingParams(temperature=0),
-            stop_tokens=frozenset(self._model.config.eos_token_ids),
-            text=TextStream(self._tokenizer),
-            emit=emit,
-        )
+        _run(runner, len(prompts), request, on_event)
 
     def logprobs(self, windows: Sequence[Sequence[int]], done: Callable[[], None]) -> list[float]:
-        found: list[float] = []
-        for values in token_logprobs(
-            self._model,
-            windows,
-            page_size=self._serve.page_size,
-            prefill_chunk=self._serve.prefill_chunk,
-            form=self._serve.form,
-        ):
-            found += values.tolist()
+        scored = prompt_logprobs(self._runner(max(map(len, windows))), windows, done)
+        return [float(value) for values in scored for value in values]
+
+    def _runner(self, max_model_len: int) -> Runner:
+        return make_runner(
+            self._model, dataclasses.replace(self._serve, max_model_len=max_model_len, max_running=_RUNNING)
+        )
+
+
+def prompt_logprobs(
+    runner: Runner, windows: Sequence[Sequence[int]], done: Callable[[], None]
+) -> list[NDArray[np.float32]]:
+    """Scores token sequences with the engine's `prompt_logprobs`: nothing is generated.
+
+    Args:
+      windows: token ids, at least 2 each and at most the runner's `max_model_len`.
+      done: called after each window.
+
+    Returns:
+      For each window `[len - 1]`: the log-probability of every token but the first, given those before it.
+
+    Raises:
+      TargetError: a step failed.
+    """
+    found: dict[int, NDArray[np.float32]] = {}
+
+    def on_event(index: int, event: Event) -> None:
+        if isinstance(event, PromptLogprobs):
+            found[index] = event.logprobs[1:]
+        if isinstance(event, Finished):
             done()
-        return found
+
+    def request(index: int, emit: Callable[[Event], None]) -> Request:
+        return Request(
+            prompt=list(windows[index]),
+            max_tokens=0,
+            sampling=SamplingParams(temperature=0),
+            stop_tokens=frozenset(),
+            text=TextStream(None),
+            emit=emit,
+            prompt_logprobs=True,
+        )
+
+    _run(runner, len(windows), request, on_event)
+    return [found[index] for index in range(len(windows))]
+
+
+def _run(
+    runner: Runner,
+    count: int,
+    request: Callable[[int, Callable[[Event], None]], Request],
+    on_event: Callable[[int, Event], None],
+) -> None:
+    """Runs requests on an engine until all have finished.
+
+    Args:
+      request: makes request number `index`, given its `emit`.
+      on_event: called on this thread with `index` and each event of that request but `Failed`.
+
+    Raises:
+      TargetError: a request failed.
+    """
+    events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
+
+    def emit(index: int, event: Event) -> None:
+        events.put((index, event))
+
+    engine = Engine(runner)
+    for index in range(count):
+        engine.submit(request(index, functools.partial(emit, index)))
+    unfinished = count
+    engine.start()
+    try:
+        while unfinished:
+            index, event = events.get()
+            if isinstance(event, Failed):
+                raise TargetError(f"{event.message} The log above says why.")
+            unfinished -= isinstance(event, Finished)
+            on_event(index, event)
+    finally:
+        engine.stop()

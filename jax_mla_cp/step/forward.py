@@ -26,7 +26,7 @@ from jax_mla_cp.step.sampling import SamplerOutput, TokenLogprobsArrays, likely,
 from jax_mla_cp.step.speculation import propose
 
 _SCORED_AT_ONCE = 256
-"""Tokens whose logits `score` has in memory at a time: of 129K words, 132 MB."""
+"""Tokens whose logits `_score` has in memory at a time: of 129K words, 132 MB."""
 
 
 def forward(
@@ -81,25 +81,6 @@ def forward_and_sample(
         return sampled, pages
 
     return _run(run, (PartitionSpec(TOKENS), PAGES_SPEC), model, pages, batch, *([] if bias is None else [bias]))
-
-
-def score(model: Model, pages: jax.Array, batch: Batch | Packed) -> tuple[Float[Array, " T"], jax.Array]:
-    """Runs a batch: the log-probability of each token's next one, and the cache with the step's latents.
-
-    Returns:
-      float32, in the places of `batch.next_tokens`; it means nothing where that is -1 or there is no token.
-    """
-
-    def run(decoder: Decoder, pages: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        hidden, pages = decoder(pages, batch)
-
-        def one(logprobs: jax.Array, token: jax.Array) -> jax.Array:
-            return jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
-
-        scores: jax.Array = _score(decoder, hidden, batch, one)
-        return scores, pages
-
-    return _run(run, (PartitionSpec(TOKENS), PAGES_SPEC), model, pages, batch)
 
 
 def _score(decoder: Decoder, hidden: jax.Array, batch: Batch, what: Callable[[jax.Array, jax.Array], Any]) -> Any:
