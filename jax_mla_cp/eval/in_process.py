@@ -1,4 +1,4 @@
-"""The evaluated model in this process: the server's own engine and step, without HTTP."""
+"""The evaluation's backend for a model in this process: the server's own engine and step, without HTTP."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.default_model import DIRECTORY
 from jax_mla_cp.engine import Engine, Event, Failed, Finished, PromptLogprobs, Request, Token
 from jax_mla_cp.engine.text import TextStream
-from jax_mla_cp.eval.prompts import Prompt
-from jax_mla_cp.eval.target import TargetError
+from jax_mla_cp.eval.backend import BackendError
+from jax_mla_cp.eval.corpus import PasskeyPrompt
 from jax_mla_cp.serve.options import ServeConfig
 from jax_mla_cp.serve.start import load_model, make_runner, set_up_devices
 from jax_mla_cp.step.runner import Runner
 from jax_mla_cp.tokenizer import Tokenizer, require_tokenizer
 
-_RUNNING = 2
+_MAX_RUNNING = 2
 """Requests at a time, per dp group: one decodes beside the next one's prefill."""
 
 
 def config_and_tokenizer(serve: ServeConfig) -> tuple[ModelConfig, Tokenizer]:
-    """What can be known before the weights are loaded.
+    """Reads the model's config and tokenizer, without its weights.
 
     Raises:
       ConfigError: the directory's config.json or tokenizer can't be used.
@@ -41,14 +41,14 @@ def config_and_tokenizer(serve: ServeConfig) -> tuple[ModelConfig, Tokenizer]:
     return config, require_tokenizer(Tokenizer.from_dir(directory, config.vocab_size))
 
 
-class InProcess:
-    """A loaded model. Implements `jax_mla_cp.eval.target.Target`."""
+class InProcessBackend:
+    """A loaded model. Implements `jax_mla_cp.eval.backend.Backend`."""
 
     def __init__(self, serve: ServeConfig, max_len: int):
         """Sets up the devices, before JAX's first use, and loads the weights.
 
         Args:
-          max_len: tokens of the longest prompt and its answer.
+          max_len: tokens of the longest prompt and what is generated after it.
 
         Raises:
           ConfigError: as `set_up_devices` and `load_model`.
@@ -59,7 +59,7 @@ class InProcess:
         self._tokenizer = require_tokenizer(tokenizer)
         self._max_len = max_len
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         build = self._model.build
         return {
             "model": self._serve.served_model_name,
@@ -75,14 +75,16 @@ class InProcess:
             "versions": versions(),
         }
 
-    def answer(self, prompts: Sequence[Prompt], max_tokens: int, done: Callable[[int, int, str], None]) -> None:
+    def generate(
+        self, prompts: Sequence[PasskeyPrompt], max_tokens: int, on_done: Callable[[int, int, str], None]
+    ) -> None:
         texts = [""] * len(prompts)
 
         def on_event(index: int, event: Event) -> None:
             if isinstance(event, Token | Finished):
                 texts[index] += event.text
             if isinstance(event, Finished):
-                done(index, len(prompts[index].tokens), texts[index])
+                on_done(index, len(prompts[index].tokens), texts[index])
 
         def request(index: int, emit: Callable[[Event], None]) -> Request:
             return Request(
@@ -103,30 +105,30 @@ class InProcess:
             ) from error
         _run(runner, len(prompts), request, on_event)
 
-    def logprobs(self, windows: Sequence[Sequence[int]], done: Callable[[], None]) -> list[float]:
-        scored = prompt_logprobs(self._runner(max(map(len, windows))), windows, done)
+    def prompt_logprobs(self, windows: Sequence[Sequence[int]], on_done: Callable[[], None]) -> list[float]:
+        scored = prompt_logprobs(self._runner(max(map(len, windows))), windows, on_done)
         return [float(value) for values in scored for value in values]
 
     def _runner(self, max_model_len: int) -> Runner:
         return make_runner(
-            self._model, dataclasses.replace(self._serve, max_model_len=max_model_len, max_running=_RUNNING)
+            self._model, dataclasses.replace(self._serve, max_model_len=max_model_len, max_running=_MAX_RUNNING)
         )
 
 
 def prompt_logprobs(
-    runner: Runner, windows: Sequence[Sequence[int]], done: Callable[[], None]
+    runner: Runner, windows: Sequence[Sequence[int]], on_done: Callable[[], None]
 ) -> list[NDArray[np.float32]]:
     """Scores token sequences with the engine's `prompt_logprobs`: nothing is generated.
 
     Args:
       windows: token ids, at least 2 each and at most the runner's `max_model_len`.
-      done: called after each window.
+      on_done: called after each window.
 
     Returns:
       For each window `[len - 1]`: the log-probability of every token but the first, given those before it.
 
     Raises:
-      TargetError: a step failed.
+      BackendError: a step failed.
     """
     found: dict[int, NDArray[np.float32]] = {}
 
@@ -134,7 +136,7 @@ def prompt_logprobs(
         if isinstance(event, PromptLogprobs):
             found[index] = event.logprobs[1:]
         if isinstance(event, Finished):
-            done()
+            on_done()
 
     def request(index: int, emit: Callable[[Event], None]) -> Request:
         return Request(
@@ -164,7 +166,7 @@ def _run(
       on_event: called on this thread with `index` and each event of that request but `Failed`.
 
     Raises:
-      TargetError: a request failed.
+      BackendError: a request failed.
     """
     events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
 
@@ -180,7 +182,7 @@ def _run(
         while unfinished:
             index, event = events.get()
             if isinstance(event, Failed):
-                raise TargetError(f"{event.message} The log above says why.")
+                raise BackendError(f"{event.message} The log above says why.")
             unfinished -= isinstance(event, Finished)
             on_event(index, event)
     finally:
