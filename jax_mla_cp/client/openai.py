@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from types import TracebackType
 from typing import Any, Self
 
@@ -109,7 +109,7 @@ class OpenAIClient:
         """
         return await self._request("POST", f"{self.url}/completions", body, self._timeout)
 
-    async def stream(self, body: dict[str, Any]) -> AsyncIterator[tuple[float, bytes]]:
+    async def stream(self, body: dict[str, Any]) -> AsyncGenerator[tuple[float, bytes], None]:
         """POST /completions with `"stream": true`: its server-sent events, up to [DONE].
 
         Close it (`contextlib.aclosing`) where it may not be read to its end.
