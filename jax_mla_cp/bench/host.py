@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from jax_mla_cp.batch.layout import build
-from jax_mla_cp.batch.packing import pack, packed_specs
+from jax_mla_cp.batch.packing import pack
 from jax_mla_cp.batch.step_request import SamplingParams, StepRequest
 from jax_mla_cp.bench.engine_host import NoModel, host_seconds
 from jax_mla_cp.bench.options import Options
@@ -24,7 +24,7 @@ from jax_mla_cp.bench.table import Report
 from jax_mla_cp.bench.timing import measure
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.default_model import DIRECTORY
-from jax_mla_cp.mesh import make_mesh, on_devices
+from jax_mla_cp.mesh import declared_specs, make_mesh, on_devices
 from jax_mla_cp.model.context import Build
 from jax_mla_cp.model.handle import Model
 from jax_mla_cp.step.planner import Planner
@@ -74,18 +74,18 @@ def _row(planner: Planner, requests: int, context: int, options: Options) -> dic
     shape, model = planner.shape, planner.model
     each = -(-context // PAGE_SIZE)
     pages = np.random.default_rng(0).permutation(shape.cache.pages_per_layer)[: requests * each].reshape(requests, each)
-    works = [[StepRequest([1], context - 1, pages[i].tolist(), SamplingParams(seed=i)) for i in range(requests)]]
-    layouts, step = planner.lay_out(works)
-    batch = build(layouts, shape, step)
+    groups = [[StepRequest([1], context - 1, pages[i].tolist(), SamplingParams(seed=i)) for i in range(requests)]]
+    layout = planner.lay_out(groups)
+    batch = build(layout, shape)
     packed = pack(batch, options.mesh)
     places = shape.max_requests * shape.samples
     tops = np.zeros((places, TOP_LOGPROBS), np.int32), np.zeros((places, TOP_LOGPROBS), np.float32)
     sampled = SamplerOutput(np.zeros(places, np.int32), np.zeros(places, np.float32), *tops)
     parts: dict[str, Callable[[], Any]] = {
-        "arrays_ms": lambda: planner.host_batch(works),
+        "arrays_ms": lambda: planner.host_batch(groups),
         "pack_ms": lambda: pack(batch, options.mesh),
-        "outcomes_ms": lambda: read_results(sampled, works, layouts, batch, shape),
-        "put_ms": lambda: jax.block_until_ready(on_devices(packed, packed_specs(packed), model.mesh)),
+        "outcomes_ms": lambda: read_results(sampled, layout, shape),
+        "put_ms": lambda: jax.block_until_ready(on_devices(packed, declared_specs(packed), model.mesh)),
     }
     taken = {name: measure(call, samples=options.samples) for name, call in parts.items()}
     ms = {name: timing.seconds * 1e3 for name, timing in taken.items()}

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 
 from jax_mla_cp.attention import Implementation, resolve_implementation
 from jax_mla_cp.batch.form import Form
-from jax_mla_cp.batch.packing import Packed, packed_specs, unpack
+from jax_mla_cp.batch.packing import DeviceBatch
 from jax_mla_cp.batch.step_request import StepRequest
 from jax_mla_cp.bench.data import normal
 from jax_mla_cp.bench.mock import MockBuild, mock_build
@@ -24,7 +24,7 @@ from jax_mla_cp.bench.weights import random_params, replicated
 from jax_mla_cp.cache import PAGES_SPEC
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.config.quantization import Quantization
-from jax_mla_cp.mesh import TOKENS, TP, MeshShape, make_mesh
+from jax_mla_cp.mesh import TOKENS, TP, MeshShape, declared_specs, make_mesh
 from jax_mla_cp.model.context import EP_CHOICES
 from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.handle import Model, param_specs
@@ -87,7 +87,7 @@ class Program:
     compiled: jax.stages.Compiled
     model: Model
     pages: jax.Array
-    batch: Packed
+    batch: DeviceBatch
     tokens: int
     """Of all ranks' buffers."""
 
@@ -112,7 +112,7 @@ class Program:
         return {"args_gb": held, "temp_gb": beside, "memory_gb": held + beside}
 
 
-Step = Callable[[Model, jax.Array, Packed], tuple[jax.Array, jax.Array]]
+Step = Callable[[Model, jax.Array, DeviceBatch], tuple[jax.Array, jax.Array]]
 
 
 def compile_program(
@@ -153,11 +153,11 @@ def only(model_build: MockBuild, stack: str, part: nnx.Module) -> tuple[Model, S
     graphdef = nnx.graphdef(decoder)
     params = random_params(decoder, mesh)
 
-    def run(model: Model, pages: jax.Array, batch: Packed) -> tuple[jax.Array, jax.Array]:
-        def per_device(params: Any, pages: jax.Array, batch: Packed) -> tuple[jax.Array, jax.Array]:
-            return nnx.merge(graphdef, params)(pages, unpack(batch))
+    def run(model: Model, pages: jax.Array, batch: DeviceBatch) -> tuple[jax.Array, jax.Array]:
+        def per_device(params: Any, pages: jax.Array, batch: DeviceBatch) -> tuple[jax.Array, jax.Array]:
+            return nnx.merge(graphdef, params)(pages, batch.unpack())
 
-        in_specs = (param_specs(model.params), PAGES_SPEC, packed_specs(batch))
+        in_specs = (param_specs(model.params), PAGES_SPEC, declared_specs(batch))
         mapped = jax.shard_map(per_device, mesh=mesh, in_specs=in_specs, out_specs=(PartitionSpec(TOKENS), PAGES_SPEC))
         return mapped(model.params, pages, batch)
 

@@ -1,1 +1,1 @@
-"""Does a model still read its whole context? `python -m jax_mla_cp.eval`, see README.md."""
+"""Long-context evaluation: passkey retrieval and perplexity, of a model in this process or of a server (docs/evaluation.md)."""

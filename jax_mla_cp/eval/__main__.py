@@ -1,7 +1,8 @@
-"""python -m jax_mla_cp.eval: `--help` tells what it measures and how."""
+"""`python -m jax_mla_cp.eval`: passkey retrieval and perplexity. See `--help`."""
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Sequence
 
@@ -11,18 +12,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from jax_mla_cp.cli import fail
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.default_model import DIRECTORY
+from jax_mla_cp.eval.backend import Backend, BackendError, PromptLogprobsUnsupported
+from jax_mla_cp.eval.corpus import Corpus, PasskeyPrompt, even_depths
+from jax_mla_cp.eval.heatmap import draw_heatmap
 from jax_mla_cp.eval.heldout import heldout_text
 from jax_mla_cp.eval.options import Options, parse
-from jax_mla_cp.eval.picture import draw
-from jax_mla_cp.eval.prompts import Prompt, Text, even_depths
-from jax_mla_cp.eval.report import Report
-from jax_mla_cp.eval.target import CannotScore, Target, TargetError
+from jax_mla_cp.eval.report import EvalReport
 from jax_mla_cp.tokenizer import Tokenizer, require_tokenizer
 
 _ANSWER_TOKENS = 7
-"""A space, five digits and one character more, if every one is a token: a longer number is seen to be another one."""
-_NO_LIMIT = 2**31
-"""Of a server's model neither the vocabulary nor the longest window is known."""
+"""A space, five digits and one more character, should each be a token of its own: a sixth digit makes the number wrong."""
+_UNKNOWN = 2**31
+"""Stands for the vocabulary size and the maximum length of a server's model."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,41 +39,45 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: Options, argv: Sequence[str]) -> int:
-    # What is refused is refused before anything is loaded.
+    # Settings that can't work are refused before anything is loaded.
     longest, tokenizer = _limits(options)
-    text = Text(tokenizer, _read(options))
+    corpus = Corpus(tokenizer, _read(options))
     prompts = [
-        text.prompt(length, depth, options.seed)
+        corpus.prompt(length, depth, options.seed)
         for length in sorted(options.lengths)
         for depth in even_depths(options.depths)
     ]
-    windows = text.windows(options.perplexity_tokens, longest)
-    target = _target(options, tokenizer)
-    report = Report(prompts, argv)
-    report.facts = {**target.facts(), "text": str(options.text or "held-out documentation"), "seed": options.seed}
+    windows = corpus.windows(options.perplexity_tokens, longest)
+    backend = _backend(options, tokenizer)
+    report = EvalReport(prompts, argv)
+    report.metadata = {
+        **backend.metadata(),
+        "text": str(options.text or "held-out documentation"),
+        "seed": options.seed,
+    }
     code = 0
     try:
-        _measure(target, prompts, windows, report)
+        _measure(backend, prompts, windows, report)
     except KeyboardInterrupt:
         report.stopped, code = "stopped with Ctrl-C", 130
-    except TargetError as error:
+    except BackendError as error:
         report.stopped, code = str(error), 1
     report.show(Console(width=None if sys.stdout.isatty() else 160, highlight=False))
     if options.json is not None:
         report.save(options.json)
     if options.picture is not None:
-        draw(report, options.picture)
+        draw_heatmap(report, options.picture)
     return code
 
 
 def _limits(options: Options) -> tuple[int, Tokenizer]:
-    """The most tokens of a window, and the tokenizer that counts them.
+    """The maximum number of tokens in a window, and the tokenizer.
 
     Raises:
       ConfigError: a prompt would be longer than the model can read, or there is no tokenizer.
     """
     if options.base_url is not None:
-        return _NO_LIMIT, require_tokenizer(Tokenizer.from_dir(options.tokenizer or DIRECTORY, _NO_LIMIT))
+        return _UNKNOWN, require_tokenizer(Tokenizer.from_dir(options.tokenizer or DIRECTORY, _UNKNOWN))
     from jax_mla_cp.eval.in_process import config_and_tokenizer
 
     config, tokenizer = config_and_tokenizer(options.serve)
@@ -94,17 +99,21 @@ def _read(options: Options) -> str:
         raise ConfigError(f"--text {options.text}: can't be read as UTF-8 text: {error}") from error
 
 
-def _target(options: Options, tokenizer: Tokenizer) -> Target:
+def _backend(options: Options, tokenizer: Tokenizer) -> Backend:
     if options.base_url is not None:
-        from jax_mla_cp.eval.server import Server
+        if importlib.util.find_spec("aiohttp") is None:
+            raise ConfigError("--base-url: aiohttp is missing. Install it with pip install 'jax-mla-cp[eval]'.")
+        from jax_mla_cp.eval.server import ServerBackend
 
-        return Server(options.base_url, tokenizer, name=options.served_model_name, timeout=options.timeout)
-    from jax_mla_cp.eval.in_process import InProcess
+        return ServerBackend(options.base_url, tokenizer, model=options.served_model_name, timeout=options.timeout)
+    from jax_mla_cp.eval.in_process import InProcessBackend
 
-    return InProcess(options.serve, max(options.lengths, default=0) + _ANSWER_TOKENS)
+    return InProcessBackend(options.serve, max(options.lengths, default=0) + _ANSWER_TOKENS)
 
 
-def _measure(target: Target, prompts: Sequence[Prompt], windows: Sequence[Sequence[int]], report: Report) -> None:
+def _measure(
+    backend: Backend, prompts: Sequence[PasskeyPrompt], windows: Sequence[Sequence[int]], report: EvalReport
+) -> None:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -116,18 +125,18 @@ def _measure(target: Target, prompts: Sequence[Prompt], windows: Sequence[Sequen
         if windows:
             task = progress.add_task("perplexity", total=len(windows))
             try:
-                report.scored(target.logprobs(windows, lambda: progress.advance(task)))
-            except CannotScore as error:
+                report.set_perplexity(backend.prompt_logprobs(windows, lambda: progress.advance(task)))
+            except PromptLogprobsUnsupported as error:
                 report.no_perplexity = str(error)
         if prompts:
             task = progress.add_task("passkeys", total=len(prompts))
 
-            def done(index: int, prompt_tokens: int, text: str) -> None:
-                row = report.answered(index, prompt_tokens, text)
+            def on_done(index: int, prompt_tokens: int, text: str) -> None:
+                row = report.add_answer(index, prompt_tokens, text)
                 state = f"passkeys: {row.length} tokens, depth {row.depth:.2f}"
                 progress.update(task, advance=1, description=state)
 
-            target.answer(prompts, _ANSWER_TOKENS, done)
+            backend.generate(prompts, _ANSWER_TOKENS, on_done)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""The text that prompts and perplexity are made of unless the user gives one: documentation that the built-in model was
-not trained on."""
+"""The default text of prompts and perplexity windows: documentation that the built-in model was not trained on."""
 
 from __future__ import annotations
 
@@ -8,6 +7,6 @@ from importlib import resources
 
 
 def heldout_text() -> str:
-    """430 KB of plain technical English."""
+    """Returns 430 KB of plain technical English."""
     packed = resources.files("jax_mla_cp.eval") / "heldout.txt.xz"
     return lzma.decompress(packed.read_bytes()).decode()

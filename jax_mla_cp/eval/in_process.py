@@ -1,4 +1,4 @@
-"""The evaluated model in this process: the server's own engine and step, without HTTP."""
+"""The evaluation's backend for a model in this process: the server's own engine and step, without HTTP."""
 
 from __future__ import annotations
 
@@ -9,28 +9,29 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from numpy.typing import NDArray
 
 from jax_mla_cp.batch.step_request import SamplingParams
 from jax_mla_cp.bench.table import versions
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.default_model import DIRECTORY
-from jax_mla_cp.engine import Engine, Event, Failed, Finished, Request, Token
+from jax_mla_cp.engine import Engine, Event, Failed, Finished, PromptLogprobs, Request, Token
 from jax_mla_cp.engine.text import TextStream
-from jax_mla_cp.eval.prompts import Prompt
-from jax_mla_cp.eval.score import token_logprobs
-from jax_mla_cp.eval.target import TargetError
+from jax_mla_cp.eval.backend import BackendError
+from jax_mla_cp.eval.corpus import PasskeyPrompt
 from jax_mla_cp.serve.options import ServeConfig
 from jax_mla_cp.serve.start import load_model, make_runner, set_up_devices
 from jax_mla_cp.step.runner import Runner
 from jax_mla_cp.tokenizer import Tokenizer, require_tokenizer
 
-_RUNNING = 2
+_MAX_RUNNING = 2
 """Requests at a time, per dp group: one decodes beside the next one's prefill."""
 
 
 def config_and_tokenizer(serve: ServeConfig) -> tuple[ModelConfig, Tokenizer]:
-    """What can be known before the weights are loaded.
+    """Reads the model's config and tokenizer, without its weights.
 
     Raises:
       ConfigError: the directory's config.json or tokenizer can't be used.
@@ -40,14 +41,14 @@ def config_and_tokenizer(serve: ServeConfig) -> tuple[ModelConfig, Tokenizer]:
     return config, require_tokenizer(Tokenizer.from_dir(directory, config.vocab_size))
 
 
-class InProcess:
-    """A loaded model. Implements `jax_mla_cp.eval.target.Target`."""
+class InProcessBackend:
+    """A loaded model. Implements `jax_mla_cp.eval.backend.Backend`."""
 
     def __init__(self, serve: ServeConfig, max_len: int):
         """Sets up the devices, before JAX's first use, and loads the weights.
 
         Args:
-          max_len: tokens of the longest prompt and its answer.
+          max_len: tokens of the longest prompt and what is generated after it.
 
         Raises:
           ConfigError: as `set_up_devices` and `load_model`.
@@ -58,7 +59,7 @@ class InProcess:
         self._tokenizer = require_tokenizer(tokenizer)
         self._max_len = max_len
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         build = self._model.build
         return {
             "model": self._serve.served_model_name,
@@ -74,61 +75,115 @@ class InProcess:
             "versions": versions(),
         }
 
-    def answer(self, prompts: Sequence[Prompt], max_tokens: int, done: Callable[[int, int, str], None]) -> None:
-        engine = Engine(self._runner())
-        events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
-
-        def emit(index: int, event: Event) -> None:
-            events.put((index, event))
-
-        for index, prompt in enumerate(prompts):
-            engine.submit(self._request(prompt, max_tokens, functools.partial(emit, index)))
+    def generate(
+        self, prompts: Sequence[PasskeyPrompt], max_tokens: int, on_done: Callable[[int, int, str], None]
+    ) -> None:
         texts = [""] * len(prompts)
-        left = len(prompts)
-        engine.start()
-        try:
-            while left:
-                index, event = events.get()
-                if isinstance(event, Failed):
-                    raise TargetError(f"{event.message} The log above says why.")
-                if isinstance(event, Token | Finished):
-                    texts[index] += event.text
-                if isinstance(event, Finished):
-                    left -= 1
-                    done(index, len(prompts[index].tokens), texts[index])
-        finally:
-            engine.stop()
 
-    def _runner(self) -> Runner:
-        try:
-            return make_runner(
-                self._model, dataclasses.replace(self._serve, max_model_len=self._max_len, max_running=_RUNNING)
+        def on_event(index: int, event: Event) -> None:
+            if isinstance(event, Token | Finished):
+                texts[index] += event.text
+            if isinstance(event, Finished):
+                on_done(index, len(prompts[index].tokens), texts[index])
+
+        def request(index: int, emit: Callable[[Event], None]) -> Request:
+            return Request(
+                prompt=prompts[index].tokens,
+                max_tokens=max_tokens,
+                sampling=SamplingParams(temperature=0),
+                stop_tokens=frozenset(self._model.config.eos_token_ids),
+                text=TextStream(self._tokenizer),
+                emit=emit,
             )
+
+        try:
+            runner = self._runner(self._max_len)
         except ConfigError as error:
             raise ConfigError(
                 f"--lengths: a prompt and answer of {self._max_len} tokens can't be run on these devices. Use shorter ones, "
                 f"or more devices. ({error})"
             ) from error
+        _run(runner, len(prompts), request, on_event)
 
-    def _request(self, prompt: Prompt, max_tokens: int, emit: Callable[[Event], None]) -> Request:
-        return Request(
-            prompt=prompt.tokens,
-            max_tokens=max_tokens,
-            sampling=SamplingParams(temperature=0),
-            stop_tokens=frozenset(self._model.config.eos_token_ids),
-            text=TextStream(self._tokenizer),
-            emit=emit,
+    def prompt_logprobs(self, windows: Sequence[Sequence[int]], on_done: Callable[[], None]) -> list[float]:
+        scored = prompt_logprobs(self._runner(max(map(len, windows))), windows, on_done)
+        return [float(value) for values in scored for value in values]
+
+    def _runner(self, max_model_len: int) -> Runner:
+        return make_runner(
+            self._model, dataclasses.replace(self._serve, max_model_len=max_model_len, max_running=_MAX_RUNNING)
         )
 
-    def logprobs(self, windows: Sequence[Sequence[int]], done: Callable[[], None]) -> list[float]:
-        found: list[float] = []
-        for values in token_logprobs(
-            self._model,
-            windows,
-            page_size=self._serve.page_size,
-            prefill_chunk=self._serve.prefill_chunk,
-            form=self._serve.form,
-        ):
-            found += values.tolist()
-            done()
-        return found
+
+def prompt_logprobs(
+    runner: Runner, windows: Sequence[Sequence[int]], on_done: Callable[[], None]
+) -> list[NDArray[np.float32]]:
+    """Scores token sequences with the engine's `prompt_logprobs`: nothing is generated.
+
+    Args:
+      windows: token ids, at least 2 each and at most the runner's `max_model_len`.
+      on_done: called after each window.
+
+    Returns:
+      For each window `[len - 1]`: the log-probability of every token but the first, given those before it.
+
+    Raises:
+      BackendError: a step failed.
+    """
+    found: dict[int, NDArray[np.float32]] = {}
+
+    def on_event(index: int, event: Event) -> None:
+        if isinstance(event, PromptLogprobs):
+            found[index] = event.logprobs[1:]
+        if isinstance(event, Finished):
+            on_done()
+
+    def request(index: int, emit: Callable[[Event], None]) -> Request:
+        return Request(
+            prompt=list(windows[index]),
+            max_tokens=0,
+            sampling=SamplingParams(temperature=0),
+            stop_tokens=frozenset(),
+            text=TextStream(None),
+            emit=emit,
+            prompt_logprobs=True,
+        )
+
+    _run(runner, len(windows), request, on_event)
+    return [found[index] for index in range(len(windows))]
+
+
+def _run(
+    runner: Runner,
+    count: int,
+    request: Callable[[int, Callable[[Event], None]], Request],
+    on_event: Callable[[int, Event], None],
+) -> None:
+    """Runs requests on an engine until all have finished.
+
+    Args:
+      request: makes request number `index`, given its `emit`.
+      on_event: called on this thread with `index` and each event of that request but `Failed`.
+
+    Raises:
+      BackendError: a request failed.
+    """
+    events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
+
+    def emit(index: int, event: Event) -> None:
+        events.put((index, event))
+
+    engine = Engine(runner)
+    for index in range(count):
+        engine.submit(request(index, functools.partial(emit, index)))
+    unfinished = count
+    engine.start()
+    try:
+        while unfinished:
+            index, event = events.get()
+            if isinstance(event, Failed):
+                raise BackendError(f"{event.message} The log above says why.")
+            unfinished -= isinstance(event, Finished)
+            on_event(index, event)
+    finally:
+        engine.stop()

@@ -1,6 +1,6 @@
 """Passkey retrieval (arXiv:2305.16300, section 4): a number hidden in a long text, asked for at its end.
 
-The words are here once: the built-in model is trained with them (tools/default_model/sequences.py) and tested with them.
+The built-in model is trained (tools/default_model/sequences.py) and tested with the same words.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ SECOND_WORDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Passkey:
-    """A number to be remembered, and whose it is; `name` None is the only one in a text."""
+    """A number and the name it goes by; without a name it is the only one in its text."""
 
     name: str | None
     key: str
@@ -160,10 +160,10 @@ class Passkey:
         return "The pass key" if self.name is None else f"The pass key for {self.name}"
 
     def fact(self) -> str:
-        """What is hidden in the text."""
+        """The sentence that is hidden in the text."""
         return f"{self.subject} is {self.key}. Remember it."
 
     def question(self) -> str:
-        """What stands at the end of the text; `key` is the continuation."""
+        """The question at the end of the text; `key` is the continuation."""
         subject = self.subject
         return f"What is {subject[0].lower()}{subject[1:]}? {subject} is"

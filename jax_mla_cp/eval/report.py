@@ -1,4 +1,4 @@
-"""What has been found: rows, scores, the table on the terminal and the JSON file."""
+"""The evaluation's results: rows, scores, the table on the terminal and the JSON file."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from jax_mla_cp.eval.prompts import Prompt
+from jax_mla_cp.eval.corpus import PasskeyPrompt
 
-_MOST_NATS = 700.0
-"""exp of more is no float64."""
+_MAX_NATS = 700.0
+"""exp of more overflows float64."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One prompt and what was answered."""
+    """One prompt and the model's answer."""
 
     length: int
     depth: float
     prompt_tokens: int
-    """As the target counts them."""
+    """As the backend counts them."""
     expected: str
     got: str
     correct: bool
 
 
-class Report:
+class EvalReport:
     """Collects a run's results."""
 
-    def __init__(self, prompts: Sequence[Prompt], argv: Sequence[str]):
+    def __init__(self, prompts: Sequence[PasskeyPrompt], argv: Sequence[str]):
         self._prompts = prompts
         self._rows: list[Row | None] = [None] * len(prompts)
         self._argv = list(argv)
@@ -47,52 +47,53 @@ class Report:
         """exp of the mean negative log-likelihood of a token."""
         self.perplexity_tokens = 0
         self.no_perplexity: str | None = None
-        """Why there is none."""
+        """The reason why there is no perplexity."""
         self.stopped: str | None = None
-        """Why the run ended before its end."""
-        self.facts: dict[str, Any] = {"model": None, "device": None, "mesh": None, "versions": {}}
+        """The reason why the run ended early."""
+        self.metadata: dict[str, Any] = {"model": None, "device": None, "mesh": None, "versions": {}}
 
-    def answered(self, index: int, prompt_tokens: int, text: str) -> Row:
+    def add_answer(self, index: int, prompt_tokens: int, text: str) -> Row:
+        """Grades the answer to prompt number `index`."""
         prompt = self._prompts[index]
         row = Row(prompt.length, prompt.depth, prompt_tokens, prompt.passkey.key, text, prompt.is_answered_by(text))
         self._rows[index] = row
         return row
 
-    def scored(self, logprobs: Sequence[float]) -> None:
-        """Takes the log-probabilities of all tokens that were predicted."""
+    def set_perplexity(self, logprobs: Sequence[float]) -> None:
+        """Computes the perplexity from the log-probabilities of all predicted tokens, in nats."""
         mean = math.fsum(logprobs) / len(logprobs) if all(map(math.isfinite, logprobs)) else math.nan
-        if -_MOST_NATS <= mean <= 0:
+        if -_MAX_NATS <= mean <= 0:
             self.perplexity, self.perplexity_tokens = math.exp(-mean), len(logprobs)
         else:
             self.no_perplexity = f"the tokens' mean log-probability is {mean:g}"
 
     @property
     def rows(self) -> list[Row]:
-        """Those that are answered, in the order of the prompts."""
+        """The answered prompts, in their order."""
         return [row for row in self._rows if row is not None]
 
     @property
     def passkey_accuracy(self) -> float | None:
-        """Correct ones of those answered."""
+        """The share of the answered prompts that are answered correctly; None: none is answered yet."""
         return sum(row.correct for row in self.rows) / len(self.rows) if self.rows else None
 
     def cells(self) -> dict[tuple[int, float], bool | None]:
-        """(length, depth) -> whether the answer was correct, or None if there is none yet."""
+        """Results by (length, depth): True if the answer was correct, None if there is none yet."""
         return {
             (prompt.length, prompt.depth): None if row is None else row.correct
             for prompt, row in zip(self._prompts, self._rows, strict=True)
         }
 
     def axes(self) -> tuple[list[int], list[float]]:
-        """The lengths and depths of the cells, rising."""
+        """The lengths and depths of the cells, in ascending order."""
         return sorted({prompt.length for prompt in self._prompts}), sorted({prompt.depth for prompt in self._prompts})
 
     def summary(self) -> list[str]:
-        """The scores, one a line."""
+        """The scores, one per line."""
         parts = []
         if self._prompts:
-            right, answered, asked = sum(row.correct for row in self.rows), len(self.rows), len(self._prompts)
-            of = f"{right} of {answered}" + (f"; {asked} asked" if answered < asked else "")
+            correct, answered, asked = sum(row.correct for row in self.rows), len(self.rows), len(self._prompts)
+            of = f"{correct} of {answered}" + (f"; {asked} asked" if answered < asked else "")
             accuracy = self.passkey_accuracy
             parts.append(f"passkey accuracy {'unknown' if accuracy is None else f'{accuracy:.4f}'} ({of})")
         if self.perplexity is not None:
@@ -102,14 +103,14 @@ class Report:
         return parts
 
     def as_dict(self) -> dict[str, Any]:
-        """What the JSON file holds."""
+        """The content of the JSON file."""
         return {
             "passkey_accuracy": self.passkey_accuracy,
             "perplexity": self.perplexity,
             "perplexity_tokens": self.perplexity_tokens,
             "no_perplexity": self.no_perplexity,
             "stopped": self.stopped,
-            **self.facts,
+            **self.metadata,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "argv": self._argv,
             "seconds": time.perf_counter() - self._started,
@@ -138,7 +139,7 @@ class Report:
             console.print(
                 f"- {row.length} tokens, depth {row.depth:.2f}: expected {row.expected}, got {escape(repr(row.got))}"
             )
-        model, mesh = self.facts["model"], self.facts["mesh"]
+        model, mesh = self.metadata["model"], self.metadata["mesh"]
         console.print(escape(f"{model}{f', {mesh}' if mesh else ''}: {', '.join(self.summary())}"), soft_wrap=True)
         if self.stopped:
             console.print(escape(f"not complete: {self.stopped}"), soft_wrap=True)

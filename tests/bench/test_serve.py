@@ -323,7 +323,7 @@ def test_ctrl_c_before_the_first_request(capsys: pytest.CaptureFixture[str], mon
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("jax_mla_cp.bench.serve.client.Client.prepare", stop)
+    monkeypatch.setattr("jax_mla_cp.bench.serve.load_generator.LoadGenerator.prepare", stop)
     assert main(["serve", "--base-url", "http://127.0.0.1:9/v1"]) == 130
     assert capsys.readouterr().err == "stopped before the first request.\n"
 
@@ -334,7 +334,7 @@ def test_tables_are_shown_though_the_file_cant_be_written(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("jax_mla_cp.bench.serve.report.Report.save", full)
+    monkeypatch.setattr("jax_mla_cp.bench.serve.load_report.LoadReport.save", full)
     with pytest.raises(SystemExit):
         main(["serve", "--base-url", fake[1], "--requests", "1", "--output-tokens", "1", "--json", str(tmp_path / "a")])
     said = capsys.readouterr()

@@ -13,27 +13,29 @@ from matplotlib import image
 from matplotlib.colors import to_rgb
 from rich.console import Console
 
+from jax_mla_cp.eval.corpus import PasskeyPrompt
+from jax_mla_cp.eval.heatmap import COLORS, draw_heatmap
 from jax_mla_cp.eval.passkey import Passkey
-from jax_mla_cp.eval.picture import COLORS, draw
-from jax_mla_cp.eval.prompts import Prompt
-from jax_mla_cp.eval.report import Report
+from jax_mla_cp.eval.report import EvalReport
 
 PROMPTS = [
-    Prompt(length, depth, Passkey("amber falcon", f"{length}{int(10 * depth)}"), [0] * length)
+    PasskeyPrompt(length, depth, Passkey("amber falcon", f"{length}{int(10 * depth)}"), [0] * length)
     for length in (300, 400)
     for depth in (0.0, 0.5, 1.0)
 ]
 
 
-def report(answers: int, wrong: int | None = None) -> Report:
+def report(answers: int, wrong: int | None = None) -> EvalReport:
     """`answers` in an order of their own, one of them wrong."""
-    out = Report(PROMPTS, ["--seed", "1"])
+    out = EvalReport(PROMPTS, ["--seed", "1"])
     for index in [3, 0, 5, 1, 4, 2][:answers]:
-        out.answered(index, PROMPTS[index].length + 1, " 77" if index == wrong else f" {PROMPTS[index].passkey.key}.\n")
+        out.add_answer(
+            index, PROMPTS[index].length + 1, " 77" if index == wrong else f" {PROMPTS[index].passkey.key}.\n"
+        )
     return out
 
 
-def shown(report: Report) -> str:
+def shown(report: EvalReport) -> str:
     console = Console(file=io.StringIO(), width=100)
     report.show(console)
     return console.file.getvalue()  # type: ignore[attr-defined]
@@ -43,7 +45,7 @@ def test_scores() -> None:
     whole = report(6, wrong=4)
     assert whole.passkey_accuracy == pytest.approx(5 / 6)
     assert [(row.length, row.depth) for row in whole.rows] == [(p.length, p.depth) for p in PROMPTS]
-    whole.scored([-1.0, -2.0, -6.0])
+    whole.set_perplexity([-1.0, -2.0, -6.0])
     assert whole.perplexity == pytest.approx(math.exp(3))
     assert report(0).passkey_accuracy is None and report(0).perplexity is None
 
@@ -51,7 +53,7 @@ def test_scores() -> None:
 @pytest.mark.parametrize("logprobs", [[-1.0, math.nan], [-math.inf, -1.0], [-800.0]])
 def test_a_broken_models_perplexity_is_none_and_says_why(logprobs: list[float], tmp_path: Path) -> None:
     broken = report(6)
-    broken.scored(logprobs)
+    broken.set_perplexity(logprobs)
     assert broken.perplexity is None and "mean log-probability" in str(broken.no_perplexity)
     broken.save(tmp_path / "out.json")
     assert "mean log-probability" in shown(broken)
@@ -59,8 +61,8 @@ def test_a_broken_models_perplexity_is_none_and_says_why(logprobs: list[float], 
 
 def test_json(tmp_path: Path) -> None:
     whole = report(6, wrong=4)
-    whole.scored([-2.0])
-    whole.facts = {"model": "m", "device": "cpu", "mesh": "tp=1,cp=2", "versions": {"jax": "1"}}
+    whole.set_perplexity([-2.0])
+    whole.metadata = {"model": "m", "device": "cpu", "mesh": "tp=1,cp=2", "versions": {"jax": "1"}}
     whole.save(tmp_path / "out.json")
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["passkey_accuracy"] == pytest.approx(5 / 6) and found["perplexity"] == pytest.approx(math.exp(2))
@@ -98,18 +100,18 @@ def colors(path: Path) -> set[bool | None]:
 
 
 def test_heat_map(tmp_path: Path) -> None:
-    draw(report(6), tmp_path / "right.png")
-    draw(report(6, wrong=4), tmp_path / "wrong.png")
-    draw(report(2), tmp_path / "part.png")
+    draw_heatmap(report(6), tmp_path / "right.png")
+    draw_heatmap(report(6, wrong=4), tmp_path / "wrong.png")
+    draw_heatmap(report(2), tmp_path / "part.png")
     assert colors(tmp_path / "right.png") == {True}
     assert colors(tmp_path / "wrong.png") == {True, False}
     assert colors(tmp_path / "part.png") == {True, None}
-    draw(report(6), tmp_path / "right.svg")
+    draw_heatmap(report(6), tmp_path / "right.svg")
     assert "<svg" in (tmp_path / "right.svg").read_text()
     pixels = image.imread(tmp_path / "wrong.png")[..., :3]
     rows, columns = np.nonzero(np.abs(pixels - to_rgb(COLORS[False])).max(-1) < 0.02)
     assert columns.max() > pixels.shape[1] / 2, "the longer length is on the right"
-    draw(report(6, wrong=5), tmp_path / "deeper.png")
+    draw_heatmap(report(6, wrong=5), tmp_path / "deeper.png")
     deeper = np.nonzero(np.abs(image.imread(tmp_path / "deeper.png")[..., :3] - to_rgb(COLORS[False])).max(-1) < 0.02)[
         0
     ]

@@ -11,8 +11,8 @@ import pytest
 
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.default_model import DIRECTORY
+from jax_mla_cp.eval.corpus import Corpus
 from jax_mla_cp.eval.heldout import heldout_text
-from jax_mla_cp.eval.prompts import Text
 from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.tokenizer import Tokenizer, require_tokenizer
 from tests.helpers.live import serving
@@ -26,7 +26,7 @@ def test_passkeys(mesh: str, tmp_path: Path) -> None:
     if MeshShape.parse(mesh).devices > jax.device_count():
         pytest.skip(f"{mesh} needs {MeshShape.parse(mesh).devices} GPUs, there are {jax.device_count()}")
     tokenizer = require_tokenizer(Tokenizer.from_dir(DIRECTORY, ModelConfig.from_dir(DIRECTORY).vocab_size))
-    text = Text(tokenizer, heldout_text())
+    text = Corpus(tokenizer, heldout_text())
     prompts = [text.prompt(length, depth, seed=0) for length in LENGTHS for depth in (0.1, 0.9)]
     with serving(tmp_path / "server.log", ("--platform", "cuda", "--mesh", mesh, "--no-warmup")) as live:
 

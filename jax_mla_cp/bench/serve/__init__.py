@@ -1,1 +1,1 @@
-"""`python -m jax_mla_cp.bench serve`: load on a running OpenAI server, sent at times that are fixed in advance."""
+"""`python -m jax_mla_cp.bench serve`: an open-loop load test of a running OpenAI server."""

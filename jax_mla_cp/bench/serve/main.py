@@ -1,4 +1,4 @@
-"""One run: ask the server what it is, plan, send, report."""
+"""`bench serve`: prepares, plans, sends and reports one run."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from jax_mla_cp.cli import fail
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.eval.heldout import heldout_text
 
-_TEXT = 200_000
-"""Characters of the text that prompts are cut from: some 50K tokens, quickly tokenized by any server."""
+_POOL_CHARACTERS = 200_000
+"""Length of the text that prompts are cut from: some 50K tokens, which any server tokenizes quickly."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measures one server. Exit code 0; 1 if nothing succeeded; 2 for a setting that can't work; 130 after Ctrl-C."""
+    """Runs `bench serve`. Exit code 0; 1 if nothing succeeded; 2 for a setting that can't work; 130 after Ctrl-C."""
     options = parse(argv)
     try:
         return _run(options, argv)
@@ -30,13 +30,14 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(options: Options, argv: Sequence[str]) -> int:
-    from jax_mla_cp.bench.serve.client import Answer, Client
-    from jax_mla_cp.bench.serve.report import Report, versions
+    from jax_mla_cp.bench.serve.load_generator import LoadGenerator
+    from jax_mla_cp.bench.serve.load_report import LoadReport, versions
+    from jax_mla_cp.bench.serve.request_result import RequestResult
     from jax_mla_cp.bench.serve.workload import plan
 
-    client = Client(options.base_url, model=options.model, headers=options.headers, timeout=options.timeout)
+    generator = LoadGenerator(options.base_url, model=options.model, headers=options.headers, timeout=options.timeout)
     try:
-        pool, server = asyncio.run(client.prepare(heldout_text()[:_TEXT]))
+        pool, server = asyncio.run(generator.prepare(heldout_text()[:_POOL_CHARACTERS]))
     except KeyboardInterrupt:
         print("stopped before the first request.", file=sys.stderr)
         return 130
@@ -50,38 +51,38 @@ def _run(options: Options, argv: Sequence[str]) -> int:
         shared_prefix=options.shared_prefix,
         seed=options.seed,
     )
-    answers = [Answer(each) for each in planned]
+    results = [RequestResult(each) for each in planned]
     stopped = False
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), refresh_per_second=4) as progress:
-        task = progress.add_task("requests", total=len(answers))
+        task = progress.add_task("requests", total=len(results))
         failures: collections.Counter[str] = collections.Counter()
 
-        def done(answer: Answer) -> None:
-            failures.update([answer.error] if answer.error else [])
-            said = ", ".join(f"{n} {kind}" for kind, n in failures.most_common())
-            progress.update(task, advance=1, description=f"requests ({said})" if said else "requests")
+        def on_done(result: RequestResult) -> None:
+            failures.update([result.error] if result.error else [])
+            failed = ", ".join(f"{n} {kind}" for kind, n in failures.most_common())
+            progress.update(task, advance=1, description=f"requests ({failed})" if failed else "requests")
 
         try:
-            asyncio.run(client.run(answers, options.concurrency, done))
+            asyncio.run(generator.run(results, options.concurrency, on_done))
         except KeyboardInterrupt:
             stopped = True
-    facts = {
-        "model": client.model,
-        "server": client.url,
+    metadata = {
+        "model": generator.model,
+        "server": generator.url,
         "versions": versions(server),
         "argv": list(argv),
         "prompts": "words" if isinstance(pool[0], str) else "token ids",
     }
-    report = Report(answers, options.goodput, facts, stopped)
+    report = LoadReport(results, options.goodput, metadata, stopped)
     report.show(Console(width=None if sys.stdout.isatty() else 160, highlight=False))
     if options.json is not None:
         _write("--json", options.json, report.save)
     if options.picture is not None:
-        from jax_mla_cp.bench.serve.picture import draw
+        from jax_mla_cp.bench.serve.load_plot import draw_load
 
-        _write("--picture", options.picture, lambda path: draw(report, path))
-    return 130 if stopped else int(not report.good)
+        _write("--picture", options.picture, lambda path: draw_load(report, path))
+    return 130 if stopped else int(not report.succeeded)
 
 
 def _write(flag: str, path: Path, write: Callable[[Path], None]) -> None:

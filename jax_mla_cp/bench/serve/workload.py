@@ -1,4 +1,4 @@
-"""What is sent and when: all of it follows from the seed, before the first request is sent."""
+"""The workload: times, lengths and prompts of all requests, which follow from the seed before the first is sent."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 
 from jax_mla_cp.config.errors import ConfigError
 
-_HEAD = 4
-"""Random tokens that a prompt starts with: no two prompts share a prefix that nobody asked for."""
+_RANDOM_HEAD = 4
+"""Random tokens at a prompt's start, so that no two prompts share a prefix by chance."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """A distribution of token counts: uniform from `low` to `high`, or with `sigma` log-normal around `median`, where what
-    is outside of `low` and `high` is drawn again."""
+    """A distribution of token counts: uniform from `low` to `high`, or with `sigma` log-normal around `median`, truncated to
+    `low` to `high`."""
 
     low: int
     high: int
@@ -26,7 +26,7 @@ class Lengths:
 
     @classmethod
     def parse(cls, flag: str, text: str) -> Lengths:
-        """N, LOW-HIGH or lognormal:MEDIAN:SIGMA:MOST.
+        """Parses N, LOW-HIGH or lognormal:MEDIAN:SIGMA:MOST.
 
         Raises:
           ConfigError: it is none of these.
@@ -34,16 +34,16 @@ class Lengths:
         name, *numbers = text.split(":")
         try:
             if name == "lognormal":
-                median, sigma, most = numbers
-                found = cls(1, int(most), float(median), float(sigma))
-                good = 1 <= found.median <= found.high and 0 < found.sigma <= 4
+                median, sigma, high = numbers
+                found = cls(1, int(high), float(median), float(sigma))
+                valid = 1 <= found.median <= found.high and 0 < found.sigma <= 4
             else:
                 low, _, high = text.partition("-")
                 found = cls(int(low), int(high or low))
-                good = True
+                valid = True
         except ValueError:
-            good = False
-        if not (good and 1 <= found.low <= found.high <= 1 << 24):
+            valid = False
+        if not (valid and 1 <= found.low <= found.high <= 1 << 24):
             raise ConfigError(
                 f"{flag}: must be N, LOW-HIGH or lognormal:MEDIAN:SIGMA:MOST, from 1 token to 16M, with a sigma above 0 and at most "
                 f"4, got {text!r}. Use e.g. 512, 100-2000 or lognormal:512:0.8:4096."
@@ -51,6 +51,7 @@ class Lengths:
         return found
 
     def draw(self, count: int, rng: np.random.Generator) -> list[int]:
+        """Draws `count` lengths."""
         if not self.sigma:
             return [int(n) for n in rng.integers(self.low, self.high, size=count, endpoint=True)]
         lengths: list[int] = []
@@ -63,14 +64,14 @@ class Lengths:
 
 @dataclasses.dataclass(frozen=True)
 class SharedPrefix:
-    """Each request's prompt starts with one of `groups` texts of `tokens` tokens, before its own tokens."""
+    """Prefixes that prompts share: each prompt starts with one of `groups` texts of `tokens` tokens."""
 
     tokens: int
     groups: int
 
     @classmethod
     def parse(cls, text: str) -> SharedPrefix:
-        """TOKENS:GROUPS.
+        """Parses TOKENS:GROUPS.
 
         Raises:
           ConfigError: it is something else.
@@ -87,22 +88,25 @@ class SharedPrefix:
 
 
 @dataclasses.dataclass(frozen=True)
-class Planned:
-    """One request, before it is sent."""
+class PlannedRequest:
+    """A request before it is sent."""
 
     at: float
-    """Seconds after the start at which it is to be sent."""
+    """Time to send it, in seconds after the start."""
     prompt: list[int] | str
     prompt_tokens: int
-    """Meant; of a prompt in words the server's tokenizer may count others."""
+    """The planned number. The server may count others in a prompt made of words."""
     output_tokens: int
     group: int | None
-    """Of the shared prefix."""
+    """The shared prefix it starts with; None: there are none."""
 
 
 def arrivals(count: int, rate: float, burstiness: float, rng: np.random.Generator) -> list[float]:
-    """Seconds after the start, the first 0. Gaps are gamma-distributed with mean `1 / rate` and shape `burstiness`: 1 is a
-    Poisson process, less comes in bursts, more comes evenly. An infinite rate sends everything at once."""
+    """Draws arrival times, in seconds after the start; the first is 0.
+
+    Gaps are gamma-distributed with mean `1 / rate` and shape `burstiness`: 1 is a Poisson process, smaller is burstier,
+    larger is more even. With an infinite rate all requests arrive at once.
+    """
     if math.isinf(rate):
         return [0.0] * count
     gaps = rng.gamma(burstiness, 1 / (rate * burstiness), size=count)
@@ -120,14 +124,14 @@ def plan(
     output_tokens: Lengths,
     shared_prefix: SharedPrefix | None,
     seed: int,
-) -> list[Planned]:
-    """The requests of a run, in the order of their times.
+) -> list[PlannedRequest]:
+    """Plans the requests of a run, in the order of their times.
 
     Args:
-      pool: a text that prompts are cut from: token ids, or words where the server tells no ids.
+      pool: the text that prompts are cut from: token ids, or words if the server has no /tokenize.
       rate: requests per second, may be infinite.
 
-    Times, lengths and contents have a random stream each: another rate sends the same prompts.
+    Times, lengths and contents have a random stream each, so that another rate sends the same prompts.
     """
     times, lengths, contents = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(3))
     ats = arrivals(requests, rate, burstiness, times)
@@ -139,12 +143,12 @@ def plan(
         group = int(contents.integers(prefix.groups))
         parts = [*prefixes[group], *_cut(pool, own, contents)]
         prompt = " ".join(map(str, parts)) if isinstance(pool[0], str) else [int(part) for part in parts]
-        planned.append(Planned(at, prompt, len(parts), output, group if shared_prefix else None))
+        planned.append(PlannedRequest(at, prompt, len(parts), output, group if shared_prefix else None))
     return planned
 
 
 def _cut(pool: Sequence[int] | Sequence[str], count: int, rng: np.random.Generator) -> list[int | str]:
-    """So many tokens of the text from a random place on, going round at its end, after a few random ones."""
-    head = [pool[i] for i in rng.integers(len(pool), size=min(count, _HEAD))]
+    """`count` tokens: a few random ones, then the text from a random place on, wrapping around at its end."""
+    head = [pool[i] for i in rng.integers(len(pool), size=min(count, _RANDOM_HEAD))]
     start = int(rng.integers(len(pool)))
     return [*head, *(pool[(start + i) % len(pool)] for i in range(count - len(head)))]

@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens: those of float64 NumPy, and the same on every mesh."""
+"""Log-probabilities of given tokens, from the engine: those of float64 NumPy, and the same on every mesh."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 
 from jax_mla_cp.batch.arrays import Batch
-from jax_mla_cp.eval import score
-from jax_mla_cp.eval.score import token_logprobs
+from jax_mla_cp.eval.in_process import prompt_logprobs
 from jax_mla_cp.launch import load
 from jax_mla_cp.mesh import make_mesh
+from jax_mla_cp.step import runner
+from jax_mla_cp.step.planner import Planner
 from tests.helpers.checkpoints import read_weights
 from tests.helpers.reference import forward
 
 Checkpoints = Callable[[str], tuple[dict[str, Any], Path]]
 
-# Three chunks of 50 tokens and less, the last windows shorter: rows of all kinds.
+# Chunks of 50 tokens, two windows at a time, windows of different lengths: rows of all kinds.
 WINDOWS = [np.random.default_rng(i).integers(0, 512, n).tolist() for i, n in enumerate((150, 130, 101))]
 
 
@@ -29,7 +30,13 @@ def logprobs(checkpoint: Checkpoints) -> Callable[..., list[np.ndarray]]:
     @functools.cache
     def get(mesh: str | None, form: str = "auto") -> list[np.ndarray]:
         model, _ = load(checkpoint("v3")[1], mesh=make_mesh(mesh) if mesh else None)
-        return list(token_logprobs(model, WINDOWS, page_size=16, prefill_chunk=50, form=form))  # type: ignore[arg-type]
+        sizes: dict[str, Any] = {"cache_tokens": 320, "page_size": 16, "max_requests": 2, "form": form}
+        planner = Planner.create(model, max_len=150, prefill_chunk=50, **sizes)
+        steps = runner.Runner(planner, prefill_chunk=50, max_running=2, max_model_len=150)
+        done: list[None] = []
+        found = prompt_logprobs(steps, WINDOWS, lambda: done.append(None))
+        assert len(done) == len(WINDOWS)
+        return list(found)
 
     return get
 
@@ -67,15 +74,15 @@ def test_they_are_the_same_on_every_mesh(logprobs: Callable[..., list[np.ndarray
 
 def test_a_wrong_plan_is_noticed(logprobs: Callable[..., list[np.ndarray]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: with the ranks' first rows seeing one key less, the same run gives other numbers."""
-    put = score.put
+    want = logprobs(None)
+    put = runner.put
 
     def wrong(model: Any, batch: Batch) -> Batch:
         for rows in (batch.expanded, batch.absorbed):
             rows.kv_len[rows.kv_len > 1] -= 1
         return put(model, batch)
 
-    monkeypatch.setattr(score, "put", wrong)
-    want = logprobs(None)
+    monkeypatch.setattr(runner, "put", wrong)
     logprobs.cache_clear()  # type: ignore[attr-defined]
     assert furthest(logprobs("tp=2,cp=2"), want) > 1e-3
     logprobs.cache_clear()  # type: ignore[attr-defined]

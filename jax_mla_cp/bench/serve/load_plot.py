@@ -1,4 +1,4 @@
-"""The picture of a run: how latencies are distributed, and what the server had to do when."""
+"""The plot of a load test: latency distributions, and requests in flight over time."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from jax_mla_cp.bench.serve.report import Report
+from jax_mla_cp.bench.serve.load_report import LoadReport
 
 _COLOR, _BOUND, _FAILED = "#2a7fba", "#e07b39", "#c0392b"
 
 
-def draw(report: Report, path: Path) -> None:
-    """Writes the picture, in the format of the file's ending. Needs matplotlib (the extra `bench`)."""
+def draw_load(report: LoadReport, path: Path) -> None:
+    """Writes the plot, in the format of the file's suffix. Needs matplotlib (the extra `bench`)."""
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -29,9 +29,9 @@ def draw(report: Report, path: Path) -> None:
         axes.set_xlabel(f"{name}, ms")
         axes.set_ylabel("share of requests" if name == "TTFT" else "share of gaps")
         axes.set_ylim(0, 1.02)
-    good = report.good
-    when.scatter([a.planned.at for a in good], [a.ttft * 1e3 for a in good], s=8, color=_COLOR)
-    for failed in (a for a in report.answers if a.error is not None):
+    succeeded = report.succeeded
+    when.scatter([r.planned.at for r in succeeded], [r.ttft * 1e3 for r in succeeded], s=8, color=_COLOR)
+    for failed in (r for r in report.results if r.error is not None):
         when.axvline(failed.planned.at, color=_FAILED, linewidth=0.5)
     when.set_xlabel("planned time of sending, s (red: failed)")
     when.set_ylabel("TTFT, ms")
@@ -44,6 +44,6 @@ def draw(report: Report, path: Path) -> None:
     row = next(row for row in report.rows() if row["table"] == "throughput")
     rate = "" if row["out_tokens_s"] is None else f", {row['out_tokens_s']:.4g} output tokens/s"
     figure.suptitle(
-        f"{report.facts['model']}: {row['succeeded']} of {row['requests']} requests{rate}", fontsize="small"
+        f"{report.metadata['model']}: {row['succeeded']} of {row['requests']} requests{rate}", fontsize="small"
     )
     figure.savefig(path, dpi=150)

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.default_model import DIRECTORY
+from jax_mla_cp.eval.corpus import WINDOW, Corpus, PasskeyPrompt, even_depths
 from jax_mla_cp.eval.heldout import heldout_text
 from jax_mla_cp.eval.passkey import Passkey
-from jax_mla_cp.eval.prompts import WINDOW, Prompt, Text, even_depths
 from jax_mla_cp.tokenizer import Tokenizer, require_tokenizer
 
 TOKENIZER = require_tokenizer(Tokenizer.from_dir(DIRECTORY, 3072))
@@ -25,7 +25,7 @@ def prose(lines: bool) -> str:
     return "".join(word + ("\n" if lines and i % rng.randint(2, 3) == 0 else " ") for i, word in enumerate(words))
 
 
-LINES, RUN_ON = (Text(TOKENIZER, prose(lines)) for lines in (True, False))
+LINES, RUN_ON = (Corpus(TOKENIZER, prose(lines)) for lines in (True, False))
 
 
 def bare(text: str) -> list[int]:
@@ -76,7 +76,7 @@ def test_prompts_differ_by_cell_and_seed_and_not_by_what_else_is_asked() -> None
 
 def test_no_end_of_text_before_the_question_is_answered() -> None:
     ends = Tokenizer(TOKENIZER._vocabulary, prefix=TOKENIZER.prefix, suffix=[1])
-    assert Text(ends, prose(True)).prompt(300, 0.5, 0) == LINES.prompt(300, 0.5, 0)
+    assert Corpus(ends, prose(True)).prompt(300, 0.5, 0) == LINES.prompt(300, 0.5, 0)
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -92,7 +92,7 @@ def test_what_does_not_fit_is_refused() -> None:
 @pytest.mark.parametrize("longest", [512, 10**6])
 def test_windows_are_as_many_tokens_as_asked(tokens: int, longest: int) -> None:
     windows = LINES.windows(tokens, longest)
-    assert sum(map(len, windows)) == tokens
+    assert sum(map(len, windows)) == tokens and bool(windows) is bool(tokens)
     assert all(2 <= len(window) <= min(WINDOW, longest) for window in windows)
     assert all(window[: len(TOKENIZER.prefix)] == list(TOKENIZER.prefix) for window in windows)
     assert len({tuple(window) for window in windows}) == len(windows)
@@ -114,7 +114,7 @@ def test_windows_are_as_many_tokens_as_asked(tokens: int, longest: int) -> None:
     ],
 )
 def test_the_first_number_counts(completion: str, correct: bool) -> None:
-    assert Prompt(10, 0.0, Passkey("amber falcon", "12345"), []).is_answered_by(completion) is correct
+    assert PasskeyPrompt(10, 0.0, Passkey("amber falcon", "12345"), []).is_answered_by(completion) is correct
 
 
 def test_depths_are_even() -> None:
@@ -128,4 +128,4 @@ def test_the_held_out_text_is_long_enough_english() -> None:
     words = text.split()
     assert words.count("the") > len(words) / 50
     assert "pass key" not in text.lower()
-    Text(TOKENIZER, text).prompt(16384, 0.5, 0)
+    Corpus(TOKENIZER, text).prompt(16384, 0.5, 0)

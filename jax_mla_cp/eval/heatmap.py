@@ -1,16 +1,16 @@
-"""The heat map: which lengths and depths a model retrieves from."""
+"""The heat map of passkey retrieval: prompt lengths by depths."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from jax_mla_cp.eval.report import Report
+from jax_mla_cp.eval.report import EvalReport
 
 COLORS = {True: "#2a7fba", False: "#e07b39", None: "#d0d0d0"}
 
 
-def draw(report: Report, path: Path) -> None:
-    """Writes the picture, in the format of the file's ending. Needs matplotlib (the extra `eval`)."""
+def draw_heatmap(report: EvalReport, path: Path) -> None:
+    """Writes the heat map, in the format of the file's suffix. Needs matplotlib (the extra `eval`)."""
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -36,7 +36,7 @@ def draw(report: Report, path: Path) -> None:
     axes.tick_params(length=0)
     axes.set_xlabel("tokens of the prompt")
     axes.set_ylabel("depth of the fact")
-    model, mesh = report.facts["model"], report.facts["mesh"]
+    model, mesh = report.metadata["model"], report.metadata["mesh"]
     axes.set_title("\n".join([f"{model}{f', {mesh}' if mesh else ''}", *report.summary()]), fontsize="small")
     names = {True: "found", False: "not found", None: "not asked"}
     seen = [state for state in states if state in set(cells.values())]

@@ -1,4 +1,4 @@
-"""What has been measured: percentiles, throughput, goodput, failures; tables on the terminal and the JSON file."""
+"""A load test's results: percentiles, throughput, goodput and failures; tables on the terminal and the JSON file."""
 
 from __future__ import annotations
 
@@ -18,68 +18,69 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from jax_mla_cp.bench.serve.client import Answer
+from jax_mla_cp.bench.serve.request_result import RequestResult
 from jax_mla_cp.version import package_version
 
 PERCENTILES = (50, 90, 95, 99)
 
-_GOAL: dict[str, Callable[[Answer], float]] = {
-    "ttft": lambda a: a.ttft,
-    "e2e": lambda a: a.e2e,
-    "tpot": lambda a: a.tpot or 0.0,
-    "itl": lambda a: max(a.gaps, default=0.0),
+_GOODPUT_LATENCY: dict[str, Callable[[RequestResult], float]] = {
+    "ttft": lambda r: r.ttft,
+    "e2e": lambda r: r.e2e,
+    "tpot": lambda r: r.tpot or 0.0,
+    "itl": lambda r: max(r.itl, default=0.0),
 }
+"""Seconds that a bound of --goodput is compared with."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
-    """A run's results, of the answers as they are now."""
+class LoadReport:
+    """A run's results, computed from its requests as they are now."""
 
-    answers: Sequence[Answer]
+    results: Sequence[RequestResult]
     goals: dict[str, float]
-    """Bounds in seconds."""
-    facts: dict[str, Any]
-    """model, server, versions, settings."""
+    """Bounds of --goodput, in seconds."""
+    metadata: dict[str, Any]
+    """Entries for the JSON file: model, server, versions, settings."""
     stopped: bool = False
 
     @property
-    def good(self) -> list[Answer]:
-        """Those that succeeded."""
-        return [answer for answer in self.answers if answer.ok]
+    def succeeded(self) -> list[RequestResult]:
+        """The requests that succeeded."""
+        return [result for result in self.results if result.ok]
 
     @property
     def seconds(self) -> float:
-        """From the start until the last answer was complete."""
-        return max((a.end for a in self.answers if a.end is not None), default=0.0)
+        """Duration of the run: from its start to the end of the last answer."""
+        return max((r.end for r in self.results if r.end is not None), default=0.0)
 
     def latencies(self) -> dict[str, list[float]]:
-        """Seconds by name, of the requests that succeeded."""
-        good = self.good
+        """Latencies in seconds, by name, of the requests that succeeded."""
+        done = self.succeeded
         return {
-            "TTFT": [a.ttft for a in good],
-            "ITL": [gap for a in good for gap in a.gaps],
-            "TPOT": [tpot for a in good if (tpot := a.tpot) is not None],
-            "E2E": [a.e2e for a in good],
-            "sent late": [a.late for a in good],
+            "TTFT": [r.ttft for r in done],
+            "ITL": [gap for r in done for gap in r.itl],
+            "TPOT": [tpot for r in done if (tpot := r.tpot) is not None],
+            "E2E": [r.e2e for r in done],
+            "sent late": [r.late for r in done],
         }
 
     def failures(self) -> dict[str, tuple[int, str]]:
-        """How many by kind, and what one of them says."""
-        failed = [a for a in self.answers if a.error is not None]
-        counts = collections.Counter(a.error for a in failed)
-        kinds = {str(kind): (n, next(a.message for a in failed if a.error == kind)) for kind, n in counts.most_common()}
-        if unfinished := sum(a.end is None for a in self.answers):
-            kinds["not finished"] = (unfinished, "the run was stopped before")
+        """The number of failures by kind, each with the message of one of them."""
+        failed = [r for r in self.results if r.error is not None]
+        counts = collections.Counter(r.error for r in failed)
+        kinds = {str(kind): (n, next(r.message for r in failed if r.error == kind)) for kind, n in counts.most_common()}
+        if unfinished := sum(r.end is None for r in self.results):
+            kinds["not finished"] = (unfinished, "the run was stopped before they finished")
         return kinds
 
-    def most_in_flight(self) -> int:
-        """The most requests that the server had at a time."""
+    def max_in_flight(self) -> int:
+        """The maximum number of requests at the server at a time."""
         return max((n for _, n in self.in_flight()), default=0)
 
     def in_flight(self) -> list[tuple[float, int]]:
-        """(seconds, requests at the server from then on), rising in time."""
-        sent = [(a.sent, 1) for a in self.answers if a.sent is not None]
-        ended = [(a.end, -1) for a in self.answers if a.end is not None]
+        """The number of requests at the server over time: (seconds, number from then on), in ascending order."""
+        sent = [(r.sent, 1) for r in self.results if r.sent is not None]
+        ended = [(r.end, -1) for r in self.results if r.end is not None]
         levels, level = [], 0
         for moment, change in sorted(sent + ended):  # an end before a start at the same time
             level += change
@@ -87,11 +88,11 @@ class Report:
         return levels
 
     def rows(self) -> list[dict[str, Any]]:
-        """The tables' rows: latencies in milliseconds, then one of throughput, one of goodput, one per kind of failure."""
+        """The tables' rows: latencies in milliseconds, then throughput, goodput, and one row per kind of failure."""
         rows = [_percentiles(name, values) for name, values in self.latencies().items()]
-        good, seconds = self.good, self.seconds
-        prompt = sum(a.planned.prompt_tokens if a.prompt_tokens is None else a.prompt_tokens for a in good)
-        output = sum(a.output_tokens for a in good)
+        done, seconds = self.succeeded, self.seconds
+        prompt = sum(r.planned.prompt_tokens if r.prompt_tokens is None else r.prompt_tokens for r in done)
+        output = sum(r.output_tokens for r in done)
 
         def rate(n: int) -> float | None:
             return n / seconds if seconds else None
@@ -100,28 +101,28 @@ class Report:
             {
                 "table": "throughput",
                 "what": "all requests",
-                "requests": len(self.answers),
-                "succeeded": len(good),
+                "requests": len(self.results),
+                "succeeded": len(done),
                 "seconds": seconds,
-                "requests_s": rate(len(good)),
+                "requests_s": rate(len(done)),
                 "in_tokens": prompt,
-                "cached_tokens": sum(a.cached_tokens for a in good),
+                "cached_tokens": sum(r.cached_tokens for r in done),
                 "in_tokens_s": rate(prompt),
                 "out_tokens": output,
                 "out_tokens_s": rate(output),
-                "most_in_flight": self.most_in_flight(),
+                "most_in_flight": self.max_in_flight(),
             }
         )
         if self.goals:
-            kept = sum(all(_GOAL[name](a) <= bound for name, bound in self.goals.items()) for a in good)
+            kept = sum(all(_GOODPUT_LATENCY[name](r) <= bound for name, bound in self.goals.items()) for r in done)
             what = ", ".join(f"{name} <= {bound * 1e3:g} ms" for name, bound in self.goals.items())
             rows.append(
                 {
                     "table": "goodput",
                     "what": what,
                     "requests": kept,
-                    "of": len(self.answers),
-                    "fraction": kept / len(self.answers),
+                    "of": len(self.results),
+                    "fraction": kept / len(self.results),
                     "requests_s": rate(kept),
                 }
             )
@@ -130,27 +131,27 @@ class Report:
         return rows
 
     def as_dict(self) -> dict[str, Any]:
-        """What the JSON file holds."""
+        """The content of the JSON file."""
         return {
             "command": "serve",
-            "device": None,  # of the server: OpenAI's API has no word for it
-            **self.facts,
+            "device": None,  # the server's, which OpenAI's API doesn't tell
+            **self.metadata,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "stopped": self.stopped,
             "rows": self.rows(),
-            "requests": [_request(answer) for answer in self.answers],
+            "requests": [_request(result) for result in self.results],
         }
 
     def save(self, path: Path) -> None:
-        """Writes the JSON file, at once or not at all."""
+        """Writes the JSON file atomically."""
         part = path.with_name(f".{path.name}.part")
         part.write_text(json.dumps(self.as_dict(), indent=1, allow_nan=False) + "\n")
         os.replace(part, path)
 
     def show(self, console: Console) -> None:
         """Prints the tables."""
-        versions = ", ".join(f"{name} {version}" for name, version in self.facts["versions"].items())
-        console.print(escape(f"{self.facts['model']} at {self.facts['server']} ({versions})"), soft_wrap=True)
+        versions = ", ".join(f"{name} {version}" for name, version in self.metadata["versions"].items())
+        console.print(escape(f"{self.metadata['model']} at {self.metadata['server']} ({versions})"), soft_wrap=True)
         rows = self.rows()
         for name in dict.fromkeys(row["table"] for row in rows):
             console.print(_table(name, [row for row in rows if row["table"] == name]))
@@ -159,7 +160,7 @@ class Report:
 
 
 def versions(server: dict[str, str]) -> dict[str, str]:
-    """Of the server, as it tells them, and of this client."""
+    """Versions of the server, as it tells them, and of this client."""
     client = {
         "client": package_version(),
         "aiohttp": importlib.metadata.version("aiohttp"),
@@ -178,15 +179,15 @@ def _percentiles(name: str, seconds: Sequence[float]) -> dict[str, Any]:
     return row
 
 
-def _request(answer: Answer) -> dict[str, Any]:
-    facts = {key: value for key, value in vars(answer).items() if key != "planned"}
+def _request(result: RequestResult) -> dict[str, Any]:
+    measured = {key: value for key, value in vars(result).items() if key != "planned"}
     planned = {
-        "at": answer.planned.at,
-        "asked_prompt": answer.planned.prompt_tokens,
-        "asked_output": answer.planned.output_tokens,
-        "group": answer.planned.group,
+        "at": result.planned.at,
+        "asked_prompt": result.planned.prompt_tokens,
+        "asked_output": result.planned.output_tokens,
+        "group": result.planned.group,
     }
-    return planned | facts
+    return planned | measured
 
 
 _TITLES = {
