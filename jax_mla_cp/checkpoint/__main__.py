@@ -11,7 +11,7 @@ from types import FrameType
 from typing import NoReturn, get_args
 
 from jax_mla_cp.checkpoint.orbax import command
-from jax_mla_cp.checkpoint.source import CheckpointError
+from jax_mla_cp.checkpoint.tensor_source import CheckpointError
 from jax_mla_cp.cli import Parser, mesh, path
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.config.quantization import Weights

@@ -28,13 +28,13 @@ from flax import nnx
 from numpy.typing import NDArray
 from orbax.checkpoint import v1 as ocp
 
+from jax_mla_cp.checkpoint.check_tensors import check_tensors
 from jax_mla_cp.checkpoint.directories import alone, check_directories, check_room, check_same
 from jax_mla_cp.checkpoint.huggingface import mtp_marker
 from jax_mla_cp.checkpoint.orbax import MANIFEST, WEIGHTS, Converted, StoredArray, command, is_converted, sha256_files
-from jax_mla_cp.checkpoint.progress import loading_bar
-from jax_mla_cp.checkpoint.source import INDEX, CheckpointError, SafetensorsSource
-from jax_mla_cp.checkpoint.target import Place, Target
-from jax_mla_cp.checkpoint.tensors import check_tensors
+from jax_mla_cp.checkpoint.parameter import Place, Target
+from jax_mla_cp.checkpoint.progress_bar import loading_bar
+from jax_mla_cp.checkpoint.tensor_source import INDEX, CheckpointError, SafetensorsSource
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.config.quantization import Weights

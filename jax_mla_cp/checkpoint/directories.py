@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jax_mla_cp.checkpoint.orbax import MANIFEST, Converted, command, is_converted
-from jax_mla_cp.checkpoint.source import CheckpointError
+from jax_mla_cp.checkpoint.tensor_source import CheckpointError
 from jax_mla_cp.config.errors import ConfigError
 
 _LOCK = f".{MANIFEST}.lock"

@@ -22,11 +22,11 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Column, Table
 
+from jax_mla_cp.checkpoint.check_tensors import check_tensors
 from jax_mla_cp.checkpoint.orbax import Converted, command, is_converted
-from jax_mla_cp.checkpoint.progress import loading_bar
-from jax_mla_cp.checkpoint.source import CheckpointError, SafetensorsSource
-from jax_mla_cp.checkpoint.target import Target
-from jax_mla_cp.checkpoint.tensors import check_tensors
+from jax_mla_cp.checkpoint.parameter import Target
+from jax_mla_cp.checkpoint.progress_bar import loading_bar
+from jax_mla_cp.checkpoint.tensor_source import CheckpointError, SafetensorsSource
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.mesh import MeshShape

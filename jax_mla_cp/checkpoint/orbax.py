@@ -29,7 +29,7 @@ from typing import Any, Literal
 import numpy as np
 import tensorstore as ts
 
-from jax_mla_cp.checkpoint.source import CheckpointError
+from jax_mla_cp.checkpoint.tensor_source import CheckpointError
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.config.quantization import Weights
 

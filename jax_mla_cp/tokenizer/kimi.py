@@ -16,7 +16,7 @@ from typing import Any
 import tiktoken
 
 from jax_mla_cp.tokenizer.errors import TokenizerError
-from jax_mla_cp.tokenizer.settings import special_tokens, token_text
+from jax_mla_cp.tokenizer.tokenizer_config import special_tokens, token_text
 
 # How text is divided before BPE: `TikTokenTokenizer.pat_str`. Words are camelCase's parts, with one character before them
 # (a space, most often); Chinese characters are never in a word with other letters.

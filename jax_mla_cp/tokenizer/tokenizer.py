@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from jax_mla_cp.tokenizer.chat import ChatTemplate
+from jax_mla_cp.tokenizer.chat_template import ChatTemplate
 from jax_mla_cp.tokenizer.errors import TokenizerError
 from jax_mla_cp.tokenizer.huggingface import JsonVocabulary
 from jax_mla_cp.tokenizer.kimi import KimiVocabulary
-from jax_mla_cp.tokenizer.settings import read_settings, special_tokens, token_text
+from jax_mla_cp.tokenizer.tokenizer_config import read_settings, special_tokens, token_text
 
 
 class Vocabulary(Protocol):

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from numpy.typing import NDArray
 
 from jax_mla_cp.checkpoint.huggingface import Piece, layers_of, pieces
-from jax_mla_cp.checkpoint.source import CheckpointError, TensorSource
+from jax_mla_cp.checkpoint.tensor_source import CheckpointError, TensorSource
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.config.quantization import FP8, Quantization
 from jax_mla_cp.model.fp8 import dequantize, fp8_bytes, unpack_int4

@@ -9,7 +9,7 @@ from typing import Any
 
 from jax_mla_cp.tokenizer.errors import TokenizerError
 from jax_mla_cp.tokenizer.sandbox import Program
-from jax_mla_cp.tokenizer.settings import read_text, special_tokens
+from jax_mla_cp.tokenizer.tokenizer_config import read_text, special_tokens
 
 ROLES = ("system", "user", "assistant")
 

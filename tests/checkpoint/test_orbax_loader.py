@@ -29,7 +29,7 @@ from jax_mla_cp.checkpoint import (
     load_converted,
     load_params,
     open_converted,
-    orbax_load,
+    orbax_loader,
 )
 from jax_mla_cp.checkpoint.convert import convert
 from jax_mla_cp.checkpoint.orbax import StoredArray
@@ -38,7 +38,7 @@ from jax_mla_cp.config.quantization import FP8
 from jax_mla_cp.mesh import make_mesh, mesh_shape
 from jax_mla_cp.model.context import Build
 from jax_mla_cp.model.decoder import Decoder
-from tests.checkpoint import test_quantized
+from tests.checkpoint import test_loader_quantized
 from tests.helpers import hf_tensors as hf
 from tests.helpers.random_weights import random_weights
 
@@ -82,7 +82,7 @@ def test_every_parameter_on_every_device(
     pair: tuple[Path, Path], mesh: str | None, ep: tuple[str, ...], blocks: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In one piece, as on a CPU, and in blocks of a few layers or experts, as on GPUs."""
-    monkeypatch.setattr(orbax_load, "block_bytes", lambda device: blocks)
+    monkeypatch.setattr(orbax_loader, "block_bytes", lambda device: blocks)
     source, out = pair
     config = ModelConfig.from_dir(out)
     on, declared = declare(config, mesh, ep, jnp.float32)
@@ -225,8 +225,8 @@ def test_each_process_reads_only_its_shards(pair: tuple[Path, Path], tmp_path: P
 @pytest.mark.parametrize("kind", ["fp8", "int4"])
 def test_quantized_checkpoints_and_the_mtp_layer(tmp_path: Path, kind: str, weights: Literal["auto", "bf16"]) -> None:
     """Kept in FP8 or dequantized while converting: what the loader makes of the Hugging Face directory."""
-    raw = test_quantized.RAGGED | {"num_nextn_predict_layers": 1}
-    quantization, to, _ = test_quantized.KINDS[kind]
+    raw = test_loader_quantized.RAGGED | {"num_nextn_predict_layers": 1}
+    quantization, to, _ = test_loader_quantized.KINDS[kind]
     config = ModelConfig.from_hf(raw | {"quantization_config": quantization})
     tensors = to(random_weights(config, 3, mtp=True))
     (tmp_path / "hf").mkdir()

@@ -24,10 +24,10 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
-from jax_mla_cp.checkpoint.progress import loading_bar, report_loaded
-from jax_mla_cp.checkpoint.source import TensorSource
-from jax_mla_cp.checkpoint.target import Decode, Operand, Place, Target
-from jax_mla_cp.checkpoint.tensors import check_tensors
+from jax_mla_cp.checkpoint.check_tensors import check_tensors
+from jax_mla_cp.checkpoint.parameter import Decode, Operand, Place, Target
+from jax_mla_cp.checkpoint.progress_bar import loading_bar, report_loaded
+from jax_mla_cp.checkpoint.tensor_source import TensorSource
 from jax_mla_cp.config.model import ModelConfig
 
 

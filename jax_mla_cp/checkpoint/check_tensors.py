@@ -11,8 +11,8 @@ import ml_dtypes
 import numpy as np
 
 from jax_mla_cp.checkpoint.huggingface import expected_shapes
-from jax_mla_cp.checkpoint.source import CheckpointError, TensorSource
-from jax_mla_cp.checkpoint.target import Target
+from jax_mla_cp.checkpoint.parameter import Target
+from jax_mla_cp.checkpoint.tensor_source import CheckpointError, TensorSource
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.config.quantization import Tensors
 

@@ -24,11 +24,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from numpy.typing import NDArray
 
-from jax_mla_cp.checkpoint.load import updater, zeros
+from jax_mla_cp.checkpoint.loader import updater, zeros
 from jax_mla_cp.checkpoint.orbax import Converted
-from jax_mla_cp.checkpoint.progress import loading_bar, report_loaded
-from jax_mla_cp.checkpoint.source import CheckpointError
-from jax_mla_cp.checkpoint.target import Decode, Target
+from jax_mla_cp.checkpoint.parameter import Decode, Target
+from jax_mla_cp.checkpoint.progress_bar import loading_bar, report_loaded
+from jax_mla_cp.checkpoint.tensor_source import CheckpointError
 from jax_mla_cp.config.model import ModelConfig
 
 _BLOCK = 32 << 20
