@@ -1,11 +1,11 @@
-"""Puts a checkpoint's tensors into sharded arrays, one at a time.
+"""Loads a checkpoint's tensors into sharded arrays, one tensor at a time.
 
-A parameter that one tensor fills is made from it directly. The others (stacked layers, experts, fused projections) are
-allocated once, as zeros, and each tensor is written into its place by a compiled update that donates the parameter.
-So the host never holds more than one tensor besides the arrays themselves, and a process reads only what its own
-devices keep. Experts are divided between devices: one update writes the j-th expert of every device.
+A parameter that a single tensor fills is made from it directly. All others (stacked layers, experts, fused projections) are
+allocated once, as zeros; a compiled update, to which the parameter is donated, writes each tensor into its region. The host
+therefore holds one tensor at most besides the arrays, and a process reads only what its own devices keep. Experts are
+divided over devices: one update writes the j-th expert of every device.
 
-Quantized tensors go to the devices as they are stored; the update unpacks and dequantizes them, unless they stay so.
+Quantized tensors go to the devices as they are stored. The update unpacks and dequantizes them, unless they stay quantized.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
 from jax_mla_cp.checkpoint.check_tensors import check_tensors
-from jax_mla_cp.checkpoint.parameter import Decode, Operand, Place, Target
-from jax_mla_cp.checkpoint.progress_bar import loading_bar, report_loaded
+from jax_mla_cp.checkpoint.parameter import Bounds, Dequantizer, Operand, Parameter, Region
+from jax_mla_cp.checkpoint.progress_bar import log_loaded, log_loading, progress_bar
 from jax_mla_cp.checkpoint.tensor_source import TensorSource
 from jax_mla_cp.config.model import ModelConfig
 
@@ -39,7 +39,7 @@ def load_params(
     *,
     progress: bool | None = None,
 ) -> nnx.State[Any, Any]:
-    """The parameters of a `Decoder` from a checkpoint.
+    """Loads the parameters of a `Decoder` from a checkpoint.
 
     Args:
       source: the checkpoint's tensors.
@@ -53,82 +53,85 @@ def load_params(
       `declared` with `jax.Array`s in place of the declared values.
 
     Raises:
-      CheckpointError: the checkpoint's tensors are not those of `config`; nothing has been allocated.
+      CheckpointError: the checkpoint's tensors are not those that `config` describes; nothing has been allocated.
     """
     begin = time.perf_counter()
     flat = dict(nnx.to_flat_state(declared))
-    targets = {path: Target.of(path, param, config, mesh) for path, param in flat.items()}
-    names = check_tensors(source, config, list(targets.values()))
-    arrays = zeros([target for target in targets.values() if not target.whole])
-    places = sum(1 for _ in _by_layer(targets.values(), config))
-    with loading_bar(sum(t.nbytes for t in targets.values()), places, show=progress) as advance:
-        for target, place in _by_layer(targets.values(), config):
-            array = _write(source, target, place, target.operands(place, names), arrays.get(target.path))
-            arrays[target.path] = jax.block_until_ready(array)  # else transfers queue up, and host memory with them
-            advance(math.prod(place.shape) * target.dtype.itemsize)
-    total = sum(array.nbytes for array in arrays.values())
-    report_loaded(len(names), total, time.perf_counter() - begin)
-    return nnx.from_flat_state({path: param.replace(arrays[targets[path].path]) for path, param in flat.items()})
+    parameters = {path: Parameter.from_variable(path, variable, config, mesh) for path, variable in flat.items()}
+    names = check_tensors(source, config, list(parameters.values()))
+    nbytes = sum(p.nbytes for p in parameters.values())
+    log_loading(nbytes, 1 if mesh is None else mesh.size)
+    arrays = zeros([p for p in parameters.values() if not p.is_one_tensor])
+    regions = list(_by_layer(parameters.values(), config))
+    with progress_bar("loading weights", nbytes, len(regions), "tensor", show=progress) as advance:
+        for parameter, region in regions:
+            array = _write(source, parameter, region, parameter.operands(region, names), arrays.get(parameter.path))
+            arrays[parameter.path] = jax.block_until_ready(array)  # else transfers queue up, and host memory with them
+            advance(math.prod(region.shape) * parameter.dtype.itemsize)
+    log_loaded(len(names), sum(array.nbytes for array in arrays.values()), time.perf_counter() - begin)
+    return nnx.from_flat_state(
+        {path: variable.replace(arrays[parameters[path].path]) for path, variable in flat.items()}
+    )
 
 
-def _by_layer(targets: Iterable[Target], config: ModelConfig) -> Iterator[tuple[Target, Place]]:
-    """In the order of the files: layer by layer, what belongs to no layer first."""
-    targets = list(targets)
-    for layer in (None, *range(config.num_layers + 1)):  # the one behind the last is for multi-token prediction
-        for target in targets:
-            for place in target.places(layer):
-                yield target, place
+def _by_layer(parameters: Iterable[Parameter], config: ModelConfig) -> Iterator[tuple[Parameter, Region]]:
+    """Yields all regions in the order of the files: first what belongs to no layer, then layer by layer."""
+    parameters = list(parameters)
+    for layer in (None, *range(config.num_layers + 1)):  # the layer after the last is the MTP layer
+        for parameter in parameters:
+            for region in parameter.regions(layer):
+                yield parameter, region
 
 
-def zeros(targets: list[Target]) -> dict[str, jax.Array]:
-    """The parameters, on their devices, before anything has been loaded."""
+def zeros(parameters: list[Parameter]) -> dict[str, jax.Array]:
+    """Allocates the parameters on their devices, as zeros, by path."""
 
-    def make() -> dict[str, jax.Array]:
-        return {target.path: jnp.zeros(target.shape, target.dtype) for target in targets}
+    def allocate() -> dict[str, jax.Array]:
+        return {p.path: jnp.zeros(p.shape, p.dtype) for p in parameters}
 
-    made: dict[str, jax.Array] = jax.jit(make, out_shardings={target.path: target.sharding for target in targets})()
-    return made
+    arrays: dict[str, jax.Array] = jax.jit(allocate, out_shardings={p.path: p.sharding for p in parameters})()
+    return arrays
 
 
 def _write(
-    source: TensorSource, target: Target, place: Place, operands: tuple[Operand, ...], parameter: jax.Array | None
+    source: TensorSource, parameter: Parameter, region: Region, operands: tuple[Operand, ...], array: jax.Array | None
 ) -> jax.Array:
-    """The parameter, donated, with what goes to `place`; without one, what goes there is the parameter."""
-    parts = tuple(_read(source, target, place, operand) for operand in operands)
-    if parameter is None:
-        return parts[0]
-    update = updater(target.sharding, target.decode(operands))
-    updated: jax.Array = update(parameter, parts, np.asarray(place.start, np.int32))
+    """Writes a region into the parameter's array, which is donated. Without an array, the region becomes the parameter."""
+    values = tuple(_read(source, parameter, region, operand) for operand in operands)
+    if array is None:
+        return values[0]
+    update = updater(parameter.sharding, parameter.dequantizer(operands))
+    updated: jax.Array = update(array, values, np.asarray(region.start, np.int32))
     return updated
 
 
-def _read(source: TensorSource, target: Target, place: Place, operand: Operand) -> jax.Array:
-    """An operand of what goes to `place`, as a global array [1?, ranks?, *inner] divided like the parameter."""
-    shape = operand.shape(place)
-    parts: dict[tuple[tuple[int, int], ...], NDArray[Any]] = {}  # replicas share one copy
+def _read(source: TensorSource, parameter: Parameter, region: Region, operand: Operand) -> jax.Array:
+    """Reads a region's operand into a global array [1?, ep_size?, *inner], sharded like the parameter."""
+    shape = operand.shape(region)
+    shards: dict[Bounds, NDArray[Any]] = {}  # replicas share one copy
 
-    def part(index: tuple[slice, ...] | None) -> NDArray[Any]:
+    def shard(index: tuple[slice, ...] | None) -> NDArray[Any]:
         index = index or (slice(None),) * len(shape)
         bounds = tuple(i.indices(size)[:2] for i, size in zip(index, shape, strict=True))
-        if bounds not in parts:
-            parts[bounds] = target.part(source, place, operand, bounds)
-        return parts[bounds]
+        if bounds not in shards:
+            shards[bounds] = parameter.read_shard(source, region, operand, bounds)
+        return shards[bounds]
 
-    if target.sharding is None:
-        alone: jax.Array = jax.device_put(part(None))
-        return alone
-    return jax.make_array_from_callback(shape, target.sharding, part)
+    if parameter.sharding is None:
+        on_default_device: jax.Array = jax.device_put(shard(None))
+        return on_default_device
+    return jax.make_array_from_callback(shape, parameter.sharding, shard)
 
 
 @functools.cache
-def updater(sharding: NamedSharding | None, decode: Decode) -> Any:
-    """Jitted `(parameter, operands, start) -> parameter`, in place; `start` counts within each device's own part."""
+def updater(sharding: NamedSharding | None, dequantizer: Dequantizer) -> Any:
+    """Jitted `(array, operands, start) -> array`, in place; `start` is relative to each device's shard."""
 
-    def update(parameter: jax.Array, operands: tuple[jax.Array, ...], start: jax.Array) -> jax.Array:
+    def update(array: jax.Array, operands: tuple[jax.Array, ...], start: jax.Array) -> jax.Array:
         # As bits: XLA:CPU updates bfloat16 in float32, to which it converts the whole parameter and back, for every tensor.
-        bits = jnp.dtype(f"uint{8 * parameter.dtype.itemsize}")
-        whole, part = (lax.bitcast_convert_type(x, bits) for x in (parameter, decode(*operands)))
-        return lax.bitcast_convert_type(lax.dynamic_update_slice(whole, part, list(start)), parameter.dtype)
+        bits = jnp.dtype(f"uint{8 * array.dtype.itemsize}")
+        whole, region = (lax.bitcast_convert_type(x, bits) for x in (array, dequantizer(*operands)))
+        return lax.bitcast_convert_type(lax.dynamic_update_slice(whole, region, list(start)), array.dtype)
 
     if sharding is not None:
         specs = (sharding.spec, sharding.spec, PartitionSpec())

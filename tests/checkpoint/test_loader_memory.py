@@ -55,7 +55,7 @@ mesh = make_mesh("tp=4") if sys.argv[2] == "mesh" else None
 declared = nnx.state(Decoder(Build(config, mesh_shape(mesh) if mesh else None, fp8=sys.argv[4] == "True")))
 
 if sys.argv[3] == "blocks":  # as on GPUs
-    orbax_loader.block_bytes, orbax_loader._IN_FLIGHT = (lambda device: 2 << 20), 8 << 20
+    orbax_loader.block_bytes, orbax_loader._IN_FLIGHT_BYTES = (lambda device: 2 << 20), 8 << 20
 
 def load():
     if sys.argv[3] == "safetensors":
