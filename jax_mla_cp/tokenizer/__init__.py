@@ -1,4 +1,4 @@
-"""Text to token ids and back, and conversations to prompts, by the files of a model directory; none of their code runs."""
+"""Tokenizers and chat templates, from the files of a model directory. No code from the directory is run."""
 
 from jax_mla_cp.tokenizer.chat_template import ChatTemplate
 from jax_mla_cp.tokenizer.detokenizer import Detokenizer
