@@ -38,8 +38,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["corpus", "train", "export"])
     parser.add_argument("--work", type=Path, required=True, help="directory for the text, checkpoints and results")
-    parser.add_argument("--workers", type=int, default=max(2, (os.cpu_count() or 2) - 2), help="processes that make batches")
-    parser.add_argument("--scale", type=float, default=1.0, help="train: factor for the number of steps; 0.001 is a smoke test")
+    parser.add_argument(
+        "--workers", type=int, default=max(2, (os.cpu_count() or 2) - 2), help="processes that make batches"
+    )
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="train: factor for the number of steps; 0.001 is a smoke test"
+    )
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     if args.command == "corpus":
@@ -144,7 +148,9 @@ def train(work: Path, workers: int, scale: float) -> None:
             if int(old.name) < step:
                 shutil.rmtree(old)
 
-    held_out = Sequences(tokenizers.Tokenizer.from_file(str(work / "tokenizer.json")), np.load(token_files(work)[1]), SEED)
+    held_out = Sequences(
+        tokenizers.Tokenizer.from_file(str(work / "tokenizer.json")), np.load(token_files(work)[1]), SEED
+    )
 
     def evaluate(step: int, max_length: int) -> None:
         for length, size in _EVAL_SETS:

@@ -6,10 +6,9 @@ from jax_mla_cp.checkpoint.huggingface import expected_shapes
 from jax_mla_cp.checkpoint.loader import load_params
 from jax_mla_cp.checkpoint.orbax import ConvertedCheckpoint, is_converted, open_converted
 from jax_mla_cp.checkpoint.orbax_loader import load_converted
-from jax_mla_cp.checkpoint.tensor_source import ArraySource, SafetensorsSource, TensorSource
+from jax_mla_cp.checkpoint.tensor_source import SafetensorsSource, TensorSource
 
 __all__ = [
-    "ArraySource",
     "CheckpointError",
     "ConvertedCheckpoint",
     "SafetensorsSource",

@@ -1,4 +1,4 @@
-"""Sources of named tensors: a directory of safetensors files, or arrays in memory."""
+"""Sources of named tensors: the protocol, and a directory of safetensors files."""
 
 from __future__ import annotations
 
@@ -49,25 +49,6 @@ class TensorSource(Protocol):
     def read(self, name: str) -> NDArray[Any]:
         """Returns the tensor, where possible as a view of the source's memory."""
         ...
-
-
-class ArraySource:
-    """A source of arrays in memory."""
-
-    def __init__(self, arrays: Mapping[str, NDArray[Any]]):
-        self._arrays = arrays
-
-    def names(self) -> Iterable[str]:
-        return self._arrays.keys()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._arrays[name].shape
-
-    def dtype(self, name: str) -> np.dtype[Any]:
-        return self._arrays[name].dtype
-
-    def read(self, name: str) -> NDArray[Any]:
-        return self._arrays[name]
 
 
 class _Entry(NamedTuple):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_mla_cp.checkpoint import ArraySource, CheckpointError, load_params
+from jax_mla_cp.checkpoint import CheckpointError, load_params
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.mesh import make_mesh, mesh_shape
@@ -21,6 +21,7 @@ from jax_mla_cp.model.context import Build
 from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.fp8 import unpack_int4
 from tests.helpers import quantize
+from tests.helpers.array_source import ArraySource
 from tests.helpers.checkpoints import BASE
 
 # Nothing is a multiple of 128. Heads of 56 query rows and 72 rows of keys and values straddle blocks, and so do the 16 roped
@@ -188,7 +189,7 @@ def test_errors_name_the_tensor() -> None:
     message = change("fp8", lambda t: t[f"{Q_A}_scale_inv"].fill(np.nan))
     assert message.startswith(f"{Q_A}_scale_inv: a scale is NaN")
     message = change("fp8", lambda t: t.update({EXPERT: t.pop(f"{EXPERT}_scale_inv") @ np.ones((2, 160), np.float32)}))
-    assert "quantized for some experts of a layer only:\n  model.layers.1.mlp.experts.*.up_proj.weight" in message
+    assert "quantized for only some experts of a layer:\n  model.layers.1.mlp.experts.*.up_proj.weight" in message
 
     assert f"1 missing:\n  {EXPERT}_scale" in change("int4", lambda t: t.pop(f"{EXPERT}_scale"))
     assert f"1 missing:\n  {EXPERT}_packed" in change("int4", lambda t: t.pop(f"{EXPERT}_packed"))

@@ -1,4 +1,4 @@
-"""What is loaded from a converted checkpoint, on any mesh: the same bits as from the safetensors."""
+"""Converted checkpoints load the same bits as the safetensors, on any mesh."""
 
 from __future__ import annotations
 

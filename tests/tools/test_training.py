@@ -142,7 +142,7 @@ def test_learns_and_goes_on_after_an_interruption(
 
 
 def test_the_package_carries_what_the_script_exports() -> None:
-    """The same architecture, tokenizer settings and template; the weights are the trained ones (tests/default_model/test_default_model.py)."""
+    """Architecture, tokenizer_config.json and chat template are equal; the weights are the trained ones (tests/default_model/test_default_model.py)."""
     raw = json.loads((DIRECTORY / "config.json").read_text())
     assert raw == json.loads(export.CONFIG.read_text()) | {"quantization_config": export.QUANTIZATION}
     settings = json.loads((DIRECTORY / "tokenizer_config.json").read_text())

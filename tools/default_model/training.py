@@ -96,9 +96,7 @@ def train_step(
     state: State, tokens: jax.Array, kind: jax.Array, *, c: ModelConfig, steps: int, fp8: bool, cudnn: bool
 ) -> tuple[State, jax.Array]:
     """Runs a step. Returns the new state and the losses [text, answers]."""
-    grads, (text, answers, loads) = jax.grad(loss, has_aux=True)(
-        state.params, tokens, kind, c, fp8=fp8, cudnn=cudnn
-    )
+    grads, (text, answers, loads) = jax.grad(loss, has_aux=True)(state.params, tokens, kind, c, fp8=fp8, cudnn=cudnn)
     updates, opt = optimizer(steps).update(grads, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
     # Load balancing without an auxiliary loss: an underloaded expert gets a larger bias (arXiv:2408.15664).
