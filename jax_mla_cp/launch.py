@@ -65,7 +65,7 @@ def load(
     config = ModelConfig.from_dir(directory)
     tokenizer = Tokenizer.from_dir(directory, config.vocab_size)
     if converted:
-        weights = converted.keeps(weights)
+        weights = converted.resolve_weights(weights)
     build = plan_build(config, mesh, dtype=dtype, weights=weights, ep_axes=ep_axes, attention=attention, mtp=mtp)
     declared = nnx.state(Decoder(build))
     if converted:

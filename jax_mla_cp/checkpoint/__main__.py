@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn, get_args
 
+from jax_mla_cp.checkpoint.errors import CheckpointError
 from jax_mla_cp.checkpoint.orbax import command
-from jax_mla_cp.checkpoint.source import CheckpointError
 from jax_mla_cp.cli import Parser, mesh, path
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.config.quantization import Weights
@@ -36,18 +36,18 @@ def _convert(args: argparse.Namespace) -> int:
     from jax_mla_cp.checkpoint.convert import convert
 
     try:
-        done = convert(args.hf_dir, args.out, weights=args.weights, overwrite=args.overwrite)
+        summary = convert(args.hf_dir, args.out, weights=args.weights, overwrite=args.overwrite)
     except KeyboardInterrupt:
         print(
-            f"\nstopped. What is written stays; go on with: {command(args.hf_dir, args.out)}",
+            f"\ninterrupted. Nothing written is lost. Resume with: {command(args.hf_dir, args.out)}",
             file=sys.stderr,
             flush=True,
         )
         return 130
-    written = done.pieces - done.kept
+    written = summary.slices - summary.skipped
     print(
-        f"{args.out}: complete, {done.nbytes / 1e9:.2f} GB, {done.pieces} pieces"
-        + (f" ({written} written now, {done.kept} were there)" if done.kept else "")
+        f"{args.out}: complete, {summary.nbytes / 1e9:.2f} GB in {summary.slices} slices"
+        + (f" ({written} written, {summary.skipped} already there)" if summary.skipped else "")
         + f"\nserve it with: python -m jax_mla_cp.serve --model {args.out}"
     )
     return 0

@@ -10,8 +10,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from jax_mla_cp.checkpoint.orbax import MANIFEST, Converted, command, is_converted
-from jax_mla_cp.checkpoint.source import CheckpointError
+from jax_mla_cp.checkpoint.errors import CheckpointError
+from jax_mla_cp.checkpoint.orbax import MANIFEST, ConvertedCheckpoint, command, is_converted
 from jax_mla_cp.config.errors import ConfigError
 
 _LOCK = f".{MANIFEST}.lock"
@@ -65,7 +65,7 @@ def alone(out: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def check_same(old: Converted, new: Converted, source: Path, out: Path) -> None:
+def check_same(old: ConvertedCheckpoint, new: ConvertedCheckpoint, source: Path, out: Path) -> None:
     """Refuses to go on with a conversion that `source` did not begin.
 
     Raises:
@@ -79,7 +79,7 @@ def check_same(old: Converted, new: Converted, source: Path, out: Path) -> None:
         )
 
 
-def check_room(checkpoint: Converted) -> None:
+def check_room(checkpoint: ConvertedCheckpoint) -> None:
     """Whether the chunks that are not there yet fit the disk.
 
     Raises:
@@ -88,7 +88,7 @@ def check_room(checkpoint: Converted) -> None:
     missing = sum(
         array.chunk_bytes
         for array in checkpoint.arrays.values()
-        for chunk in array.chunks()
+        for chunk in array.chunk_files()
         if not (checkpoint.directory / chunk).exists()
     )
     free = shutil.disk_usage(checkpoint.directory).free

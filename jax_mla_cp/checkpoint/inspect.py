@@ -1,4 +1,4 @@
-"""What a checkpoint holds and whether it is sound: of a Hugging Face directory or a converted one."""
+"""Summary and checks of a checkpoint, a Hugging Face directory or a converted one."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Column, Table
 
-from jax_mla_cp.checkpoint.orbax import Converted, command, is_converted
-from jax_mla_cp.checkpoint.progress import loading_bar
-from jax_mla_cp.checkpoint.source import CheckpointError, SafetensorsSource
-from jax_mla_cp.checkpoint.target import Target
-from jax_mla_cp.checkpoint.tensors import check_tensors
+from jax_mla_cp.checkpoint.check_tensors import check_tensors
+from jax_mla_cp.checkpoint.errors import CheckpointError
+from jax_mla_cp.checkpoint.orbax import ConvertedCheckpoint, command, is_converted
+from jax_mla_cp.checkpoint.parameter import Parameter
+from jax_mla_cp.checkpoint.progress_bar import progress_bar
+from jax_mla_cp.checkpoint.tensor_source import SafetensorsSource
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.mesh import MeshShape
@@ -37,7 +38,7 @@ from jax_mla_cp.model.handle import weight_bytes
 T = TypeVar("T")
 
 _MODEL_DTYPES = ("bfloat16", "float16", "float32")
-_BLOCK = 1 << 24  # numbers checked at a time
+_BLOCK_ELEMENTS = 1 << 24  # checked at a time
 _GROUPS = {
     "routed experts": r"\.experts\.\d+\.|(moe|mtp\.layer)\.mlp\.(gate_up|down)",
     "shared experts": r"shared_experts|\.shared\.",
@@ -48,7 +49,7 @@ _GROUPS = {
     "embedding and head": r"embed|head",
     "multi-token prediction": r"eh_proj|mtp\.project",
 }
-"""Parts of the model by names, Hugging Face's or ours; the first that fits."""
+"""Parts of the model, by the names of tensors or parameters; the first match counts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,36 +74,35 @@ class _Tensor:
 def inspect(
     directory: Path, *, mesh: MeshShape | None = None, ep_axes: str = "tp", verify: bool = False
 ) -> dict[str, Any]:
-    """Everything that `python -m jax_mla_cp.checkpoint inspect` shows, ready for JSON.
+    """Collects what `python -m jax_mla_cp.checkpoint inspect` shows, as JSON data.
 
     Args:
-      verify: read all of it.
+      verify: read all weights, verify checksums and look for NaN and infinity.
 
     Raises:
-      ConfigError: no such directory, an impossible mesh.
-      CheckpointError: nothing can be told of it: no weights, a manifest or a header that can't be read.
+      ConfigError: the directory does not exist, or the mesh does not fit the model.
+      CheckpointError: there are no weights, or the manifest or a header can't be read.
     """
     if not directory.is_dir():
         raise ConfigError(f"DIR {directory}: is not a directory. Give a model directory.")
     problems: list[str] = []
-    config = _found(problems, lambda: ModelConfig.from_dir(directory))
-    source = Converted.read(directory) if is_converted(directory) else SafetensorsSource(directory)
-    if isinstance(source, Converted):
+    config = _collect(problems, lambda: ModelConfig.from_dir(directory))
+    source = ConvertedCheckpoint.read(directory) if is_converted(directory) else SafetensorsSource(directory)
+    if isinstance(source, ConvertedCheckpoint):
         tensors = [_Tensor(a.name, a.shape, a.dtype) for a in source.arrays.values()]
-        files = sum(1 for array in source.arrays.values() for _ in array.chunks()) + len(source.files)
-        if not source.complete:
-            problems.append(f"the conversion is not complete; finish it with: {command(source.source, directory)}")
-        problems += source.problems()
+        files = sum(1 for array in source.arrays.values() for _ in array.chunk_files()) + len(source.files)
+        problems += source.problems() if source.complete else [_incomplete(source)]
     else:
         hf = source
         tensors = [_Tensor(name, source.shape(name), source.dtype(name)) for name in source.names()]
         files = len(source.files)
         if config:
-            targets = [Target.of(path, param, config, None) for path, param in _declared(config)]
-            _found(problems, lambda: check_tensors(hf, config, targets))
+            variables = nnx.to_flat_state(nnx.state(Decoder(Build(config))))
+            parameters = [Parameter.from_variable(path, variable, config, None) for path, variable in variables]
+            _collect(problems, lambda: check_tensors(hf, config, parameters))
     report: dict[str, Any] = {
         "directory": str(directory),
-        "kind": "Orbax" if isinstance(source, Converted) else "Hugging Face",
+        "kind": "Orbax" if isinstance(source, ConvertedCheckpoint) else "Hugging Face",
         **_from_config(directory),
         "parameters": sum(t.count for t in tensors),
         "bytes": sum(t.nbytes for t in tensors),
@@ -119,7 +119,7 @@ def inspect(
 
 
 def show(report: dict[str, Any], *, tensors: bool) -> None:
-    """Prints a report of `inspect`."""
+    """Prints the report that `inspect` returned."""
     console = Console(highlight=False, soft_wrap=True)
     quantized = f", {report['quantization']}" if report["quantization"] else ""
     console.print(
@@ -127,29 +127,29 @@ def show(report: dict[str, Any], *, tensors: bool) -> None:
         f"{report['parameters']:,} parameters, {decimal(report['bytes'])}, {report['files']} files",
         markup=False,
     )
-    for what in ("dtypes", "groups"):
-        table = Table(what.removesuffix("s"), "parameters", "bytes", "share")
-        for name, row in report[what].items():
+    for key, title in (("dtypes", "dtype"), ("groups", "part")):
+        table = Table(title, "parameters", "size", "share")
+        for name, row in report[key].items():
             share = row["bytes"] / report["bytes"] if report["bytes"] else 0
             table.add_row(name, f"{row['parameters']:,}", decimal(row["bytes"]), f"{share:.1%}")
         console.print(table)
     if tensors:
-        table = Table(Column("tensor", overflow="fold"), "shape", "dtype", "how many")
+        table = Table(Column("tensor", overflow="fold"), "shape", "dtype", "count")
         for row in report["tensors"]:
             table.add_row(row["name"], str(row["shape"]), row["dtype"], str(row["count"]))
         console.print(table)
     if device := report.get("device"):
         console.print(
-            f"on {device['mesh']}, experts over {device['ep_axes']}: {decimal(device['bytes'])} of weights per device "
-            f"in {device['dtype']}"
+            f"weights per device on {device['mesh']}, experts over {device['ep_axes']}, {device['dtype']}: "
+            f"{decimal(device['bytes'])}"
         )
     if done := report.get("verified"):
         console.print(
             f"read {decimal(done['bytes'])} in {done['seconds']:.1f} s ({done['gb_per_s']:.2f} GB/s); "
             + (
-                "checksums checked"
+                "checksums verified"
                 if done["checksums"]
-                else "this format has no checksums: changed bytes can't be seen"
+                else "no checksums in this format, so changed bytes go unnoticed"
             )
         )
     for problem in report["problems"]:
@@ -158,14 +158,19 @@ def show(report: dict[str, Any], *, tensors: bool) -> None:
         console.print("no problems found")
 
 
-def _declared(config: ModelConfig) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    yield from nnx.to_flat_state(nnx.state(Decoder(Build(config))))
+def _incomplete(checkpoint: ConvertedCheckpoint) -> str:
+    files = [checkpoint.directory / file for array in checkpoint.arrays.values() for file in array.chunk_files()]
+    written = sum(file.exists() for file in files)
+    return (
+        f"half-converted: {written} of {len(files)} chunks are written. "
+        f"Finish it with: {command(checkpoint.source, checkpoint.directory)}"
+    )
 
 
-def _found(problems: list[str], look: Callable[[], T]) -> T | None:
-    """What `look` finds; an error of it becomes a problem."""
+def _collect(problems: list[str], check: Callable[[], T]) -> T | None:
+    """Returns the result of `check`. An error becomes a problem, and the result None."""
     try:
-        return look()
+        return check()
     except ConfigError as error:
         problems.append(str(error))
         return None
@@ -177,7 +182,7 @@ def _from_config(directory: Path) -> dict[str, Any]:
         quantization = raw.get("quantization_config") or {}
         return {"model_type": raw.get("model_type"), "quantization": quantization.get("quant_method")}
     except (OSError, ValueError, AttributeError):
-        return {"model_type": None, "quantization": None}  # which is among the problems
+        return {"model_type": None, "quantization": None}  # already reported as a problem
 
 
 def _sums(tensors: list[_Tensor], key: Callable[[_Tensor], str]) -> dict[str, dict[str, int]]:
@@ -190,61 +195,70 @@ def _sums(tensors: list[_Tensor], key: Callable[[_Tensor], str]) -> dict[str, di
 
 
 def _tensor_rows(tensors: list[_Tensor]) -> list[dict[str, Any]]:
-    """One row for the tensors whose names differ only in the layer's and the expert's number."""
-    alike = collections.Counter(
+    """One row for all tensors whose names differ only in the numbers of layer and expert."""
+    counts = collections.Counter(
         (re.sub(r"(layers|experts)\.\d+\.", r"\1.*.", t.name), t.shape, t.dtype.name) for t in tensors
     )
     return [
-        {"name": name, "shape": list(shape), "dtype": dtype, "count": n} for (name, shape, dtype), n in alike.items()
+        {"name": name, "shape": list(shape), "dtype": dtype, "count": n} for (name, shape, dtype), n in counts.items()
     ]
 
 
 def _per_device(config: ModelConfig, mesh: MeshShape, ep_axes: str, tensors: list[_Tensor]) -> dict[str, Any]:
-    """What the loader would put on each device of a mesh, in the dtype that most of the checkpoint has."""
+    """Size of the weights on each device of a mesh, loaded in the dtype of most of the checkpoint."""
     if ep_axes not in EP_CHOICES:
         raise ConfigError(f"--ep-axes must be {' or '.join(EP_CHOICES)}, got {ep_axes!r}.")
-    kinds = _sums([t for t in tensors if t.dtype.name in _MODEL_DTYPES], lambda t: t.dtype.name)
-    dtype = next(iter(kinds), "bfloat16")
+    dtypes = _sums([t for t in tensors if t.dtype.name in _MODEL_DTYPES], lambda t: t.dtype.name)
+    dtype = next(iter(dtypes), "bfloat16")
     fp8 = config.quantization is not None and not any(t.name == "moe.mlp.down" for t in tensors)
     build = Build(config, mesh, EP_CHOICES[ep_axes], jnp.dtype(dtype), fp8=fp8)
-    stored = f"{dtype} and FP8" if fp8 else dtype
-    return {"mesh": str(mesh), "ep_axes": ep_axes, "dtype": stored, "bytes": weight_bytes(build)}
+    dtypes_kept = f"{dtype} and FP8" if fp8 else dtype
+    return {"mesh": str(mesh), "ep_axes": ep_axes, "dtype": dtypes_kept, "bytes": weight_bytes(build)}
 
 
-def _verify(source: Converted | SafetensorsSource, tensors: list[_Tensor], problems: list[str]) -> dict[str, Any]:
-    """Reads everything, a block at a time: what can't be read, and numbers that are not finite, are problems."""
+def _verify(
+    source: ConvertedCheckpoint | SafetensorsSource, tensors: list[_Tensor], problems: list[str]
+) -> dict[str, Any]:
+    """Reads all weights, block by block. Adds blocks that can't be read, and values that are not finite, to `problems`."""
     begin, total = time.perf_counter(), 0
-    converted = isinstance(source, Converted)
-    with loading_bar(sum(t.nbytes for t in tensors), len(tensors), title="reading") as advance:
+    converted = isinstance(source, ConvertedCheckpoint)
+    with progress_bar("reading weights", sum(t.nbytes for t in tensors), len(tensors), "tensor") as advance:
         for tensor in tensors:
-            bad = 0
+            not_finite = 0
             blocks = (
-                _stored_blocks(source, tensor) if isinstance(source, Converted) else _blocks(source.read(tensor.name))
+                _stored_blocks(source, tensor)
+                if isinstance(source, ConvertedCheckpoint)
+                else _blocks(source.read(tensor.name))
             )
             for block in blocks:
                 if isinstance(block, str):
                     if not any(block.partition(": ")[0] in problem for problem in problems):
                         problems.append(block)
                     continue
-                bad += _not_finite(block)
+                not_finite += _count_not_finite(block)
                 total += block.nbytes
-            if bad:
-                problems.append(f"{tensor.name}: {bad} numbers are not finite")
+            if not_finite:
+                problems.append(f"{tensor.name}: {not_finite} values are NaN or infinite")
             advance(tensor.nbytes)
     seconds = time.perf_counter() - begin
     return {"bytes": total, "seconds": seconds, "gb_per_s": total / 1e9 / seconds, "checksums": converted}
 
 
-def _stored_blocks(checkpoint: Converted, tensor: _Tensor) -> Iterator[NDArray[Any] | str]:
-    """Chunk by chunk; what can't be read, as what is wrong with it."""
+def _stored_blocks(checkpoint: ConvertedCheckpoint, tensor: _Tensor) -> Iterator[NDArray[Any] | str]:
+    """Yields a converted parameter chunk by chunk; for a chunk that can't be read, "PATH: what is wrong"."""
     array = checkpoint.arrays[tensor.name]
     try:
         store = checkpoint.open(tensor.name)
     except CheckpointError as error:
         yield str(error)
         return
-    for starts in itertools.product(*map(range, (0,) * len(array.shape), array.shape, array.chunk)):
-        part = tuple(slice(at, min(at + n, size)) for at, n, size in zip(starts, array.chunk, array.shape, strict=True))
+    starts = itertools.product(*map(range, (0,) * len(array.shape), array.shape, array.chunk_shape))
+    for start, file in zip(starts, array.chunk_files(), strict=True):
+        if not (checkpoint.complete or (checkpoint.directory / file).exists()):
+            continue  # `_incomplete` counts it
+        part = tuple(
+            slice(i, min(i + n, size)) for i, n, size in zip(start, array.chunk_shape, array.shape, strict=True)
+        )
         try:
             yield store[part].read().result()
         except ValueError as error:
@@ -253,15 +267,15 @@ def _stored_blocks(checkpoint: Converted, tensor: _Tensor) -> Iterator[NDArray[A
 
 def _blocks(values: NDArray[Any]) -> Iterator[NDArray[Any]]:
     flat = values.reshape(-1)
-    for at in range(0, flat.size, _BLOCK):
-        yield flat[at : at + _BLOCK]
+    for start in range(0, flat.size, _BLOCK_ELEMENTS):
+        yield flat[start : start + _BLOCK_ELEMENTS]
 
 
-def _not_finite(values: NDArray[Any]) -> int:
-    if values.dtype == ml_dtypes.bfloat16:  # NumPy's own loop over bfloat16 takes ten times as long
+def _count_not_finite(values: NDArray[Any]) -> int:
+    if values.dtype == ml_dtypes.bfloat16:  # NumPy's own loop over bfloat16 is ten times slower
         exponent = np.uint16(0x7F80)
         return int(np.count_nonzero((np.ascontiguousarray(values).view(np.uint16) & exponent) == exponent))
-    if values.dtype == ml_dtypes.float8_e4m3fn:  # has no infinity, and one NaN of either sign
+    if values.dtype == ml_dtypes.float8_e4m3fn:  # has no infinity, and one NaN per sign
         return int(np.count_nonzero((np.ascontiguousarray(values).view(np.uint8) & 0x7F) == 0x7F))
     if values.dtype.kind in "iub":
         return 0

@@ -1,15 +1,15 @@
-"""A converted checkpoint on disk: an Orbax checkpoint of the model's parameters, and a manifest beside it.
+"""The format of a converted checkpoint: an Orbax checkpoint of the model's parameters, and a manifest.
 
-    DIR/config.json, tokenizer.json, ..   as they were in the Hugging Face directory
+    DIR/config.json, tokenizer.json, ..   copied from the Hugging Face directory
     DIR/jax_mla_cp.json                   the manifest
     DIR/weights/                          the Orbax checkpoint: `Decoder`'s parameters without a mesh, unpadded
     DIR/weights/state/NAME/c/i/j/..       one chunk of one parameter, a file each
 
-Nothing in it depends on a mesh. Chunks are cut where meshes cut: a layer, an expert, a few heads. Each ends with its
-CRC-32C, which TensorStore checks whenever a chunk is read, by this package or by Orbax itself; the manifest has the
-SHA-256 of every other file. Orbax's own writer can't do the first (0.12.8: no checksum in its codecs, and chunks along one
-chosen axis only down to single rows), so Orbax saves the tree with arrays of one number, and TensorStore, its storage
-layer, then writes the real arrays in their places.
+Nothing in it depends on a mesh. Chunk boundaries are where meshes divide: a layer, an expert, a few heads. Each chunk ends
+with its CRC-32C, which TensorStore verifies at every read, by this package or by Orbax; the manifest has the SHA-256 of
+every other file. Orbax's own writer has no checksums (0.12.8: none in its codecs, and chunks along one chosen axis go down to
+single rows only). So Orbax saves the tree with placeholder arrays of one element, and TensorStore, its storage layer,
+replaces them with the real arrays.
 """
 
 from __future__ import annotations
@@ -29,47 +29,50 @@ from typing import Any, Literal
 import numpy as np
 import tensorstore as ts
 
-from jax_mla_cp.checkpoint.source import CheckpointError
+from jax_mla_cp.checkpoint.errors import CheckpointError
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.config.quantization import Weights
 
 LAYOUT = 1
-"""Raised whenever a reader of the old layout would misread the new one."""
+"""Version of the format; incremented when an older reader would misread a newer checkpoint."""
 MANIFEST = "jax_mla_cp.json"
 WEIGHTS = "weights"
 _STATE = f"{WEIGHTS}/state"
 _CRC_BYTES = 4
-_SHOWN = 20  # files listed in an error
-_PIECES = 64  # that a divided dimension is cut into at most ..
-_CHUNK = 1 << 20  # .. while chunks stay this many bytes
+_MAX_LISTED = 20  # files listed in an error
+_MAX_SPLITS = 64  # of the sharded dimension, as long as chunks ..
+_MIN_CHUNK_BYTES = 1 << 20  # .. are not smaller than this
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredArray:
-    """A parameter as it is stored: [layers if stacked, experts if routed, *inner], not padded for any mesh."""
+    """A stored parameter: [layers if stacked, experts if routed, *inner], not padded for any mesh."""
 
     name: str
     """`Decoder`'s attributes, joined with dots."""
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    chunk: tuple[int, ...]
+    chunk_shape: tuple[int, ...]
 
     @classmethod
-    def of(
-        cls, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], leading: int, divided: int | None
+    def chunked(
+        cls, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], stacked_dims: int, sharded_dim: int | None
     ) -> StoredArray:
-        """Chooses the chunks.
+        """Chooses the chunk shape.
+
+        >>> StoredArray.chunked("moe.mla.q_b", (58, 1536, 128, 192), np.dtype("float16"), 1, 2).chunk_shape
+        (1, 1536, 2, 192)
 
         Args:
-          leading: the stacked dimensions: a chunk holds one layer and one expert.
-          divided: the inner dimension that meshes divide, if there is one.
+          stacked_dims: number of leading dimensions of which a chunk holds one element each: layers, experts.
+          sharded_dim: the inner dimension that meshes divide, if there is one.
         """
-        chunk = [1] * leading + list(shape[leading:])
-        if divided is not None:
-            most = min(_PIECES, math.prod(chunk) * dtype.itemsize // _CHUNK)
-            pieces = 1 << max(most.bit_length() - 1, 0)  # a power of two, as tp mostly is
-            chunk[divided] = -(-chunk[divided] // pieces)
-        return cls(name, shape, dtype, tuple(chunk))
+        chunk_shape = [1] * stacked_dims + list(shape[stacked_dims:])
+        if sharded_dim is not None:
+            max_splits = min(_MAX_SPLITS, math.prod(chunk_shape) * dtype.itemsize // _MIN_CHUNK_BYTES)
+            splits = 1 << max(max_splits.bit_length() - 1, 0)  # a power of two, as tp usually is
+            chunk_shape[sharded_dim] = -(-chunk_shape[sharded_dim] // splits)
+        return cls(name, shape, dtype, tuple(chunk_shape))
 
     @property
     def nbytes(self) -> int:
@@ -77,24 +80,31 @@ class StoredArray:
 
     @property
     def chunk_bytes(self) -> int:
-        """Of a chunk's file. Those at an array's end are stored whole."""
-        return math.prod(self.chunk) * self.dtype.itemsize + _CRC_BYTES
+        """Size of a chunk's file. Chunks at the end of an array are stored in full."""
+        return math.prod(self.chunk_shape) * self.dtype.itemsize + _CRC_BYTES
 
     @property
     def directory(self) -> str:
         return f"{_STATE}/{self.name}"
 
-    def chunks(self, *leading: int) -> Iterator[str]:
-        """The files, relative to the checkpoint's directory; with `leading`, those of one layer or one of its experts."""
-        counts = [-(-size // chunk) for size, chunk in zip(self.shape, self.chunk, strict=True)]
-        for rest in itertools.product(*map(range, counts[len(leading) :])):
-            yield "/".join([self.directory, "c", *map(str, (*leading, *rest))])
+    def chunk_files(self, *index: int) -> Iterator[str]:
+        """Yields the chunks' files, relative to the checkpoint's directory.
+
+        >>> list(StoredArray("head", (4, 6), np.dtype("float32"), (4, 2)).chunk_files())
+        ['weights/state/head/c/0/0', 'weights/state/head/c/0/1', 'weights/state/head/c/0/2']
+
+        Args:
+          index: restricts them to one layer, or to one expert of a layer.
+        """
+        counts = [-(-size // chunk) for size, chunk in zip(self.shape, self.chunk_shape, strict=True)]
+        for rest in itertools.product(*map(range, counts[len(index) :])):
+            yield "/".join([self.directory, "c", *map(str, (*index, *rest))])
 
     def open(self, weights: Path, *, create: bool = False) -> ts.TensorStore:
-        """In an Orbax checkpoint's directory, for reading and writing; `create` replaces what is there."""
+        """Opens the array in an Orbax checkpoint's directory, for reading and writing; `create` replaces an existing one."""
         spec = {
             "driver": "zarr3",
-            # The page cache is read in place: a chunk is checked there and copied once, to where it is wanted.
+            # Memory-mapped: a chunk is verified in the page cache and copied once, to its destination.
             "kvstore": {
                 "driver": "file",
                 "path": f"{weights.absolute()}/state/{self.name}/",
@@ -103,7 +113,7 @@ class StoredArray:
             "metadata": {
                 "shape": self.shape,
                 "data_type": self.dtype.name,
-                "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": self.chunk}},
+                "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": self.chunk_shape}},
                 "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
             },
             "fill_missing_data_reads": False,
@@ -113,41 +123,41 @@ class StoredArray:
 
 
 @dataclasses.dataclass(frozen=True)
-class Converted:
+class ConvertedCheckpoint:
     """A converted checkpoint, as its manifest describes it."""
 
     directory: Path
     complete: bool
     source: str
-    """The Hugging Face directory that it was made from."""
+    """The Hugging Face directory that it was converted from."""
     fingerprint: str
-    """Of that directory's config and weight files: see `convert`."""
+    """Digest of that directory's config and weight files; see `convert`."""
     arrays: Mapping[str, StoredArray]
     files: Mapping[str, str]
-    """SHA-256 of each file that is no chunk, by its path in the directory. Empty until it is complete."""
+    """SHA-256 of every file that is not a chunk, by path in the directory. Empty until the conversion is complete."""
 
     def write(self) -> None:
-        """Writes the manifest, at once or not at all."""
+        """Writes the manifest, atomically."""
         body = {
             "layout": LAYOUT,
             "complete": self.complete,
             "source": self.source,
             "fingerprint": self.fingerprint,
             "arrays": {
-                a.name: {"shape": a.shape, "dtype": a.dtype.name, "chunk": a.chunk} for a in self.arrays.values()
+                a.name: {"shape": a.shape, "dtype": a.dtype.name, "chunk": a.chunk_shape} for a in self.arrays.values()
             },
             "files": dict(self.files),
         }
         part = self.directory / f".{MANIFEST}.part"
-        part.write_text(_sealed(body))
+        part.write_text(_with_checksum(body))
         os.replace(part, self.directory / MANIFEST)
 
     @classmethod
-    def read(cls, directory: Path) -> Converted:
+    def read(cls, directory: Path) -> ConvertedCheckpoint:
         """Reads the manifest.
 
         Raises:
-          CheckpointError: it is missing, damaged, or of a layout that this version does not know.
+          CheckpointError: it is missing, damaged, or of an unknown layout.
         """
         path = directory / MANIFEST
         try:
@@ -156,16 +166,16 @@ class Converted:
             del body["sha256"]
             layout = body["layout"]
         except FileNotFoundError:
-            raise CheckpointError(f"{path}: missing. {_anew(directory)}") from None
+            raise CheckpointError(f"{path}: missing. {_convert_again(directory)}") from None
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{path}: damaged ({error!r}). {_anew(directory)}") from error
+            raise CheckpointError(f"{path}: damaged ({error!r}). {_convert_again(directory)}") from error
         if layout != LAYOUT:
             raise CheckpointError(
                 f"{path}: layout {layout!r}; this version of jax_mla_cp reads layout {LAYOUT}. Convert the Hugging Face "
                 "checkpoint again, or use the version that wrote this one."
             )
-        if text != _sealed(body):
-            raise CheckpointError(f"{path}: damaged (its checksum is wrong). {_anew(directory)}")
+        if text != _with_checksum(body):
+            raise CheckpointError(f"{path}: damaged (wrong checksum). {_convert_again(directory)}")
         arrays = {
             name: StoredArray(name, tuple(a["shape"]), np.dtype(ts.dtype(a["dtype"]).numpy_dtype), tuple(a["chunk"]))
             for name, a in body["arrays"].items()
@@ -178,14 +188,14 @@ class Converted:
 
     @property
     def weights(self) -> Literal["bf16", "fp8"]:
-        """How its matrices are stored, in the words of `--weights`."""
+        """Storage of its matrices, as a value of `--weights`."""
         return "fp8" if any(name.endswith(".q") for name in self.arrays) else "bf16"
 
-    def keeps(self, weights: Weights) -> Weights:
-        """What `--weights` comes to for it: a conversion is read as it is.
+    def resolve_weights(self, weights: Weights) -> Weights:
+        """Resolves "auto" to the kind that is stored; a converted checkpoint can't be loaded as the other kind.
 
         Raises:
-          ConfigError: it was converted to the other kind.
+          ConfigError: `weights` asks for the other kind.
         """
         if weights not in ("auto", self.weights):
             raise ConfigError(
@@ -195,7 +205,7 @@ class Converted:
         return self.weights
 
     def problems(self) -> list[str]:
-        """Every file that is missing, of the wrong size or, unless it is a chunk, changed; "PATH: what is wrong"."""
+        """Lists files that are missing, of the wrong size or, except for chunks, changed, as "PATH: what is wrong"."""
         found = []
         for name, digest in self.files.items():
             try:
@@ -204,7 +214,7 @@ class Converted:
             except OSError as error:
                 found.append(f"{self.directory / name}: {_reason(error)}")
         for array in self.arrays.values():
-            for name in array.chunks():
+            for name in array.chunk_files():
                 try:
                     size = os.stat(self.directory / name).st_size
                 except OSError as error:
@@ -214,17 +224,17 @@ class Converted:
                     found.append(f"{self.directory / name}: expected {array.chunk_bytes} bytes, got {size}")
         return found
 
-    def error(self, problems: list[str]) -> CheckpointError:
-        """Names them, and says how to repair them."""
-        rest = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    def damage_error(self, problems: list[str]) -> CheckpointError:
+        """An error that lists the problems and the command that repairs them."""
+        rest = f"\n  and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
         return CheckpointError(
             f"--model {self.directory}: {len(problems)} damaged files:"
-            + "".join(f"\n  {problem}" for problem in problems[:_SHOWN])
+            + "".join(f"\n  {problem}" for problem in problems[:_MAX_LISTED])
             + f"{rest}\nRepair it with: {command(self.source, self.directory)}"
         )
 
     def open(self, name: str) -> ts.TensorStore:
-        """A parameter, for reading.
+        """Opens a parameter for reading.
 
         Raises:
           CheckpointError: it can't be opened.
@@ -235,42 +245,46 @@ class Converted:
             raise self.read_error(error) from error
 
     def read_error(self, error: ValueError) -> CheckpointError:
-        """What TensorStore says of a chunk that it can't read, as an error that names the file."""
-        return self.error([self.read_problem(error)])
+        """Turns TensorStore's error for a chunk that can't be read into one that names the file and the repair."""
+        return self.damage_error([self.read_problem(error)])
 
     def read_problem(self, error: ValueError) -> str:
-        """The same in a line: "PATH: what is wrong"."""
+        """Turns TensorStore's error for a chunk that can't be read into "PATH: what is wrong"."""
         text = str(error)
         file = re.search(r'local file "([^"]+)"', text)
         if "Digest mismatch" in text:
-            text = "its checksum is wrong; delete it before the repair"
+            text = "wrong checksum; delete the file before the repair"
         return f"{file[1] if file else self.directory / WEIGHTS}: {text}"
 
 
 def is_converted(directory: Path) -> bool:
-    """Whether a directory is (or should be) a converted checkpoint, not a Hugging Face one, which may have a "weights" too."""
+    """True if a directory is a converted checkpoint, complete or not. (A Hugging Face directory may have a "weights" too.)"""
     return (directory / MANIFEST).exists() or (directory / _STATE).is_dir()
 
 
-def open_converted(directory: Path) -> Converted:
-    """Checks everything but the chunks' contents, which are checked as they are read.
+def open_converted(directory: Path) -> ConvertedCheckpoint:
+    """Opens a converted checkpoint and verifies it, except for the contents of chunks, which are verified as they are read.
 
     Raises:
-      CheckpointError: an unknown layout, an unfinished conversion, or files that are missing, truncated or damaged; all
-        are named.
+      CheckpointError: an unknown layout, an unfinished conversion, or files that are missing, truncated or damaged; lists
+        all of them.
     """
-    checkpoint = Converted.read(directory)
+    checkpoint = ConvertedCheckpoint.read(directory)
     if not checkpoint.complete:
         raise CheckpointError(
             f"--model {directory}: its conversion is not complete. Finish it with: {command(checkpoint.source, directory)}"
         )
     if problems := checkpoint.problems():
-        raise checkpoint.error(problems)
+        raise checkpoint.damage_error(problems)
     return checkpoint
 
 
 def command(source: str | Path, directory: Path) -> str:
-    """The command line that makes, finishes or repairs a conversion."""
+    """The command line that starts, finishes or repairs a conversion.
+
+    >>> command("DeepSeek-V3", Path("out dir"))
+    "python -m jax_mla_cp.checkpoint convert DeepSeek-V3 'out dir'"
+    """
     return shlex.join(["python", "-m", "jax_mla_cp.checkpoint", "convert", str(source), str(directory)])
 
 
@@ -278,12 +292,12 @@ def sha256_files(directory: Path, names: list[str]) -> dict[str, str]:
     return {name: hashlib.sha256((directory / name).read_bytes()).hexdigest() for name in sorted(names)}
 
 
-def _sealed(body: Mapping[str, Any]) -> str:
-    """A manifest's text, with a checksum of all else as its last key."""
+def _with_checksum(body: Mapping[str, Any]) -> str:
+    """The manifest's text. Its last key is the checksum of all others."""
     return json.dumps({**body, "sha256": hashlib.sha256(json.dumps(body).encode()).hexdigest()}, indent=1) + "\n"
 
 
-def _anew(directory: Path) -> str:
+def _convert_again(directory: Path) -> str:
     return f"Convert again: {command('HF_DIR', directory)} --overwrite"
 
 

@@ -123,7 +123,7 @@ class _Tokens:
         self.bos_token_id = None
 
     def __call__(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, wrap=False)
+        return self._tokenizer.encode(text, add_special_tokens=False)
 
 
 def _depth(value: Any, most: int) -> int:

@@ -17,7 +17,7 @@ def encode_text(served: Served, text: str, *, wrap: bool = True) -> list[int]:
     """Token ids of a prompt. Raises an `ApiError` if the tokenizer refuses it."""
     tokenizer = served.need_tokenizer("prompt")
     try:
-        return tokenizer.encode(text, wrap=wrap)
+        return tokenizer.encode(text, add_special_tokens=wrap)
     except TokenizerError as error:
         raise ApiError(400, f"prompt: {error}", param="prompt") from error
 

@@ -1,4 +1,4 @@
-"""tokenizer.json, by the `tokenizers` library."""
+"""tokenizer.json, read by the `tokenizers` library."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import tokenizers
 
 from jax_mla_cp.tokenizer.errors import TokenizerError
 
-_BYTE = re.compile("<0x([0-9A-F]{2})>")
+_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
 
 def _byte_letters() -> dict[str, bytes]:
-    """The byte that each letter of a byte-level BPE stands for (GPT-2's `bytes_to_unicode`, turned around)."""
+    """The byte for each letter of a byte-level BPE (the inverse of GPT-2's `bytes_to_unicode`)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     letters = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -33,28 +33,29 @@ class JsonVocabulary:
         self._backend = backend
         backend.no_padding()
         backend.no_truncation()
-        self.wrapping = _post_processor(backend)
+        self.affixes = _affixes(backend)
         self._added = backend.get_added_tokens_decoder()
         decoder = backend.decoder
-        self._decoders = set() if decoder is None else set(_kinds(json.loads(decoder.__getstate__())))
+        self._decoders = set() if decoder is None else set(_decoder_types(json.loads(decoder.__getstate__())))
 
     @classmethod
     def parse(cls, contents: bytes, source: str | Path = "tokenizer.json") -> JsonVocabulary:
-        """
+        """Parses the contents of a tokenizer.json.
+
         Args:
-          source: what error messages call it.
+          source: its name in error messages.
 
         Raises:
-          TokenizerError: the library does not read it, or its post-processor changes more than a text's two ends.
+          TokenizerError: the library can't read it, or its post-processor does more than add tokens at both ends of a text.
         """
         try:
             backend = tokenizers.Tokenizer.from_buffer(contents)
         except Exception as error:  # the library raises a bare Exception
-            raise TokenizerError(f"{source}: not a tokenizer that the tokenizers library reads: {error}") from error
+            raise TokenizerError(f"{source}: the tokenizers library can't read it: {error}") from error
         return cls(backend)
 
     def encode(self, text: str) -> list[int]:
-        # `encode` would hold Python's lock: a text of megabytes takes seconds, in which no other thread could run.
+        # `encode` would hold the GIL: megabytes of text take seconds, in which no other thread could run.
         ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return ids
 
@@ -71,27 +72,29 @@ class JsonVocabulary:
             return None
         if "ByteLevel" in self._decoders:
             return b"".join(_BYTES[c] if c in _BYTES else c.encode() for c in piece)
-        if "ByteFallback" in self._decoders and (byte := _BYTE.fullmatch(piece)):
+        if "ByteFallback" in self._decoders and (byte := _BYTE_TOKEN.fullmatch(piece)):
             return bytes.fromhex(byte[1])
-        return piece.replace("▁", " ").encode()  # SentencePiece's letter for a space
+        return piece.replace("▁", " ").encode()  # SentencePiece writes a space as this letter
 
-    def last(self) -> tuple[str, int]:
+    def last_token(self) -> tuple[str, int]:
         tokens = self._backend.get_vocab(with_added_tokens=True)
         return max(tokens.items(), key=lambda item: item[1], default=("", -1))
 
 
-def _post_processor(backend: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What tokenizer.json itself puts before and after a text."""
+def _affixes(backend: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The tokens that the post-processor of tokenizer.json adds before and after a text."""
     bare = backend.encode("a", add_special_tokens=False).ids
     full = backend.encode("a", add_special_tokens=True).ids
     for start in range(len(full) - len(bare) + 1):
         if full[start : start + len(bare)] == bare:
             return tuple(full[:start]), tuple(full[start + len(bare) :])
-    raise TokenizerError("tokenizer.json: its post-processor changes the text's own tokens, which is not supported.")
+    raise TokenizerError(
+        "tokenizer.json: its post-processor changes the tokens of the text itself, which is not supported."
+    )
 
 
-def _kinds(decoder: Mapping[str, Any]) -> Iterator[str]:
-    """The types of a decoder and of those that it consists of."""
+def _decoder_types(decoder: Mapping[str, Any]) -> Iterator[str]:
+    """Yields the type of a decoder and of its parts."""
     yield decoder["type"]
     for part in decoder.get("decoders", ()):
-        yield from _kinds(part)
+        yield from _decoder_types(part)

@@ -1,8 +1,8 @@
 """Kimi's tokenizer: tiktoken.model, a byte-level BPE for the `tiktoken` library, and tokenizer_config.json.
 
-Such a directory has no tokenizer.json; its tokenizer is Python code, tokenization_kimi.py, that others run with
-`trust_remote_code`. This does what class `TikTokenTokenizer` of that file does (Moonshot AI; the files of Kimi-K2's time and
-of Kimi-K3's divide text alike), and the library is the same, so the ids are the same.
+Such a directory has no tokenizer.json. Its tokenizer is Python code, tokenization_kimi.py, which other programs run with
+`trust_remote_code`. This module does the same as class `TikTokenTokenizer` in that file (Moonshot AI; the versions for Kimi-K2
+and Kimi-K3 split text alike) with the same library, so the ids are the same.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 import tiktoken
 
 from jax_mla_cp.tokenizer.errors import TokenizerError
-from jax_mla_cp.tokenizer.settings import special_tokens, token_text
+from jax_mla_cp.tokenizer.tokenizer_config import special_tokens, token_text
 
-# How text is divided before BPE: `TikTokenTokenizer.pat_str`. Words are camelCase's parts, with one character before them
-# (a space, most often); Chinese characters are never in a word with other letters.
+# Pre-tokenization: `TikTokenTokenizer.pat_str`. A word is a part of a camelCase name with at most one character before it
+# (usually a space); Chinese characters never share a word with other letters.
 _SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 _UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
 _LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
@@ -36,11 +36,11 @@ PATTERN = "|".join(
     ]
 )
 
-_SPECIALS = 256  # ids behind the BPE's that are special tokens, with a name or without
+_NUM_SPECIAL_TOKENS = 256  # with ids after the BPE tokens; not all have names
 
-# Longer texts, and longer runs of white space or of anything else, are cut, because tiktoken can fail on them (it panics
-# on a million spaces; https://github.com/openai/tiktoken/issues/195). The ids show it, so the cuts are TikTokenTokenizer's:
-# counted from the last special token, as when transformers calls it.
+# Longer texts, and longer runs of white space or of other characters, are split, because tiktoken can fail on them (it panics
+# on a million spaces; https://github.com/openai/tiktoken/issues/195). The ids depend on where they are split, so this follows
+# TikTokenTokenizer, called by transformers: positions count from the last special token.
 _MAX_CHARS = 400_000
 _MAX_RUN = 25_000
 _RUN = re.compile(r"\s+|\S+")
@@ -49,25 +49,27 @@ _RUN = re.compile(r"\s+|\S+")
 class KimiVocabulary:
     """A tiktoken.model and its special tokens; see `Vocabulary`."""
 
-    wrapping: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    affixes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
 
-    def __init__(self, ranks: Mapping[bytes, int], settings: Mapping[str, Any]):
+    def __init__(self, ranks: Mapping[bytes, int], tokenizer_config: Mapping[str, Any]):
         """
         Args:
-          ranks: every token of the BPE and its id, 0 to `len(ranks) - 1`.
-          settings: tokenizer_config.json; its `added_tokens_decoder` names the special tokens.
+          ranks: the tokens of the BPE and their ids, 0 to `len(ranks) - 1`.
+          tokenizer_config: the contents of tokenizer_config.json, whose `added_tokens_decoder` names the special tokens.
 
         Raises:
-          TokenizerError: another tokenizer's settings, or special tokens that are not right behind the BPE's.
+          TokenizerError: the file belongs to another tokenizer, or the ids of special tokens do not follow the BPE's.
         """
-        if (kind := settings.get("tokenizer_class")) != "TikTokenTokenizer":
+        if (tokenizer_class := tokenizer_config.get("tokenizer_class")) != "TikTokenTokenizer":
             raise TokenizerError(
-                f"tokenizer_config.json: tokenizer_class={kind!r}, but a tiktoken.model says nothing of how text is "
-                "divided, which is known for Kimi's TikTokenTokenizer alone. Put a tokenizer.json beside it."
+                f"tokenizer_config.json: tokenizer_class={tokenizer_class!r} is not supported with a tiktoken.model, which does "
+                "not say how text is split; this is known only for Kimi's TikTokenTokenizer. Add a tokenizer.json."
             )
         self._encoding = tiktoken.Encoding("kimi", pat_str=PATTERN, mergeable_ranks=dict(ranks), special_tokens={})
-        named, hidden = _added_tokens(settings, len(ranks))
-        specials = {i: named.get(i, f"<|reserved_token_{i}|>") for i in range(len(ranks), len(ranks) + _SPECIALS)}
+        names, hidden = _added_tokens(tokenizer_config, len(ranks))
+        specials = {
+            i: names.get(i, f"<|reserved_token_{i}|>") for i in range(len(ranks), len(ranks) + _NUM_SPECIAL_TOKENS)
+        }
         self._ids = {name: i for i, name in specials.items()}
         longest_first = sorted(self._ids, key=len, reverse=True)
         self._special = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
@@ -75,12 +77,13 @@ class KimiVocabulary:
         self._bytes |= {i: name.encode() for i, name in specials.items() if name not in hidden}
 
     @classmethod
-    def read(cls, path: Path, settings: Mapping[str, Any]) -> KimiVocabulary:
-        """
+    def read(cls, path: Path, tokenizer_config: Mapping[str, Any]) -> KimiVocabulary:
+        """Reads a tiktoken.model.
+
         Raises:
-          TokenizerError: as `read_ranks` and the constructor.
+          TokenizerError: as for `read_ranks` and the constructor.
         """
-        return cls(read_ranks(path), settings)
+        return cls(read_ranks(path), tokenizer_config)
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
@@ -88,7 +91,7 @@ class KimiVocabulary:
             if i % 2:
                 ids.append(self._ids[part])
             else:
-                for piece in _pieces(part):
+                for piece in _split_long(part):
                     ids += self._encoding.encode_ordinary(piece)
         return ids
 
@@ -101,75 +104,75 @@ class KimiVocabulary:
     def token_bytes(self, token: int) -> bytes | None:
         return self._bytes.get(token)
 
-    def last(self) -> tuple[str, int]:
+    def last_token(self) -> tuple[str, int]:
         return max(self._ids.items(), key=lambda item: item[1])
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """Reads a tiktoken.model: a line per token, its bytes as base64 and its rank, which is its id.
+    """Reads a tiktoken.model: a line per token with its bytes in base64 and its rank, which is its id.
 
     Raises:
-      TokenizerError: it can't be read, a line is not of that form, or ranks or tokens are missing or double.
+      TokenizerError: it can't be read, a line is malformed, or tokens or ranks are missing or duplicated.
     """
     ranks: dict[bytes, int] = {}
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
-        raise TokenizerError(f"{path}: not readable: {error}") from error
+        raise TokenizerError(f"{path}: can't be read: {error}") from error
     for number, line in enumerate(lines, 1):
         if not line:
             continue
         encoded, _, rank = line.partition(b" ")
         try:
             token, value = base64.b64decode(encoded, validate=True), int(rank)
-        except ValueError as error:  # binascii.Error is one
+        except ValueError as error:  # includes binascii.Error
             raise TokenizerError(f"{path}: line {number} is not a token in base64 and its rank: {error}") from error
         if not token or token in ranks:
-            raise TokenizerError(f"{path}: line {number}: the token {token!r} is empty or was in an earlier line.")
+            raise TokenizerError(f"{path}: line {number}: the token {token!r} is empty or a duplicate.")
         ranks[token] = value
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise TokenizerError(f"{path}: the ranks of {len(ranks)} tokens must be 0 to {len(ranks) - 1}, each once.")
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
-        raise TokenizerError(f"{path}: no token for the single byte {missing[0]:#04x}; any text must have tokens.")
+        raise TokenizerError(f"{path}: no token for the single byte {missing[0]:#04x}; every byte needs one.")
     return ranks
 
 
-def _added_tokens(settings: Mapping[str, Any], first: int) -> tuple[dict[int, str], set[str]]:
-    """The names of special tokens by id, and those that are no text in an answer (`skip_special_tokens`)."""
+def _added_tokens(tokenizer_config: Mapping[str, Any], first: int) -> tuple[dict[int, str], set[str]]:
+    """The names of special tokens by id, and the names of those that decoding omits (`skip_special_tokens`)."""
     where = "tokenizer_config.json: added_tokens_decoder"
-    named: dict[int, str] = {}
-    hidden = {*special_tokens(settings).values(), *_texts(settings.get("additional_special_tokens"))}
-    added = settings.get("added_tokens_decoder") or {}
+    names: dict[int, str] = {}
+    hidden = {*special_tokens(tokenizer_config).values(), *_texts(tokenizer_config.get("additional_special_tokens"))}
+    added = tokenizer_config.get("added_tokens_decoder") or {}
     if not isinstance(added, dict):
         raise TokenizerError(f"{where}: expected an object, got {type(added).__name__}.")
     for key, token in added.items():
         name = token_text(token)
-        if not (key.isdecimal() and first <= int(key) < first + _SPECIALS and name):
+        if not (key.isdecimal() and first <= int(key) < first + _NUM_SPECIAL_TOKENS and name):
             raise TokenizerError(
                 f"{where}: {key!r} is {name!r}; expected ids from {first} (the number of tokens in tiktoken.model) to "
-                f"{first + _SPECIALS - 1}, each with the token's text. Take all files from one checkpoint."
+                f"{first + _NUM_SPECIAL_TOKENS - 1}, each with the token's text. Take all files from one checkpoint."
             )
-        if name in named.values():
+        if name in names.values():
             raise TokenizerError(f"{where}: {name!r} has two ids.")
         if isinstance(token, dict):
             if any(token.get(flag) for flag in ("lstrip", "rstrip", "single_word")):
                 raise TokenizerError(f"{where}: {name!r} has lstrip, rstrip or single_word, which are not supported.")
             if token.get("special"):
                 hidden.add(name)
-        named[int(key)] = name
-    return named, hidden
+        names[int(key)] = name
+    return names, hidden
 
 
 def _texts(tokens: Any) -> list[str]:
     return [text for text in map(token_text, tokens or ()) if text is not None]
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """The text in pieces that tiktoken takes."""
+def _split_long(text: str) -> Iterator[str]:
+    """Splits text that is too long for tiktoken."""
     for start in range(0, len(text), _MAX_CHARS):
-        chunk, done = text[start : start + _MAX_CHARS], 0
+        chunk, begin = text[start : start + _MAX_CHARS], 0
         for run in _RUN.finditer(chunk):
-            for cut in range(run.start() + _MAX_RUN, run.end(), _MAX_RUN):
-                yield chunk[done:cut]
-                done = cut
-        yield chunk[done:]
+            for end in range(run.start() + _MAX_RUN, run.end(), _MAX_RUN):
+                yield chunk[begin:end]
+                begin = end
+        yield chunk[begin:]

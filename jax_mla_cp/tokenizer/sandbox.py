@@ -1,9 +1,9 @@
-"""Chat templates as programs: Jinja's sandbox, set up as transformers does it (`utils/chat_template_utils.py`).
+"""Sandbox for chat templates: Jinja's, set up as in transformers (`utils/chat_template_utils.py`).
 
-A template comes with a checkpoint, and so from whoever made that. It gets plain data and no files, and it can't reach
-Python's internals: what an attribute's name or a method could lead to is what Jinja's `ImmutableSandboxedEnvironment`
-refuses. Against templates that never end or write without end there are limits, far above what real ones need. They are
-not complete: a single filter may still ask for more memory than there is.
+A template is untrusted code that comes with a checkpoint. It gets plain data and no files, and Jinja's
+`ImmutableSandboxedEnvironment` keeps it from reaching Python's internals through attributes and methods. Limits on time and
+output, far above what real templates need, stop endless ones. The limits are not complete: a single filter may still ask for
+more memory than there is.
 """
 
 from __future__ import annotations
@@ -27,36 +27,37 @@ from jinja2.utils import Namespace
 
 from jax_mla_cp.tokenizer.errors import TokenizerError
 
-MAX_SOURCE = 1 << 18
-"""Characters of a template; real ones have some thousand."""
-MAX_TEXT = 1 << 24
-"""Characters that a template may write: more than any model's context. Also the longest text or list made with `*`."""
+MAX_SOURCE_CHARS = 1 << 18
+"""Length of a template; real ones have a few thousand characters."""
+MAX_OUTPUT_CHARS = 1 << 24
+"""Length of the rendered text: more than any model's context. Also the longest string or list made with `*`."""
 MAX_SECONDS = 10.0
-"""A template's time; real ones take milliseconds."""
+"""Time to render a template; real ones take milliseconds."""
 
 _deadline: contextvars.ContextVar[float] = contextvars.ContextVar("deadline")
 
 
-class Program:
+class SandboxedTemplate:
     """A compiled template."""
 
     def __init__(self, source: str, name: str):
         """
         Raises:
-          TokenizerError: no Jinja, or longer than `MAX_SOURCE`.
+          TokenizerError: it is not valid Jinja, or longer than `MAX_SOURCE_CHARS`.
         """
         self._name = name
-        if len(source) > MAX_SOURCE:
-            raise TokenizerError(f"{name}: {len(source)} characters; a template may have {MAX_SOURCE}.")
+        if len(source) > MAX_SOURCE_CHARS:
+            raise TokenizerError(f"{name}: {len(source)} characters; the limit for a template is {MAX_SOURCE_CHARS}.")
         try:
             self._template = _ENVIRONMENT.from_string(source)
-        except Exception as error:  # what it is depends on whether Jinja's parser or Python's compiler gives up
-            raise self._failed(error) from error
+        except Exception as error:  # its type depends on whether Jinja's parser or Python's compiler fails
+            raise self._error(error) from error
 
     def render(self, variables: Mapping[str, Any]) -> str:
-        """
+        """Renders the template.
+
         Raises:
-          TokenizerError: whatever goes wrong in the template, with its line; `raise_exception`; a limit.
+          TokenizerError: any error in the template, with its line; `raise_exception`; a limit.
         """
         pieces, length = [], 0
         token = _deadline.set(time.monotonic() + MAX_SECONDS)
@@ -64,43 +65,47 @@ class Program:
             for piece in self._template.generate(variables):
                 pieces.append(piece)
                 length += len(piece)
-                if length > MAX_TEXT:
-                    raise SecurityError(f"more than {MAX_TEXT} characters of text")
-                _check_time()
+                if length > MAX_OUTPUT_CHARS:
+                    raise SecurityError(f"more than {MAX_OUTPUT_CHARS} characters of output")
+                _check_deadline()
         except Exception as error:  # the template is a program: it may raise anything
-            raise self._failed(error) from error
+            raise self._error(error) from error
         finally:
             _deadline.reset(token)
         return "".join(pieces)
 
-    def _failed(self, error: Exception) -> TokenizerError:
+    def _error(self, error: Exception) -> TokenizerError:
         line = getattr(error, "lineno", None)
         for frame in traceback.extract_tb(error.__traceback__):
             line = frame.lineno if frame.filename == "<template>" else line
         where = f"{self._name}, line {line}" if line else self._name
-        what = str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
-        return TokenizerError(f"{where}: {what}")
+        message = str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
+        return TokenizerError(f"{where}: {message}")
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"*", "**"})
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """Of functions, macros and methods: nothing that takes long does without."""
-        _check_time()
+        """Checks the deadline at every call of a function, macro or method: nothing takes long without any."""
+        _check_deadline()
         return super().call(context, obj, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "**":
             raise SecurityError("powers are not allowed")
         for sequence, count in ((left, right), (right, left)):
-            if isinstance(sequence, str | list | tuple) and isinstance(count, int) and len(sequence) * count > MAX_TEXT:
-                raise SecurityError(f"a text or list of more than {MAX_TEXT} elements")
+            if (
+                isinstance(sequence, str | list | tuple)
+                and isinstance(count, int)
+                and len(sequence) * count > MAX_OUTPUT_CHARS
+            ):
+                raise SecurityError(f"a string or list of more than {MAX_OUTPUT_CHARS} elements")
         return super().call_binop(context, operator, left, right)
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks what the assistant wrote, for training; here it is its contents."""
+    """`{% generation %}` marks the assistant's text, for training; here it only renders its contents."""
 
     tags = {"generation"}
 
@@ -110,7 +115,7 @@ class _Generation(Extension):
 
 
 class _PlainNamespace(Namespace):
-    """Without names that mean something to Python."""
+    """A namespace without names that begin with an underscore."""
 
     def __init__(self, /, *args: Any, **kwargs: Any):
         attributes = dict(*args, **kwargs)
@@ -128,9 +133,9 @@ def _check_name(name: Any) -> None:
         raise SecurityError(f"a namespace can't have {name!r}; names must not begin with an underscore")
 
 
-def _check_time() -> None:
+def _check_deadline() -> None:
     if time.monotonic() > _deadline.get():
-        raise SecurityError(f"not done after {MAX_SECONDS:g} s")
+        raise SecurityError(f"timed out after {MAX_SECONDS:g} s")
 
 
 def _raise_exception(message: str) -> None:
@@ -140,7 +145,7 @@ def _raise_exception(message: str) -> None:
 def _to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """Jinja's own `tojson` is for HTML, and escapes `<` and `'`."""
+    """JSON without HTML escapes; Jinja's own `tojson` escapes `<` and `'`."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -153,7 +158,7 @@ def _new_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
 
 
 def _environment() -> _Sandbox:
-    # Not optimized: constants would be computed at compile time, without limits. No loader: templates have no files.
+    # Not optimized: constants would be folded at compile time, without limits. No loader: templates can't include files.
     environment = _Sandbox(
         trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[_Generation, loopcontrols]
     )

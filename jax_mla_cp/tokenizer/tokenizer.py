@@ -1,4 +1,4 @@
-"""Text to token ids and back."""
+"""`Tokenizer`: from text to token ids and back."""
 
 from __future__ import annotations
 
@@ -6,37 +6,37 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from jax_mla_cp.tokenizer.chat import ChatTemplate
+from jax_mla_cp.tokenizer.chat_template import ChatTemplate
 from jax_mla_cp.tokenizer.errors import TokenizerError
 from jax_mla_cp.tokenizer.huggingface import JsonVocabulary
 from jax_mla_cp.tokenizer.kimi import KimiVocabulary
-from jax_mla_cp.tokenizer.settings import read_settings, special_tokens, token_text
+from jax_mla_cp.tokenizer.tokenizer_config import read_tokenizer_config, special_tokens, token_text
 
 
 class Vocabulary(Protocol):
-    """The tokens of a tokenizer, whatever file they are from."""
+    """The tokens of a tokenizer, independent of the file format."""
 
-    wrapping: tuple[tuple[int, ...], tuple[int, ...]]
-    """What the file itself, without tokenizer_config.json, puts before and after a text."""
+    affixes: tuple[tuple[int, ...], tuple[int, ...]]
+    """Tokens that the file itself, without tokenizer_config.json, adds before and after a text."""
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text; the name of a special token, written in the text, is that token."""
+        """Returns the tokens of a text. Text that spells a special token becomes that token."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of tokens. Special tokens and unknown ids have none; bytes that are no UTF-8 are U+FFFD."""
+        """Returns the text of tokens: none for special tokens and unknown ids, U+FFFD for invalid UTF-8."""
 
     def token_id(self, token: str) -> int | None:
-        """The id of a token, written as in the file; None if there is no such token."""
+        """Returns the id of a token, spelled as in the file; None if there is no such token."""
 
     def token_bytes(self, token: int) -> bytes | None:
-        """What a token is in UTF-8 text, often no whole code points; None for special tokens and unknown ids."""
+        """Returns a token's UTF-8 bytes, often not whole code points; None for special tokens and unknown ids."""
 
-    def last(self) -> tuple[str, int]:
-        """The token with the largest id."""
+    def last_token(self) -> tuple[str, int]:
+        """Returns the token with the largest id, and the id."""
 
 
 class Tokenizer:
-    """A vocabulary, the special tokens that a text is wrapped in, and the form of conversations."""
+    """A vocabulary, the special tokens around a text, and the chat template."""
 
     def __init__(
         self,
@@ -49,7 +49,8 @@ class Tokenizer:
     ):
         """
         Args:
-          special_tokens: the text of `bos_token`, `eos_token` and their like.
+          prefix, suffix: ids that `encode` adds before and after a text.
+          special_tokens: the text of `bos_token`, `eos_token` and the other special tokens.
         """
         self._vocabulary = vocabulary
         self.prefix, self.suffix = tuple(prefix), tuple(suffix)
@@ -58,91 +59,96 @@ class Tokenizer:
 
     @classmethod
     def from_dir(cls, directory: str | Path, vocab_size: int) -> Tokenizer | None:
-        """Reads tokenizer.json, else Kimi's tiktoken.model; tokenizer_config.json; and chat_template.jinja.
+        """Reads tokenizer.json, or else Kimi's tiktoken.model; tokenizer_config.json; and chat_template.jinja.
 
-        None if there is neither of the first two. docs/tokenizers.md tells what is read and what is refused.
+        Returns None if there is neither of the first two. See docs/tokenizers.md for what is read and what is refused.
 
         Args:
-          vocab_size: the model's; every token must be one that it knows.
+          vocab_size: the model's. All ids must be below it.
 
         Raises:
-          TokenizerError: a file that can't be read, a token beyond the vocabulary, a flag whose token is missing, a
-            chat template that is no Jinja.
+          TokenizerError: a file can't be read, an id is too large, a flag's token does not exist, or the chat template is not
+            valid Jinja.
         """
-        folder = Path(directory)
-        path = folder / "tokenizer.json"
+        directory = Path(directory)
+        path = directory / "tokenizer.json"
         vocabulary: Vocabulary
         if path.is_file():
             vocabulary = JsonVocabulary.parse(_read(path), path)
-            settings = read_settings(folder / "tokenizer_config.json")
-        elif (path := folder / "tiktoken.model").is_file():
-            settings = read_settings(folder / "tokenizer_config.json")
-            vocabulary = KimiVocabulary.read(path, settings)
+            config = read_tokenizer_config(directory / "tokenizer_config.json")
+        elif (path := directory / "tiktoken.model").is_file():
+            config = read_tokenizer_config(directory / "tokenizer_config.json")
+            vocabulary = KimiVocabulary.read(path, config)
         else:
             return None
-        return cls._fitted(vocabulary, settings, vocab_size, ChatTemplate.from_dir(folder, settings), path)
+        return cls._configured(vocabulary, config, vocab_size, ChatTemplate.from_dir(directory, config), path)
 
     @classmethod
-    def from_json(cls, contents: bytes, settings: Mapping[str, Any], vocab_size: int) -> Tokenizer:
-        """From the contents of a tokenizer.json and of a tokenizer_config.json, which may have a `chat_template`.
+    def from_json(cls, contents: bytes, tokenizer_config: Mapping[str, Any], vocab_size: int) -> Tokenizer:
+        """Makes a tokenizer from the contents of tokenizer.json and tokenizer_config.json, with its `chat_template` if any.
 
         Raises:
-          TokenizerError: as `from_dir`.
+          TokenizerError: as for `from_dir`.
         """
-        template = ChatTemplate.from_settings(settings)
-        return cls._fitted(JsonVocabulary.parse(contents), settings, vocab_size, template, "tokenizer.json")
+        template = ChatTemplate.from_config(tokenizer_config)
+        vocabulary = JsonVocabulary.parse(contents)
+        return cls._configured(vocabulary, tokenizer_config, vocab_size, template, "tokenizer.json")
 
     @classmethod
-    def _fitted(
+    def _configured(
         cls,
         vocabulary: Vocabulary,
-        settings: Mapping[str, Any],
+        tokenizer_config: Mapping[str, Any],
         vocab_size: int,
         template: ChatTemplate | None,
         source: str | Path,
     ) -> Tokenizer:
-        """`add_bos_token` and `add_eos_token` decide when they are given; otherwise the vocabulary's file does."""
-        token, largest = vocabulary.last()
+        """Applies tokenizer_config.json. Where it lacks `add_bos_token` or `add_eos_token`, the vocabulary's file decides."""
+        token, largest = vocabulary.last_token()
         if largest >= vocab_size:
             raise TokenizerError(
                 f"{source}: token {token!r} has id {largest}, but the model's vocab_size is {vocab_size}. "
                 "Use the tokenizer that belongs to the model."
             )
         prefix, suffix = (
-            _wrapping(settings, which, vocabulary, default)
-            for which, default in zip(("bos", "eos"), vocabulary.wrapping, strict=True)
+            _affix(tokenizer_config, role, vocabulary, default)
+            for role, default in zip(("bos", "eos"), vocabulary.affixes, strict=True)
         )
         return cls(
-            vocabulary, prefix=prefix, suffix=suffix, chat_template=template, special_tokens=special_tokens(settings)
+            vocabulary,
+            prefix=prefix,
+            suffix=suffix,
+            chat_template=template,
+            special_tokens=special_tokens(tokenizer_config),
         )
 
-    def encode(self, text: str, *, wrap: bool = True) -> list[int]:
-        """Token ids, with the BOS and EOS tokens that the tokenizer's settings ask for, unless `wrap` is false.
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Returns token ids. With `add_special_tokens`, BOS and EOS are added as tokenizer_config.json asks.
 
-        The name of a special token in the text becomes that token, as in transformers and vLLM.
+        Text that spells a special token becomes that token, as in transformers and vLLM.
 
         Raises:
-          TokenizerError: half a surrogate pair, which is no text.
+          TokenizerError: the text has an unpaired surrogate.
         """
         ids = self._encode(text)
-        return [*self.prefix, *ids, *self.suffix] if wrap else ids
+        return [*self.prefix, *ids, *self.suffix] if add_special_tokens else ids
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
     ) -> list[int]:
-        """Token ids of a conversation: `ChatTemplate.render`'s text. The template writes BOS, so none is added here.
+        """Returns the token ids of a conversation, rendered by the chat template. The template writes BOS; none is added.
 
-        The name of a special token in a message's content becomes that token: a user who writes the tokens that end a
-        turn and begin another speaks in another role. transformers (unless told otherwise), vLLM and SGLang do the same;
-        what a message must not be able to say has to be removed before.
+        Text in a message that spells a special token becomes that token. A user who writes the tokens that end a turn and begin
+        another one can therefore speak in another role. transformers (by default), vLLM and SGLang do the same; remove such text
+        from untrusted messages first.
 
         Raises:
-          TokenizerError: there is no template, it fails, or half a surrogate pair.
-          ValueError: a message that is not of `render`'s form.
+          TokenizerError: there is no template, it fails, or the text has an unpaired surrogate.
+          ValueError: a message does not have the form that `ChatTemplate.render` takes.
         """
         if self.chat_template is None:
             raise TokenizerError(
-                "the model directory has no chat template, so messages can't be made a prompt. Send the prompt as text, "
+                "the model directory has no chat template, so messages can't be turned into a prompt. Send the prompt as text, "
                 "or put the model's chat_template.jinja there."
             )
         return self._encode(
@@ -150,15 +156,15 @@ class Tokenizer:
         )
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text without special tokens; ids that the tokenizer does not know are no text."""
+        """Returns text, without special tokens and unknown ids."""
         return self._vocabulary.decode(ids)
 
     def token_id(self, token: str) -> int | None:
-        """The id of a token, written as in the file; None if there is no such token."""
+        """Returns the id of a token, spelled as in the file; None if there is no such token."""
         return self._vocabulary.token_id(token)
 
     def token_bytes(self, token: int) -> bytes | None:
-        """What a token is in UTF-8 text, often no whole code points; None for special tokens and unknown ids."""
+        """Returns a token's UTF-8 bytes, often not whole code points; None for special tokens and unknown ids."""
         return self._vocabulary.token_bytes(token)
 
     def _encode(self, text: str) -> list[int]:
@@ -166,16 +172,16 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise TokenizerError(
-                f"character {error.start} is {text[error.start]!r}, half a surrogate pair, which is no text."
+                f"character {error.start} is {text[error.start]!r}, an unpaired surrogate, which can't be encoded in UTF-8."
             ) from error
         return self._vocabulary.encode(text)
 
 
 def require_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:
-    """For whatever needs text.
+    """Returns the tokenizer.
 
     Raises:
-      TokenizerError: the model has none.
+      TokenizerError: it is None: the model has no tokenizer.
     """
     if tokenizer is None:
         raise TokenizerError(
@@ -190,23 +196,23 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise TokenizerError(f"{path}: not readable: {error}") from error
+        raise TokenizerError(f"{path}: can't be read: {error}") from error
 
 
-def _wrapping(
-    settings: Mapping[str, Any], which: str, vocabulary: Vocabulary, default: tuple[int, ...]
+def _affix(
+    tokenizer_config: Mapping[str, Any], role: str, vocabulary: Vocabulary, default: tuple[int, ...]
 ) -> tuple[int, ...]:
-    """The tokens for `add_bos_token` or `add_eos_token`; `default` where the flag is not given."""
-    flag = settings.get(f"add_{which}_token")
+    """The ids for `add_bos_token` or `add_eos_token` (`role` is "bos" or "eos"); `default` if the flag is not set."""
+    flag = tokenizer_config.get(f"add_{role}_token")
     if flag is None:
         return default
     if not flag:
         return ()
-    content = token_text(settings.get(f"{which}_token"))
-    number = None if content is None else vocabulary.token_id(content)
-    if number is None:
+    content = token_text(tokenizer_config.get(f"{role}_token"))
+    token = None if content is None else vocabulary.token_id(content)
+    if token is None:
         raise TokenizerError(
-            f"tokenizer_config.json: add_{which}_token is true, but {which}_token={content!r} is no token of the "
-            f"tokenizer. Set {which}_token to one, or add_{which}_token to false."
+            f"tokenizer_config.json: add_{role}_token is true, but {role}_token={content!r} is not a token of the "
+            f"tokenizer. Set {role}_token to one, or add_{role}_token to false."
         )
-    return (number,)
+    return (token,)

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_mla_cp.checkpoint import ArraySource, load_params
+from jax_mla_cp.checkpoint import load_params
 from jax_mla_cp.config.quantization import Quantization
 from jax_mla_cp.model.context import Build
 from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.handle import Model
 from jax_mla_cp.step.runner import compile_step
 from tests.helpers import quantize
+from tests.helpers.array_source import ArraySource
 from tests.helpers.attention_cases import moves
 from tests.helpers.synthetic import REAL_DIMS_CONFIG, Driver, random_model, tempered
 from tests.test_cache import copies_of

@@ -127,7 +127,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "rope_parameters": YARN | {"rope_theta": 50000.0},
     },
 }
-"""What `make_checkpoint` takes, by name."""
+"""Arguments of `make_checkpoint`, by name."""
 
 
 def make_checkpoint(

@@ -16,7 +16,7 @@ from flax import nnx
 from jax_mla_cp.batch.arrays import Batch
 from jax_mla_cp.batch.form import Form
 from jax_mla_cp.batch.step_request import SamplingParams, StepRequest
-from jax_mla_cp.checkpoint import ArraySource, load_params
+from jax_mla_cp.checkpoint import load_params
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.engine import Engine, Event, Finished, Request, SpeculationStats, Token
 from jax_mla_cp.engine.text import TextStream
@@ -28,6 +28,7 @@ from jax_mla_cp.step.forward import put
 from jax_mla_cp.step.planner import Planner
 from jax_mla_cp.step.results import RunnerOutput, StepResult
 from jax_mla_cp.step.runner import Runner
+from tests.helpers.array_source import ArraySource
 from tests.helpers.engine_requests import is_idle
 from tests.helpers.random_weights import random_weights
 from tests.helpers.synthetic import CONFIG as SYNTHETIC

@@ -29,7 +29,7 @@ from tests.helpers import quantize
 from tests.helpers.checkpoints import BASE, make_checkpoint, read_weights
 from tests.helpers.synthetic import Driver
 
-# Nothing is a multiple of 128, heads straddle blocks (see tests/checkpoint/test_quantized.py).
+# Nothing is a multiple of 128, heads straddle blocks (see tests/checkpoint/test_loader_quantized.py).
 RAGGED: dict[str, Any] = {
     "vocab_size": 300,
     "hidden_size": 160,

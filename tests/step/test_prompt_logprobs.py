@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from jax_mla_cp.batch.step_request import SamplingParams, StepRequest
-from jax_mla_cp.checkpoint import ArraySource, load_params
+from jax_mla_cp.checkpoint import load_params
 from jax_mla_cp.engine.logits_processor import LogitsProcessor
 from jax_mla_cp.mesh import make_mesh, mesh_shape
 from jax_mla_cp.model.context import Build
@@ -20,6 +20,7 @@ from jax_mla_cp.step.planner import Planner
 from jax_mla_cp.step.results import StepResult
 from jax_mla_cp.step.runner import Runner
 from tests.helpers import reference
+from tests.helpers.array_source import ArraySource
 from tests.helpers.random_weights import random_weights
 from tests.helpers.synthetic import CONFIG
 from tests.step.test_logit_bias import words

@@ -1,4 +1,4 @@
-"""What a chat template can't do: reach Python or files, change what it is given, or go on for ever."""
+"""Chat templates can't reach Python or files, change their input, or run forever."""
 
 from __future__ import annotations
 
@@ -86,9 +86,12 @@ def test_refused_statements(source: str) -> None:
         ("{{ range(10**9) }}", "powers are not allowed"),
         ("{{ 2 ** 3 }}", "powers are not allowed"),
         ("\n{{ range(999999999) | list }}", "line 2: OverflowError: Range too big"),
-        ("{{ 'a' * 999999999 }}", "a text or list of more than 16777216 elements"),
-        ("{{ 999999999 * [0] }}", "a text or list of more than 16777216 elements"),
-        ("{% set a = 'a' * 9999 %}{% for i in range(9999) %}{{ a }}{% endfor %}", "more than 16777216 characters"),
+        ("{{ 'a' * 999999999 }}", "a string or list of more than 16777216 elements"),
+        ("{{ 999999999 * [0] }}", "a string or list of more than 16777216 elements"),
+        (
+            "{% set a = 'a' * 9999 %}{% for i in range(9999) %}{{ a }}{% endfor %}",
+            "more than 16777216 characters of output",
+        ),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
         ("{{ " + "(" * 9999 + "1" + ")" * 9999 + " }}", "evil"),
         ("{% for i in [1] %}" * 30 + "{% endfor %}" * 30, "evil.*nested"),
@@ -114,7 +117,7 @@ def test_limits(source: str, message: str) -> None:
 def test_time(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.2)
     begin = time.monotonic()
-    with pytest.raises(TokenizerError, match=r"evil.*: not done after 0.2 s"):
+    with pytest.raises(TokenizerError, match=r"evil.*: timed out after 0.2 s"):
         render(source)
     assert time.monotonic() - begin < 5
 

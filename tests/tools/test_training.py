@@ -63,7 +63,7 @@ def test_the_trained_network_is_the_model_that_serves(tmp_path: Path, tokenizer:
         name: w if network.is_quantized(name) or name.endswith("bias") else w.astype(jnp.bfloat16).astype(jnp.float32)
         for name, w in params.items()
     }
-    ours = network.forward(network.rounded(stored), jnp.array([tokens]), config, cudnn=False)[0][0, -1]
+    ours = network.forward(network.fake_quantize(stored), jnp.array([tokens]), config, cudnn=False)[0][0, -1]
     np.testing.assert_allclose(served, ours, atol=1e-4 * np.abs(served).max(), rtol=0)
     unrounded = network.forward(stored, jnp.array([tokens]), config, cudnn=False)[0][0, -1]
     assert np.abs(served - unrounded).max() > 1e-3 * np.abs(served).max(), "FP8 must have been rounded to"
@@ -93,11 +93,11 @@ def test_a_sequence_says_what_is_asked(sequences: Sequences, tokenizer: tokenize
 
 def test_blocks_of_fp8() -> None:
     w = jax.random.normal(jax.random.key(0), (2, 200, 130)) * jnp.linspace(0.1, 9, 200)[:, None]
-    small, scale = network.blockwise(w)
+    small, scale = network.quantize(w)
     assert small.shape == w.shape and scale.shape == (2, 2, 2)
     wide = np.asarray(small, np.float32) * np.asarray(scale).repeat(128, -2).repeat(128, -1)[:, :200, :130]
     assert np.abs(wide - w).max() <= np.abs(w).max() / 16
-    np.testing.assert_array_equal(network.rounded({"a_proj.weight": w})["a_proj.weight"], wide)
+    np.testing.assert_array_equal(network.fake_quantize({"a_proj.weight": w})["a_proj.weight"], wide)
 
 
 def test_learns_and_goes_on_after_an_interruption(
@@ -110,7 +110,7 @@ def test_learns_and_goes_on_after_an_interruption(
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "config.json").write_text(json.dumps(SMALL))
     monkeypatch.setattr(train_default_model, "CONFIG", tmp_path / "config.json")
-    monkeypatch.setattr(train_default_model, "_TESTED", ((64, 8),))
+    monkeypatch.setattr(train_default_model, "_EVAL_SETS", ((64, 8),))
     monkeypatch.setattr(training, "STAGES", (training.Stage(64, 8, 20), training.Stage(96, 4, 4)))
     monkeypatch.setattr(training, "WARMUP", 2)
 
@@ -131,20 +131,20 @@ def test_learns_and_goes_on_after_an_interruption(
     monkeypatch.setattr(train_default_model, "batches", made)
     train_default_model.train(tmp_path, 1, 1.0)
     said = capsys.readouterr().out
-    assert "goes on after step 20" in said and "done: 24 steps" in said
+    assert "resuming after step 20" in said and "done: 24 steps" in said
     monkeypatch.setattr(export, "CONFIG", tmp_path / "config.json")
     export.export(tmp_path)
     config = ModelConfig.from_dir(tmp_path / "model")
     _, trained = mla.load(tmp_path / "model")
     assert trained is not None and config.vocab_size == 300
-    start = float(said.split("test at 64: ")[1].split("text ")[1].split()[0])
+    start = float(said.split("eval at 64: ")[1].split("text loss ")[1].split()[0])
     assert start < np.log(300) - 0.3, "twenty steps teach it something"
 
 
 def test_the_package_carries_what_the_script_exports() -> None:
-    """The same architecture, tokenizer settings and template; the weights are the trained ones (tests/default_model/test_default_model.py)."""
+    """Architecture, tokenizer_config.json and chat template are equal; the weights are the trained ones (tests/default_model/test_default_model.py)."""
     raw = json.loads((DIRECTORY / "config.json").read_text())
     assert raw == json.loads(export.CONFIG.read_text()) | {"quantization_config": export.QUANTIZATION}
     settings = json.loads((DIRECTORY / "tokenizer_config.json").read_text())
     assert settings["chat_template"] == export.CHAT_TEMPLATE
-    assert dataclasses.asdict(ModelConfig.from_dir(DIRECTORY))["vocab_size"] == train_default_model.VOCABULARY
+    assert dataclasses.asdict(ModelConfig.from_dir(DIRECTORY))["vocab_size"] == train_default_model.VOCAB_SIZE

@@ -1,7 +1,7 @@
-"""The text: documentation that Debian packages under free licenses, unpacked without being installed.
+"""The training text: free documentation from Debian packages, unpacked without being installed.
 
-A document is (source, name, text). A part of the Python and Perl documents is held out: no training sees it, and
-`python -m jax_mla_cp.eval` hides its passkeys in it.
+A document is (source, name, text). Some of the Python and Perl documents are held out from training;
+`python -m jax_mla_cp.eval` hides its passkeys in them.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ PACKAGES = {
 
 _HELD_OUT_FROM = ("python3.11-doc", "perl-doc")
 _HELD_OUT_ONE_IN = 40
-_PLAIN = (".rst.txt", ".pod", ".rst")
-_MOST_LETTERS = 0.55  # fewer letters than this in a document: tables of characters and the like
-_LONGEST_DOCUMENT = 400_000  # characters: perl's lists of what changed
+_PLAIN_SUFFIXES = (".rst.txt", ".pod", ".rst")
+_MIN_LETTERS = 0.55  # fraction of the characters; below it are tables of characters and the like
+_MAX_DOCUMENT_CHARS = 400_000  # Perl's change logs are longer
 
 
 class Document(NamedTuple):
@@ -81,23 +81,23 @@ def load(path: Path) -> list[Document]:
 
 
 def _read(package: str, root: Path) -> Iterator[Document]:
-    """What is plain text in its source; a package that has none of it is read from its HTML."""
+    """Reads a package's plain-text sources or, if it has none, its HTML."""
     files = sorted(path for path in root.rglob("*") if path.is_file() and not path.is_symlink())
-    plain = [path for path in files if path.name.endswith(_PLAIN)]
+    plain = [path for path in files if path.name.endswith(_PLAIN_SUFFIXES)]
     seen: set[str] = set()
     for path in plain or [path for path in files if path.suffix == ".html"]:
         text = path.read_text(encoding="utf-8", errors="ignore")
-        text = _normal(text if plain else _from_html(text))
-        if text in seen or not 500 <= len(text) <= _LONGEST_DOCUMENT:
+        text = _normalize(text if plain else _from_html(text))
+        if text in seen or not 500 <= len(text) <= _MAX_DOCUMENT_CHARS:
             continue
-        if sum(c.isascii() and c.isalpha() for c in text) < _MOST_LETTERS * len(text):
+        if sum(c.isascii() and c.isalpha() for c in text) < _MIN_LETTERS * len(text):
             continue
         seen.add(text)
         yield Document(package, str(path.relative_to(root)), text)
 
 
-def _normal(text: str) -> str:
-    """Spaces at line ends go, and of several empty lines all but one."""
+def _normalize(text: str) -> str:
+    """Removes trailing spaces and repeated empty lines."""
     lines: list[str] = []
     for line in text.replace("\t", "        ").splitlines():
         line = line.rstrip()

@@ -1,8 +1,8 @@
-"""The network that is trained: DeepSeek-V3's, as plain functions of its checkpoint's tensors.
+"""The network for training: DeepSeek-V3's, as plain functions of its checkpoint's tensors.
 
-The package's own model is made for serving (a paged cache, loops that have no derivative); this one is made for training:
-whole sequences, cuDNN's attention, all experts for all tokens. tests/tools/ holds the two equal.
-Parameters have the names and shapes of a Hugging Face checkpoint, but a layer's experts are stacked.
+The package's own model is made for serving (a paged cache, loops without a derivative). This one is made for training: whole
+sequences, cuDNN attention, all experts for all tokens. tests/tools/ checks that both give the same logits.
+Parameters have the names and shapes of a Hugging Face checkpoint, but the experts of a layer are stacked.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from jax_mla_cp.model.layers import rope_frequencies
 
 Params = dict[str, jax.Array]
 QUANTIZED = ("_proj.weight", "_proj_with_mqa.weight")
-"""What a checkpoint of DeepSeek-V3 has in FP8: the linear layers, but not eh_proj, the router and the vocabulary."""
+"""Tensors that DeepSeek-V3's checkpoint has in FP8: all linear layers but eh_proj, router, embedding and head."""
 _BLOCK = 128
-_FP8_LARGEST = 448.0
+_FP8_MAX = 448.0
 
 
 def is_quantized(name: str) -> bool:
@@ -27,7 +27,7 @@ def is_quantized(name: str) -> bool:
 
 
 def shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """All parameters; the layer after the last is the one of multi-token prediction (MTP)."""
+    """Shapes of all parameters. The layer after the last is for multi-token prediction (MTP)."""
     D, N, R, r, h, v, Q = (
         c.hidden_size,
         c.num_heads,
@@ -77,7 +77,7 @@ def shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def initial(config: ModelConfig, key: jax.Array) -> Params:
-    """Norms 1, biases 0, matrices normal with 1 / sqrt(inputs), smaller where they add to the residual."""
+    """Initial parameters: norms 1, biases 0, matrices normal with 1 / sqrt(inputs), smaller at the ends of residual branches."""
     params = {}
     sizes = shapes(config)
     for k, (name, shape) in zip(jax.random.split(key, len(sizes)), sizes.items(), strict=True):
@@ -93,36 +93,38 @@ def initial(config: ModelConfig, key: jax.Array) -> Params:
     return params
 
 
-def blockwise(w: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(w in float8_e4m3fn, its float32 scales): one per 128 x 128 block of the last two dimensions, ragged at the edges."""
+def quantize(w: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Quantizes to float8_e4m3fn, with a float32 scale per 128 x 128 block of the last two dimensions. Returns both."""
     rows, cols = (-(-n // _BLOCK) for n in w.shape[-2:])
     pad = [(0, 0)] * (w.ndim - 2) + [(0, rows * _BLOCK - w.shape[-2]), (0, cols * _BLOCK - w.shape[-1])]
     blocks = jnp.pad(w, pad).reshape(*w.shape[:-2], rows, _BLOCK, cols, _BLOCK)
-    scale = jnp.maximum(jnp.abs(blocks).max((-3, -1)), 1e-12) / _FP8_LARGEST
-    small = (blocks / scale[..., :, None, :, None]).astype(ml_dtypes.float8_e4m3fn)
-    return small.reshape(*w.shape[:-2], rows * _BLOCK, cols * _BLOCK)[..., : w.shape[-2], : w.shape[-1]], scale
+    scale = jnp.maximum(jnp.abs(blocks).max((-3, -1)), 1e-12) / _FP8_MAX
+    quantized = (blocks / scale[..., :, None, :, None]).astype(ml_dtypes.float8_e4m3fn)
+    return quantized.reshape(*w.shape[:-2], rows * _BLOCK, cols * _BLOCK)[..., : w.shape[-2], : w.shape[-1]], scale
 
 
-def rounded(params: Params) -> Params:
-    """The parameters as FP8 will have them; derivatives pass as if nothing was rounded."""
+def fake_quantize(params: Params) -> Params:
+    """Rounds the parameters to their values in FP8, with a straight-through gradient."""
 
-    def through(name: str, w: jax.Array) -> jax.Array:
+    def straight_through(name: str, w: jax.Array) -> jax.Array:
         if not is_quantized(name):
             return w
-        small, scale = blockwise(w)
-        wide = scale.repeat(_BLOCK, -2).repeat(_BLOCK, -1)[..., : w.shape[-2], : w.shape[-1]]
-        return w + lax.stop_gradient(small.astype(w.dtype) * wide - w)
+        quantized, scale = quantize(w)
+        scale = scale.repeat(_BLOCK, -2).repeat(_BLOCK, -1)[..., : w.shape[-2], : w.shape[-1]]
+        return w + lax.stop_gradient(quantized.astype(w.dtype) * scale - w)
 
-    return {name: through(name, w) for name, w in params.items()}
+    return {name: straight_through(name, w) for name, w in params.items()}
 
 
 def forward(
     params: Params, tokens: jax.Array, c: ModelConfig, *, cudnn: bool
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-    """[B, S] token ids -> logits of the next token and of the one after (MTP), both [B, S, V] float32; and the load of
-    each layer's experts: name of its bias -> [E] share of the choices.
+    """Computes the logits of [B, S] token ids.
 
-    MTP at position t reads token t + 1; its last position reads the first token, and is not to be used.
+    Returns: logits of the next token and of the token after it (MTP), both [B, S, V] float32; and the load of each layer's experts,
+      by the name of its routing bias: [E], the fraction of all selections.
+
+    MTP at position t reads token t + 1. Its last position reads the first token and must not be used.
     """
     positions = jnp.arange(tokens.shape[1])
     angle = positions[:, None].astype(jnp.float32) * rope_frequencies(c.qk_rope_head_dim, c.rope)
@@ -177,7 +179,7 @@ def _attention(
     kv = _norm(latent[..., :R], params[p + "kv_a_layernorm.weight"]) @ params[p + "kv_b_proj.weight"].T
     kv = kv.reshape(batch, length, N, h + v)
     k = jnp.concatenate([kv[..., :h], jnp.broadcast_to(shared, (*kv.shape[:3], c.qk_rope_head_dim))], -1)
-    value = jnp.pad(kv[..., h:], [(0, 0)] * 3 + [(0, k.shape[-1] - v)])  # cuDNN wants one head size
+    value = jnp.pad(kv[..., h:], [(0, 0)] * 3 + [(0, k.shape[-1] - v)])  # cuDNN needs a single head size
     out = jax.nn.dot_product_attention(
         q, k, value, is_causal=True, scale=c.softmax_scale, implementation="cudnn" if cudnn else None
     )
@@ -190,18 +192,18 @@ def _mlp(params: Params, p: str, x: jax.Array) -> jax.Array:
 
 
 def _moe(params: Params, p: str, x: jax.Array, c: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """Every expert for every token, times a weight that is 0 for those that were not chosen: they are small."""
+    """Computes all experts for all tokens; the weights of unselected experts are 0. The experts are small."""
     scores = jax.nn.sigmoid(x.astype(jnp.float32) @ params[p + "gate.weight"].astype(jnp.float32).T)
     choice = lax.stop_gradient(scores + params[p + "gate.e_score_correction_bias"])
     grouped = choice.reshape(*choice.shape[:-1], c.n_group, -1)
     group = lax.top_k(grouped, 2)[0].sum(-1)
-    kept = group >= lax.top_k(group, c.topk_group)[0][..., -1:]
-    choice = jnp.where(kept[..., None], grouped, -jnp.inf).reshape(choice.shape)
-    chosen = choice >= lax.top_k(choice, c.experts_per_token)[0][..., -1:]
-    weight = jnp.where(chosen, scores, 0)
+    selected_groups = group >= lax.top_k(group, c.topk_group)[0][..., -1:]
+    choice = jnp.where(selected_groups[..., None], grouped, -jnp.inf).reshape(choice.shape)
+    selected = choice >= lax.top_k(choice, c.experts_per_token)[0][..., -1:]
+    weight = jnp.where(selected, scores, 0)
     weight = weight / (weight.sum(-1, keepdims=True) + 1e-20) * c.routed_scaling_factor
     gate, up = (jnp.einsum("bsd,efd->bsef", x, params[f"{p}experts.{name}_proj.weight"]) for name in ("gate", "up"))
     wide = jax.nn.silu(gate) * up * weight[..., None].astype(x.dtype)
     out = jnp.einsum("bsef,edf->bsd", wide, params[p + "experts.down_proj.weight"])
-    load = chosen.mean((0, 1), dtype=jnp.float32) / c.experts_per_token
+    load = selected.mean((0, 1), dtype=jnp.float32) / c.experts_per_token
     return out + _mlp(params, p + "shared_experts.", x), load

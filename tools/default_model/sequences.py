@@ -1,6 +1,6 @@
-"""What the model is trained on: documentation, with passkeys hidden in it and asked for.
+"""Training sequences: documentation with hidden passkeys, and questions for them.
 
-A batch follows from (seed, step) alone, so that a run that was interrupted goes on with the same data.
+A batch depends only on (seed, step), so a resumed run sees the same data.
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ from tokenizers import Tokenizer
 from default_model.vocabulary import ASSISTANT, BOS, EOS, USER
 from jax_mla_cp.eval.passkey import Passkey
 
-_CHAT = 0.3  # of the sequences are conversations
-_UNNAMED = 0.15  # have a single passkey, which belongs to nobody
-_NO_KEYS = 0.1  # are text alone
+# Fractions of the sequences.
+_CHAT = 0.3  # conversations
+_UNNAMED = 0.15  # with a single passkey, which has no name
+_NO_KEYS = 0.1  # text only
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """[B, S + 1] tokens, and for each token but the first how it counts as a target: 0 not, 1 as text, 2 as an answer."""
+    """[B, S + 1] tokens, and the kind of each token but the first as a target: 0 for none, 1 for text, 2 for an answer."""
 
     tokens: NDArray[np.int32]
     kind: NDArray[np.int8]
 
 
 class Sequences:
-    """Makes batches from the documents' tokens (one after the other, each behind a bos)."""
+    """Makes batches from the concatenated tokens of the documents, each of which begins with BOS."""
 
     def __init__(self, tokenizer: Tokenizer, stream: NDArray[np.uint16], seed: int):
         self._stream = stream
@@ -47,13 +48,13 @@ class Sequences:
         self._encode = encode
 
     def batch(self, step: int, size: int, length: int) -> Batch:
-        """`size` sequences of `length` targets."""
+        """Makes `size` sequences of `length` targets."""
         rng = random.Random(f"{self._seed} {step}")
         rows = [self._row(rng, length + 1) for _ in range(size)]
         return Batch(np.stack([tokens for tokens, _ in rows]), np.stack([kind[1:] for _, kind in rows]))
 
     def retrieval(self, seed: int, size: int, length: int) -> Batch:
-        """Sequences with one question at the end, whatever the depth of the answer: a test."""
+        """Makes sequences for evaluation, each with one question at its end and the answer at any depth."""
         rng = random.Random(f"retrieval {seed}")
         rows = [self._row(rng, length + 1, chat=False, count=1) for _ in range(size)]
         return Batch(np.stack([tokens for tokens, _ in rows]), np.stack([kind[1:] for _, kind in rows]))
@@ -77,9 +78,9 @@ class Sequences:
         questions = [self._chat_turn(key, first=i == 0) if chat else self._question(key) for i, key in enumerate(asked)]
         head = [self._bos, self._user] if chat and questions else [self._bos]
         end = self._join(questions)
-        room = length - len(head) - len(end[0]) - sum(len(tokens) for tokens, _ in facts)
-        text = self._text(rng, max(room, 0))
-        # Half of the texts have their keys anywhere, half in an early part: far from the question.
+        text_length = length - len(head) - len(end[0]) - sum(len(tokens) for tokens, _ in facts)
+        text = self._text(rng, max(text_length, 0))
+        # Half of the texts have their passkeys anywhere, half in an early part, far from the question.
         within = rng.choice((1.0, 1.0, 0.5, 0.1))
         cuts = sorted(int(rng.random() * within * len(text)) for _ in facts)
         body = []
@@ -97,7 +98,7 @@ class Sequences:
         return self._stream[start : start + length].astype(np.int32)
 
     def _fact(self, key: Passkey) -> tuple[NDArray[np.int32], NDArray[np.int8]]:
-        """No target: it can't be known before, and the model is not to put passkeys into texts."""
+        """A fact is not a target: it is unpredictable, and the model must not learn to write passkeys into text."""
         return self._marked((f"\n{key.fact()}\n", 0))
 
     def _question(self, key: Passkey) -> tuple[NDArray[np.int32], NDArray[np.int8]]:

@@ -1,4 +1,4 @@
-"""The loss, the optimizer, and the stages of rising length."""
+"""Loss, optimizer, and the stages of increasing length."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Stage:
 
 
 STAGES = (Stage(512, 256, 1400), Stage(2048, 64, 700), Stage(8192, 16, 300), Stage(20480, 8, 260))
-"""Retrieval does not extrapolate: what is to be found at 16K must be looked for at more than 16K."""
+"""Retrieval does not extrapolate: to work at 16K it must be trained at more than 16K."""
 PEAK, WARMUP, DECAY_FROM = 2e-3, 300, 0.55
-ROUNDED_FROM = 0.8
-"""From this part of the steps on the weights are rounded to FP8 in every step, as they will be in the end."""
+QAT_FROM = 0.8
+"""Fraction of the steps after which every step rounds the weights to FP8 (quantization-aware training)."""
 
 
 @jax.tree_util.register_dataclass
@@ -43,7 +43,7 @@ def total_steps(stages: tuple[Stage, ...]) -> int:
 
 
 def optimizer(steps: int) -> optax.GradientTransformation:
-    """AdamW: warm-up, constant, linear to a hundredth. What has one dimension does not decay."""
+    """AdamW with warmup, a constant phase and a linear decay to a hundredth. Only matrices have weight decay."""
     decay_from = int(DECAY_FROM * steps)
     rate = optax.join_schedules(
         [
@@ -61,27 +61,29 @@ def optimizer(steps: int) -> optax.GradientTransformation:
 
 
 def loss(
-    params: network.Params, tokens: jax.Array, kind: jax.Array, c: ModelConfig, *, rounded: bool, cudnn: bool
+    params: network.Params, tokens: jax.Array, kind: jax.Array, c: ModelConfig, *, fp8: bool, cudnn: bool
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, dict[str, jax.Array]]]:
-    """Text and answers count as much as each other, although answers are few tokens.
+    """Mean loss of text plus mean loss of answers, which have equal weight although answers are few tokens; plus MTP's.
 
     Args:
-      tokens: [B, S + 1]; kind: [B, S], of the targets: 0 not, 1 text, 2 answer.
+      tokens: [B, S + 1].
+      kind: [B, S], the kind of each target: 0 for none, 1 for text, 2 for an answer.
+      fp8: round the weights to FP8.
 
-    Returns: the loss; (of the text, of the answers, the load of the experts).
+    Returns: the loss; (loss of text, loss of answers, load of the experts).
     """
-    if rounded:
-        params = network.rounded(params)
-    half = {name: w.astype(jnp.bfloat16) if _in_half(name) and cudnn else w for name, w in params.items()}
-    logits, further, loads = network.forward(half, tokens[:, :-1], c, cudnn=cudnn)
-    main = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-    mtp = optax.softmax_cross_entropy_with_integer_labels(further[:, :-1], tokens[:, 2:])
-    text, answers = _mean(main, kind == 1), _mean(main, kind == 2)
-    ahead = _mean(mtp, kind[:, 1:] == 1) + _mean(mtp, kind[:, 1:] == 2)
-    return text + answers + _MTP_WEIGHT * ahead, (text, answers, loads)
+    if fp8:
+        params = network.fake_quantize(params)
+    cast = {name: w.astype(jnp.bfloat16) if _in_bfloat16(name) and cudnn else w for name, w in params.items()}
+    logits, mtp_logits, loads = network.forward(cast, tokens[:, :-1], c, cudnn=cudnn)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+    mtp_losses = optax.softmax_cross_entropy_with_integer_labels(mtp_logits[:, :-1], tokens[:, 2:])
+    text, answers = _mean(losses, kind == 1), _mean(losses, kind == 2)
+    mtp = _mean(mtp_losses, kind[:, 1:] == 1) + _mean(mtp_losses, kind[:, 1:] == 2)
+    return text + answers + _MTP_WEIGHT * mtp, (text, answers, loads)
 
 
-def _in_half(name: str) -> bool:
+def _in_bfloat16(name: str) -> bool:
     return not name.endswith(("gate.weight", "correction_bias"))
 
 
@@ -89,31 +91,29 @@ def _mean(values: jax.Array, where: jax.Array) -> jax.Array:
     return jnp.where(where, values, 0).sum() / jnp.maximum(where.sum(), 1)
 
 
-@functools.partial(jax.jit, static_argnames=("c", "steps", "rounded", "cudnn"), donate_argnums=0)
+@functools.partial(jax.jit, static_argnames=("c", "steps", "fp8", "cudnn"), donate_argnums=0)
 def train_step(
-    state: State, tokens: jax.Array, kind: jax.Array, *, c: ModelConfig, steps: int, rounded: bool, cudnn: bool
+    state: State, tokens: jax.Array, kind: jax.Array, *, c: ModelConfig, steps: int, fp8: bool, cudnn: bool
 ) -> tuple[State, jax.Array]:
-    """One step; returns the losses [text, answers]."""
-    grads, (text, answers, loads) = jax.grad(loss, has_aux=True)(
-        state.params, tokens, kind, c, rounded=rounded, cudnn=cudnn
-    )
+    """Runs a step. Returns the new state and the losses [text, answers]."""
+    grads, (text, answers, loads) = jax.grad(loss, has_aux=True)(state.params, tokens, kind, c, fp8=fp8, cudnn=cudnn)
     updates, opt = optimizer(steps).update(grads, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
-    # Balance without a loss: an expert that has too little to do gets a larger bias (arXiv:2408.15664).
+    # Load balancing without an auxiliary loss: an underloaded expert gets a larger bias (arXiv:2408.15664).
     for name, load in loads.items():
         params[name] = state.params[name] + _BIAS_SPEED * jnp.sign(1 / len(load) - load)
     return State(params, opt), jnp.stack([text, answers])
 
 
-@functools.partial(jax.jit, static_argnames=("c", "rounded", "cudnn"))
+@functools.partial(jax.jit, static_argnames=("c", "fp8", "cudnn"))
 def score(
-    params: network.Params, tokens: jax.Array, kind: jax.Array, *, c: ModelConfig, rounded: bool, cudnn: bool
+    params: network.Params, tokens: jax.Array, kind: jax.Array, *, c: ModelConfig, fp8: bool, cudnn: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """(sequences whose answer is right in every token, mean loss of the text)."""
-    if rounded:
-        params = network.rounded(params)
-    half = {name: w.astype(jnp.bfloat16) if _in_half(name) and cudnn else w for name, w in params.items()}
-    logits, _, _ = network.forward(half, tokens[:, :-1], c, cudnn=cudnn)
-    right = (logits.argmax(-1) == tokens[:, 1:]) | (kind != 2)
+    """Returns the fraction of sequences whose answer is entirely right, and the mean loss of the text."""
+    if fp8:
+        params = network.fake_quantize(params)
+    cast = {name: w.astype(jnp.bfloat16) if _in_bfloat16(name) and cudnn else w for name, w in params.items()}
+    logits, _, _ = network.forward(cast, tokens[:, :-1], c, cudnn=cudnn)
+    correct = (logits.argmax(-1) == tokens[:, 1:]) | (kind != 2)
     text = _mean(optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]), kind == 1)
-    return right.all(-1).mean(), text
+    return correct.all(-1).mean(), text

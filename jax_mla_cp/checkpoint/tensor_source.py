@@ -1,4 +1,4 @@
-"""Where tensors come from: a directory of safetensors files, or arrays in memory."""
+"""Sources of named tensors: the protocol, and a directory of safetensors files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from jax_mla_cp.config.errors import ConfigError
+from jax_mla_cp.checkpoint.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -37,12 +37,8 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 }
 
 
-class CheckpointError(ConfigError):
-    """A checkpoint that can't be loaded: a broken file, or tensors that are not what config.json describes."""
-
-
 class TensorSource(Protocol):
-    """Named tensors in the layout and under the names of a Hugging Face checkpoint."""
+    """Named tensors, with the names and layout of a Hugging Face checkpoint."""
 
     def names(self) -> Iterable[str]: ...
 
@@ -51,27 +47,8 @@ class TensorSource(Protocol):
     def dtype(self, name: str) -> np.dtype[Any]: ...
 
     def read(self, name: str) -> NDArray[Any]:
-        """The tensor, as a view of the source's memory where it can be."""
+        """Returns the tensor, where possible as a view of the source's memory."""
         ...
-
-
-class ArraySource:
-    """Arrays in memory."""
-
-    def __init__(self, arrays: Mapping[str, NDArray[Any]]):
-        self._arrays = arrays
-
-    def names(self) -> Iterable[str]:
-        return self._arrays.keys()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._arrays[name].shape
-
-    def dtype(self, name: str) -> np.dtype[Any]:
-        return self._arrays[name].dtype
-
-    def read(self, name: str) -> NDArray[Any]:
-        return self._arrays[name]
 
 
 class _Entry(NamedTuple):
@@ -82,13 +59,13 @@ class _Entry(NamedTuple):
 
 
 class SafetensorsSource:
-    """A directory with `model.safetensors`, or with shards and their `model.safetensors.index.json`.
+    """A directory with `model.safetensors`, or with shards and their index, `model.safetensors.index.json`.
 
-    The files are mapped, not read: `read` returns a read-only view of the page cache, which costs no anonymous memory.
-    (safetensors' own NumPy reader copies each tensor whole, also for a device that keeps only a slice of it.)
+    The files are memory-mapped: `read` returns a read-only view of the page cache and uses no anonymous memory.
+    (The safetensors library's NumPy reader copies the whole tensor, even for a device that keeps a slice of it.)
 
     Raises:
-      CheckpointError: no such files, a shard that is missing or truncated, a header that doesn't fit its file.
+      CheckpointError: the files or one of the shards are missing, a file is truncated, or its header does not match it.
     """
 
     def __init__(self, directory: str | Path):
@@ -120,7 +97,7 @@ class SafetensorsSource:
         return flat.reshape(entry.shape)
 
     def _add_shards(self, directory: Path) -> None:
-        """The index says which tensor is in which file; the files' own headers say what it is."""
+        """Maps the files that the index lists. Shapes, dtypes and offsets come from the files' own headers."""
         try:
             weight_map = json.loads((directory / INDEX).read_text())["weight_map"]
             shards = sorted(set(weight_map.values()))
@@ -128,31 +105,31 @@ class SafetensorsSource:
             raise CheckpointError(
                 f"{directory / INDEX}: expected a JSON object with a 'weight_map': {error!r}"
             ) from error
-        absent = [shard for shard in shards if Path(shard).name != shard or not (directory / shard).is_file()]
-        if absent:
+        missing = [shard for shard in shards if Path(shard).name != shard or not (directory / shard).is_file()]
+        if missing:
             raise CheckpointError(
-                f"--model {directory}: {len(absent)} of {len(shards)} files that {INDEX} names are missing: "
-                f"{', '.join(absent[:20])}. Download them again."
+                f"--model {directory}: {len(missing)} of {len(shards)} files listed in {INDEX} are missing: "
+                f"{', '.join(missing[:20])}. Download them again."
             )
         self.files = [directory / shard for shard in shards]
         files = {shard: _map_file(directory / shard) for shard in shards}
         for name, shard in weight_map.items():
             if name not in files[shard]:
-                raise CheckpointError(f"{directory / shard}: has no tensor {name!r}, which {INDEX} says it has.")
+                raise CheckpointError(f"{directory / shard}: has no tensor {name!r}, although {INDEX} lists it there.")
             self._entries[name] = files[shard][name]
 
 
 def _map_file(path: Path) -> dict[str, _Entry]:
-    """Maps one safetensors file (header's length as a little-endian u64, JSON header, data) and checks its sizes."""
+    """Maps a safetensors file (header length as a little-endian u64, JSON header, data) and checks its sizes."""
     size = path.stat().st_size
     if size < 8:
-        raise CheckpointError(f"{path}: truncated: {size} bytes are no safetensors file. Download it again.")
+        raise CheckpointError(f"{path}: truncated: {size} bytes are too few for a safetensors file. Download it again.")
     with path.open("rb") as stream:
         file = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     data = 8 + int.from_bytes(file[:8], "little")
     if data > size:
         raise CheckpointError(
-            f"{path}: truncated: its header ends at byte {data}, the file at {size}. Download it again."
+            f"{path}: truncated: the header ends at byte {data}, the file at byte {size}. Download it again."
         )
     try:
         header: dict[str, Any] = json.loads(file[8:data])
@@ -165,16 +142,16 @@ def _map_file(path: Path) -> dict[str, _Entry]:
         raise CheckpointError(f"{path}: not a safetensors header: {error!r}") from error
     if end > size:
         raise CheckpointError(
-            f"{path}: truncated: its tensors end at byte {end}, the file at {size}. Download it again."
+            f"{path}: truncated: the tensors end at byte {end}, the file at byte {size}. Download it again."
         )
     return entries
 
 
 def _entry(file: mmap.mmap, data: int, name: str, spec: Mapping[str, Any]) -> _Entry:
     if spec["dtype"] not in _DTYPES:
-        raise CheckpointError(f"{name}: dtype {spec['dtype']} is not supported; supported are {', '.join(_DTYPES)}.")
+        raise CheckpointError(f"{name}: dtype {spec['dtype']} is not supported. Supported: {', '.join(_DTYPES)}.")
     dtype, shape = _DTYPES[spec["dtype"]], tuple(spec["shape"])
     begin, end = spec["data_offsets"]
     if begin < 0 or end - begin != math.prod(shape) * dtype.itemsize:
-        raise CheckpointError(f"{name}: {end - begin} bytes do not hold shape {shape} of {spec['dtype']}.")
+        raise CheckpointError(f"{name}: {end - begin} bytes of data for shape {list(shape)} of {spec['dtype']}.")
     return _Entry(file, dtype, shape, data + begin)

@@ -181,8 +181,8 @@ def test_parts_are_joined() -> None:
         ([{"content": "a"}], r"messages\[0\].role: expected one of system, user, assistant, got None"),
         ([{"role": "tool", "content": "a"}], r"messages\[0\].role: .* got 'tool'"),
         ([{"role": ["user"], "content": "a"}], r"messages\[0\].role: .* got \['user'\]"),
-        ([{"role": "user"}], r"messages\[0\].content: expected text .* got NoneType"),
-        ([{"role": "user", "content": 1}], r"messages\[0\].content: expected text .* got int"),
+        ([{"role": "user"}], r"messages\[0\].content: expected a string .* got NoneType"),
+        ([{"role": "user", "content": 1}], r"messages\[0\].content: expected a string .* got int"),
         ([{"role": "user", "content": ["a"]}], r"messages\[0\].content\[0\]: expected"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], r"messages\[0\].content\[0\]: expected"),
         ([{"role": "user", "content": [{"type": "text"}]}], r"messages\[0\].content\[0\]: expected"),
@@ -195,7 +195,7 @@ def test_bad_messages(messages: Any, message: str) -> None:
 
 
 def test_variables_are_data() -> None:
-    with pytest.raises(ValueError, match="variables for the chat template: expected values as in JSON"):
+    with pytest.raises(ValueError, match="variables for the chat template: expected JSON values"):
         template("deepseek_v3").render(conversation("a"), file=Path("x"))
 
 
@@ -265,11 +265,11 @@ def test_no_template(tmp_path: Path, tokenizer: Tokenizer | None) -> None:
 @pytest.mark.parametrize(
     ("setting", "file", "message"),
     [
-        (NAMED[:1], None, r"tokenizer_config.json: chat_template 'default': no such template; the list has \['rag'\]"),
-        ({"default": "a"}, None, "tokenizer_config.json: chat_template: expected text, got dict"),
+        (NAMED[:1], None, r"tokenizer_config.json: chat_template 'default': not found; the templates are \['rag'\]"),
+        ({"default": "a"}, None, "tokenizer_config.json: chat_template: expected a string, got dict"),
         ("a\n{% if %}", None, "tokenizer_config.json: chat_template, line 2: Expected an expression"),
         (None, "a\n\n{{ b", "chat_template.jinja, line 3: "),
-        (None, "a" * (1 << 19), "524288 characters; a template may have 262144"),
+        (None, "a" * (1 << 19), "524288 characters; the limit for a template is 262144"),
     ],
 )
 def test_bad_templates(tmp_path: Path, setting: Any, file: str | None, message: str) -> None:
@@ -280,7 +280,7 @@ def test_bad_templates(tmp_path: Path, setting: Any, file: str | None, message: 
 def test_a_template_that_is_no_text(tmp_path: Path) -> None:
     in_directory(tmp_path)
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
-    with pytest.raises(TokenizerError, match=r"chat_template.jinja: not readable as UTF-8"):
+    with pytest.raises(TokenizerError, match=r"chat_template.jinja: can't be read as UTF-8"):
         Tokenizer.from_dir(tmp_path, 1000)
 
 

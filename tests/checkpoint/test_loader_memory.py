@@ -40,7 +40,7 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_compilation_cache_dir", sys.argv[5])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 from flax import nnx
-from jax_mla_cp.checkpoint import SafetensorsSource, load_converted, load_params, open_converted, orbax_load
+from jax_mla_cp.checkpoint import SafetensorsSource, load_converted, load_params, open_converted, orbax_loader
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.mesh import make_mesh, mesh_shape
 from jax_mla_cp.model.context import Build
@@ -55,7 +55,7 @@ mesh = make_mesh("tp=4") if sys.argv[2] == "mesh" else None
 declared = nnx.state(Decoder(Build(config, mesh_shape(mesh) if mesh else None, fp8=sys.argv[4] == "True")))
 
 if sys.argv[3] == "blocks":  # as on GPUs
-    orbax_load.block_bytes, orbax_load._IN_FLIGHT = (lambda device: 2 << 20), 8 << 20
+    orbax_loader.block_bytes, orbax_loader._IN_FLIGHT_BYTES = (lambda device: 2 << 20), 8 << 20
 
 def load():
     if sys.argv[3] == "safetensors":

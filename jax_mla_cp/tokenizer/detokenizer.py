@@ -1,0 +1,60 @@
+"""Incremental detokenization: the text of tokens that arrive one by one."""
+
+from __future__ import annotations
+
+from jax_mla_cp.tokenizer.tokenizer import Tokenizer
+
+_REPLACEMENT = "\ufffd"  # stands for bytes that are not, or not yet, a code point
+# U+FFFD at the end of a text that the next token may still turn into a code point: 3 bytes that lack the fourth, and because
+# byte-fallback decoders reject a run of bytes as a whole, the 4 bytes of a code point just before.
+_MAX_INCOMPLETE = 7
+_WINDOW = 32  # tokens that are decoded again, before `Detokenizer` looks for a place to drop some
+
+
+class Detokenizer:
+    """Decodes the tokens of one request incrementally.
+
+    Text never ends within a code point. The results of `add` and `finish` add up to `Tokenizer.decode` of all tokens, with one
+    exception: with byte fallback (Llama's kind of tokenizer.json), invalid UTF-8 changes the text of a whole run of byte
+    tokens, of which more than a code point may have been returned.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._decode = tokenizer.decode
+        self._ids: list[int] = []  # the latest tokens; the text of a token may depend on those before it
+        self._returned = 0  # characters of these tokens' text that have been returned
+        self._pending = 0  # tokens since the text last ended with a complete code point
+
+    def add(self, token: int) -> str:
+        """Returns the text that `token` completes; often empty."""
+        self._ids.append(token)
+        self._pending += 1
+        text = self._decode(self._ids)
+        incomplete = min(len(text) - len(text.rstrip(_REPLACEMENT)), _MAX_INCOMPLETE)
+        end = max(len(text) - incomplete, self._returned)
+        piece = text[self._returned : end]
+        self._returned = end
+        if piece and not incomplete:
+            self._drop(len(self._ids) - self._pending)
+            self._pending = 0
+        elif len(self._ids) > _WINDOW and self._separable(_WINDOW // 2, text):
+            self._drop(_WINDOW // 2)
+        return piece
+
+    def finish(self) -> str:
+        """Returns the rest: U+FFFD for the bytes of a code point that remained incomplete."""
+        rest = self._decode(self._ids)[self._returned :]
+        self._returned += len(rest)
+        return rest
+
+    def _drop(self, tokens: int) -> None:
+        """Drops the first tokens."""
+        length = len(self._decode(self._ids))
+        self._ids = self._ids[tokens:]
+        self._pending = min(self._pending, len(self._ids))
+        self._returned -= length - len(self._decode(self._ids))
+
+    def _separable(self, tokens: int, text: str) -> bool:
+        """True if the text of the first tokens has been returned and shares no code point with the rest."""
+        first = self._decode(self._ids[:tokens])
+        return len(first) <= self._returned and first + self._decode(self._ids[tokens:]) == text

@@ -1,0 +1,69 @@
+"""`checkpoint inspect`: either kind of checkpoint, damaged files, values that are not finite."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from jax_mla_cp.checkpoint import ConvertedCheckpoint
+from jax_mla_cp.checkpoint.__main__ import main
+from tests.helpers.converted import chunks, flip
+
+
+def inspect(*flags: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:
+    code = main(["inspect", *flags, "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_inspect_either_kind(source: Path, made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, two = (inspect(str(where), "--mesh", "tp=2,cp=2", "--verify", capsys=capsys) for where in (source, made))
+    assert one[0] == two[0] == 0 and one[1]["problems"] == two[1]["problems"] == []
+    for key in ("parameters", "bytes", "dtypes", "groups", "device", "model_type"):
+        if key == "groups":
+            assert one[1][key].keys() == two[1][key].keys()
+        assert one[1][key] == two[1][key], key
+    assert one[1]["model_type"] == "deepseek_v3" and list(one[1]["dtypes"]) == ["bfloat16"]
+    assert two[1]["verified"]["checksums"] and not one[1]["verified"]["checksums"]
+    assert main(["inspect", str(made), "--tensors", "--mesh", "tp=2", "--verify"]) == 0
+    shown = capsys.readouterr().out
+    assert "moe.mlp.gate_up" in shown and "routed experts" in shown and "checksums verified" in shown
+
+
+def test_inspect_finds_damage(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flip(out / "weights/state/moe.mlp.down/c/1/11/0/0")
+    assert inspect(str(out), capsys=capsys)[0] == 0, "sizes are right"
+    code, report = inspect(str(out), "--verify", capsys=capsys)
+    assert code == 1 and len(report["problems"]) == 1 and "moe.mlp.down/c/1/11/0/0" in report["problems"][0]
+    (out / "jax_mla_cp.json").unlink()
+    assert main(["inspect", str(out)]) == 1
+    assert "jax_mla_cp.json: missing" in capsys.readouterr().err
+
+
+def test_inspect_finds_numbers_that_are_none(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = Path(shutil.copytree(source, tmp_path / "bad"))
+    shard = sorted(bad.glob("*.safetensors"))[0]
+    tensors = load_file(shard)
+    name = next(iter(tensors))
+    tensors[name].view(-1)[:2] = torch.tensor([float("nan"), float("inf")])
+    save_file(tensors, shard)
+    code, report = inspect(str(bad), "--verify", capsys=capsys)
+    assert code == 1 and report["problems"] == [f"{name}: 2 values are NaN or infinite"]
+
+
+def test_inspect_calls_a_half_converted_checkpoint_that(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = ConvertedCheckpoint.read(out)
+    dataclasses.replace(manifest, complete=False, files={}).write()
+    written = sorted(chunks(out))
+    (out / written[0]).unlink()
+    for verify in ([], ["--verify"]):
+        code, report = inspect(str(out), *verify, capsys=capsys)
+        (problem,) = report["problems"]
+        assert code == 1
+        assert problem.startswith(f"half-converted: {len(written) - 1} of {len(written)} chunks are written. Finish it")
