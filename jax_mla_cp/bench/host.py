@@ -1,8 +1,7 @@
-"""`host`: what the host does for a step, without the devices' part of it: the engine's schedule and text, works to arrays,
-arrays to the devices, outcomes.
+"""`host`: host time of a step: the engine (scheduling, detokenizing, metrics), requests to arrays, arrays to the devices, results.
 
-All works decode, each with a single token after its own context. No model is made: the devices only receive what they would
-in a step of the real one.
+All requests decode, each with a single token after its own context. No model is made: the devices only receive the arrays of
+a step.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ def run(options: Options, config: ModelConfig, report: Report) -> None:
                 at_most=_HOLD_MS[requests],
             )
     report.notes.append(
-        "ms: engine + arrays + pack + outcomes. engine: schedule, works, tokens to text, events, metrics. arrays: works are checked, laid out over the ranks and made into arrays. "
+        "ms: engine + arrays + pack + outcomes. engine: scheduling, detokenizing, events, metrics. arrays: requests are checked, laid out over the ranks and made into arrays. "
         "put: two arrays to every device, and waiting for them."
     )
 
