@@ -1,4 +1,4 @@
-"""How long the engine's own part of a step takes: schedule, works, outcomes, text; without a model."""
+"""Host time of the engine in a decode step: scheduling, requests, results and text, without a model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jax_mla_cp.tokenizer import Tokenizer
 
 
 class NoModel:
-    """Steps that cost nothing: each samples the same token after whatever it is given.
+    """A runner whose steps cost nothing and always sample the same token.
 
     Implements `jax_mla_cp.engine.steps.Steps`.
     """
@@ -44,17 +44,17 @@ class NoModel:
         self._sampled = StepResult([SampledToken(token, -1.0, *top)], [])
 
     def check(self, work: StepRequest) -> None:
-        """Nothing is wrong with any."""
+        """Accepts every request."""
 
     def step(self, work: Sequence[Sequence[StepRequest]]) -> list[list[StepResult]]:
         return [[self._sampled if w.sampling else StepResult([], []) for w in works] for works in work]
 
     def reset(self) -> None:
-        """There is nothing to lose."""
+        """Does nothing: there is no cache."""
 
 
-class _Steps(Telemetry):
-    """The server's own observer, whose time counts too; and the reports of all steps."""
+class _RecordingTelemetry(Telemetry):
+    """The server's observer, whose time counts too, with the reports of all steps."""
 
     def __init__(self) -> None:
         super().__init__(About("none", 1, chat=False, mesh=MeshShape(), facts={}))
@@ -68,17 +68,20 @@ class _Steps(Telemetry):
 def host_seconds(
     runner: Steps, *, requests: int, steps: int, prompt_tokens: int = 32, tokenizer: Tokenizer | None = None
 ) -> list[float]:
-    """The engine's own seconds in each step in which `requests` requests decode: about `steps` of them.
+    """Measures the engine's own time per decode step.
 
     Args:
-      runner: a stand-in (`NoModel`), or a real one; its own time does not count.
-      requests: as many as it can run, over all dp groups, with room for `prompt_tokens + steps` tokens each.
-      tokenizer: makes text of the tokens; None: there is no text.
+      runner: a stand-in (`NoModel`) or a real runner, whose own time does not count.
+      requests: the number that the runner can run, over all dp groups, each with `prompt_tokens + steps` tokens.
+      steps: tokens that each request generates.
+      tokenizer: detokenizes the output; None: no text is made.
+
+    Returns: seconds of each step in which all requests decode and none is prefilled; about `steps` of them.
 
     Raises:
-      ValueError: a request failed or could not be.
+      ValueError: a request was refused or failed.
     """
-    observer, done, failed = _Steps(), threading.Semaphore(0), []
+    observer, done, failed = _RecordingTelemetry(), threading.Semaphore(0), []
 
     def emit(event: Event) -> None:
         if isinstance(event, Failed):
