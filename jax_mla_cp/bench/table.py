@@ -204,8 +204,8 @@ def _same(rows: list[dict[str, Any]], key: str) -> bool:
 
 
 def _hold_table(holds: list[Hold]) -> Table:
-    table = Table(title="targets", title_justify="left")
-    for column in ("what", "target", "measured", ""):
+    table = Table(title="numbers to hold", title_justify="left")
+    for column in ("what", "hold", "seen", ""):
         table.add_column(column, justify="left" if column in ("what", "") else "right")
     for hold in holds:
         seen = "not measured" if hold.seen is None else f"{hold.seen:.4g}"
