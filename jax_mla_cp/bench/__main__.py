@@ -1,4 +1,4 @@
-"""python -m jax_mla_cp.bench: `--help` tells what it measures and how."""
+"""`python -m jax_mla_cp.bench`: runs one benchmark. See `--help`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.mesh import MeshShape
 
 _WITHOUT_KERNELS = ("load", "host")
-"""Commands whose numbers are not the device's."""
+"""Commands that don't measure the device."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _topology(options: Options) -> MeshShape | None:
-    """The devices that the run takes part in, mocked or virtual; None: those that there are."""
+    """The mesh to mock, or to make virtual devices for; None: use the devices as they are."""
     if options.command in ("layer", "model", "host") or options.full:
         return options.mesh
     if options.platform == "cpu" and options.command == "load":
@@ -61,7 +61,7 @@ def _run(options: Options, argv: list[str]) -> int:
         report.notes.append("stopped with Ctrl-C: the tables hold what was measured until then.")
         stopped = True
     if options.platform == "cpu" and options.command not in _WITHOUT_KERNELS:
-        report.notes.append("on a CPU: these numbers say that the program runs, and nothing else.")
+        report.notes.append("on a CPU these numbers only show that the program runs.")
     report.save()
     report.show()
     return 130 if stopped else int(report.failed > 0)

@@ -1,4 +1,4 @@
-"""`attention`: one call for an unsharded prompt, and one for each cp rank's rows of it, in both forms; cuDNN beside them."""
+"""`attention`: an unsharded prompt and each cp rank's rows of it, in both forms, compared with cuDNN and tokamax."""
 
 from __future__ import annotations
 
@@ -36,9 +36,8 @@ def run(options: Options, config: ModelConfig, report: Report) -> None:
     if implementation == "fa3" and options.dtype != "bfloat16":
         report.notes.append("FlashAttention-3 computes in bfloat16, whatever --dtype says.")
     report.notes.append(
-        "balance = time of the unsharded call / cp / time of the slowest rank; FLOPs are those of visible pairs alone. "
-        "cuDNN and tokamax take the whole prompt, keys 192 wide, with values padded to 192; what they are compared with "
-        "is the unsharded expanded call."
+        "balance: time of the unsharded call / cp / time of the slowest rank. FLOPs count unmasked query-key pairs only. cuDNN and "
+        "tokamax run the whole prompt with values padded to the keys' width, 192; `x faster` compares the unsharded expanded call."
     )
     if importlib.util.find_spec("tokamax") is None:
         report.notes.append("tokamax is not installed (pip install tokamax): no rows of it.")
@@ -51,7 +50,7 @@ def run(options: Options, config: ModelConfig, report: Report) -> None:
 
 
 class _Bench:
-    """The rows of one prompt length and number of heads."""
+    """Adds the rows of one prompt length and number of heads."""
 
     def __init__(
         self, options: Options, config: ModelConfig, report: Report, implementation: Resolved, seq: int, heads: int
@@ -62,7 +61,7 @@ class _Bench:
         self.facts = {"seq": seq, "heads": heads, "dtype": options.dtype}
 
     def form(self, form: FormName) -> float | None:
-        """All rows of a form, timed in turn; returns the unsharded call's seconds, or None if they failed."""
+        """Adds all rows of a form, timed in turn. Returns the unsharded call's seconds, or None if they failed."""
         call = _expanded_call if form == "expanded" else _absorbed_call
         name = kernels.name(self.implementation, form)
         places = [(1, 0)] + [(cp, rank) for cp in self.options.cp if self.seq >= 2 * cp for rank in range(cp)]
@@ -108,7 +107,7 @@ class _Bench:
             moved=attention_bytes(form, self.config, int(rows.cu_q[-1]), int(rows.kv_len.max()), self.heads),
         )
         row = timing.row() | self.report.beside_roof(cost, timing.seconds)
-        del row["gbs"]  # not what bounds it
+        del row["gbs"]  # memory does not bound it
         return row
 
     def _balance(self, form: FormName, cp: int, balance: float) -> None:
@@ -118,7 +117,7 @@ class _Bench:
             self.report.hold(f"{form}, cp={cp}: balance", balance, at_least=_HOLD[form]["balance"])
 
     def others(self, ours: float | None) -> None:
-        """cuDNN's and tokamax's attention of the same prompt."""
+        """Adds rows of cuDNN's and tokamax's attention on the same prompt."""
         contenders: dict[str, Callable[..., Any]] = {
             "cuDNN (jax.nn)": lambda q, k, v, scale: jax.nn.dot_product_attention(
                 q, k, v, scale=scale, is_causal=True, implementation="cudnn"
@@ -159,7 +158,7 @@ def _tokamax(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> Any:
 def _expanded_call(
     implementation: Resolved, options: Options, config: ModelConfig, seq: int, heads: int
 ) -> Callable[[Rows], Callable[[], Any]]:
-    """Makes the operands once; gives the call for some rows."""
+    """Makes the operands once. Returns a function from rows to the call that runs them."""
     dim = config.qk_nope_head_dim + config.qk_rope_head_dim
     q = normal(0, (seq, heads, dim), options.dtype)
     kv = normal(1, (seq, heads, dim + config.v_head_dim), options.dtype)
@@ -175,7 +174,7 @@ def _expanded_call(
 def _absorbed_call(
     implementation: Resolved, options: Options, config: ModelConfig, seq: int, heads: int
 ) -> Callable[[Rows], Callable[[], Any]]:
-    """The same over pages in random order. All rows have the same pages: they are of one prompt."""
+    """Like `_expanded_call`, over pages in random order. All rows share their pages, because they are of one prompt."""
     c = config
     q_latent = normal(0, (heads, seq, c.kv_lora_rank), options.dtype)
     q_rope = normal(1, (seq, heads, c.qk_rope_head_dim), options.dtype)
@@ -187,7 +186,6 @@ def _absorbed_call(
     def call(rows: Rows) -> Callable[[], Any]:
         tokens = int(rows.cu_q[-1])
         table = jnp.asarray(np.tile(order, (len(rows.kv_len), 1)))
-        # The seam's own `request` says which row of the table a row reads; the tables here are per row already.
         placed = jax.device_put(rows)
         latent, rope = q_latent[:, :tokens], q_rope[:tokens]
         return lambda: kernel(latent, rope, pages, table, placed)

@@ -1,4 +1,4 @@
-"""Random arrays, made on the device where they are needed: kernels run faster on zeros than on real numbers."""
+"""Random arrays, made on the device: kernels run faster on zeros than on real numbers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from jax import lax
 
 from jax_mla_cp.model.fp8 import fp8_bytes
 
-_BLOCK = 1 << 26  # numbers at a time, so that their float32 intermediates stay small
+_BLOCK = 1 << 26  # elements at a time, which bounds the float32 intermediates
 
 
 def fill(out: jax.Array, key: jax.Array, scale: float = 1.0) -> jax.Array:
-    """`out` with N(0, scale^2) in it, a block of rows at a time. Traceable; donate `out`, and nothing is held twice.
+    """Fills `out` with N(0, scale^2), a block of rows at a time. Traceable; donate `out` to keep a single copy.
 
     uint8 stands for float8_e4m3fn, as in model/quantized.py.
     """
@@ -39,5 +39,5 @@ def _fill(out: jax.Array, seed: int, scale: float) -> jax.Array:
 def normal(
     seed: int, shape: tuple[int, ...], dtype: jax.typing.DTypeLike = jnp.bfloat16, scale: float = 1.0
 ) -> jax.Array:
-    """N(0, scale^2) on the default device."""
+    """Returns an array of N(0, scale^2) on the default device."""
     return _fill(jnp.zeros(shape, dtype), seed, scale)

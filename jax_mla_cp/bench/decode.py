@@ -1,8 +1,8 @@
-"""`decode`: attention of decoding requests over batch, context and heads; with --full, the model's whole decode step.
+"""`decode`: decode attention over batch, context and heads; with --full, the model's whole decode step.
 
-A program holds one call per region of the cache ("layer"), of several GB together, so that no call finds in the L2 cache
-what another has read. Each call's page ids depend on the output of the one before, as the layers of a model do: the calls
-can neither be merged nor run side by side.
+A program has one call per region of the cache ("layer"). The regions take several GB, so that no call finds another's data in
+the L2 cache. Each call's page ids depend on the output of the call before, as with a model's layers: XLA can neither merge the
+calls nor run them concurrently.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from jax_mla_cp.attention import Resolved, Rows, fa3
 from jax_mla_cp.bench import kernels
 from jax_mla_cp.bench.data import normal
-from jax_mla_cp.bench.options import Options
+from jax_mla_cp.bench.options import EpName, Options
 from jax_mla_cp.bench.program import (
     PAGE_SIZE,
     clean_up,
@@ -43,17 +43,18 @@ def run(options: Options, config: ModelConfig, report: Report) -> None:
     """Adds the rows."""
     implementation = kernels.resolve(options, config)
     report.notes.append(
-        "GB/s: each request's latents once per call, whatever the number of heads; its ceiling is the read bandwidth. "
-        f"Pages of {PAGE_SIZE} tokens in random order. Up to {fa3.DECODE_TOKENS} tokens run in mla_decode (keys split "
-        "over the GPU), more in mla_prefill_absorbed, as in the model."
+        "GB/s counts each request's latents once per call, whatever the number of heads; its ceiling is the read bandwidth. "
+        f"Pages of {PAGE_SIZE} tokens are in random order. As in the model, up to {fa3.DECODE_TOKENS} tokens run in mla_decode "
+        "(keys split over the GPU), more in mla_prefill_absorbed."
     )
     for heads in options.heads:
         for tokens in options.tokens:
             for requests, context in options.shapes:
                 _attention_row(options, config, report, implementation, requests, context, heads, tokens)
     if options.full:
-        for requests, context in options.shapes:
-            _step_row(options, config, report, requests, context)
+        for ep in options.ep_axes:
+            for requests, context in options.shapes:
+                _step_row(options, config, report, requests, context, ep)
 
 
 def _attention_row(
@@ -100,7 +101,7 @@ def _program(
     heads: int,
     tokens: int,
 ) -> tuple[Any, tuple[Any, ...], int]:
-    """(the jitted calls, their operands, how many calls there are)."""
+    """Returns the jitted program, its operands, and the number of calls in it."""
     c = config
     width = -(-context // PAGE_SIZE)
     each = requests * width  # pages of a region
@@ -135,8 +136,8 @@ def _program(
     return program, jax.device_put((q_latent, q_rope, pages, table, rows)), regions
 
 
-def _step_row(options: Options, config: ModelConfig, report: Report, requests: int, context: int) -> None:
-    """The model's step with one new token a request: dense layers and a few MoE layers run, all 61 are added up."""
+def _step_row(options: Options, config: ModelConfig, report: Report, requests: int, context: int, ep: EpName) -> None:
+    """Adds a row of the model's decode step: dense layers and a few MoE layers run; the others are extrapolated."""
     moe = options.layers or 4
     dense = config.num_dense_layers
 
@@ -144,7 +145,7 @@ def _step_row(options: Options, config: ModelConfig, report: Report, requests: i
         seconds = {}
         for layers in (1, 1 + moe):
             part = with_layers(config, dense, layers, context + 64)
-            build = make_build(part, options.mesh, options.ep_axes[0], options.dtype, options.attention)
+            build = make_build(part, options.mesh, ep, options.dtype, options.attention)
             model = make_model(build)
             planner = make_planner(model, context, requests=requests)
             program = compile_program(model, planner, prompt(model, planner, 1, context - 1, requests))
@@ -163,13 +164,13 @@ def _step_row(options: Options, config: ModelConfig, report: Report, requests: i
         requests=requests,
         context=context,
         mesh=str(options.mesh),
-        ep_axes=options.ep_axes[0],
+        ep_axes=ep,
         dtype=options.dtype,
     )
     clean_up()
     note = (
-        f"decode step: {dense} dense and 1 and {1 + moe} MoE layers run; ms is their time repeated up to "
-        f"{config.num_layers} layers, without the collectives (mocked). Pages that a request shares with none are in random order."
+        f"decode step: {dense} dense layers run with 1 and with {1 + moe} MoE layers; ms extrapolates to {config.num_layers} layers, "
+        "without the collectives, which are mocked. Requests share no pages; pages are in random order."
     )
     if note not in report.notes:
         report.notes.append(note)

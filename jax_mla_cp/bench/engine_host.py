@@ -1,4 +1,4 @@
-"""Host time of the engine's own part of a step, without a model: schedule, step requests, results, text."""
+"""Host time of the engine in a decode step: scheduling, requests, results and text, without a model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jax_mla_cp.tokenizer import Tokenizer
 
 
 class NoModel:
-    """A runner that costs nothing and always samples the same token.
+    """A runner whose steps cost nothing and always sample the same token.
 
     Implements `jax_mla_cp.engine.step_runner.StepRunner`.
     """
@@ -52,11 +52,11 @@ class NoModel:
         return RunnerOutput(results, idle, idle)
 
     def reset(self) -> None:
-        """There is no cache."""
+        """Does nothing: there is no cache."""
 
 
-class _Steps(Telemetry):
-    """The server's own observer, whose time counts too. Keeps the reports of all steps."""
+class _RecordingTelemetry(Telemetry):
+    """The server's observer, whose time counts too, with the reports of all steps."""
 
     def __init__(self) -> None:
         super().__init__(About("none", 1, chat=False, mesh=MeshShape(), facts={}))
@@ -70,18 +70,20 @@ class _Steps(Telemetry):
 def host_seconds(
     runner: StepRunner, *, requests: int, steps: int, prompt_tokens: int = 32, tokenizer: Tokenizer | None = None
 ) -> list[float]:
-    """Measures the engine's own seconds in each step in which all of `requests` requests decode, about `steps` of them.
+    """Measures the engine's own time per decode step.
 
     Args:
-      runner: a stand-in (`NoModel`), or a real runner; its own time does not count.
-      requests: at most the number that the runner can run at once, over all dp groups, each with `prompt_tokens + steps`
-        tokens.
-      tokenizer: detokenizes the output; None: no text.
+      runner: a stand-in (`NoModel`) or a real runner, whose own time does not count.
+      requests: the number that the runner can run, over all dp groups, each with `prompt_tokens + steps` tokens.
+      steps: tokens that each request generates.
+      tokenizer: detokenizes the output; None: no text is made.
+
+    Returns: seconds of each step in which all requests decode and none is prefilled; about `steps` of them.
 
     Raises:
-      ValueError: a request failed or does not fit the cache.
+      ValueError: a request was refused or failed.
     """
-    observer, done, failed = _Steps(), threading.Semaphore(0), []
+    observer, done, failed = _RecordingTelemetry(), threading.Semaphore(0), []
 
     def emit(event: Event) -> None:
         if isinstance(event, Failed):

@@ -1,4 +1,4 @@
-"""The benchmarks' command line: what each command is for, its flags, and examples."""
+"""The benchmarks' command line: the commands, their flags, and examples."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def parse(argv: Sequence[str] | None = None) -> Options:
 
 
 def _number(text: str) -> int:
-    """A whole number, K and M standing for 1024 and 1024^2."""
+    """Parses a whole number; the suffixes K and M stand for 1024 and 1024^2."""
     factor = {"k": _K, "m": _K * _K}.get(text[-1:].lower(), 1)
     digits = text if factor == 1 else text[:-1]
     if not (digits.isascii() and digits.isdigit()):
@@ -35,7 +35,11 @@ def _number(text: str) -> int:
 
 
 def _list(of: Callable[[str], Any], *, none: bool = False) -> Callable[[str], tuple[Any, ...]]:
-    """`none`: the word stands for an empty list."""
+    """A parser of comma-separated lists.
+
+    Args:
+      none: accept the word "none" for an empty list.
+    """
 
     def parse(text: str) -> tuple[Any, ...]:
         return () if none and text == "none" else tuple(of(part) for part in text.split(","))
@@ -50,10 +54,11 @@ def _shape(text: str) -> tuple[int, int]:
     return _number(requests), _number(context)
 
 
-_METHOD = """method: a sample enqueues a program so often that it takes 20 ms or more, back to back, waits once, and divides;
-the median of --samples samples counts (3 or more, until they took 1 s together). Random data, made on the device.
-A row's `of roof` is the time of its FLOPs and bytes at the matmul peak and the copy or read bandwidth that the same
-run has measured, divided by its own time. Rows fail alone; --json is written after every row."""
+_METHOD = """method: a sample enqueues a program back to back for at least 20 ms, waits once, and divides by the number of calls. The
+median of --samples samples is reported; sampling stops early once 3 or more samples took 1 s. Inputs are random and made on the device.
+`of roof` is a row's roofline time divided by its measured time. The roofline is its FLOPs at the matmul peak, or its bytes at
+the copy or read bandwidth, all measured in the same run. A row that fails does not stop the others; --json is written after
+every row."""
 
 _EPILOG: dict[str, str] = {
     "attention": f"""examples:
@@ -68,8 +73,8 @@ _EPILOG: dict[str, str] = {
   python -m jax_mla_cp.bench layer --seq 128K,128 --ep-axes tp --weights bf16,fp8  # prefill, and few tokens as in decoding
   python -m jax_mla_cp.bench layer --platform cpu --model tiny --seq 1K  # try it without a GPU
 
-The GPU runs as the first of the mesh's: JAX's mocked topology compiles the real program, collectives take no time
-and what they would have brought is random numbers.
+The GPU runs as the mesh's first device. JAX's mocked topology compiles the real sharded program; collectives take no time and
+their results are random numbers.
 
 {_METHOD}""",
     "model": f"""examples:
@@ -77,9 +82,9 @@ and what they would have brought is random numbers.
   python -m jax_mla_cp.bench model --seq 128K --long none --forms expanded --ep-axes tp --layers 8
   python -m jax_mla_cp.bench model --platform cpu --model tiny --seq 1K --long 4K --chunk 2K --layers 2
 
-The GPU runs as the first of the mesh's: JAX's mocked topology compiles the real program, collectives take no time
-and what they would have brought is random numbers. Their time comes from a link model: 360 GB/s NVLink within tp,
-50 GB/s network across cp, per GPU and direction.
+The GPU runs as the mesh's first device. JAX's mocked topology compiles the real sharded program; collectives take no time and
+their results are random numbers. Communication time comes from a link model: 360 GB/s NVLink within tp, 50 GB/s network
+across cp, per GPU and direction.
 
 {_METHOD}""",
     "decode": f"""examples:
@@ -87,7 +92,8 @@ and what they would have brought is random numbers. Their time comes from a link
   python -m jax_mla_cp.bench decode --shapes 64x8K,8x128K --heads 16 --full
   python -m jax_mla_cp.bench decode --platform cpu --shapes 4x128 --heads 2  # try it without a GPU
 
-Calls go over different regions of the cache ("layers") within one program, so that no L2 cache serves them.
+A program calls the kernel on different regions of the cache in turn, as layers do, so that the L2 cache holds none of them.
+--mesh, --ep-axes and --layers are for --full.
 
 {_METHOD}""",
     "scaling": f"""examples:
@@ -96,59 +102,57 @@ Calls go over different regions of the cache ("layers") within one program, so t
   python -m jax_mla_cp.bench scaling --model deepseek_v3 --meshes tp=8 tp=4,cp=2 --layers 12 --ep-axes tp,cp
   python -m jax_mla_cp.bench scaling --platform cpu --model tiny --seq 1K  # try it without a GPU
 
-Needs as many GPUs as the largest mesh. Random weights of the model's sizes: deepseek_v2_lite's 31 GB fit every GPU of 80 GB.
-A mesh of one axis of size 1 is one GPU.
+Needs as many GPUs as the largest mesh; tp=1 is one GPU. Weights are random: deepseek_v2_lite's 31 GB fit one GPU of 80 GB.
 
 {_METHOD}""",
     "host": """examples:
   python -m jax_mla_cp.bench host --json host.json
   python -m jax_mla_cp.bench host --mesh tp=8,cp=1 --shapes 64x1K,64x128K
 
-method: a step of decoding requests is prepared as the server does, for a planner with as many places as the largest of
---shapes asks for, and its outcomes are made of arrays of zeros. Nothing runs on a device but the transfer (put), which has a
-column of its own and needs as many devices as the mesh has: on a CPU, virtual ones. The median of --samples samples counts,
-each of as many calls as take 20 ms.""",
+method: the host's part of a decode step, as in the server: arrays are made for a planner sized for the largest of --shapes, and
+results are read from arrays of zeros. No model runs. Only the transfer (put, a column of its own) uses devices, as many as the
+mesh has; on a CPU they are virtual. The median of --samples samples is reported, each of at least 20 ms of calls.""",
     "load": """examples:
   python -m jax_mla_cp.bench load --platform cpu --json load.json
   python -m jax_mla_cp.bench load --gb 40 --scratch /mnt/nvme
 
-method: a random bfloat16 checkpoint of --gb GB is written to a temporary directory, and converted. Both loaders load it in
-turns, once before anything counts; the median of --samples loads counts. Cold: its files were dropped from the page cache.
-GB/s are of the model's bytes; memory is the most anonymous memory that the process held, less what it held before.""",
+method: a random bfloat16 checkpoint of --gb GB is written to a temporary directory and converted to Orbax. The two loaders load
+it in turn, once to warm up; the median of --samples loads is reported. Cold: after dropping its files from the page cache.
+GB/s counts the model's bytes. Memory is the process's peak anonymous memory, less what it held before.""",
 }
 
 
 _COMMANDS: dict[Command, tuple[str, str]] = {
     "attention": (
-        "FlashAttention-3, unsharded and every rank of a cp group in turn, beside cuDNN.",
+        "FlashAttention-3, unsharded and for each rank of a cp group, compared with cuDNN.",
         "--attention --model --dtype --seq --heads --cp --forms",
     ),
     "layer": (
-        "A rank's MLA and MoE layers of a full-size model, whole and in parts.",
+        "One rank's MLA and MoE layers of a full-size model, whole and in parts.",
         "--attention --model --dtype --seq --mesh --ep-axes --forms --weights --layers --profile",
     ),
     "model": (
-        "A rank's whole model: time to first token, memory, communication.",
+        "One rank of the whole model: time to first token, memory, communication.",
         "--attention --model --dtype --seq --long --chunk --mesh --ep-axes --forms --layers",
     ),
     "decode": (
-        "Attention of decoding requests, and with --full the whole decode step.",
+        "Decode attention, and with --full the whole decode step.",
         "--attention --model --dtype --shapes --heads --tokens --full --layers --mesh --ep-axes",
     ),
     "load": (
-        "Loading a checkpoint, safetensors beside Orbax: time and the host's memory.",
+        "Loading a checkpoint from safetensors and from Orbax: time and host memory.",
         "--dtype --gb --scratch --mesh",
     ),
     "scaling": (
-        "A whole model's prefill on meshes of the GPUs that are here, with real collectives.",
+        "Prefill of a whole model on several meshes of this host's GPUs, with real collectives.",
         "--attention --model --dtype --meshes --seq --ep-axes --forms --layers",
     ),
     "host": (
-        "What the host does for a step: works to arrays, to the devices, and results to outcomes.",
+        "The host's part of a decode step: scheduling, making arrays, transferring them, reading results.",
         "--model --shapes --mesh",
     ),
 }
-"""What each is for, and its flags beside `_ALL`'s."""
+"""Each command's description, and its flags besides `_ALL`."""
 _ALL = "--json --quick --samples --platform"
 
 
@@ -156,9 +160,9 @@ def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     p = Parser(
         prog="python -m jax_mla_cp.bench",
-        description="Times the kernels and the real 32-GPU program of jax_mla_cp on one GPU, beside what the GPU can do; "
-        "the model on several GPUs; and the server.",
-        epilog="python -m jax_mla_cp.bench COMMAND --help tells each one's flags, with examples.\n\n" + _METHOD,
+        description="Benchmarks of jax_mla_cp: kernels and one rank of a 32-GPU program on one GPU, compared with its roofline; "
+        "the model on several GPUs; the host; and a running server.",
+        epilog="python -m jax_mla_cp.bench COMMAND --help lists a command's flags, with examples.\n\n" + _METHOD,
         formatter_class=raw,
         allow_abbrev=False,
     )
@@ -180,13 +184,13 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument(flag, **known | {"help": known["help"] + (f" (default: {default})" if default else "")})
     # Listed here, run by bench/serve: __main__ hands it over before this parser sees it.
     commands.add_parser(
-        "serve", help="Load on a running OpenAI server: latencies, throughput, goodput.", add_help=False
+        "serve", help="Load test of a running OpenAI server: latencies, throughput, goodput.", add_help=False
     )
     return p
 
 
 def _as_flag(value: Any) -> str:
-    """A default as one would type it; "" for one that says nothing."""
+    """A default value as the user would type it; "" for flags and unset values."""
     if isinstance(value, bool) or value is None:
         return ""
     if isinstance(value, int):
@@ -202,62 +206,62 @@ def _as_flag(value: Any) -> str:
 
 
 _FLAGS: dict[str, dict[str, Any]] = {
-    "--json": {"metavar": "FILE", "type": path, "help": "the rows, as JSON"},
+    "--json": {"metavar": "FILE", "type": path, "help": "write the rows as JSON"},
     "--quick": {"action": "store_true", "help": "fewer rows and samples"},
-    "--samples": {"metavar": "N", "type": _number, "help": "samples of a row"},
-    "--platform": {"metavar": "{cuda,cpu}", "help": "cpu: to try the program with small sizes"},
-    "--attention": {"metavar": "{auto,fa3,xla}", "help": "the kernel; auto: the fastest that runs here"},
-    "--model": {"metavar": "NAME", "help": f"whose sizes: {', '.join(presets.names())}"},
-    "--dtype": {"metavar": "{bfloat16,float32}", "help": "of weights, activations and cache"},
-    "--seq": {"metavar": "N,N,...", "type": _list(_number), "help": "tokens of the prompt, e.g. 8K,128K"},
+    "--samples": {"metavar": "N", "type": _number, "help": "samples per row"},
+    "--platform": {"metavar": "{cuda,cpu}", "help": "cpu only tries the program, with small sizes"},
+    "--attention": {"metavar": "{auto,fa3,xla}", "help": "attention kernel; auto: the fastest that runs here"},
+    "--model": {"metavar": "NAME", "help": f"model whose sizes are used: {', '.join(presets.names())}"},
+    "--dtype": {"metavar": "{bfloat16,float32}", "help": "dtype of weights, activations and cache"},
+    "--seq": {"metavar": "N,N,...", "type": _list(_number), "help": "prompt lengths in tokens, e.g. 8K,128K"},
     "--long": {
         "metavar": "N,N,...",
         "type": _list(_number, none=True),
-        "help": "prompts that are prefilled chunk by chunk, with 2 layers; or none",
+        "help": "lengths of prompts prefilled in chunks, on 2 layers; or none",
     },
-    "--chunk": {"metavar": "N", "type": _number, "help": "tokens of a chunk of those"},
-    "--heads": {"metavar": "N,N,...", "type": _list(_number), "help": "heads of the rank: 16 is DeepSeek-V3 at tp=8"},
-    "--cp": {"metavar": "N,N,...", "type": _list(_number), "help": "sizes of the cp group"},
-    "--forms": {"metavar": "FORM,FORM", "type": _list(str), "help": "expanded,absorbed"},
-    "--mesh": {"metavar": "AXES", "type": mesh, "help": "the GPUs that are mocked, e.g. tp=8,cp=4"},
+    "--chunk": {"metavar": "N", "type": _number, "help": "tokens per chunk of --long prompts"},
+    "--heads": {"metavar": "N,N,...", "type": _list(_number), "help": "heads per rank; DeepSeek-V3 at tp=8 has 16"},
+    "--cp": {"metavar": "N,N,...", "type": _list(_number), "help": "cp group sizes"},
+    "--forms": {"metavar": "FORM,FORM", "type": _list(str), "help": "forms of attention: expanded,absorbed"},
+    "--mesh": {"metavar": "AXES", "type": mesh, "help": "mesh of GPUs, mocked on one, e.g. tp=8,cp=4"},
     "--meshes": {
         "metavar": "AXES",
         "nargs": "+",
         "type": mesh,
-        "help": "one after the other, the first to compare with",
+        "help": "meshes to measure, each compared with the first",
     },
     "--ep-axes": {
         "metavar": "AXES",
         "nargs": "+",
         "type": str,
-        "help": 'what divides the experts, one or several: tp "tp,cp"',
+        "help": 'mesh axes that divide the experts, one or more choices: tp "tp,cp"',
     },
     "--weights": {
         "metavar": "NAME,NAME",
         "type": _list(str),
-        "help": "of the whole layers: bf16 (--dtype's), fp8 (kept so, dequantized by every use)",
+        "help": "weights of the whole layers: bf16 (in --dtype), fp8 (kept in FP8, dequantized on every use)",
     },
     "--layers": {
         "metavar": "N",
         "type": _number,
-        "help": "layers that really run (default: layer 4, model as many as fit, decode 4, scaling all)",
+        "help": "layers that are run (default: layer and decode 4, model as many as fit, scaling all)",
     },
     "--profile": {
         "metavar": "DIR",
         "type": path,
-        "help": "record a trace there, and add a table of its time by named scope",
+        "help": "record a trace in DIR, and add a table of its time by named scope",
     },
-    "--shapes": {"metavar": "NxN,...", "type": _list(_shape), "help": "requests x context, e.g. 64x8K,8x128K"},
+    "--shapes": {"metavar": "NxN,...", "type": _list(_shape), "help": "requests x context length, e.g. 64x8K,8x128K"},
     "--tokens": {
         "metavar": "N,N,...",
         "type": _list(_number),
-        "help": "queries of a request: 1 decodes, 4 verify three drafts",
+        "help": "query tokens per request: 1 decodes, 4 verifies three drafts",
     },
-    "--gb": {"metavar": "N", "type": _number, "help": "size of the checkpoint, in GB"},
+    "--gb": {"metavar": "N", "type": _number, "help": "checkpoint size in GB"},
     "--scratch": {
         "metavar": "DIR",
         "type": path,
-        "help": "where it is written, twice (default: the system's temporary directory)",
+        "help": "directory for two copies of the checkpoint (default: the system's temporary directory)",
     },
-    "--full": {"action": "store_true", "help": "also the model's whole decode step, as one of the mesh's GPUs"},
+    "--full": {"action": "store_true", "help": "also run the model's whole decode step, as one GPU of --mesh"},
 }

@@ -1,7 +1,7 @@
-"""`host`: host time of a step: the engine (scheduling, detokenizing, metrics), requests to arrays, arrays to the devices, results.
+"""`host`: the host's part of a decode step: scheduling and text in the engine, making arrays, transferring them, reading results.
 
-All requests decode, each with a single token after its own context. No model is made: the devices only receive the arrays of
-a step.
+All requests decode, one token each after a context of its own. There is no model: the devices only receive the arrays of a
+real step.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _ENGINE_STEPS = 300
 
 
 def run(options: Options, config: ModelConfig, report: Report) -> None:
-    """Adds a row for each number of works and context."""
+    """Adds a row for each number of requests and context length."""
     mesh = make_mesh(options.mesh)
     model = Model({}, Build(config, options.mesh), mesh)
     most, longest = (max(sizes) for sizes in zip(*options.shapes, strict=True))
@@ -51,7 +51,7 @@ def run(options: Options, config: ModelConfig, report: Report) -> None:
     for requests, context in options.shapes:
         row = report.row(
             "host time of a decode step",
-            "all but the devices' time",
+            "host time",
             functools.partial(_row, planner, requests, context, options),
             requests=requests,
             context=context,
@@ -64,8 +64,8 @@ def run(options: Options, config: ModelConfig, report: Report) -> None:
                 at_most=_HOLD_MS[requests],
             )
     report.notes.append(
-        "ms: engine + arrays + pack + outcomes. engine: scheduling, detokenizing, events, metrics. arrays: requests are checked, laid out over the ranks and made into arrays. "
-        "put: two arrays to every device, and waiting for them."
+        "ms: engine + arrays + pack + outcomes. engine: scheduling, detokenizing, events, metrics. arrays: checking the requests, laying "
+        "them out over the ranks, making arrays. outcomes: reading the results. put: transferring two arrays to every device."
     )
 
 

@@ -1,4 +1,4 @@
-"""The attention calls that are timed: FlashAttention-3 where asked for, or what XLA makes of the same."""
+"""The attention calls to time: FlashAttention-3 or XLA."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Kernel = Callable[..., Any]
 
 
 def resolve(options: Options, config: ModelConfig) -> Resolved:
-    """Which of the two runs. Asked for by name, FlashAttention-3's handlers run on a CPU too, in plain loops.
+    """Chooses the implementation. `--attention fa3` runs on a CPU too, where its FFI handlers are plain loops.
 
     Raises:
       ConfigError: FlashAttention-3 can't run here.
@@ -30,14 +30,14 @@ def resolve(options: Options, config: ModelConfig) -> Resolved:
 
 
 def expanded(implementation: Resolved, scale: float) -> Kernel:
-    """(q [T, n, h + r], kv [K, n, h + r + v], rows) -> [T, n, v], jitted."""
+    """Returns a jitted (q [T, n, h + r], kv [K, n, h + r + v], rows) -> [T, n, v]."""
     if implementation == "fa3":
         return jax.jit(lambda q, kv, rows: fa3.mla_prefill_expanded(q, kv, rows, scale=scale)[0])
     return jax.jit(lambda q, kv, rows: attend_expanded(q, kv, rows, scale=scale, implementation="xla"))
 
 
 def absorbed(implementation: Resolved, scale: float, *, decode: bool = False) -> Kernel:
-    """(q_latent [n, T, R], q_rope [T, n, r], pages, page_table [B, W], rows) -> [n, T, R]. Traceable."""
+    """Returns a traceable (q_latent [n, T, R], q_rope [T, n, r], pages, page_table [B, W], rows) -> [n, T, R]."""
     if implementation == "fa3":
         target = fa3.mla_decode if decode else fa3.mla_prefill_absorbed
         return lambda *operands: target(*operands, scale=scale)[0]
@@ -50,5 +50,5 @@ def absorbed(implementation: Resolved, scale: float, *, decode: bool = False) ->
 
 
 def name(implementation: Resolved, form: Form) -> str:
-    """What the tables call it."""
+    """The kernel's name in the tables."""
     return f"{'FA3' if implementation == 'fa3' else 'XLA'} {form}"

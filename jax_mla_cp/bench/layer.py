@@ -1,6 +1,6 @@
-"""`layer`: a rank's MLA and MoE layers of a full-size model, whole, and their parts each alone at the same shapes.
+"""`layer`: one rank's MLA and MoE layers of a full-size model, whole and in parts at the same shapes.
 
-The whole layers are the model's own code, a few of them under the model's `lax.scan`. The parts are programs of their own.
+The whole layers are the model's own code, a few of them under the model's `lax.scan`. Each part is a program of its own.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from jax_mla_cp.bench.program import (
     compile_program,
     make_build,
     make_planner,
-    only,
+    model_of_part,
     prompt,
     with_layers,
 )
+from jax_mla_cp.bench.random_weights import favor_first_rank
 from jax_mla_cp.bench.roofline import Cost
 from jax_mla_cp.bench.table import Report
-from jax_mla_cp.bench.weights import favor_first_rank
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.model.context import LayerInputs
 from jax_mla_cp.model.decoder import Decoder
@@ -43,12 +43,12 @@ def run(options: Options, config: ModelConfig, report: Report) -> None:
     """Adds the rows."""
     layers = options.layers or _LAYERS
     report.notes.append(
-        f"layers are one device of {options.mesh}; times are per layer, of {layers} in one program. MLA is the layer's "
-        "attention from its normed input to the sum over tp; MoE the rest: norm, router, experts, shared ones, the sum, residual."
+        f"one device of {options.mesh}; times are per layer, from a program of {layers} layers. MLA: attention, from its normed "
+        "input to the sum over tp. MoE: the rest of the layer, that is norm, router, experts, shared experts, sum and residual."
     )
     report.notes.append(
-        "sum of rooflines: FLOPs of the products at the run's matmul peak, bytes of gather, write and read at its copy "
-        "bandwidth, and attention at its own kernel's time on the same rows."
+        "roof ms of a whole MLA layer: the sum of its parts' rooflines (matmuls at the run's matmul peak; gather, write and read at "
+        "its copy bandwidth), with attention at the measured time of its kernel on the same rows."
     )
     for seq in options.seq:
         held = seq == 131072 and config.hidden_size == 7168 and str(options.mesh) == "tp=8,cp=4"
@@ -65,7 +65,7 @@ def run(options: Options, config: ModelConfig, report: Report) -> None:
 
 
 class MlaOnly(nnx.Module):
-    """Stands for a layer, and does its attention alone."""
+    """Replaces a layer with its attention alone."""
 
     def __init__(self, mla: Mla):
         self.mla = mla
@@ -78,7 +78,7 @@ class MlaOnly(nnx.Module):
 
 
 class NoAttention(nnx.Module):
-    """Stands for a layer's attention, and adds nothing: the rest of the layer runs alone."""
+    """Replaces a layer's attention with zeros, so that the rest of the layer runs alone."""
 
     def __call__(
         self, x: jax.Array, pages: jax.Array, layer: jax.Array, inputs: LayerInputs, pages_per_layer: int
@@ -86,7 +86,7 @@ class NoAttention(nnx.Module):
         return jnp.zeros_like(x), pages
 
 
-def _only(
+def _program(
     options: Options,
     config: ModelConfig,
     seq: int,
@@ -96,7 +96,7 @@ def _only(
     stack: str,
     layers: int,
 ) -> Program:
-    """The program of `layers` layers that do one thing only."""
+    """A program of `layers` layers, of MLA alone (`stack` "dense") or MoE alone ("moe")."""
     dense = stack == "dense"
     part = with_layers(config, layers if dense else 0, 0 if dense else layers, seq)
     build = make_build(part, options.mesh, ep, options.dtype, options.attention, fp8=weights == "fp8")
@@ -105,7 +105,7 @@ def _only(
         layer = MlaOnly(layer.mla)
     else:
         layer.mla = NoAttention()
-    model, step = only(build, stack, layer)
+    model, step = model_of_part(build, stack, layer)
     planner = make_planner(model, seq, form=form)
     return compile_program(model, planner, prompt(model, planner, seq), run=step, embeds=True)
 
@@ -122,11 +122,11 @@ def _mla(
         row = report.row(table, part.name, functools.partial(time_part, options, report, part), **facts)
         clean_up()
         if row:
-            roofs.append(row["ms"] if part.at_its_own_rate else row["roof_ms"])
+            roofs.append(row["ms"] if part.use_measured_time else row["roof_ms"])
             alone.append(row["ms"])
 
     def whole(weights: WeightsName) -> dict[str, Any]:
-        program = _only(options, config, seq, "tp", form, weights, "dense", layers)
+        program = _program(options, config, seq, "tp", form, weights, "dense", layers)
         timing = program.time(options.samples)
         ms = timing.seconds * 1e3 / layers
         _profile(options, report, program, f"{table}, {weights}: time by scope", layers)
@@ -159,7 +159,7 @@ def _moe(
     weights: WeightsName,
     layers: int,
 ) -> None:
-    """The whole MoE layer, with random routing and with the worst one for this rank."""
+    """Adds rows of the whole MoE layer, with random routing and with this rank's worst case."""
     c, tp = config, options.mesh.tp
     tokens = seq // options.mesh.cp
     facts = {"seq": seq, "mesh": str(options.mesh), "ep_axes": ep, "dtype": options.dtype, "weights": weights}
@@ -172,7 +172,7 @@ def _moe(
         return Cost(flops=expert * (rows + shared) + 2.0 * tokens * c.hidden_size * c.n_routed_experts)
 
     def random() -> dict[str, Any]:
-        program = _only(options, c, seq, ep, options.forms[0], weights, "moe", layers)
+        program = _program(options, c, seq, ep, options.forms[0], weights, "moe", layers)
         built.append(program)
         timing = program.time(options.samples)
         _profile(options, report, program, f"{table}, experts over {ep}, {weights}: time by scope", layers)
@@ -185,7 +185,7 @@ def _moe(
         program.model = dataclasses.replace(program.model, params=params)
         timing = program.time(options.samples)
         build = program.model.build
-        # Of a token's experts, all that this rank has and the choice of groups allows are this rank's.
+        # As many of a token's experts are on this rank as the rank has and group-limited routing allows.
         here = min(c.experts_per_token, build.padded_experts // build.axes.size(build.ep_axes))
         gathered = seq if "cp" in ep else tokens
         return _per_layer(report, program, timing.row(), layers, cost(gathered * here))
@@ -200,7 +200,7 @@ def _per_layer(report: Report, program: Program, row: dict[str, Any], layers: in
 
 
 def _profile(options: Options, report: Report, program: Program, table: str, layers: int) -> None:
-    """With --profile, a table of the program's time by scope, per layer."""
+    """With --profile, adds a table of the program's time by scope, per layer."""
     if options.profile is None:
         return
     try:

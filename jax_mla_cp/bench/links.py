@@ -1,7 +1,7 @@
-"""What the collectives of a step would take, from a stated link model: on one GPU they are mocked and take no time.
+"""Communication time of a step, from a link model: on one GPU the collectives are mocked and take no time.
 
-tp is inside a node, over NVLink; cp goes across nodes, one network card per GPU. Rates are per GPU and direction, and
-reached whole: latencies, a few microseconds per collective, are not counted.
+tp is inside a node, over NVLink; cp goes across nodes, with one network card per GPU. Rates are per GPU and direction and fully
+used; latencies, a few microseconds per collective, are not counted.
 """
 
 from __future__ import annotations
@@ -19,26 +19,29 @@ STATED = "link model: 360 GB/s NVLink within tp, 50 GB/s network across cp, per 
 
 @dataclasses.dataclass(frozen=True)
 class Communication:
-    """Seconds of a whole model's step."""
+    """Communication of a whole model's step, in seconds."""
 
     latents: float
-    """Gathers of the latents over cp."""
+    """All-gathers of the latents over cp."""
     sums: float
-    """All-reduces over tp: two a layer, and the embedding's."""
+    """All-reduces over tp: two per layer, and the embedding's."""
     experts: float
-    """Gathers of tokens and scattered sums of results, where cp divides the experts too."""
+    """All-gathers of tokens and reduce-scatters of results, if cp divides the experts too."""
 
     @property
     def total(self) -> float:
         return self.latents + self.sums + self.experts
 
     def exposed(self, hidden: float) -> float:
-        """What no compute hides, if `hidden` seconds of compute lie beside the latent gathers; the rest waits for its data."""
+        """Communication that compute doesn't hide, if `hidden` seconds of compute overlap with the latent gathers.
+
+        Nothing overlaps with the other collectives.
+        """
         return max(0.0, self.latents - hidden) + self.sums + self.experts
 
 
 def communication(config: ModelConfig, mesh: MeshShape, ep_axes: str, tokens: int, itemsize: int = 2) -> Communication:
-    """For a step of `tokens` new tokens, divided over cp."""
+    """Models the communication of a step of `tokens` new tokens, divided over cp."""
     c = config
     per_rank = tokens / mesh.cp
     others = (mesh.cp - 1) / mesh.cp
@@ -53,7 +56,7 @@ def communication(config: ModelConfig, mesh: MeshShape, ep_axes: str, tokens: in
 
 
 def query_seconds(config: ModelConfig, mesh: MeshShape, tokens: int, rate: float) -> float:
-    """The query projections of all layers, at so many FLOP/s: what the latent gather has beside it."""
+    """Seconds of the query projections of all layers at `rate` FLOP/s: the compute that overlaps with the latent gathers."""
     c = config
     heads = c.num_heads / mesh.tp * (c.qk_nope_head_dim + c.qk_rope_head_dim)
     width = c.hidden_size * heads if c.q_lora_rank is None else c.q_lora_rank * (c.hidden_size + heads)
@@ -61,9 +64,9 @@ def query_seconds(config: ModelConfig, mesh: MeshShape, tokens: int, rate: float
 
 
 def work_beside_gather(text: str, rows: int, width: int) -> bool | None:
-    """Whether a compiled, scheduled program has products between start and end of each of its gathers of `[rows, width]`.
+    """Reads from a compiled program's schedule whether all its all-gathers of `[rows, width]` overlap with matmuls.
 
-    None: it has none that starts and ends apart (on a CPU all of them block).
+    Returns: True if each has a matmul between its start and its end; None if there is no asynchronous one (on a CPU all block).
     """
     found: list[bool] = []
     lines = text.splitlines()

@@ -1,8 +1,8 @@
-"""Loading a random checkpoint, as safetensors and converted to Orbax: seconds, and the host's memory.
+"""`load`: loading a random checkpoint, as safetensors and converted to Orbax: time and host memory.
 
-Both loaders load the same weights in turns, once before anything is timed, so that what they compile is compiled. Cold:
-after the files were dropped from the page cache (posix_fadvise). The memory is anonymous memory (RssAnon) at its highest,
-less what was held before; on a CPU the loaded arrays are part of it.
+The two loaders load the same weights in turn, once to warm up (compilation) before anything is timed. Cold: after dropping
+the files from the page cache (posix_fadvise). Memory is the peak of anonymous memory (RssAnon), less what was held before;
+on a CPU it includes the loaded arrays.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ _MEMORY = 1.2  # times the local shards
 
 
 def run(options: Options, config: ModelConfig, report: Report) -> None:
-    """Rows for each loader, without a mesh and on `options.mesh`, warm and cold. `config` is not used: the sizes are set by --gb."""
+    """Adds rows for each loader, without a mesh and on `options.mesh`, warm and cold. `config` is unused: --gb sets the sizes."""
     with tempfile.TemporaryDirectory(dir=options.scratch, prefix="jax_mla_cp_load_") as scratch:
         hf, out = Path(scratch) / "hf", Path(scratch) / "orbax"
         report.say(f"writing {options.gb} GB of random weights to {scratch}")
@@ -84,7 +84,7 @@ def run(options: Options, config: ModelConfig, report: Report) -> None:
 
 
 def write_random(directory: Path, nbytes: int) -> dict[str, Any]:
-    """A bfloat16 checkpoint of at most so many bytes, two layers or more; returns its config.json."""
+    """Writes a random bfloat16 checkpoint of at most `nbytes` bytes, but at least two layers; returns its config.json."""
 
     def raw_of(layers: int) -> dict[str, Any]:
         return _RAW | {"num_hidden_layers": layers}
@@ -200,7 +200,7 @@ def _measure(load: Callable[[], Any]) -> dict[str, Any]:
 
 
 def _median(taken: list[dict[str, Any]]) -> dict[str, Any]:
-    """The sample in the middle, with the highest memory of all."""
+    """The median sample, with the highest memory of all samples."""
     middle = statistics.median_low([sample["ms"] for sample in taken])
     row = next(sample for sample in taken if sample["ms"] == middle)
     return row | {key: max(sample[key] for sample in taken) for key in ("host_gb", "peak")} | {"n": len(taken)}
@@ -208,7 +208,7 @@ def _median(taken: list[dict[str, Any]]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _peak_anonymous() -> Iterator[list[int]]:
-    """Yields a list that will hold the most anonymous memory of the process in the block, in bytes, less that before it."""
+    """Measures the process's peak anonymous memory in the block, in bytes, less what it held before: yields a list of it."""
     before = _anonymous()
     peak, done = [0], threading.Event()
 
@@ -233,10 +233,10 @@ def _anonymous() -> int:
 
 
 def _drop_from_page_cache(directory: Path) -> None:
-    gc.collect()  # what is mapped stays
+    gc.collect()  # mapped pages are not dropped
     for path in directory.rglob("*"):
         if path.is_file():
             file = os.open(path, os.O_RDONLY)
-            os.fsync(file)  # what is not on the disk stays too
+            os.fsync(file)  # nor are dirty ones
             os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(file)

@@ -26,12 +26,13 @@ from jax_mla_cp.model.mla import up_project
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A piece of a layer: what it does at least, and how to make the call that does it."""
+    """A part of a layer: its minimal cost, and a function that makes the call to time."""
 
     name: str
     cost: Cost
     make: Callable[[], Callable[[], Any]]
-    at_its_own_rate: bool = False
+    use_measured_time: bool = False
+    """Its measured time, not its roofline, counts in the layer's sum of rooflines."""
 
 
 def time_part(options: Options, report: Report, part: Part) -> dict[str, Any]:
@@ -50,7 +51,7 @@ def mla_parts(options: Options, config: ModelConfig, seq: int, form: FormName) -
         product(options, "q_b", tokens, low or c.hidden_size, heads * dim),
         product(options, "kv_a", tokens, c.hidden_size, c.latent_dim),
         Part(
-            "gather (stand-in: one's own part and random numbers)",
+            "gather (mocked: own part and random numbers)",
             _copied(seq * c.latent_dim),
             lambda: _gather(options, c, tokens),
         ),
@@ -76,7 +77,7 @@ def mla_parts(options: Options, config: ModelConfig, seq: int, form: FormName) -
         parts += [
             Part("page read", _copied(seq * c.latent_dim), lambda: _read(options, c, seq)),
             Part("up-projection", Cost(flops=up, moved=written), lambda: _up_project(options, c, seq, heads)),
-            Part(name, cost, attend, at_its_own_rate=True),
+            Part(name, cost, attend, use_measured_time=True),
         ]
     else:
 
@@ -92,14 +93,14 @@ def mla_parts(options: Options, config: ModelConfig, seq: int, form: FormName) -
 
         parts += [
             _batched(options, c, "q times W_UK", "tnh,Rnh->ntR", tokens, heads, c.qk_nope_head_dim, c.kv_lora_rank),
-            Part(name, cost, attend, at_its_own_rate=True),
+            Part(name, cost, attend, use_measured_time=True),
             _batched(options, c, "output times W_UV", "ntR,Rnv->tnv", tokens, heads, c.kv_lora_rank, c.v_head_dim),
         ]
     return [*parts, product(options, "o", tokens, heads * c.v_head_dim, c.hidden_size)]
 
 
 def _copied(numbers: int) -> Cost:
-    """Numbers of 2 bytes, read and written."""
+    """The cost of reading and writing numbers of 2 bytes each."""
     return Cost(moved=4.0 * numbers)
 
 
@@ -115,7 +116,7 @@ def product(options: Options, name: str, rows: int, k: int, n: int) -> Part:
 def _batched(
     options: Options, config: ModelConfig, name: str, subscripts: str, tokens: int, heads: int, k: int, n: int
 ) -> Part:
-    """A product per head, as the absorbed form folds the up-projections in."""
+    """A matmul per head, with which the absorbed form folds in the up-projections."""
 
     def make() -> Callable[[], Any]:
         sizes = {
@@ -135,15 +136,15 @@ def _batched(
 
 
 def _gather(options: Options, config: ModelConfig, tokens: int) -> Callable[[], Any]:
-    mine = normal(0, (tokens, config.latent_dim), options.dtype)
+    local = normal(0, (tokens, config.latent_dim), options.dtype)
     cp = options.mesh.cp
 
-    def standin(mine: jax.Array) -> jax.Array:
-        others = noise((cp * tokens, config.latent_dim), mine.dtype)
-        return jax.lax.dynamic_update_slice_in_dim(others, mine, 0, 0)
+    def gather(local: jax.Array) -> jax.Array:
+        others = noise((cp * tokens, config.latent_dim), local.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(others, local, 0, 0)
 
-    program = jax.jit(standin)
-    return lambda: program(mine)
+    program = jax.jit(gather)
+    return lambda: program(local)
 
 
 def _write(options: Options, config: ModelConfig, seq: int) -> Callable[[], Any]:

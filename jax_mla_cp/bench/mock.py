@@ -1,12 +1,12 @@
-"""Many GPUs' program as one of them: JAX's mocked topology, and numbers where its collectives leave none.
+"""One rank's program of many GPUs on a single one: JAX's mocked topology, with stand-ins for the collectives' results.
 
 `jax_mock_gpu_topology` makes one GPU believe that it is the first of many. It compiles the real sharded program and runs
 this device's part of it; its collectives return at once and leave their results undefined, mostly zeros, on which kernels
 run faster than on real data. `MockAxes` keeps every collective in the program and chooses, by a number that only the running
 device knows, a stand-in for its result:
 
-- a sum, or a part of a scattered sum: pseudo-random numbers of variance 1;
-- a gather: this device's own part in its place, and pseudo-random numbers in the others' (whole numbers, expert ids: its own).
+- psum and psum_scatter: pseudo-random numbers of variance 1;
+- all_gather: this device's own part in its place, and in the others' pseudo-random numbers (integers, that is expert ids: its own).
 
 The numbers are hashes of their indices, which the kernel that reads the collective's result computes as it goes: the real
 program's reads and writes, and no others. (Were a device's own part of a sum its stand-in, XLA would copy it first.)
@@ -32,12 +32,12 @@ _PROFILED = {"--xla_gpu_enable_command_buffer": ""}
 
 
 def start(platform: str, topology: MeshShape | None, *, profile: bool = False) -> None:
-    """Sets JAX up, before its first use: for one device, or as the first device of a mocked `topology`.
+    """Sets up JAX, before its first use: for one device, or as the first device of a mocked `topology`.
 
-    On CPU the topology's devices are virtual ones, their collectives real.
+    On CPU the topology's devices are virtual, and their collectives real.
 
     Args:
-      profile: a trace is going to be recorded; kernels inside of CUDA graphs would not be told apart in it.
+      profile: turn CUDA graphs off, because a trace doesn't tell the kernels inside of them apart.
 
     Raises:
       ConfigError: there is no GPU, or JAX has started already.
@@ -51,7 +51,7 @@ def start(platform: str, topology: MeshShape | None, *, profile: bool = False) -
 
 @dataclasses.dataclass(frozen=True)
 class MockAxes(Axes):
-    """Collectives that yield stand-ins, of the collectives' own types, on the devices before number `real_from`."""
+    """Collectives that return stand-ins, of the real results' types, on the devices before number `real_from`."""
 
     real_from: int = 0
 
@@ -79,13 +79,13 @@ class MockAxes(Axes):
         return self._choose(scattered, noise(scattered.shape, scattered.dtype))
 
     def _choose(self, real: jax.Array, standin: jax.Array) -> jax.Array:
-        """`real` from device number `real_from` on: XLA can't know which device will run its program."""
+        """Selects `real` from device number `real_from` on. XLA can't know which device will run its program."""
         is_real = lax.axis_index(AXES) >= self.real_from
         return _like(jnp.where(is_real, real, standin), real)
 
 
 def noise(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Uniform in [-1.7, 1.7] (variance 1) from a hash of the index: a few integer operations and no memory, unlike jax.random."""
+    """Uniform numbers in [-1.7, 1.7] (variance 1), hashed from the index: a few integer operations and no memory, unlike jax.random."""
     index = jnp.zeros(shape, jnp.uint32)
     for axis, size in enumerate(shape):
         index = index * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, shape, axis)
@@ -108,7 +108,7 @@ def _like(x: jax.Array, like: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class MockBuild(Build):
-    """A build whose collectives are those of `MockAxes`. `real_from`: see there; 0 makes all of them real."""
+    """A build with the collectives of `MockAxes`; `real_from` 0 makes all of them real."""
 
     real_from: int = 0
 
@@ -118,6 +118,6 @@ class MockBuild(Build):
 
 
 def mock_build(*, mocked: bool, **build: Any) -> MockBuild:
-    """Arguments as `Build`'s. `mocked`: no device has real collectives; otherwise all have."""
+    """Makes a build from `Build`'s arguments. With `mocked`, no device has real collectives; otherwise all have."""
     made = MockBuild(**build)
     return dataclasses.replace(made, real_from=(made.shape or MeshShape()).devices if mocked else 0)

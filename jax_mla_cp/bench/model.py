@@ -1,7 +1,7 @@
-"""`model`: a rank's whole prefill, from tokens to logits: time to first token, memory, and what the links would add.
+"""`model`: one rank's whole prefill, from tokens to logits: time to first token, memory, and modeled communication.
 
-The weights of 61 layers in bfloat16 do not fit one GPU. As many MoE layers run as fit; one layer's time is the difference
-between that program and one with a single MoE layer, divided by the layers between, and stands for those that did not run.
+The weights of 61 layers in bfloat16 do not fit one GPU, so only as many MoE layers run as fit. The time per layer, from the
+difference to a program with a single MoE layer, stands for each layer that did not run.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from jax_mla_cp.bench.program import (
     prompt,
     with_layers,
 )
+from jax_mla_cp.bench.random_weights import favor_first_rank
 from jax_mla_cp.bench.table import Report
-from jax_mla_cp.bench.weights import favor_first_rank
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.model.context import EP_CHOICES, Build
 from jax_mla_cp.model.handle import Model, weight_bytes
@@ -35,7 +35,7 @@ from jax_mla_cp.platform import device_memory
 
 _SWEEP_LAYERS = 4
 _LONG_LAYERS = 2
-_SPARE_BYTES = 4e9  # for what the compiler's count leaves out: its own workspace, the making of weights
+_SPARE_BYTES = 4e9  # not in the compiler's estimate: its own workspace, and making the weights
 _HOLD_SECONDS = 3.0
 
 
@@ -43,8 +43,8 @@ def run(options: Options, config: ModelConfig, report: Report) -> None:
     """Adds the rows."""
     report.notes.append(STATED)
     report.notes.append(
-        "all-reduces and the experts' exchange count as exposed; the latent gather as overlapped with the query projections "
-        "(at the matmul peak) where the compiled schedule has them beside it (`gather beside`)."
+        "all-reduces and the experts' exchange count as exposed. The latent gather counts as overlapped with the query projections "
+        "(at the matmul peak) if the compiled schedule overlaps them (`gather beside`)."
     )
     top = max(options.seq, default=0)
     bench = _Bench(options, config, report)
@@ -62,7 +62,7 @@ class _Bench:
         self.options, self.config, self.report = options, config, report
 
     def facts(self, seq: int, form: FormName, ep: EpName) -> dict[str, Any]:
-        """What every row says."""
+        """RequestColumns that every row has."""
         o = self.options
         return {"seq": seq, "form": form, "mesh": str(o.mesh), "ep_axes": ep, "dtype": o.dtype}
 
@@ -71,12 +71,12 @@ class _Bench:
         return make_build(with_layers(self.config, dense, moe, positions), o.mesh, ep, o.dtype, o.attention)
 
     def program(self, model: Model, seq: int, form: FormName) -> Program:
-        """One prompt, whole."""
+        """A program that prefills one whole prompt."""
         planner = make_planner(model, seq, form=form)
         return compile_program(model, planner, prompt(model, planner, seq))
 
     def whole(self, seq: int, form: FormName, ep: EpName) -> None:
-        """The dense layers and as many MoE layers as fit; then the same with all tokens on this rank's experts."""
+        """Adds rows of the dense layers with as many MoE layers as fit, and with all tokens on this rank's experts."""
         c, o, table = self.config, self.options, f"whole model, {self.config.num_layers} layers"
         dense, facts = c.num_dense_layers, self.facts(seq, form, ep)
         seconds: dict[str, float] = {}
@@ -97,8 +97,8 @@ class _Bench:
         def many() -> dict[str, Any]:
             layers = self._fitting(seq, ep, one["temp_gb"] * 1e9)
             if layers < 2:
-                raise RuntimeError(f"memory for {layers} MoE layers: two are needed to tell one layer's time.")
-            layers, program = self._most(seq, form, ep, layers)
+                raise RuntimeError(f"only {layers} MoE layers fit the memory: the time per layer needs two.")
+            layers, program = self._largest(seq, form, ep, layers)
             timing = program.time(o.samples)
             seconds["layer"] = (timing.seconds - seconds["one"]) / (layers - 1)
             seconds["all"] = timing.seconds + (c.num_moe_layers - layers) * seconds["layer"]
@@ -119,11 +119,11 @@ class _Bench:
             if row:
                 self.report.row(table, "all tokens to this rank's experts", skewed, **facts)
                 self.report.notes.append(
-                    f"{table}: dense + MoE layers under `run` are those that ran, `ms` their time; a MoE layer takes "
+                    f"{table}: `run` tells the dense + MoE layers that ran, `ms` their time. A MoE layer takes "
                     f"{seconds['layer'] * 1e3:.4g} ms (with all tokens on this rank's experts "
-                    f"{(seconds['layer'] + seconds['skewed'] - seconds['one']) * 1e3:.4g} ms), repeated up to "
-                    f"{c.num_moe_layers} of them. No token is dropped; routing is random and even, or, in the last row, as "
-                    "uneven as this rank can meet. `all layers GB`: weights and cache of all layers, and the step's temporaries."
+                    f"{(seconds['layer'] + seconds['skewed'] - seconds['one']) * 1e3:.4g} ms); the totals are of {c.num_moe_layers}. No token "
+                    "is dropped. Routing is random and even; in the last row it is this rank's worst case. `all layers GB`: weights "
+                    "and cache of all layers, and the step's temporaries."
                 )
         if seq == 131072 and c.num_layers == 61 and str(o.mesh) == "tp=8,cp=4":
             self.report.hold(
@@ -132,8 +132,8 @@ class _Bench:
                 at_most=_HOLD_SECONDS,
             )
 
-    def _most(self, seq: int, form: FormName, ep: EpName, layers: int) -> tuple[int, Program]:
-        """The program with so many MoE layers, or, where memory runs out all the same, with fewer."""
+    def _largest(self, seq: int, form: FormName, ep: EpName, layers: int) -> tuple[int, Program]:
+        """The program with `layers` MoE layers, or with fewer if memory runs out; and the number it has."""
 
         def attempt(layers: int) -> Program:
             program = self.program(make_model(self.build(self.config.num_dense_layers, layers, seq, ep)), seq, form)
@@ -151,7 +151,7 @@ class _Bench:
             layers = max(2, layers * 4 // 5)
 
     def sweep(self, ep: EpName, seqs: tuple[int, ...]) -> None:
-        """Prompt lengths and forms, with a few MoE layers, each of which stands for many."""
+        """Adds rows over prompt lengths and forms, extrapolated from a few MoE layers."""
         c, o = self.config, self.options
         layers = min(_SWEEP_LAYERS, c.num_moe_layers, o.layers or _SWEEP_LAYERS)
         table = "time to first token"
@@ -168,7 +168,7 @@ class _Bench:
         for seq, form in itertools.product(seqs, o.forms):
             self.report.row(table, "whole prompt", functools.partial(one, seq, form), **self.facts(seq, form, ep))
             clean_up()
-        note = f"{table}: {layers} MoE layers run, their time counts {c.num_layers} / {layers} times; dense layers count as MoE layers."
+        note = f"{table}: {layers} MoE layers run; times are scaled by {c.num_layers} / {layers}, dense layers counted as MoE layers."
         if seqs and note not in self.report.notes:
             self.report.notes.append(note)
 
@@ -189,7 +189,7 @@ class _Bench:
                 planners.append(make_planner(model, top, chunk=min(chunk, top), form=form))
                 made.append(compile_program(model, planners[0], prompt(model, planners[0], new, prefix)))
             else:
-                made[0].set_works(planners[0], prompt(made[0].model, planners[0], new, prefix))
+                made[0].set_requests(planners[0], prompt(made[0].model, planners[0], new, prefix))
             timing = made[0].time(o.samples)
             times[prefix] = timing.seconds
             return {"prefix": prefix, "run": f"{layers} layers"} | timing.row() | made[0].memory
@@ -214,14 +214,14 @@ class _Bench:
             )
         self.report.notes.append(
             f"longer prompts: chunks of {chunk} tokens with {layers} layers, timed after prefixes of "
-            f"{', '.join(map(str, prefixes))} tokens; a chunk between two of them takes what lies between their times, all "
-            f"count {c.num_layers} / {layers} times. Positions beyond the model's {c.max_position} are for timing only."
+            f"{', '.join(map(str, prefixes))} tokens, interpolated between these and scaled by {c.num_layers} / {layers}. Positions "
+            f"beyond the model's {c.max_position} are for timing only."
         )
         made.clear()
         clean_up()
 
     def _ttft(self, seq: int, ep: EpName, compute: float, program: Program | None) -> dict[str, Any]:
-        """Compute and communication of the whole model, and its memory per GPU."""
+        """RequestColumns of the whole model's compute, communication, and memory per GPU."""
         c, o = self.config, self.options
         assert self.report.ceilings
         takes = communication(c, o.mesh, ep, seq, jnp.dtype(o.dtype).itemsize)
@@ -245,7 +245,7 @@ class _Bench:
         }
 
     def _fitting(self, seq: int, ep: EpName, temporaries: float) -> int:
-        """MoE layers whose weights and cache fit beside the dense layers and the step's temporaries."""
+        """The number of MoE layers whose weights and cache fit beside the dense layers and the step's temporaries."""
         c, o = self.config, self.options
         if o.layers:
             return min(o.layers, c.num_moe_layers)
@@ -260,7 +260,7 @@ class _Bench:
 
 
 def _between(times: dict[int, float], at: int) -> float:
-    """The line between the two nearest prefixes; beyond the last one, on."""
+    """Interpolates linearly between the two nearest prefixes; extrapolates beyond the last."""
     known = sorted(times)
     if len(known) == 1:
         return times[known[0]]

@@ -26,12 +26,12 @@ _HOLD_DISPATCH = 0.25
 
 
 def expert_parts(options: Options, config: ModelConfig, report: Report, seq: int, *, held: bool) -> None:
-    """The MoE layer's parts at ep = tp: this rank's share of the (token, expert) pairs, over few and over all its experts."""
+    """Adds rows of the MoE layer's parts with experts over tp: this rank's (token, expert) pairs, over few and over all its experts."""
     c, tp = config, options.mesh.tp
     tokens = seq // options.mesh.cp
     rows = max(128, tokens * c.experts_per_token // tp)
-    mine = max(1, c.n_routed_experts // tp)
-    few = min(8, mine)
+    local = max(1, c.n_routed_experts // tp)
+    few = min(8, local)
     facts = {"seq": seq, "mesh": str(options.mesh), "ep_axes": "tp", "dtype": options.dtype}
     table = f"MoE layer's parts, {seq} tokens"
 
@@ -48,11 +48,11 @@ def expert_parts(options: Options, config: ModelConfig, report: Report, seq: int
         dense = timed(f"dense product, {what}: {rows} x {k} x {n}", cost, product(options, "", rows, k, n).make)
         even = np.full(few, rows // few, np.int32)
         grouped = timed(f"grouped, {few} experts, even", cost, functools.partial(_grouped, options, rows, k, n, even))
-        uneven = _uneven(rows, mine)
-        all_mine = Cost(flops=2.0 * rows * k * n, moved=2.0 * (rows * (k + n) + mine * k * n))
+        uneven = _uneven(rows, local)
+        all_local = Cost(flops=2.0 * rows * k * n, moved=2.0 * (rows * (k + n) + local * k * n))
         timed(
-            f"grouped, {mine} experts, as a random router has them",
-            all_mine,
+            f"grouped, {local} experts, randomly routed",
+            all_local,
             functools.partial(_grouped, options, rows, k, n, uneven),
         )
         if held:
@@ -62,15 +62,15 @@ def expert_parts(options: Options, config: ModelConfig, report: Report, seq: int
             )
 
     expert = 6.0 * c.hidden_size * c.moe_intermediate_size
-    weights = 6.0 * mine * c.hidden_size * c.moe_intermediate_size
+    weights = 6.0 * local * c.hidden_size * c.moe_intermediate_size
     cost = Cost(flops=expert * rows, moved=4.0 * rows * c.hidden_size + weights)
-    products = timed("both grouped products and silu, the same rows", cost, lambda: _both(options, c, tokens, mine))
-    whole = timed("dispatch, both products, combine", cost, lambda: _apply(options, c, tokens, mine))
+    products = timed("both grouped products and silu, the same rows", cost, lambda: _both(options, c, tokens, local))
+    whole = timed("dispatch, both products, combine", cost, lambda: _apply(options, c, tokens, local))
     moving = None if products is None or whole is None else whole - products
 
     def difference() -> dict[str, Any]:
         if moving is None or products is None:
-            raise RuntimeError("one of the two rows that it is the difference of has failed")
+            raise RuntimeError("one of the two rows it is the difference of has failed")
         least = Cost(moved=2.0 * c.hidden_size * (2 * rows + rows + tokens))
         return {"ms": moving, "of_products": moving / products} | report.beside_roof(least, moving / 1e3)
 
@@ -95,7 +95,7 @@ def _grouped(options: Options, rows: int, k: int, n: int, sizes: np.ndarray) -> 
 
 
 def _choices(config: ModelConfig, tokens: int) -> np.ndarray:
-    """[T, k] different experts for each token, uniformly; the first `mine` of them are this rank's."""
+    """Chooses different experts for each token, uniformly: int32 [T, k]."""
     rng = np.random.default_rng(0)
     out = np.empty((tokens, config.experts_per_token), np.int32)
     for first in range(0, tokens, 8192):
@@ -115,7 +115,7 @@ def _expert_weights(options: Options, config: ModelConfig, experts: int) -> tupl
 
 
 def _both(options: Options, config: ModelConfig, tokens: int, experts: int) -> Callable[[], Any]:
-    """The experts' two products, on as many rows of each as `_apply` gives them: rounded up to whole tiles."""
+    """The experts' two matmuls, on the rows that `_apply` gives each expert, rounded up to whole tiles."""
     counts = np.bincount(_choices(config, tokens).ravel(), minlength=config.n_routed_experts)[:experts]
     align = group_alignment(int(counts.sum()), experts)
     sizes = -(-counts // align) * align
@@ -131,7 +131,7 @@ def _both(options: Options, config: ModelConfig, tokens: int, experts: int) -> C
 
 
 def _apply(options: Options, config: ModelConfig, tokens: int, experts: int) -> Callable[[], Any]:
-    """The model's own function, with this rank's experts among all."""
+    """The model's own function, on this rank's share of the experts."""
     x = normal(0, (tokens, config.hidden_size), options.dtype)
     chosen = jnp.asarray(_choices(config, tokens))
     weight = jnp.full(chosen.shape, 1 / config.experts_per_token, jnp.float32)

@@ -143,6 +143,9 @@ _QUICK: dict[Command, dict[str, Any]] = {
     "scaling": {"seq": (32 * _K,), "samples": 3},
 }
 
+_FULL_ONLY = ("mesh", "ep_axes", "layers")
+"""Settings of `decode` that only `--full` uses."""
+
 
 def make(command: Command, *, quick: bool = False, **given: Any) -> Options:
     """A command's options: what was given, else its defaults.
@@ -150,6 +153,10 @@ def make(command: Command, *, quick: bool = False, **given: Any) -> Options:
     Raises:
       ConfigError: as `Options`.
     """
+    full_only = [name for name in _FULL_ONLY if name in given]
+    if command == "decode" and full_only and not given.get("full"):
+        flag = "--" + full_only[0].replace("_", "-")
+        raise ConfigError(f"{flag}: is for the whole decode step. Add --full, or leave it out.")
     defaults = _DEFAULTS[command] | (_QUICK[command] if quick else {})
     return Options(command=command, quick=quick, **(defaults | given))
 

@@ -1,7 +1,7 @@
-"""A program's device time by `jax.named_scope`, from a trace of one run.
+"""Device time of a program by `jax.named_scope`, from a trace of one run.
 
-The trace has a device's kernels, with the instruction that each belongs to; the compiled program says which scope an
-instruction comes from. A fusion counts for the scope of its root.
+The trace names the HLO instruction of each kernel; the compiled program names each instruction's scope. A fusion counts for
+the scope of its root.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _NOT_A_SCOPE = re.compile(
 
 
 def time_by_scope(run: Callable[[], Any], compiled: jax.stages.Compiled, folder: Path) -> list[tuple[str, float]]:
-    """(scope, seconds) of one run, longest first. The trace stays in `folder`, for xprof or Perfetto.
+    """Times one run: (scope, seconds), longest first. The trace stays in `folder`, for xprof or Perfetto.
 
     Raises:
       RuntimeError: the trace has no instruction of the program.
@@ -45,7 +45,7 @@ def time_by_scope(run: Callable[[], Any], compiled: jax.stages.Compiled, folder:
 
 
 def scope_of(op_name: str) -> str:
-    """The named scopes of an instruction's `op_name`.
+    """Extracts the named scopes from an instruction's `op_name`.
 
     >>> scope_of("jit(run)/shard_map/while/body/closed_call/mla/query/tq,qnk->tnk/dot_general")
     'mla/query'
@@ -57,7 +57,7 @@ def scope_of(op_name: str) -> str:
 
 
 def _device_events(trace: dict[str, Any]) -> list[dict[str, Any]]:
-    """Events with an instruction: the GPUs' own, or without a GPU the CPU threads'. A loop is no event beside its body."""
+    """Events with an instruction, of the GPUs, or without a GPU of the CPU threads. Loops are left out: their bodies count."""
     events = trace["traceEvents"]
     gpus = {e["pid"] for e in events if e.get("name") == "process_name" and "GPU" in e["args"].get("name", "")}
     have = [e for e in events if e.get("ph") == "X" and "hlo_op" in e.get("args", {})]

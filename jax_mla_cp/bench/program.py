@@ -1,4 +1,4 @@
-"""One rank's real program: a model with random weights on a mocked mesh, a step of it compiled once, and run again and again."""
+"""One rank's real program: a model with random weights on a mocked mesh, and a compiled step of it to run repeatedly."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from jax_mla_cp.batch.packing import DeviceBatch
 from jax_mla_cp.batch.step_request import StepRequest
 from jax_mla_cp.bench.data import normal
 from jax_mla_cp.bench.mock import MockBuild, mock_build
+from jax_mla_cp.bench.random_weights import random_params, replicated
 from jax_mla_cp.bench.timing import Timing, measure
-from jax_mla_cp.bench.weights import random_params, replicated
 from jax_mla_cp.cache import PAGES_SPEC
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.config.quantization import Quantization
@@ -35,14 +35,14 @@ PAGE_SIZE = 64
 
 
 def is_mocked() -> bool:
-    """Whether this process runs as one device of a mocked topology: on CPU devices all of them run, and collectives are real."""
+    """True if this process runs as one device of a mocked topology. On CPU all devices run, and collectives are real."""
     return jax.local_device_count() < jax.device_count()
 
 
 def make_build(
     config: ModelConfig, mesh: MeshShape, ep_axes: str, dtype: str, attention: Implementation, *, fp8: bool = False
 ) -> MockBuild:
-    """What the model is built with, as `load.plan_build` would; with `fp8`, of a checkpoint as DeepSeek publishes them.
+    """Makes the build of a model, as `launch.plan_build` does; with `fp8`, of an FP8 checkpoint as DeepSeek publishes them.
 
     Raises:
       ConfigError: the attention asked for can't run here.
@@ -62,16 +62,16 @@ def make_build(
 
 
 def make_model(build: MockBuild) -> Model:
-    """A model with random weights."""
+    """Makes a model with random weights."""
     assert build.shape is not None
     mesh = make_mesh(build.shape)
     return Model(random_params(Decoder(build), mesh), build, mesh)
 
 
 def prompt(model: Model, planner: Planner, new: int, cached: int = 0, requests: int = 1) -> list[StepRequest]:
-    """Requests with random tokens, after prefixes whose pages the cache already has; pages in random order.
+    """Makes requests of `new` random tokens after `cached` ones, with pages in random order.
 
-    The tokens are those whose embeddings the first tp rank keeps: the sum over tp, if it is mocked, has nothing else.
+    Tokens are drawn from those whose embeddings the first tp rank keeps: a mocked sum over tp has no others.
     """
     rng = np.random.default_rng(0)
     vocabulary = min(model.config.vocab_size, model.build.padded_vocab // model.build.axes.size(TP))
@@ -82,30 +82,30 @@ def prompt(model: Model, planner: Planner, new: int, cached: int = 0, requests: 
 
 @dataclasses.dataclass
 class Program:
-    """A compiled step with its arguments. Every call runs it on the cache that the call before it left."""
+    """A compiled step with its arguments. Each call runs on the cache that the call before left."""
 
     compiled: jax.stages.Compiled
     model: Model
     pages: jax.Array
     batch: DeviceBatch
     tokens: int
-    """Of all ranks' buffers."""
+    """Tokens in all ranks' buffers."""
 
     def __call__(self) -> jax.Array:
         out, self.pages = self.compiled(self.model, self.pages, self.batch)
         return out
 
     def time(self, samples: int) -> Timing:
-        """Seconds of a call."""
+        """Measures the time of a call."""
         return measure(self, samples=samples)
 
-    def set_works(self, planner: Planner, works: Sequence[StepRequest]) -> None:
-        """Other works of the same shape."""
-        self.batch = planner.batch(works)
+    def set_requests(self, planner: Planner, requests: Sequence[StepRequest]) -> None:
+        """Replaces the batch with another of the same shape."""
+        self.batch = planner.batch(requests)
 
     @property
     def memory(self) -> dict[str, float]:
-        """GB of one device: what the program is given (weights, cache), what it needs beside, and both."""
+        """GB per device: arguments (weights, cache), temporaries, and both."""
         stats: Any = self.compiled.memory_analysis()
         held = stats.argument_size_in_bytes / 1e9
         beside = (stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes) / 1e9
@@ -116,14 +116,14 @@ Step = Callable[[Model, jax.Array, DeviceBatch], tuple[jax.Array, jax.Array]]
 
 
 def compile_program(
-    model: Model, planner: Planner, works: Sequence[StepRequest], *, run: Step = forward, embeds: bool = False
+    model: Model, planner: Planner, requests: Sequence[StepRequest], *, run: Step = forward, embeds: bool = False
 ) -> Program:
     """Compiles `run` for a step, with a cache of random latents.
 
     Args:
-      embeds: the step begins with random activations instead of tokens, which skips the embedding.
+      embeds: start from random activations instead of tokens, which skips the embedding.
     """
-    host = planner.host_batch([works])
+    host = planner.host_batch([requests])
     batch, tokens = put(model, host), len(host.tokens)
     if embeds:
         assert model.mesh is not None
@@ -135,16 +135,16 @@ def compile_program(
 
 
 def random_cache(model: Model, planner: Planner) -> jax.Array:
-    """The cache, full of random latents, so that a prefix need not be computed."""
+    """A cache of random latents, so that prefixes need not be computed."""
     assert model.mesh is not None
     shape = (planner.shape.cache.total_pages, planner.shape.cache.page_size, model.config.latent_dim)
     return replicated(normal(2, shape, model.build.dtype), model.mesh, PAGES_SPEC)
 
 
-def only(model_build: MockBuild, stack: str, part: nnx.Module) -> tuple[Model, Step]:
-    """A model that runs `part` in place of each layer of a stack ("dense" or "moe"), and the step for it.
+def model_of_part(model_build: MockBuild, stack: str, part: nnx.Module) -> tuple[Model, Step]:
+    """Makes a model that runs `part` in place of each layer of a stack ("dense" or "moe"), and its step.
 
-    The step has neither embedding nor head; its result is the last layer's, after the final norm.
+    The step has neither embedding nor head; it returns the last layer's output after the final norm.
     """
     assert model_build.shape is not None
     mesh = make_mesh(model_build.shape)
@@ -167,7 +167,7 @@ def only(model_build: MockBuild, stack: str, part: nnx.Module) -> tuple[Model, S
 def make_planner(
     model: Model, tokens: int, *, chunk: int | None = None, requests: int = 1, form: Form = "auto"
 ) -> Planner:
-    """For requests of up to `tokens` tokens each, and a cache that holds just these."""
+    """Makes a planner for `requests` requests of up to `tokens` tokens each, with a cache for just these."""
     return Planner.create(
         model,
         cache_tokens=requests * -(-tokens // PAGE_SIZE) * PAGE_SIZE,
@@ -180,12 +180,12 @@ def make_planner(
 
 
 def with_layers(config: ModelConfig, dense: int, moe: int, positions: int) -> ModelConfig:
-    """The model with other numbers of layers, and room for so many positions."""
+    """The config with other numbers of layers, and at least `positions` positions."""
     return dataclasses.replace(
         config, num_layers=dense + moe, first_k_dense=dense, max_position=max(config.max_position, positions)
     )
 
 
 def clean_up() -> None:
-    """Frees the arrays of programs that are no longer used: what comes next may need the memory."""
+    """Frees the arrays of programs no longer used: the next one may need the memory."""
     gc.collect()

@@ -1,4 +1,4 @@
-"""What the device can do, measured in the same run, and how long work would take at that: the roofline of every row."""
+"""Roofline: the device's ceilings, measured in the same run, and the time a cost would take at them."""
 
 from __future__ import annotations
 
@@ -19,18 +19,22 @@ from jax_mla_cp.config.model import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-    """Of one device, in this run."""
+    """Measured peak rates of one device."""
 
     matmul: float
-    """FLOP/s of a large bfloat16 product of random numbers: the better of two."""
+    """FLOP/s of a large bfloat16 matmul on random numbers: the better of two."""
     copy: float
-    """Bytes/s of a copy, read and written ones together."""
+    """Bytes/s of a copy, reads and writes together."""
     read: float
-    """Bytes/s of a maximum over rows, which reads and hardly writes: more than a copy moves."""
+    """Bytes/s of a maximum over rows, which reads and hardly writes: faster than a copy."""
 
 
 def measure_ceilings(*, small: bool, samples: int = 10) -> Ceilings:
-    """Products of 8192 x 8192 x 8192 and 32768 x 7168 x 4096, 4 GB copied, 4 GB read. `small`: sizes for a CPU."""
+    """Measures matmuls of 8192 x 8192 x 8192 and 32768 x 7168 x 4096, a copy of 4 GB and a read of 4 GB.
+
+    Args:
+      small: use sizes that a CPU can run.
+    """
     products, rows = (((512, 512, 512),), 1 << 10) if small else (((8192, 8192, 8192), (32768, 7168, 4096)), 1 << 18)
     product = jax.jit(jnp.matmul)
     rates = []
@@ -46,20 +50,20 @@ def measure_ceilings(*, small: bool, samples: int = 10) -> Ceilings:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a piece of work does at least."""
+    """The minimal FLOPs and memory traffic of a computation."""
 
     flops: float = 0.0
     moved: float = 0.0
-    """Bytes read and written, where both happen: at the rate of a copy."""
+    """Bytes read and written, at the rate of a copy."""
     read: float = 0.0
-    """Bytes read where hardly any are written."""
+    """Bytes read where hardly any are written, at the rate of a read."""
 
     def seconds(self, ceilings: Ceilings) -> float:
-        """The time at the ceilings, arithmetic and memory overlapped."""
+        """Time at the ceilings, arithmetic and memory overlapped."""
         return max(self.flops / ceilings.matmul, self.moved / ceilings.copy + self.read / ceilings.read)
 
     def row(self, seconds: float, ceilings: Ceilings) -> dict[str, float]:
-        """What a table's row says of it, if it took so long."""
+        """RequestColumns of a table's row, for a measured time."""
         out = {"roof_ms": self.seconds(ceilings) * 1e3, "fraction": self.seconds(ceilings) / seconds}
         if self.flops:
             out |= {"tflops": self.flops / seconds / 1e12}
@@ -69,21 +73,21 @@ class Cost:
 
 
 def rank_rows(seq: int, cp: int, rank: int) -> tuple[Rows, int]:
-    """The rows of one prompt of `seq` tokens on a rank, and their query-key pairs. cp 1 is the unsharded call: one row."""
+    """A rank's rows of one prompt of `seq` tokens, and the number of their query-key pairs. cp 1 is unsharded: one row."""
     if cp == 1:
         lengths, ends = np.array([seq]), np.array([seq])
     else:
         p = plan([seq], [0], cp=cp)
-        mine = p.row_rank == rank
-        lengths, ends = p.row_len[mine].astype(np.int64), p.row_kv_len[mine].astype(np.int64)
+        local = p.row_rank == rank
+        lengths, ends = p.row_len[local].astype(np.int64), p.row_kv_len[local].astype(np.int64)
     pairs = int((lengths * ends - lengths * (lengths - 1) // 2).sum())
-    nothing = np.zeros(len(lengths), np.int32)
+    zeros = np.zeros(len(lengths), np.int32)
     cu_q = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    return Rows(cu_q=cu_q, kv_len=ends.astype(np.int32), kv_start=nothing, request=nothing), pairs
+    return Rows(cu_q=cu_q, kv_len=ends.astype(np.int32), kv_start=zeros, request=zeros), pairs
 
 
 def attention_flops(form: Form, config: ModelConfig, pairs: int, heads: int) -> float:
-    """Of the two products of attention; a multiply-add is 2. Pairs that the causal mask hides are not counted."""
+    """FLOPs of attention's two matmuls for `pairs` unmasked query-key pairs; a multiply-add is 2."""
     c = config
     if form == "expanded":
         per_pair = c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim
@@ -93,7 +97,7 @@ def attention_flops(form: Form, config: ModelConfig, pairs: int, heads: int) -> 
 
 
 def attention_bytes(form: Form, config: ModelConfig, queries: int, keys: int, heads: int) -> float:
-    """Of queries, outputs and each key once, in bfloat16: far below the products' time unless there are few queries."""
+    """Bytes of queries, outputs, and each key once, in bfloat16: they take little time unless there are few queries."""
     c = config
     if form == "expanded":
         dim = c.qk_nope_head_dim + c.qk_rope_head_dim

@@ -1,7 +1,7 @@
-"""`scaling`: a whole model's prefill on the GPUs that are here, divided in one way after the other.
+"""`scaling`: prefill of a whole model on several meshes of this host's GPUs.
 
-Nothing is mocked: the collectives are NCCL's, and every device computes what it would in a server. Rows compare themselves
-with the first mesh of `--meshes`.
+Nothing is mocked: the collectives are NCCL's, and every device computes what it would in a server. Each row is compared with
+the first mesh of `--meshes`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from jax_mla_cp.mesh import make_mesh
 from jax_mla_cp.model.handle import Model
 
 _GpuSeconds = dict[tuple[int, FormName], float]
-"""By tokens and form: devices times seconds of what the other rows are compared with."""
+"""GPU-seconds (devices times seconds) of the first mesh, by tokens and form."""
 
 
 def run(options: Options, config: ModelConfig, report: Report) -> None:
@@ -41,13 +41,13 @@ def run(options: Options, config: ModelConfig, report: Report) -> None:
     layers = min(options.layers or config.num_layers, config.num_layers)
     dense = min(config.num_dense_layers, layers)
     config = with_layers(config, dense, layers - dense, max(options.seq))
-    builds = [  # all of them before any is measured: what can't work is said at once
+    builds = [  # all before any is measured: settings that can't work are refused at once
         (mesh, ep, make_build(config, mesh, ep, options.dtype, options.attention))
         for mesh, ep in itertools.product(options.meshes, options.ep_axes)
     ]
     gpu_seconds: _GpuSeconds = {}
     for i, (mesh, ep, build) in enumerate(builds):
-        make = functools.cache(functools.partial(make_model, build))  # in the first row: what fails is a row
+        make = functools.cache(functools.partial(make_model, build))  # in the first row, so that a failure is a row
         for seq, form in itertools.product(options.seq, options.forms):
             report.row(
                 f"prefill, {options.model}, {layers} layers",
@@ -63,15 +63,15 @@ def run(options: Options, config: ModelConfig, report: Report) -> None:
         make.cache_clear()
         clean_up()
     report.notes.append(
-        f"efficiency: devices times seconds of {options.meshes[0]}, experts over {options.ep_axes[0]}, over the row's; none where "
-        "that row failed. From tokens to the last one's logits; random weights, routing even."
+        f"efficiency: GPU-seconds of {options.meshes[0]}, experts over {options.ep_axes[0]}, divided by the row's; empty if that row "
+        "failed. Times are from tokens to the last token's logits, with random weights and even routing."
     )
 
 
 def _row(
     make: Callable[[], Model], seq: int, form: FormName, samples: int, gpu_seconds: _GpuSeconds, *, first: bool
 ) -> dict[str, Any]:
-    """`first`: it is what the others are compared with."""
+    """Measures a row. `first`: on the mesh that the others are compared with."""
     model = make()
     planner = make_planner(model, seq, form=form)
     program = compile_program(model, planner, prompt(model, planner, seq))

@@ -1,4 +1,4 @@
-"""The tables on the terminal and the JSON file: rows, each of which may fail alone, and the numbers to hold."""
+"""Results of a benchmark: rows, any of which may fail alone, and targets; tables on the terminal and the JSON file."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _DIGITS = {"fraction": 3, "efficiency": 3, "tokens_per_s": 0, "balance": 3, "gbs
 
 @dataclasses.dataclass(frozen=True)
 class Hold:
-    """A number to hold. `seen` None: this run has not measured it."""
+    """A target for a measured number. `seen` None: this run has not measured it."""
 
     what: str
     bound: float
@@ -60,7 +60,7 @@ class Hold:
 
 
 class Report:
-    """Collects a run's rows. The JSON file is written after each, so that a run which is cut off leaves what it has."""
+    """Collects a run's rows. The JSON file is written after each, so that an interrupted run leaves what it has."""
 
     def __init__(self, command: str, argv: Sequence[str], *, path: Path | None = None, quiet: bool = False):
         self.command = command
@@ -74,7 +74,7 @@ class Report:
         self._console = Console(stderr=True, quiet=quiet, highlight=False)
 
     def say(self, text: str) -> None:
-        """A line of progress, to stderr."""
+        """Prints a line of progress to stderr."""
         self._console.print(
             f"[dim]{time.perf_counter() - self._started:6.1f} s[/dim]  {text}", markup=True, soft_wrap=True
         )
@@ -83,8 +83,8 @@ class Report:
         """Runs one measurement and adds its row to a table.
 
         Args:
-          run: returns what it has measured; whatever it raises becomes the row's `error`.
-          facts: what was known before: also in a row that failed.
+          run: returns the measured columns; an exception becomes the row's `error`.
+          facts: the row's other columns, which a failed row has too.
 
         Returns: the row, or None if it failed.
         """
@@ -104,15 +104,15 @@ class Report:
         return None if "error" in row else row
 
     def beside_roof(self, cost: Cost, seconds: float) -> dict[str, float]:
-        """What a row says of work that took so long: its roofline, at the ceilings of this run."""
+        """RequestColumns that compare a measured time with its roofline, at the ceilings of this run."""
         if self.ceilings is None:
-            raise RuntimeError("the ceilings are measured before the rows.")
+            raise RuntimeError("the ceilings must be measured before the rows.")
         return cost.row(seconds, self.ceilings)
 
     def hold(
         self, what: str, seen: float | None, *, at_least: float | None = None, at_most: float | None = None
     ) -> None:
-        """Compares what was seen with a bound. None: not measured, its row failed."""
+        """Compares a measured number with its target. None: not measured, because its row failed."""
         bound = at_least if at_least is not None else at_most
         assert bound is not None
         self.holds.append(Hold(what, bound, at_least is not None, seen))
@@ -120,11 +120,11 @@ class Report:
 
     @property
     def failed(self) -> int:
-        """Rows that failed."""
+        """The number of rows that failed."""
         return sum("error" in row for row in self.rows)
 
     def as_dict(self) -> dict[str, Any]:
-        """What the JSON file holds."""
+        """The content of the JSON file."""
         device = jax.local_devices()[0]
         return {
             "command": self.command,
@@ -142,14 +142,14 @@ class Report:
         }
 
     def save(self) -> None:
-        """Writes the JSON file, if there is one, at once or not at all."""
+        """Writes the JSON file, if there is one, atomically."""
         if self._path is not None:
             part = self._path.with_name(f".{self._path.name}.part")
             part.write_text(json.dumps(self.as_dict(), indent=1, default=_plain, allow_nan=False) + "\n")
             os.replace(part, self._path)
 
     def show(self, console: Console | None = None) -> None:
-        """Prints the tables, to stdout."""
+        """Prints the tables to stdout."""
         console = console or Console(width=None if sys.stdout.isatty() else 220, highlight=False)
         device = jax.local_devices()[0]
         mocked = "" if jax.device_count() == jax.local_device_count() else f" as 1 of {jax.device_count()} (mocked)"
@@ -198,7 +198,7 @@ def _table(name: str, rows: list[dict[str, Any]]) -> Table:
 
 
 def _same(rows: list[dict[str, Any]], key: str) -> bool:
-    """Whether a setting, not a measurement, is the same in all rows: said once below the table."""
+    """True for a setting, not a measurement, with one value in all rows: it is shown once, below the table."""
     first = rows[0].get(key)
     return key != "what" and isinstance(first, str | int) and all(row.get(key) == first for row in rows)
 

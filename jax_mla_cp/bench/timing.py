@@ -1,8 +1,8 @@
-"""Device time of a program, without the gaps of dispatch.
+"""Device time of a program, without dispatch gaps.
 
 A sample enqueues the program several times back to back and waits once, so that the host prepares a call while the device
-runs the one before; its time is divided by the number of calls. There are so many calls that a sample takes at least 20 ms.
-The median of 10 samples counts; programs whose samples take long are sampled less (`n` in the tables), 3 times at least.
+runs the previous one. A sample has enough calls to take 20 ms; its time is divided by their number. The median of 10 samples
+is reported; slow programs get fewer samples (`n` in the tables), at least 3.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 import jax
 
 _SAMPLE_SECONDS = 0.02
-_ENOUGH_SECONDS = 1.0  # of samples together, once there are three
-_FEWEST_SAMPLES = 3
-_MOST_CALLS = 1000
+_ENOUGH_SECONDS = 1.0  # sampling stops once all samples took this, and there are `_MIN_SAMPLES`
+_MIN_SAMPLES = 3
+_MAX_CALLS = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Timing:
     """(slowest - fastest sample) / median."""
 
     def row(self) -> dict[str, Any]:
-        """What a table's row says of it."""
+        """RequestColumns of a table's row."""
         return {"ms": self.seconds * 1e3, "n": self.samples, "calls": self.calls, "spread": self.spread}
 
 
@@ -44,15 +44,15 @@ def measure(call: Callable[[], Any], *, samples: int = 10) -> Timing:
 
 
 def measure_in_turn(calls: Sequence[Callable[[], Any]], *, samples: int = 10) -> list[Timing]:
-    """Times several programs that are to be compared: a sample of each, then the next of each, from another one on.
+    """Times several programs to compare: one sample of each in turn, starting each round with another program.
 
-    A GPU under load lowers its clocks from second to second, by more than the programs may differ.
+    A GPU under load changes its clocks from second to second, by more than the programs may differ.
     """
     counts = [_calls_per_sample(call) for call in calls]
     times: list[list[float]] = [[] for _ in calls]
     for done in range(samples):
         spent = sum(map(sum, times))
-        if done >= _FEWEST_SAMPLES and spent >= _ENOUGH_SECONDS * len(calls):
+        if done >= _MIN_SAMPLES and spent >= _ENOUGH_SECONDS * len(calls):
             break
         for i in range(len(calls)):
             turn = (i + done) % len(calls)
@@ -63,8 +63,8 @@ def measure_in_turn(calls: Sequence[Callable[[], Any]], *, samples: int = 10) ->
 def _calls_per_sample(call: Callable[[], Any]) -> int:
     jax.block_until_ready(call())
     calls = 1
-    while (taken := _sample(call, calls)) < _SAMPLE_SECONDS and calls < _MOST_CALLS:
-        calls = min(_MOST_CALLS, max(calls + 1, math.ceil(1.2 * calls * _SAMPLE_SECONDS / taken)))
+    while (taken := _sample(call, calls)) < _SAMPLE_SECONDS and calls < _MAX_CALLS:
+        calls = min(_MAX_CALLS, max(calls + 1, math.ceil(1.2 * calls * _SAMPLE_SECONDS / taken)))
     return calls
 
 

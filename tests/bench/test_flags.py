@@ -26,6 +26,10 @@ def help_of(command: str) -> str:
     return " ".join(found[command].format_help().split())
 
 
+def test_every_command_has_examples() -> None:
+    assert {command for command, _ in EXAMPLES} == set(flags._COMMANDS)
+
+
 @pytest.mark.parametrize(("command", "line"), EXAMPLES)
 def test_examples_can_be_typed(command: str, line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
@@ -36,14 +40,14 @@ def test_examples_can_be_typed(command: str, line: str, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("command", "told"),
     [
-        ("attention", "--samples N samples of a row (default: 10)"),
-        ("load", "--samples N samples of a row (default: 3)"),
-        ("host", "cpu: to try the program with small sizes (default: cpu)"),
+        ("attention", "--samples N samples per row (default: 10)"),
+        ("load", "--samples N samples per row (default: 3)"),
+        ("host", "cpu only tries the program, with small sizes (default: cpu)"),
         ("scaling", "tiny (default: deepseek_v2_lite)"),
         ("scaling", "(default: tp=1,cp=1 tp=1,cp=2 tp=2,cp=1)"),
         ("scaling", "expanded,absorbed (default: expanded)"),
         ("model", "(default: 256K,512K,1M)"),
-        ("decode", "64x8K,8x128K (default: 64x8K,8x128K,256x2K,16x32K,1x128K)"),
+        ("decode", "context length, e.g. 64x8K,8x128K (default: 64x8K,8x128K,256x2K,16x32K,1x128K)"),
     ],
 )
 def test_help_tells_the_commands_own_defaults(command: str, told: str) -> None:
@@ -51,7 +55,7 @@ def test_help_tells_the_commands_own_defaults(command: str, told: str) -> None:
 
 
 def test_a_list_of_meshes_goes_back_in() -> None:
-    told = re.search(r"to compare with \(default: ([^)]*)\)", help_of("scaling"))
+    told = re.search(r"each compared with the first \(default: ([^)]*)\)", help_of("scaling"))
     assert told
     assert parse(["scaling", "--meshes", *told[1].split()]) == parse(["scaling"])
     assert parse(["scaling"]).meshes == (MeshShape(), MeshShape(cp=2), MeshShape(tp=2))
@@ -60,6 +64,9 @@ def test_a_list_of_meshes_goes_back_in() -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        ("decode --mesh tp=4", "--mesh: is for the whole decode step. Add --full"),
+        ("decode --ep-axes tp --layers 2", "--ep-axes: is for the whole decode step. Add --full"),
+        ("decode --layers 2", "--layers: is for the whole decode step. Add --full"),
         ("load --model tiny", "--model: no such flag"),
         ("load --attention xla", "--attention: no such flag"),
         ("host --dtype float32", "--dtype: no such flag"),

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from jax_mla_cp.bench.mock import MockAxes, mock_build, noise
 from jax_mla_cp.bench.program import make_build, make_model
-from jax_mla_cp.bench.weights import favor_first_rank
+from jax_mla_cp.bench.random_weights import favor_first_rank
 from jax_mla_cp.config.presets import model_config
 from jax_mla_cp.mesh import CP, TP, Axes, MeshShape, make_mesh
 from jax_mla_cp.model.handle import Model

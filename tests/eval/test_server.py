@@ -18,7 +18,7 @@ from jax_mla_cp.eval.__main__ import main
 from jax_mla_cp.eval.heldout import heldout_text
 from jax_mla_cp.serve.served import Served
 from jax_mla_cp.tokenizer import Tokenizer, require_tokenizer
-from tests.helpers.fake_server import Fake, refuse, running
+from tests.helpers.fake_server import FakeServer, refuse, running
 from tests.helpers.in_process import serving
 from tests.helpers.processes import started
 from tests.helpers.standin import PageModel
@@ -35,14 +35,14 @@ def _short_text() -> Iterator[None]:
         yield
 
 
-def evaluate(fake: Fake, out: Path, *flags: str) -> tuple[int, dict[str, Any]]:
+def evaluate(fake: FakeServer, out: Path, *flags: str) -> tuple[int, dict[str, Any]]:
     with running(fake.app()) as url:
         code = main(["--base-url", url, *SMALL, "--json", str(out / "out.json"), *flags])
     return code, json.loads((out / "out.json").read_text())
 
 
 def test_a_server_that_reads_its_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fake = Fake()
+    fake = FakeServer()
     code, found = evaluate(fake, tmp_path, "--picture", str(tmp_path / "map.png"))
     assert code == 0 and found["stopped"] is None
     assert found["passkey_accuracy"] == 1 and len(found["rows"]) == 6
@@ -62,7 +62,7 @@ def test_a_wrong_answer_is_a_wrong_answer(tmp_path: Path) -> None:
             reply["choices"][0]["text"] = " I don't know"
         return reply
 
-    code, found = evaluate(Fake(change), tmp_path, "--lengths", "400,3K")
+    code, found = evaluate(FakeServer(change), tmp_path, "--lengths", "400,3K")
     assert code == 0 and found["passkey_accuracy"] == 0.5
     assert {row["got"] for row in found["rows"] if not row["correct"]} == {" I don't know"}
     assert {row["length"] for row in found["rows"] if not row["correct"]} == {3072}
@@ -77,7 +77,7 @@ def test_a_server_without_echo_has_no_perplexity(how: str, tmp_path: Path) -> No
             reply["choices"][0]["logprobs"]["token_logprobs"] = [-1.0]
         return reply
 
-    code, found = evaluate(Fake(change), tmp_path)
+    code, found = evaluate(FakeServer(change), tmp_path)
     assert code == 0 and found["passkey_accuracy"] == 1 and found["perplexity"] is None
     assert ("echo: not here" if how == "refused" else "without log-probabilities") in found["no_perplexity"]
 
@@ -106,7 +106,7 @@ def test_a_server_that_fails_ends_the_run(fault: Any, message: str, tmp_path: Pa
             return fault(body, reply)
         return reply
 
-    code, found = evaluate(Fake(change), tmp_path, "--timeout", "1")
+    code, found = evaluate(FakeServer(change), tmp_path, "--timeout", "1")
     assert code == 1 and message in found["stopped"]
     assert [row["correct"] for row in found["rows"]] == [True, True]
     assert found["perplexity"] is not None and count <= 6
@@ -123,7 +123,7 @@ def test_a_server_that_fails_ends_the_run(fault: Any, message: str, tmp_path: Pa
 def test_which_model(
     models: list[str] | None, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fake = Fake() if models else Fake(lambda path, body, reply: {"object": "list"})
+    fake = FakeServer() if models else FakeServer(lambda path, body, reply: {"object": "list"})
     fake.models = models or []
     with running(fake.app()) as url, pytest.raises(SystemExit, match="2"):
         main(["--base-url", url, *SMALL, *flags])
@@ -132,7 +132,7 @@ def test_which_model(
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/v1", "{url}/nothing", "http://[::1"])
 def test_no_server(url: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with running(Fake().app()) as real, pytest.raises(SystemExit, match="2"):
+    with running(FakeServer().app()) as real, pytest.raises(SystemExit, match="2"):
         main(["--base-url", url.replace("{url}", real), *SMALL])
     assert "Give the address of an OpenAI server with its /v1" in capsys.readouterr().err
 
@@ -154,7 +154,7 @@ def test_ctrl_c_shows_what_has_been_answered(tmp_path: Path) -> None:
         return reply
 
     answered: list[Any] = []
-    with running(Fake(change).app()) as url:
+    with running(FakeServer(change).app()) as url:
         flags = ("--base-url", url, *SMALL, "--json", str(tmp_path / "o.json"))
         with started("jax_mla_cp.eval", *flags) as process:
             # Four at a time: the last two are asked when the first two answers have come.

@@ -1,4 +1,4 @@
-"""An OpenAI completions server that reads the prompt instead of a model, with the faults that a test asks for."""
+"""An OpenAI completions server without a model: it finds the answer in the prompt, and fails as a test asks."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from fastapi.responses import JSONResponse
 from tests.helpers.in_process import listening
 
 LOGPROB = -2.0
-"""Of every token: the perplexity is exp(2)."""
+"""Log-probability of every token: the perplexity is exp(2)."""
 
 
 def answer(prompt: str) -> str:
-    """The key of the name that is asked for."""
+    """The key for the name in the prompt's question."""
     name = re.findall(r"The pass key for (\w+ \w+) is$", prompt)[0]
     return f" {re.findall(rf'The pass key for {name} is ([0-9]+)', prompt)[0]}.\n"
 
 
-class Fake:
-    """`change(path, body, reply)` may replace any reply, or wait."""
+class FakeServer:
+    """Answers passkey prompts. `change(path, body, reply)` may replace any reply, or wait."""
 
     def __init__(self, change: Callable[[str, Any, dict[str, Any]], Any] = lambda path, body, reply: reply):
         self.change = change
@@ -60,6 +60,6 @@ def refuse(status: int, message: str) -> JSONResponse:
 
 @contextmanager
 def running(app: FastAPI) -> Iterator[str]:
-    """The address of a server for the app, with its /v1."""
+    """Runs a server for the app; yields its address, with the /v1."""
     with listening(app) as url:
         yield f"{url}/v1"

@@ -1,4 +1,4 @@
-"""Random weights of a model on a mesh, each shard made on the device that keeps it."""
+"""Random weights of a model on a mesh. Each shard is made on its own device."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from jax_mla_cp.bench.data import fill
 from jax_mla_cp.mesh import mesh_shape
 from jax_mla_cp.model.context import Build
 
-_FAVOR = 10.0  # more than any score: sigmoids are below 1
-_FP8_SCALE = 2.0**-10  # of matrices in FP8: what is stored then uses e4m3's range as a real checkpoint's does
+_FAVOR = 10.0  # above any score: sigmoids are below 1
+_FP8_SCALE = 2.0**-10  # of FP8 matrices, so that the stored values use e4m3's range as in a real checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
 class _Parameter:
-    """What is made for one parameter: N(mean, scale^2), or the mean alone; uint8 is FP8's bytes."""
+    """One parameter's distribution: N(mean, scale^2), or the mean alone if scale is 0; uint8 is FP8's bytes."""
 
     name: str
     shape: tuple[int, ...]
@@ -34,10 +34,10 @@ class _Parameter:
 
 
 def random_params(module: nnx.Module, mesh: Mesh) -> Any:
-    """The state of a module whose parameters are declared, with N(0, 1 / fan in) weights and norms of 1.
+    """Makes the state of a module whose parameters are declared, with N(0, 1 / fan in) weights and norms of 1.
 
-    The router's bias is 0, so that tokens spread evenly over the experts, which a trained bias is there for. A shard depends
-    on its parameter's name and its place in it: replicas are equal.
+    The router's bias is 0: tokens spread evenly over the experts, as they do with a trained bias. A shard's values depend on its
+    parameter's name and its place in it, so that replicas are equal.
     """
     state = nnx.state(module)
     leaves, tree = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_variable)
@@ -62,10 +62,10 @@ def random_params(module: nnx.Module, mesh: Mesh) -> Any:
 
 
 def favor_first_rank(params: Any, build: Build, mesh: Mesh) -> Any:
-    """The same weights, with a router that prefers the experts of the first device of the expert group.
+    """Changes the router to prefer the experts of the expert group's first device: that device's worst case.
 
-    Every token takes as many of them as the choice of groups allows: the worst case for that device. Where the router has
-    no bias to prefer them with, all scores are made equal, and of equal ones the first are chosen.
+    Every token takes as many of them as group-limited routing allows. If the router has no bias, all scores are made equal; of
+    equal scores the first are chosen.
     """
     experts = build.padded_experts // build.axes.size(build.ep_axes)
 
@@ -84,7 +84,7 @@ def favor_first_rank(params: Any, build: Build, mesh: Mesh) -> Any:
 
 
 def replicated(local: jax.Array, mesh: Mesh, spec: PartitionSpec | None = None) -> jax.Array:
-    """An array each of whose shards is `local`; whole and the same everywhere without a `spec`."""
+    """Makes an array each of whose shards is `local`; fully replicated without a `spec`."""
     sharding = NamedSharding(mesh, spec or PartitionSpec())
     parts = [jax.device_put(local, device) for device in _local(mesh)]
     shape = list(local.shape)
@@ -101,7 +101,7 @@ def _zeros(parameters: tuple[_Parameter, ...], shapes: tuple[tuple[int, ...], ..
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def _make(parameters: tuple[_Parameter, ...], shards: list[jax.Array], seeds: jax.Array) -> list[jax.Array]:
-    """One device's shards, in one program: many small ones would compile for longer than they run."""
+    """Makes one device's shards in one program: many small programs would compile for longer than they run."""
     return [
         jnp.full_like(shard, p.mean) if p.scale == 0 else fill(shard, jax.random.key(seed), p.scale)
         for p, shard, seed in zip(parameters, shards, seeds, strict=True)
@@ -133,12 +133,12 @@ def _parameter(path: tuple[Any, ...], leaf: nnx.Variable[Any]) -> _Parameter:
 
 
 def _local(mesh: Mesh) -> list[jax.Device]:
-    """This process's devices of the mesh."""
+    """The mesh's devices in this process."""
     return [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
 
 
 def _place(sharding: NamedSharding, shape: tuple[int, ...], device: jax.Device) -> tuple[tuple[int, int], ...]:
-    """The part of the array that a device keeps, as (start, stop) per dimension."""
+    """The part of the array on a device, as (start, stop) per dimension."""
     index = sharding.devices_indices_map(shape)[device]
     return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
