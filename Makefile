@@ -12,7 +12,8 @@ TORCH ?= torch==2.13.0
 # 1 builds the kernels or fails, 0 doesn't, unset: where there is a GPU. What `make ffi` built, later installs keep.
 JAX_MLA_CP_CUDA ?= $(if $(wildcard $(VENV)/.cuda),1)
 
-FFI := $(filter-out %.md,$(wildcard ffi/*.* ffi/kernels/*))
+FFI := $(filter-out %.md,$(wildcard ffi/*.* ffi/kernels/* ffi/cmake/*))
+CPP := $(filter %.h %.cc %.cu,$(FFI))
 # An editable install knows its modules by their files: one that was moved or removed since needs a new one.
 MOVED := $(shell [ ! -f $(VENV)/.modules ] || xargs ls -d <$(VENV)/.modules >/dev/null 2>&1 || echo moved)
 # Requirements come from pyproject.toml: REQUIREMENTS = an expression over it.
@@ -27,7 +28,7 @@ help:
 	@echo "make serve [ARGS='--port 9000'] [MESH=tp=8,cp=4]   serve the built-in model"
 	@echo "make test [ARGS='-k zigzag']                      run the tests"
 	@echo "make soak                                         load, fault and fuzz tests in full (25 minutes on 2 cores)"
-	@echo "make lint | format                                ruff and mypy"
+	@echo "make lint | format                                check | apply the formatting: ruff, mypy, clang-format"
 	@echo "make env                                          the run-time environment in $(VENV)"
 	@echo "make ffi                                          with the FlashAttention-3 kernels in it (needs nvcc)"
 	@echo "make clean                                        remove $(VENV), build and caches"
@@ -53,10 +54,12 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

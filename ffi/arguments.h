@@ -24,7 +24,8 @@ class Checker {
 
   // `dims`: the expected sizes; kAny takes what is there.
   static constexpr int64_t kAny = -1;
-  void Buffer(const char* name, const ffi::AnyBuffer& buffer, ffi::DataType dtype, std::initializer_list<int64_t> dims) {
+  void Buffer(const char* name, const ffi::AnyBuffer& buffer, ffi::DataType dtype,
+              std::initializer_list<int64_t> dims) {
     if (!message_.empty()) return;
     bool fits = buffer.element_type() == dtype && buffer.dimensions().size() == dims.size();
     if (fits) {
@@ -58,8 +59,10 @@ class Checker {
   void Fail(const char* name, const std::string& problem) { message_ = std::string(name) + ": " + problem; }
   template <typename Dims>
   static std::string Shape(ffi::DataType dtype, const Dims& dims) {
-    std::string text = dtype == ffi::BF16 ? "bfloat16[" : dtype == ffi::F32 ? "float32[" : dtype == ffi::S32 ? "int32["
-                       : "dtype " + std::to_string(static_cast<int>(dtype)) + " [";
+    std::string text = dtype == ffi::BF16  ? "bfloat16["
+                       : dtype == ffi::F32 ? "float32["
+                       : dtype == ffi::S32 ? "int32["
+                                           : "dtype " + std::to_string(static_cast<int>(dtype)) + " [";
     const char* comma = "";
     for (int64_t dim : dims) {
       text += comma + (dim == kAny ? std::string("any") : std::to_string(dim));
@@ -72,7 +75,8 @@ class Checker {
   std::string message_;
 };
 
-// Rows of queries: row b's are tokens cu_q[b] to cu_q[b + 1], its last one sees kv_len[b] keys, each before it one less.
+// Rows of queries: row b's are tokens cu_q[b] to cu_q[b + 1], its last one sees kv_len[b] keys, each before it one
+// less.
 struct Rows {
   int64_t count;
   int32_t* cu_q;    // [B + 1]
@@ -107,10 +111,10 @@ struct Expanded {
   Common common;
   Rows rows;
   int64_t keys;
-  uint16_t* q;         // bfloat16 [T, n, h + r]
-  uint16_t* kv;        // bfloat16 [K, n, h + r + v]: a head's key, then its value
-  int32_t* kv_start;   // [B]: where a row's keys begin; rows may share them
-  uint16_t* out;       // bfloat16 [T, n, v]
+  uint16_t* q;        // bfloat16 [T, n, h + r]
+  uint16_t* kv;       // bfloat16 [K, n, h + r + v]: a head's key, then its value
+  int32_t* kv_start;  // [B]: where a row's keys begin; rows may share them
+  uint16_t* out;      // bfloat16 [T, n, v]
   float scale;
 
   static Expanded Check(Checker& check, ffi::AnyBuffer q, ffi::AnyBuffer kv, ffi::AnyBuffer cu_q,
@@ -128,8 +132,14 @@ struct Expanded {
     check.Buffer("kv_start", kv_start, ffi::S32, {rows.count});
     check.Buffer("out", *out, ffi::BF16, {tokens, heads, kValue});
     Common common = Common::Check(check, tokens, heads, rows.count, lse, scheduler);
-    return {common, rows, keys, static_cast<uint16_t*>(q.untyped_data()), static_cast<uint16_t*>(kv.untyped_data()),
-            static_cast<int32_t*>(kv_start.untyped_data()), static_cast<uint16_t*>(out->untyped_data()), scale};
+    return {common,
+            rows,
+            keys,
+            static_cast<uint16_t*>(q.untyped_data()),
+            static_cast<uint16_t*>(kv.untyped_data()),
+            static_cast<int32_t*>(kv_start.untyped_data()),
+            static_cast<uint16_t*>(out->untyped_data()),
+            scale};
   }
 };
 
@@ -166,9 +176,17 @@ struct Absorbed {
     check.Buffer("page_table", page_table, ffi::S32, {rows.count, width});
     check.Buffer("out", *out, ffi::BF16, {heads, tokens, kLatent});
     Common common = Common::Check(check, tokens, heads, rows.count, lse, scheduler);
-    return {common, rows, num_pages, page_size, width, static_cast<uint16_t*>(q_latent.untyped_data()),
-            static_cast<uint16_t*>(q_rope.untyped_data()), static_cast<uint16_t*>(pages.untyped_data()),
-            static_cast<int32_t*>(page_table.untyped_data()), static_cast<uint16_t*>(out->untyped_data()), scale};
+    return {common,
+            rows,
+            num_pages,
+            page_size,
+            width,
+            static_cast<uint16_t*>(q_latent.untyped_data()),
+            static_cast<uint16_t*>(q_rope.untyped_data()),
+            static_cast<uint16_t*>(pages.untyped_data()),
+            static_cast<int32_t*>(page_table.untyped_data()),
+            static_cast<uint16_t*>(out->untyped_data()),
+            scale};
   }
 };
 
@@ -182,8 +200,8 @@ struct Splits {
     check.Rank("out_partial", *out, 4);
     if (!check.ok()) return {};
     int64_t count = out->dimensions()[0];
-    check.That(count >= 1 && count <= kMostSplits, "out_partial",
-               "expected 1 to " + std::to_string(kMostSplits) + " splits, got " + std::to_string(count));
+    check.That(count >= 1 && count <= kMaxSplits, "out_partial",
+               "expected 1 to " + std::to_string(kMaxSplits) + " splits, got " + std::to_string(count));
     check.Buffer("out_partial", *out, ffi::F32, {count, common.heads, common.tokens, kLatent});
     check.Buffer("lse_partial", *lse, ffi::F32, {count, common.heads, common.tokens});
     return {count, static_cast<float*>(out->untyped_data()), static_cast<float*>(lse->untyped_data())};

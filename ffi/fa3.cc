@@ -28,7 +28,7 @@ namespace {
 using Bf16 = cutlass::bfloat16_t;
 
 // FA3's scheduler sorts up to this many rows in one block, which may overlap with the launch of the attention kernel.
-constexpr int64_t kMostRowsOverlapped = 992;
+constexpr int64_t kMaxPdlRows = 992;
 
 ffi::Error Failed(const char* target, const std::string& what) {
   return ffi::Error::Internal(std::string(target) + ": " + what);
@@ -66,7 +66,7 @@ ffi::Error Begin(const char* target, const Common& call, const Rows& rows, float
   params.softmax_lse_ptr = call.lse;
   params.num_splits = 1;
   params.v_dim_stride = 1;
-  params.prepare_varlen_pdl = rows.count <= kMostRowsOverlapped;
+  params.prepare_varlen_pdl = rows.count <= kMaxPdlRows;
   params.varlen_sort_batches = true;
   params.head_swizzle = true;
   params.num_splits_dynamic_ptr = call.scheduler;
@@ -167,8 +167,7 @@ ffi::Error PrefillAbsorbed(cudaStream_t stream, ffi::AnyBuffer q_latent, ffi::An
                            Result lse, Result scheduler, float scale) {
   constexpr const char* target = "mla_prefill_absorbed";
   Checker check(target);
-  Absorbed call =
-      Absorbed::Check(check, q_latent, q_rope, pages, page_table, cu_q, kv_len, out, lse, scheduler, scale);
+  Absorbed call = Absorbed::Check(check, q_latent, q_rope, pages, page_table, cu_q, kv_len, out, lse, scheduler, scale);
   if (!check.ok()) return check.error();
   const Common& c = call.common;
   Flash_fwd_params params{};
@@ -187,8 +186,7 @@ ffi::Error Decode(cudaStream_t stream, ffi::AnyBuffer q_latent, ffi::AnyBuffer q
                   Result scheduler, Result out_partial, Result lse_partial, float scale) {
   constexpr const char* target = "mla_decode";
   Checker check(target);
-  Absorbed call =
-      Absorbed::Check(check, q_latent, q_rope, pages, page_table, cu_q, kv_len, out, lse, scheduler, scale);
+  Absorbed call = Absorbed::Check(check, q_latent, q_rope, pages, page_table, cu_q, kv_len, out, lse, scheduler, scale);
   Splits splits = Splits::Check(check, call.common, out_partial, lse_partial);
   if (!check.ok()) return check.error();
   const Common& c = call.common;
@@ -202,7 +200,7 @@ ffi::Error Decode(cudaStream_t stream, ffi::AnyBuffer q_latent, ffi::AnyBuffer q
   params.softmax_lseaccum_ptr = splits.lse;
   params.lseaccum_head_stride = c.tokens;
   params.lseaccum_split_stride = c.heads * c.tokens;
-  params.skip_scheduler_metadata_computation = call.rows.count <= kMostRowsScheduled;
+  params.skip_scheduler_metadata_computation = call.rows.count <= kMaxScheduledRows;
   return Launched(target, [&] {
     if (params.skip_scheduler_metadata_computation) {
       Schedule schedule{params.num_splits_dynamic_ptr, params.num_m_blocks_ptr, params.varlen_batch_idx_ptr,

@@ -15,7 +15,7 @@ constexpr int kLanes = 128;  // threads across a token's output, four numbers ea
 constexpr int kParts = 4;    // of the splits, added up side by side: a few tokens of long rows have many splits
 constexpr int kCombineThreads = kLanes * kParts;
 static_assert(kLanes * 4 == kLatent);
-static_assert(kMostSplits <= kCombineThreads, "a thread weighs one split");
+static_assert(kMaxSplits <= kCombineThreads, "a thread weighs one split");
 
 __global__ void ClearOutsideKernel(const int32_t* cu_q, int64_t rows, int64_t tokens, int64_t heads, int64_t width,
                                    uint16_t* out, int64_t token_stride, int64_t head_stride, float* lse) {
@@ -31,11 +31,11 @@ __global__ void ClearOutsideKernel(const int32_t* cu_q, int64_t rows, int64_t to
   }
 }
 
-// Over the first kMostSplits threads, which are whole warps.
+// Over the first kMaxSplits threads, which are whole warps.
 template <typename Op>
 __device__ float Reduce(float x, Op op, float* shared) {
-  constexpr int warps = kMostSplits / 32;
-  if (threadIdx.x < kMostSplits) {
+  constexpr int warps = kMaxSplits / 32;
+  if (threadIdx.x < kMaxSplits) {
     for (int i = 16; i > 0; i /= 2) x = op(x, __shfl_xor_sync(0xffffffff, x, i));
     if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
   }
@@ -48,7 +48,7 @@ __device__ float Reduce(float x, Op op, float* shared) {
 __global__ void CombineSplitsKernel(const int32_t* cu_q, const int32_t* splits, const int32_t* row_of, int rows,
                                     int tokens, int heads, const float* out_partial, const float* lse_partial,
                                     uint16_t* out, float* lse) {
-  __shared__ float maxima[kMostSplits / 32], sums[kMostSplits / 32], weights[kMostSplits];
+  __shared__ float maxima[kMaxSplits / 32], sums[kMaxSplits / 32], weights[kMaxSplits];
   __shared__ float4 parts[kParts - 1][kLanes];
   __shared__ int count;
   int token = blockIdx.x, head = blockIdx.y, thread = threadIdx.x, lane = thread % kLanes, part = thread / kLanes;
@@ -76,7 +76,7 @@ __global__ void CombineSplitsKernel(const int32_t* cu_q, const int32_t* splits, 
   float best = Reduce(mine, [](float a, float b) { return fmaxf(a, b); }, maxima);
   float weight = mine == -INFINITY ? 0.0f : expf(mine - best);
   float total = Reduce(weight, [](float a, float b) { return a + b; }, sums);
-  if (thread < kMostSplits) weights[thread] = weight / total;
+  if (thread < kMaxSplits) weights[thread] = weight / total;
   if (thread == 0) lse[place] = best + logf(total);
   __syncthreads();
 
@@ -108,8 +108,8 @@ __global__ void CombineSplitsKernel(const int32_t* cu_q, const int32_t* splits, 
 cudaError_t ClearOutside(const int32_t* cu_q, int64_t rows, int64_t tokens, int64_t heads, int64_t width, uint16_t* out,
                          int64_t token_stride, int64_t head_stride, float* lse, cudaStream_t stream) {
   int blocks = static_cast<int>(std::min<int64_t>(tokens, 1024));
-  ClearOutsideKernel<<<blocks, kClearThreads, 0, stream>>>(cu_q, rows, tokens, heads, width, out, token_stride, head_stride,
-                                                      lse);
+  ClearOutsideKernel<<<blocks, kClearThreads, 0, stream>>>(cu_q, rows, tokens, heads, width, out, token_stride,
+                                                           head_stride, lse);
   return cudaGetLastError();
 }
 
@@ -118,8 +118,8 @@ cudaError_t CombineSplits(const int32_t* cu_q, const int32_t* splits, const int3
                           uint16_t* out, float* lse, cudaStream_t stream) {
   dim3 grid(static_cast<unsigned>(tokens), static_cast<unsigned>(heads));
   CombineSplitsKernel<<<grid, kCombineThreads, 0, stream>>>(cu_q, splits, row_of, static_cast<int>(rows),
-                                                     static_cast<int>(tokens), static_cast<int>(heads), out_partial,
-                                                     lse_partial, out, lse);
+                                                            static_cast<int>(tokens), static_cast<int>(heads),
+                                                            out_partial, lse_partial, out, lse);
   return cudaGetLastError();
 }
 

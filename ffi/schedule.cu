@@ -5,11 +5,12 @@
 namespace mla {
 namespace {
 
-constexpr int kThreads = kMostRowsScheduled;
+constexpr int kThreads = kMaxScheduledRows;
 constexpr int kWarps = kThreads / 32;
 constexpr int kCandidatesPerWarp = 4;
 constexpr int kCandidates = kWarps * kCandidatesPerWarp;
-constexpr int kPartOverhead = 1;  // what a part costs beside its tiles of keys, in such tiles: it writes float32 outputs
+// The fixed cost of a split, in tiles of keys: it writes its partial output in float32.
+constexpr int kSplitOverhead = 1;
 
 __device__ int CeilDiv(int a, int b) { return (a + b - 1) / b; }
 
@@ -21,7 +22,7 @@ __device__ int Longest(int c, int share) {
 
 __device__ int Splits(int keys, int longest, int most) { return keys == 0 ? 1 : min(most, CeilDiv(keys, longest)); }
 
-__global__ void ScheduleSplitsKernel(const int32_t* cu_q, const int32_t* kv_len, int rows, int heads, int most_splits,
+__global__ void ScheduleSplitsKernel(const int32_t* cu_q, const int32_t* kv_len, int rows, int heads, int max_splits,
                                      int num_sm, Schedule schedule) {
   __shared__ int query_tiles[kThreads], key_tiles[kThreads], part[kThreads];
   __shared__ unsigned long long total, best;
@@ -41,17 +42,17 @@ __global__ void ScheduleSplitsKernel(const int32_t* cu_q, const int32_t* kv_len,
   for (int c = warp * kCandidatesPerWarp; c < (warp + 1) * kCandidatesPerWarp; ++c) {
     int parts = 0, tiles = 0;
     for (int i = lane; i < rows; i += 32) {
-      int splits = Splits(key_tiles[i], Longest(c, share), most_splits);
+      int splits = Splits(key_tiles[i], Longest(c, share), max_splits);
       parts += query_tiles[i] * splits;
       tiles = max(tiles, CeilDiv(key_tiles[i], splits));
     }
     parts = __reduce_add_sync(0xffffffff, parts);
     tiles = __reduce_max_sync(0xffffffff, tiles);
-    unsigned long long cost = static_cast<unsigned long long>(CeilDiv(parts, num_sm)) * (tiles + kPartOverhead);
+    unsigned long long cost = static_cast<unsigned long long>(CeilDiv(parts, num_sm)) * (tiles + kSplitOverhead);
     if (lane == 0) atomicMin(&best, cost * kCandidates + (kCandidates - 1 - c));
   }
   __syncthreads();
-  int splits = Splits(n, Longest(kCandidates - 1 - static_cast<int>(best % kCandidates), share), most_splits);
+  int splits = Splits(n, Longest(kCandidates - 1 - static_cast<int>(best % kCandidates), share), max_splits);
   part[row] = m > 0 ? CeilDiv(n, splits) : -1;
   __syncthreads();
   if (row >= rows) return;
@@ -67,10 +68,10 @@ __global__ void ScheduleSplitsKernel(const int32_t* cu_q, const int32_t* kv_len,
 
 }  // namespace
 
-cudaError_t ScheduleSplits(const int32_t* cu_q, const int32_t* kv_len, int64_t rows, int64_t heads, int64_t most_splits,
+cudaError_t ScheduleSplits(const int32_t* cu_q, const int32_t* kv_len, int64_t rows, int64_t heads, int64_t max_splits,
                            int num_sm, const Schedule& schedule, cudaStream_t stream) {
   ScheduleSplitsKernel<<<1, kThreads, 0, stream>>>(cu_q, kv_len, static_cast<int>(rows), static_cast<int>(heads),
-                                                   static_cast<int>(most_splits), num_sm, schedule);
+                                                   static_cast<int>(max_splits), num_sm, schedule);
   return cudaGetLastError();
 }
 

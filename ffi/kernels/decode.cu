@@ -1,5 +1,6 @@
 // As prefill_absorbed, with the keys of a row split over thread blocks. Pages come by cp.async of a whole warp group: a
-// tile of few queries waits for memory, and one thread's TMA keeps less of it in flight (flash_api.cpp, get_pagedkv_tma).
+// tile of few queries waits for memory, and one thread's TMA keeps less of it in flight (flash_api.cpp,
+// get_pagedkv_tma).
 #include "flash_fwd_launch_template.h"
 
 template void run_flash_fwd<90, 64, 512, 1, cutlass::bfloat16_t, cutlass::bfloat16_t, /*Is_causal=*/true,
