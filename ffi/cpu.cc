@@ -1,5 +1,5 @@
-// The targets on the CPU: plain loops, for tests of everything around the kernels. Where a device can't look, in the
-// values of its index arrays, these look, and refuse what the kernels would read out of range.
+// The targets on the CPU: plain loops, for tests of everything around the kernels. Unlike the CUDA handlers they also
+// check the values of the index arrays, and refuse what the kernels would read out of range.
 
 #include <algorithm>
 #include <cmath>
@@ -48,7 +48,8 @@ ffi::Error CheckRows(const char* target, const Rows& rows, const Common& common,
   return ffi::Error::Success();
 }
 
-// One query over `visible` keys. key(j) and value(j) point at bfloat16 numbers; q has been widened.
+// Attention of one query over `visible` keys. score(j) is key j's score, value(j) points at `width` bfloat16 elements.
+// Writes the output to `sum` and returns the LSE. `scores` is scratch.
 template <typename Score, typename Value>
 float Attend(int64_t visible, int64_t width, const Score& score, const Value& value, std::vector<float>& scores,
              std::vector<float>& sum) {
@@ -162,7 +163,7 @@ ffi::Error Decode(ffi::AnyBuffer q_latent, ffi::AnyBuffer q_rope, ffi::AnyBuffer
   constexpr const char* target = "mla_decode";
   Checker check(target);
   Absorbed call = Absorbed::Check(check, q_latent, q_rope, pages, page_table, cu_q, kv_len, out, lse, scheduler, scale);
-  Splits::Check(check, call.common, out_partial, lse_partial);
+  Partials::Check(check, call.common, out_partial, lse_partial);
   return check.ok() ? RunAbsorbed(target, call) : check.error();
 }
 
