@@ -55,7 +55,7 @@ if(with_cuda)
   execute_process(
     COMMAND "${Python_EXECUTABLE}" "${CMAKE_CURRENT_LIST_DIR}/../fetch_fa3.py"
     OUTPUT_VARIABLE FA3 OUTPUT_STRIP_TRAILING_WHITESPACE
-    ERROR_VARIABLE fetch_says ERROR_STRIP_TRAILING_WHITESPACE RESULT_VARIABLE status)
+    ERROR_VARIABLE fetch_says ERROR_STRIP_TRAILING_WHITESPACE ECHO_ERROR_VARIABLE RESULT_VARIABLE status)
   if(NOT status EQUAL 0)
     string(REGEX REPLACE ".*\n" "" fetch_says "${fetch_says}")  # the last line has the reason
     no_cuda("FlashAttention-3's source is missing. ${fetch_says}")
