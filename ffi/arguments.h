@@ -1,4 +1,4 @@
-// The arguments of the three targets, and every check that can be made of them without reading device memory.
+// The arguments of the three targets, and every check of them that does not read device memory.
 // The CPU and the CUDA handlers bind the same buffers and call the same `Check`.
 //
 // Letters: T tokens of the rank's buffer, n heads, B rows, K packed keys, W pages of the longest request, S splits.
@@ -17,14 +17,15 @@ namespace mla {
 namespace ffi = xla::ffi;
 using Result = ffi::Result<ffi::AnyBuffer>;
 
-// Collects the first thing that is wrong with a call's arguments.
+// Keeps the first error in a call's arguments.
 class Checker {
  public:
   explicit Checker(const char* target) : target_(target) {}
 
-  // `dims`: the expected sizes; kAny takes what is there.
+  // `dims`: the expected sizes; kAny accepts any.
   static constexpr int64_t kAny = -1;
-  void Buffer(const char* name, const ffi::AnyBuffer& buffer, ffi::DataType dtype, std::initializer_list<int64_t> dims) {
+  void Buffer(const char* name, const ffi::AnyBuffer& buffer, ffi::DataType dtype,
+              std::initializer_list<int64_t> dims) {
     if (!message_.empty()) return;
     bool fits = buffer.element_type() == dtype && buffer.dimensions().size() == dims.size();
     if (fits) {
@@ -46,7 +47,7 @@ class Checker {
                      Shape(buffer.element_type(), buffer.dimensions()));
     }
   }
-  void That(bool holds, const char* name, const std::string& problem) {
+  void Expect(bool holds, const char* name, const std::string& problem) {
     if (message_.empty() && !holds) Fail(name, problem);
   }
   bool ok() const { return message_.empty(); }
@@ -58,8 +59,10 @@ class Checker {
   void Fail(const char* name, const std::string& problem) { message_ = std::string(name) + ": " + problem; }
   template <typename Dims>
   static std::string Shape(ffi::DataType dtype, const Dims& dims) {
-    std::string text = dtype == ffi::BF16 ? "bfloat16[" : dtype == ffi::F32 ? "float32[" : dtype == ffi::S32 ? "int32["
-                       : "dtype " + std::to_string(static_cast<int>(dtype)) + " [";
+    std::string text = dtype == ffi::BF16  ? "bfloat16["
+                       : dtype == ffi::F32 ? "float32["
+                       : dtype == ffi::S32 ? "int32["
+                                           : "dtype " + std::to_string(static_cast<int>(dtype)) + " [";
     const char* comma = "";
     for (int64_t dim : dims) {
       text += comma + (dim == kAny ? std::string("any") : std::to_string(dim));
@@ -72,7 +75,8 @@ class Checker {
   std::string message_;
 };
 
-// Rows of queries: row b's are tokens cu_q[b] to cu_q[b + 1], its last one sees kv_len[b] keys, each before it one less.
+// Rows of queries. Row b has tokens cu_q[b] to cu_q[b + 1]: the last one sees kv_len[b] keys, each earlier one a key
+// less.
 struct Rows {
   int64_t count;
   int32_t* cu_q;    // [B + 1]
@@ -82,17 +86,17 @@ struct Rows {
     check.Rank("kv_len", kv_len, 1);
     if (!check.ok()) return {};
     int64_t count = kv_len.dimensions()[0];
-    check.That(count >= 1, "kv_len", "expected at least one row, got none");
+    check.Expect(count >= 1, "kv_len", "expected at least one row, got none");
     check.Buffer("kv_len", kv_len, ffi::S32, {count});
     check.Buffer("cu_q", cu_q, ffi::S32, {count + 1});
     return {count, static_cast<int32_t*>(cu_q.untyped_data()), static_cast<int32_t*>(kv_len.untyped_data())};
   }
 };
 
-// What every target returns beside its output.
+// The results of every target besides its output.
 struct Common {
   int64_t tokens, heads;
-  float* lse;          // [n, T]: log of the sum of exponentials of a query's scores; -inf for tokens of no row
+  float* lse;          // [n, T]: log-sum-exp of a query's scores; -inf for padding tokens (of no row)
   int32_t* scheduler;  // [SchedulerSize(B)], scratch
 
   static Common Check(Checker& check, int64_t tokens, int64_t heads, int64_t rows, Result lse, Result scheduler) {
@@ -107,10 +111,10 @@ struct Expanded {
   Common common;
   Rows rows;
   int64_t keys;
-  uint16_t* q;         // bfloat16 [T, n, h + r]
-  uint16_t* kv;        // bfloat16 [K, n, h + r + v]: a head's key, then its value
-  int32_t* kv_start;   // [B]: where a row's keys begin; rows may share them
-  uint16_t* out;       // bfloat16 [T, n, v]
+  uint16_t* q;        // bfloat16 [T, n, h + r]
+  uint16_t* kv;       // bfloat16 [K, n, h + r + v]: each head's key, then its value
+  int32_t* kv_start;  // [B]: the first key of each row; rows may share keys
+  uint16_t* out;      // bfloat16 [T, n, v]
   float scale;
 
   static Expanded Check(Checker& check, ffi::AnyBuffer q, ffi::AnyBuffer kv, ffi::AnyBuffer cu_q,
@@ -120,29 +124,35 @@ struct Expanded {
     check.Rank("kv", kv, 3);
     if (!check.ok()) return {};
     int64_t tokens = q.dimensions()[0], heads = q.dimensions()[1], keys = kv.dimensions()[0];
-    check.That(tokens >= 1 && heads >= 1, "q", "expected at least one token and one head, got none");
-    check.That(keys >= 1, "kv", "expected at least one key, got none");
+    check.Expect(tokens >= 1 && heads >= 1, "q", "expected at least one token and one head, got none");
+    check.Expect(keys >= 1, "kv", "expected at least one key, got none");
     check.Buffer("q", q, ffi::BF16, {tokens, heads, kQuery});
     check.Buffer("kv", kv, ffi::BF16, {keys, heads, kQuery + kValue});
     Rows rows = Rows::Check(check, cu_q, kv_len);
     check.Buffer("kv_start", kv_start, ffi::S32, {rows.count});
     check.Buffer("out", *out, ffi::BF16, {tokens, heads, kValue});
     Common common = Common::Check(check, tokens, heads, rows.count, lse, scheduler);
-    return {common, rows, keys, static_cast<uint16_t*>(q.untyped_data()), static_cast<uint16_t*>(kv.untyped_data()),
-            static_cast<int32_t*>(kv_start.untyped_data()), static_cast<uint16_t*>(out->untyped_data()), scale};
+    return {common,
+            rows,
+            keys,
+            static_cast<uint16_t*>(q.untyped_data()),
+            static_cast<uint16_t*>(kv.untyped_data()),
+            static_cast<int32_t*>(kv_start.untyped_data()),
+            static_cast<uint16_t*>(out->untyped_data()),
+            scale};
   }
 };
 
-// Causal attention over the cached latents, which are the keys and, their first R numbers, the values of all heads.
+// Causal attention over the cached latents: the keys of all heads, and with their first R elements the values.
 struct Absorbed {
   Common common;
   Rows rows;
   int64_t num_pages, page_size, table_width;
-  uint16_t* q_latent;   // bfloat16 [n, T, R]: head by head, as the batched product with W_UK leaves it
+  uint16_t* q_latent;   // bfloat16 [n, T, R]: the layout of the batched product with W_UK
   uint16_t* q_rope;     // bfloat16 [T, n, r]
   uint16_t* pages;      // bfloat16 [pages, page_size, R + r]
-  int32_t* page_table;  // [B, W]: each row's pages in order; what lies past its kv_len is not used
-  uint16_t* out;        // bfloat16 [n, T, R], as the batched product with W_UV takes it
+  int32_t* page_table;  // [B, W]: each row's pages in order; entries past kv_len are not read
+  uint16_t* out;        // bfloat16 [n, T, R]: the layout of the batched product with W_UV
   float scale;
 
   static Absorbed Check(Checker& check, ffi::AnyBuffer q_latent, ffi::AnyBuffer q_rope, ffi::AnyBuffer pages,
@@ -154,11 +164,11 @@ struct Absorbed {
     if (!check.ok()) return {};
     int64_t heads = q_latent.dimensions()[0], tokens = q_latent.dimensions()[1];
     int64_t num_pages = pages.dimensions()[0], page_size = pages.dimensions()[1], width = page_table.dimensions()[1];
-    check.That(tokens >= 1 && heads >= 1, "q_latent", "expected at least one token and one head, got none");
-    check.That(num_pages >= 1 && page_size >= 1 && page_size % kPageTile == 0, "pages",
-               "expected a page size that is a multiple of " + std::to_string(kPageTile) + ", got " +
-                   std::to_string(page_size));
-    check.That(width >= 1, "page_table", "expected room for at least one page, got none");
+    check.Expect(tokens >= 1 && heads >= 1, "q_latent", "expected at least one token and one head, got none");
+    check.Expect(num_pages >= 1 && page_size >= 1 && page_size % kPageTile == 0, "pages",
+                 "expected a page size that is a multiple of " + std::to_string(kPageTile) + ", got " +
+                     std::to_string(page_size));
+    check.Expect(width >= 1, "page_table", "expected room for at least one page, got none");
     check.Buffer("q_latent", q_latent, ffi::BF16, {heads, tokens, kLatent});
     check.Buffer("q_rope", q_rope, ffi::BF16, {tokens, heads, kRope});
     check.Buffer("pages", pages, ffi::BF16, {num_pages, page_size, kLatent + kRope});
@@ -166,31 +176,39 @@ struct Absorbed {
     check.Buffer("page_table", page_table, ffi::S32, {rows.count, width});
     check.Buffer("out", *out, ffi::BF16, {heads, tokens, kLatent});
     Common common = Common::Check(check, tokens, heads, rows.count, lse, scheduler);
-    return {common, rows, num_pages, page_size, width, static_cast<uint16_t*>(q_latent.untyped_data()),
-            static_cast<uint16_t*>(q_rope.untyped_data()), static_cast<uint16_t*>(pages.untyped_data()),
-            static_cast<int32_t*>(page_table.untyped_data()), static_cast<uint16_t*>(out->untyped_data()), scale};
+    return {common,
+            rows,
+            num_pages,
+            page_size,
+            width,
+            static_cast<uint16_t*>(q_latent.untyped_data()),
+            static_cast<uint16_t*>(q_rope.untyped_data()),
+            static_cast<uint16_t*>(pages.untyped_data()),
+            static_cast<int32_t*>(page_table.untyped_data()),
+            static_cast<uint16_t*>(out->untyped_data()),
+            scale};
   }
 };
 
-// Decode's scratch: each split's output and log-sum-exp, before they are combined.
-struct Splits {
-  int64_t count;
+// Scratch of decode: the partial output and LSE of each split.
+struct Partials {
+  int64_t num_splits;
   float* out;  // [S, n, T, R]
   float* lse;  // [S, n, T]
 
-  static Splits Check(Checker& check, const Common& common, Result out, Result lse) {
+  static Partials Check(Checker& check, const Common& common, Result out, Result lse) {
     check.Rank("out_partial", *out, 4);
     if (!check.ok()) return {};
     int64_t count = out->dimensions()[0];
-    check.That(count >= 1 && count <= kMostSplits, "out_partial",
-               "expected 1 to " + std::to_string(kMostSplits) + " splits, got " + std::to_string(count));
+    check.Expect(count >= 1 && count <= kMaxSplits, "out_partial",
+                 "expected 1 to " + std::to_string(kMaxSplits) + " splits, got " + std::to_string(count));
     check.Buffer("out_partial", *out, ffi::F32, {count, common.heads, common.tokens, kLatent});
     check.Buffer("lse_partial", *lse, ffi::F32, {count, common.heads, common.tokens});
     return {count, static_cast<float*>(out->untyped_data()), static_cast<float*>(lse->untyped_data())};
   }
 };
 
-// How the handlers' arguments are bound, after what the platform adds.
+// The handlers' arguments in order, bound after those that the platform adds.
 template <typename Binding>
 auto BindExpanded(Binding&& binding) {
   return std::forward<Binding>(binding)

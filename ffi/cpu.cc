@@ -1,5 +1,5 @@
-// The targets on the CPU: plain loops, for tests of everything around the kernels. Where a device can't look, in the
-// values of its index arrays, these look, and refuse what the kernels would read out of range.
+// The targets on the CPU: plain loops, for tests of everything around the kernels. Unlike the CUDA handlers they also
+// check the values of the index arrays, and refuse what the kernels would read out of range.
 
 #include <algorithm>
 #include <cmath>
@@ -31,7 +31,7 @@ ffi::Error Refuse(const char* target, const std::string& what) {
   return ffi::Error::InvalidArgument(std::string(target) + ": " + what);
 }
 
-ffi::Error CheckRows(const char* target, const Rows& rows, const Common& common, int64_t most_keys) {
+ffi::Error CheckRows(const char* target, const Rows& rows, const Common& common, int64_t max_keys) {
   auto refuse = [&](const std::string& what) { return Refuse(target, what); };
   if (rows.cu_q[0] < 0 || rows.cu_q[rows.count] > common.tokens) {
     return refuse("cu_q: rows must lie within the " + std::to_string(common.tokens) + " tokens, they reach from " +
@@ -40,15 +40,16 @@ ffi::Error CheckRows(const char* target, const Rows& rows, const Common& common,
   for (int64_t b = 0; b < rows.count; ++b) {
     int64_t queries = rows.cu_q[b + 1] - rows.cu_q[b], keys = rows.kv_len[b];
     if (queries < 0) return refuse("cu_q: row " + std::to_string(b) + " has " + std::to_string(queries) + " queries");
-    if (queries > 0 && (keys < queries || keys > most_keys)) {
+    if (queries > 0 && (keys < queries || keys > max_keys)) {
       return refuse("kv_len: row " + std::to_string(b) + " has " + std::to_string(queries) + " queries and " +
-                    std::to_string(keys) + " keys; expected from that many to " + std::to_string(most_keys));
+                    std::to_string(keys) + " keys; expected from that many to " + std::to_string(max_keys));
     }
   }
   return ffi::Error::Success();
 }
 
-// One query over `visible` keys. key(j) and value(j) point at bfloat16 numbers; q has been widened.
+// Attention of one query over `visible` keys. score(j) is key j's score, value(j) points at `width` bfloat16 elements.
+// Writes the output to `sum` and returns the LSE. `scores` is scratch.
 template <typename Score, typename Value>
 float Attend(int64_t visible, int64_t width, const Score& score, const Value& value, std::vector<float>& scores,
              std::vector<float>& sum) {
@@ -93,12 +94,11 @@ ffi::Error RunExpanded(const char* target, const Expanded& call) {
     for (int64_t t = first; t < stop; ++t) {
       for (int64_t i = 0; i < c.heads; ++i) {
         const uint16_t* q = call.q + (t * c.heads + i) * kQuery;
-        auto key = [&](int64_t j) {
-          return call.kv + ((call.kv_start[b] + j) * c.heads + i) * (kQuery + kValue);
-        };
+        auto key = [&](int64_t j) { return call.kv + ((call.kv_start[b] + j) * c.heads + i) * (kQuery + kValue); };
         c.lse[i * c.tokens + t] = Attend(
-            call.rows.kv_len[b] - (stop - 1 - t), kValue, [&](int64_t j) { return call.scale * Dot(q, key(j), kQuery); },
-            [&](int64_t j) { return key(j) + kQuery; }, scores, sum);
+            call.rows.kv_len[b] - (stop - 1 - t), kValue,
+            [&](int64_t j) { return call.scale * Dot(q, key(j), kQuery); }, [&](int64_t j) { return key(j) + kQuery; },
+            scores, sum);
         std::transform(sum.begin(), sum.end(), call.out + (t * c.heads + i) * kValue, Narrow);
       }
     }
@@ -108,7 +108,8 @@ ffi::Error RunExpanded(const char* target, const Expanded& call) {
 
 ffi::Error RunAbsorbed(const char* target, const Absorbed& call) {
   const Common& c = call.common;
-  if (ffi::Error error = CheckRows(target, call.rows, c, call.table_width * call.page_size); error.failure()) return error;
+  if (ffi::Error error = CheckRows(target, call.rows, c, call.table_width * call.page_size); error.failure())
+    return error;
   Clear(call.out, c.heads * c.tokens * kLatent, c);
   std::vector<float> scores, sum;
   for (int64_t b = 0; b < call.rows.count; ++b) {
@@ -131,8 +132,7 @@ ffi::Error RunAbsorbed(const char* target, const Absorbed& call) {
         auto score = [&](int64_t j) {
           return call.scale * (Dot(q_latent, latent(j), kLatent) + Dot(q_rope, latent(j) + kLatent, kRope));
         };
-        c.lse[i * c.tokens + t] =
-            Attend(call.rows.kv_len[b] - (stop - 1 - t), kLatent, score, latent, scores, sum);
+        c.lse[i * c.tokens + t] = Attend(call.rows.kv_len[b] - (stop - 1 - t), kLatent, score, latent, scores, sum);
         std::transform(sum.begin(), sum.end(), call.out + (i * c.tokens + t) * kLatent, Narrow);
       }
     }
@@ -153,8 +153,7 @@ ffi::Error PrefillAbsorbed(ffi::AnyBuffer q_latent, ffi::AnyBuffer q_rope, ffi::
                            Result lse, Result scheduler, float scale) {
   constexpr const char* target = "mla_prefill_absorbed";
   Checker check(target);
-  Absorbed call =
-      Absorbed::Check(check, q_latent, q_rope, pages, page_table, cu_q, kv_len, out, lse, scheduler, scale);
+  Absorbed call = Absorbed::Check(check, q_latent, q_rope, pages, page_table, cu_q, kv_len, out, lse, scheduler, scale);
   return check.ok() ? RunAbsorbed(target, call) : check.error();
 }
 
@@ -163,9 +162,8 @@ ffi::Error Decode(ffi::AnyBuffer q_latent, ffi::AnyBuffer q_rope, ffi::AnyBuffer
                   Result out_partial, Result lse_partial, float scale) {
   constexpr const char* target = "mla_decode";
   Checker check(target);
-  Absorbed call =
-      Absorbed::Check(check, q_latent, q_rope, pages, page_table, cu_q, kv_len, out, lse, scheduler, scale);
-  Splits::Check(check, call.common, out_partial, lse_partial);
+  Absorbed call = Absorbed::Check(check, q_latent, q_rope, pages, page_table, cu_q, kv_len, out, lse, scheduler, scale);
+  Partials::Check(check, call.common, out_partial, lse_partial);
   return check.ok() ? RunAbsorbed(target, call) : check.error();
 }
 

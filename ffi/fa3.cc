@@ -1,6 +1,6 @@
-// The targets on a Hopper GPU: checked arguments -> FlashAttention-3's parameters -> launches on XLA's stream.
-// Nothing here allocates, waits, or decides by what device memory holds, so that XLA may record a call into a command
-// buffer. What FA3's fields mean, and which go together, is in its flash_api.cpp (mha_fwd).
+// The targets on a Hopper GPU: check arguments, set FlashAttention-3's parameters, launch on XLA's stream.
+// Nothing here allocates, synchronizes or reads device memory, so that XLA can record a call into a command buffer.
+// FA3's fields and their valid combinations: mha_fwd in its flash_api.cpp.
 
 #include <cuda_runtime_api.h>
 
@@ -8,34 +8,23 @@
 #include <string>
 
 #include "arguments.h"
-#include "finish.h"
+#include "combine.h"
 #include "flash.h"
-#include "schedule.h"
-
-namespace cutlass {
-struct bfloat16_t;
-}
-
-// As in FA3's flash_fwd_launch_template.h, whose instantiations are in kernels/.
-template <int Arch, int kHeadDim, int kHeadDimV, int ClusterM, typename Element, typename ElementOut, bool Is_causal,
-          bool Is_local, bool Has_softcap, bool Varlen, bool PagedKVNonTMA, bool AppendKV, bool HasQv, bool PackGQA,
-          bool Split, bool V_colmajor>
-void run_flash_fwd(Flash_fwd_params& params, cudaStream_t stream);
+#include "kernels/kernels.h"
+#include "split_scheduler.h"
 
 namespace mla {
 namespace {
 
-using Bf16 = cutlass::bfloat16_t;
+// Rows that FA3's scheduler sorts in one block, which may overlap with the launch of the attention kernel.
+constexpr int64_t kMaxPdlRows = 992;
 
-// FA3's scheduler sorts up to this many rows in one block, which may overlap with the launch of the attention kernel.
-constexpr int64_t kMostRowsOverlapped = 992;
-
-ffi::Error Failed(const char* target, const std::string& what) {
-  return ffi::Error::Internal(std::string(target) + ": " + what);
+ffi::Error InternalError(const char* target, const std::string& reason) {
+  return ffi::Error::Internal(std::string(target) + ": " + reason);
 }
 
-// What all calls share. `params` is zero: fields that are not set are off.
-ffi::Error Begin(const char* target, const Common& call, const Rows& rows, float scale, Flash_fwd_params& params) {
+// Sets the parameters that all kernels share. `params` is zero: fields that are not set are off.
+ffi::Error SetParams(const char* target, const Common& call, const Rows& rows, float scale, Flash_fwd_params& params) {
   int device = 0, major = 0, minor = 0;
   cudaError_t status = cudaGetDevice(&device);
   auto attribute = [&](int* value, cudaDeviceAttr which) {
@@ -44,10 +33,10 @@ ffi::Error Begin(const char* target, const Common& call, const Rows& rows, float
   attribute(&params.num_sm, cudaDevAttrMultiProcessorCount);
   attribute(&major, cudaDevAttrComputeCapabilityMajor);
   attribute(&minor, cudaDevAttrComputeCapabilityMinor);
-  if (status != cudaSuccess) return Failed(target, cudaGetErrorString(status));
+  if (status != cudaSuccess) return InternalError(target, cudaGetErrorString(status));
   if (major != 9 || minor != 0) {
-    return Failed(target, "the kernels are for compute capability 9.0 (Hopper), this GPU has " + std::to_string(major) +
-                              "." + std::to_string(minor));
+    return InternalError(target, "the kernels are for compute capability 9.0 (Hopper), this GPU has " +
+                                     std::to_string(major) + "." + std::to_string(minor));
   }
   int b = static_cast<int>(rows.count), padded = static_cast<int>(RoundUp4(rows.count));
   params.arch = 90;
@@ -59,14 +48,14 @@ ffi::Error Begin(const char* target, const Common& call, const Rows& rows, float
   params.p_dropout_in_uint8_t = 255;
   params.b = params.b_k = b;
   params.h = static_cast<int>(call.heads);
-  params.seqlen_q = static_cast<int>(call.tokens);  // a bound: rows have the lengths in cu_q
+  params.seqlen_q = static_cast<int>(call.tokens);  // an upper bound: cu_q has the lengths
   params.total_q = static_cast<int>(call.tokens);
   params.cu_seqlens_q = rows.cu_q;
   params.seqused_k = rows.kv_len;
   params.softmax_lse_ptr = call.lse;
   params.num_splits = 1;
   params.v_dim_stride = 1;
-  params.prepare_varlen_pdl = rows.count <= kMostRowsOverlapped;
+  params.prepare_varlen_pdl = rows.count <= kMaxPdlRows;
   params.varlen_sort_batches = true;
   params.head_swizzle = true;
   params.num_splits_dynamic_ptr = call.scheduler;
@@ -85,9 +74,9 @@ void SetKeys(Flash_fwd_params& params, int64_t longest, int64_t total) {
   params.window_size_right = 0;
 }
 
-ffi::Error BeginAbsorbed(const char* target, const Absorbed& call, Flash_fwd_params& params) {
+ffi::Error SetAbsorbedParams(const char* target, const Absorbed& call, Flash_fwd_params& params) {
   const Common& c = call.common;
-  if (ffi::Error error = Begin(target, c, call.rows, call.scale, params); error.failure()) return error;
+  if (ffi::Error error = SetParams(target, c, call.rows, call.scale, params); error.failure()) return error;
   constexpr int64_t width = kLatent + kRope;
   params.h_k = 1;
   params.d = params.d_rounded = kRope;
@@ -101,7 +90,7 @@ ffi::Error BeginAbsorbed(const char* target, const Absorbed& call, Flash_fwd_par
   params.o_ptr = call.out;
   params.o_row_stride = kLatent;
   params.o_head_stride = c.tokens * kLatent;
-  // The key of a token is its roped part, the value its latent, side by side in one row of a page.
+  // A row of a page holds a token's latent, its value, and then its roped part, its key.
   params.k_ptr = call.pages + kLatent;
   params.v_ptr = call.pages;
   params.k_row_stride = params.v_row_stride = width;
@@ -116,14 +105,14 @@ ffi::Error BeginAbsorbed(const char* target, const Absorbed& call, Flash_fwd_par
   return ffi::Error::Success();
 }
 
-// Runs what launches kernels; FA3's launch code throws (fa3_errors.h).
-template <typename Launch>
-ffi::Error Launched(const char* target, const Launch& launch) {
+// Calls `launch`, which returns a cudaError_t or throws, as FA3's launch code does (fa3_errors.h).
+template <typename Callable>
+ffi::Error TryLaunch(const char* target, const Callable& launch) {
   try {
     cudaError_t status = launch();
-    return status == cudaSuccess ? ffi::Error::Success() : Failed(target, cudaGetErrorString(status));
+    return status == cudaSuccess ? ffi::Error::Success() : InternalError(target, cudaGetErrorString(status));
   } catch (const std::exception& error) {
-    return Failed(target, error.what());
+    return InternalError(target, error.what());
   }
 }
 
@@ -136,7 +125,7 @@ ffi::Error PrefillExpanded(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer
   if (!check.ok()) return check.error();
   const Common& c = call.common;
   Flash_fwd_params params{};
-  if (ffi::Error error = Begin(target, c, call.rows, scale, params); error.failure()) return error;
+  if (ffi::Error error = SetParams(target, c, call.rows, scale, params); error.failure()) return error;
   constexpr int64_t width = kQuery + kValue;
   params.h_k = params.h;
   params.d = params.d_rounded = kQuery;
@@ -154,10 +143,9 @@ ffi::Error PrefillExpanded(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer
   params.cu_seqlens_k = call.kv_start;  // only the starts are read: the lengths are in seqused_k
   params.page_size = 1;                 // FA3 divides by it
   SetKeys(params, call.keys, call.keys);
-  return Launched(target, [&] {
-    run_flash_fwd<90, 192, 128, 1, Bf16, Bf16, true, false, false, true, false, false, false, false, false, false>(
-        params, stream);
-    return ClearOutside(call.rows.cu_q, call.rows.count, c.tokens, c.heads, kValue, call.out, c.heads * kValue, kValue,
+  return TryLaunch(target, [&] {
+    Launch<PrefillExpandedKernel>(params, stream);
+    return ClearPadding(call.rows.cu_q, call.rows.count, c.tokens, c.heads, kValue, call.out, c.heads * kValue, kValue,
                         c.lse, stream);
   });
 }
@@ -167,17 +155,15 @@ ffi::Error PrefillAbsorbed(cudaStream_t stream, ffi::AnyBuffer q_latent, ffi::An
                            Result lse, Result scheduler, float scale) {
   constexpr const char* target = "mla_prefill_absorbed";
   Checker check(target);
-  Absorbed call =
-      Absorbed::Check(check, q_latent, q_rope, pages, page_table, cu_q, kv_len, out, lse, scheduler, scale);
+  Absorbed call = Absorbed::Check(check, q_latent, q_rope, pages, page_table, cu_q, kv_len, out, lse, scheduler, scale);
   if (!check.ok()) return check.error();
   const Common& c = call.common;
   Flash_fwd_params params{};
-  if (ffi::Error error = BeginAbsorbed(target, call, params); error.failure()) return error;
+  if (ffi::Error error = SetAbsorbedParams(target, call, params); error.failure()) return error;
   params.pagedkv_tma = true;
-  return Launched(target, [&] {
-    run_flash_fwd<90, 64, 512, 1, Bf16, Bf16, true, false, false, true, false, false, true, true, false, false>(params,
-                                                                                                                stream);
-    return ClearOutside(call.rows.cu_q, call.rows.count, c.tokens, c.heads, kLatent, call.out, kLatent,
+  return TryLaunch(target, [&] {
+    Launch<PrefillAbsorbedKernel>(params, stream);
+    return ClearPadding(call.rows.cu_q, call.rows.count, c.tokens, c.heads, kLatent, call.out, kLatent,
                         c.tokens * kLatent, c.lse, stream);
   });
 }
@@ -187,34 +173,32 @@ ffi::Error Decode(cudaStream_t stream, ffi::AnyBuffer q_latent, ffi::AnyBuffer q
                   Result scheduler, Result out_partial, Result lse_partial, float scale) {
   constexpr const char* target = "mla_decode";
   Checker check(target);
-  Absorbed call =
-      Absorbed::Check(check, q_latent, q_rope, pages, page_table, cu_q, kv_len, out, lse, scheduler, scale);
-  Splits splits = Splits::Check(check, call.common, out_partial, lse_partial);
+  Absorbed call = Absorbed::Check(check, q_latent, q_rope, pages, page_table, cu_q, kv_len, out, lse, scheduler, scale);
+  Partials partials = Partials::Check(check, call.common, out_partial, lse_partial);
   if (!check.ok()) return check.error();
   const Common& c = call.common;
   Flash_fwd_params params{};
-  if (ffi::Error error = BeginAbsorbed(target, call, params); error.failure()) return error;
-  params.num_splits = static_cast<int>(splits.count);  // a bound: each row has its own number
-  params.oaccum_ptr = splits.out;
+  if (ffi::Error error = SetAbsorbedParams(target, call, params); error.failure()) return error;
+  params.num_splits = static_cast<int>(partials.num_splits);  // an upper bound: num_splits_dynamic has each row's
+  params.oaccum_ptr = partials.out;
   params.oaccum_row_stride = kLatent;
   params.oaccum_head_stride = c.tokens * kLatent;
   params.oaccum_split_stride = c.heads * c.tokens * kLatent;
-  params.softmax_lseaccum_ptr = splits.lse;
+  params.softmax_lseaccum_ptr = partials.lse;
   params.lseaccum_head_stride = c.tokens;
   params.lseaccum_split_stride = c.heads * c.tokens;
-  params.skip_scheduler_metadata_computation = call.rows.count <= kMostRowsScheduled;
-  return Launched(target, [&] {
+  params.skip_scheduler_metadata_computation = call.rows.count <= kMaxScheduledRows;
+  return TryLaunch(target, [&] {
     if (params.skip_scheduler_metadata_computation) {
-      Schedule schedule{params.num_splits_dynamic_ptr, params.num_m_blocks_ptr, params.varlen_batch_idx_ptr,
-                        params.num_nheads_in_l2_ptr, params.tile_count_semaphore};
-      cudaError_t status = ScheduleSplits(call.rows.cu_q, call.rows.kv_len, call.rows.count, c.heads, splits.count,
-                                          params.num_sm, schedule, stream);
+      SchedulerMetadata metadata{params.num_splits_dynamic_ptr, params.num_m_blocks_ptr, params.varlen_batch_idx_ptr,
+                                 params.num_nheads_in_l2_ptr, params.tile_count_semaphore};
+      cudaError_t status = ScheduleSplits(call.rows.cu_q, call.rows.kv_len, call.rows.count, c.heads,
+                                          partials.num_splits, params.num_sm, metadata, stream);
       if (status != cudaSuccess) return status;
     }
-    run_flash_fwd<90, 64, 512, 1, Bf16, Bf16, true, false, false, true, true, false, true, true, true, false>(params,
-                                                                                                              stream);
+    Launch<DecodeKernel>(params, stream);
     return CombineSplits(call.rows.cu_q, params.num_splits_dynamic_ptr, params.varlen_batch_idx_ptr, call.rows.count,
-                         c.tokens, c.heads, splits.out, splits.lse, call.out, c.lse, stream);
+                         c.tokens, c.heads, partials.out, partials.lse, call.out, c.lse, stream);
   });
 }
 

@@ -1,8 +1,8 @@
-"""FlashAttention-3's source, for the CUDA build: prints the folder that has it (stdout), says what it does (stderr).
+"""Fetches FlashAttention-3's source for the CUDA build. Prints its folder on stdout, progress and errors on stderr.
 
-It is the flash-attention tree that a source distribution on PyPI carries under third_party/. That file is pinned by its
-hash, downloaded once and unpacked into the user's cache; FA3_SOURCE_DIR names a flash-attention checkout instead.
-CMakeLists.txt runs this file; it is not part of the installed package.
+The source is the flash-attention tree under third_party/ of a source distribution on PyPI, which is pinned by its hash,
+downloaded once and unpacked into the user's cache. FA3_SOURCE_DIR names a flash-attention checkout to use instead.
+cmake/DetectCUDA.cmake runs this file; it is not part of the installed package.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ SHA256 = "647ddf26578d2b8643230467ef1f0fbfef0bbe556a546bd27a70d4855d3433e1"
 TREE = PurePosixPath("xformers-0.0.33.post2/third_party/flash-attention")
 TIMEOUT = 60.0  # seconds without an answer, not for the whole download
 
-# What is unpacked of TREE (the instantiations are hundreds of files that nothing here compiles), and what tells that a
-# folder is what it should be.
-WANTED = ("hopper", "csrc/cutlass/include", "csrc/cutlass/LICENSE.txt")
-UNWANTED = ("hopper/instantiations",)
-NEEDED = (
+# The parts of TREE that are unpacked. FA3's instantiations are hundreds of files that this build doesn't compile.
+INCLUDED = ("hopper", "csrc/cutlass/include", "csrc/cutlass/LICENSE.txt")
+EXCLUDED = ("hopper/instantiations",)
+# The files that a source folder must have.
+REQUIRED = (
     "hopper/cuda_check.h",
     "hopper/flash.h",
     "hopper/flash_fwd_launch_template.h",
@@ -41,17 +41,17 @@ REMEDY = (
 
 
 class SourceError(Exception):
-    """The source can't be had. The message says what was expected, what came, and what to do."""
+    """The source is not available. The message says what was expected, what was found, and what to do."""
 
 
 def missing(folder: Path) -> list[str]:
-    """The needed files that `folder` lacks."""
-    return [name for name in NEEDED if not (folder / name).is_file()]
+    """Returns the required files that `folder` lacks."""
+    return [name for name in REQUIRED if not (folder / name).is_file()]
 
 
 def cache_folder() -> Path:
-    """Where the unpacked source lies: a new pin gets a new folder."""
-    # The specification of XDG_CACHE_HOME: a relative path is to be ignored.
+    """Returns the folder of the unpacked source in the user's cache. Each pinned archive has its own."""
+    # The XDG specification says to ignore a relative path.
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not base.is_absolute():
         base = Path.home() / ".cache"
@@ -60,7 +60,7 @@ def cache_folder() -> Path:
 
 def download(target: Path) -> None:
     """Downloads the archive to `target`, unverified."""
-    # Not needed, and perhaps not installed, where the source is cached or the user's own.
+    # Imported here: not needed, and perhaps not installed, where the source is cached or the user's own.
     from pypi_simple import PyPISimple
 
     with PyPISimple() as index:
@@ -70,12 +70,12 @@ def download(target: Path) -> None:
             raise SourceError(
                 f"The package index has {len(page.packages)} files of {PROJECT}, none is {ARCHIVE}. {REMEDY}"
             )
-        # Not by the index's own hash: ours is checked, with our message.
+        # `verify` checks our own hash instead of the index's.
         index.download_package(found[0], target, verify=False, timeout=TIMEOUT)
 
 
 def verify(archive: Path) -> None:
-    """Raises unless `archive` is the pinned one."""
+    """Raises SourceError unless `archive` has the pinned hash."""
     with archive.open("rb") as file:
         got = hashlib.file_digest(file, "sha256").hexdigest()
     if got != SHA256:
@@ -85,17 +85,17 @@ def verify(archive: Path) -> None:
 
 
 def unpack(archive: Path, target: Path) -> None:
-    """Writes the wanted files of `archive` below `target`."""
+    """Extracts the included files of `archive` into `target`."""
     with tarfile.open(archive) as tar:
         for member in tar:
             path = PurePosixPath(member.name)
-            # Regular files only, and none that leads out: safe on Pythons without tarfile's own filters too (3.11.0-3).
+            # Only regular files inside TREE: also safe on Pythons without tarfile's own filters (3.11.0-3).
             if not member.isfile() or ".." in path.parts or not path.is_relative_to(TREE):
                 continue
             inner = path.relative_to(TREE)
-            if not any(inner.is_relative_to(name) for name in WANTED):
+            if not any(inner.is_relative_to(name) for name in INCLUDED):
                 continue
-            if any(inner.is_relative_to(name) for name in UNWANTED):
+            if any(inner.is_relative_to(name) for name in EXCLUDED):
                 continue
             source = tar.extractfile(member)
             assert source is not None  # it is a regular file
@@ -105,18 +105,18 @@ def unpack(archive: Path, target: Path) -> None:
 
 
 def fetch(folder: Path) -> None:
-    """Makes `folder`, all at once: whoever sees it sees it complete, whenever this ends."""
+    """Downloads and unpacks the source into `folder`, atomically: no process ever sees it incomplete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder.parent) as name:
         archive, tree = Path(name) / ARCHIVE, Path(name) / "tree"
-        print(f"Downloading FlashAttention-3's source ({ARCHIVE}, 15 MB)", file=sys.stderr, flush=True)
+        print(f"jax_mla_cp: downloading FlashAttention-3's source ({ARCHIVE}, 15 MB)", file=sys.stderr, flush=True)
         try:
             download(archive)
         except SourceError:
             raise
-        except Exception as error:  # whatever the client, the network or a proxy comes up with
+        except Exception as error:  # any error of the client, the network or a proxy
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-                raise  # not the network: see source_folder
+                raise  # not a network error: source_folder reports it
             reason = f"{type(error).__name__}: {error}".replace("\n", " ")
             raise SourceError(
                 f"FlashAttention-3's source ({ARCHIVE}) can't be downloaded: {reason}. {REMEDY}"
@@ -125,27 +125,27 @@ def fetch(folder: Path) -> None:
         unpack(archive, tree)
         if lacking := missing(tree):
             raise SourceError(f"{ARCHIVE} lacks {', '.join(lacking)} under {TREE}. {REMEDY}")
-        if not missing(folder):  # another process was faster, and its compilers may be reading
+        if not missing(folder):  # another process was faster, and its compilers may be reading the files
             return
         if folder.exists():  # damaged
             folder.rename(Path(name) / "old")
         tree.rename(folder)
-    print(f"Unpacked FlashAttention-3's source into {folder}", file=sys.stderr, flush=True)
+    print(f"jax_mla_cp: unpacked FlashAttention-3's source into {folder}", file=sys.stderr, flush=True)
 
 
 def source_folder() -> Path:
-    """The folder with hopper/ and csrc/cutlass/include/, fetched if it has to be.
+    """Returns the folder with hopper/ and csrc/cutlass/include/. Fetches it if necessary.
 
     Raises:
-      SourceError: it can't be had.
+      SourceError: the source is not available.
     """
-    if own := os.environ.get("FA3_SOURCE_DIR"):
-        if lacking := missing(Path(own)):
+    if checkout := os.environ.get("FA3_SOURCE_DIR"):
+        if lacking := missing(Path(checkout)):
             raise SourceError(
-                f"FA3_SOURCE_DIR: expected a flash-attention checkout with its submodule csrc/cutlass, got {own!r}, which "
+                f"FA3_SOURCE_DIR: expected a flash-attention checkout with its submodule csrc/cutlass, got {checkout!r}, which "
                 f"lacks {', '.join(lacking)}. Correct it, or unset it to have the source downloaded."
             )
-        return Path(own).resolve()
+        return Path(checkout).resolve()
     folder = cache_folder()
     if missing(folder):
         try:

@@ -1,4 +1,4 @@
-// jax_mla_cp._ffi: the handlers as capsules, for jax.ffi.register_ffi_target, and what CUDA they were built for.
+// jax_mla_cp._ffi: the handlers as capsules for jax.ffi.register_ffi_target, and the CUDA version they were built for.
 
 #include <nanobind/nanobind.h>
 

@@ -1,4 +1,4 @@
-"""ffi/fetch_fa3.py: what it takes for FlashAttention-3's source, and what it refuses. No network."""
+"""ffi/fetch_fa3.py: the archives and checkouts it accepts and refuses, without a network."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def fetch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
 def archive(fetch: ModuleType, leave_out: str | None = None) -> bytes:
     """A small archive of the right shape, with some files that must not be unpacked."""
     prefix = f"{fetch.TREE}/"
-    names = [prefix + name for name in fetch.NEEDED if name != leave_out]
+    names = [prefix + name for name in fetch.REQUIRED if name != leave_out]
     names += [prefix + "csrc/cutlass/LICENSE.txt"]
     names += [prefix + "hopper/instantiations/much.cu", prefix + "csrc/other.cu", prefix + "hopper/../../../../out.h"]
     names += ["/absolute.h", "../above.h", "xformers-0.0.33.post2/setup.py"]
@@ -55,18 +55,20 @@ def archive(fetch: ModuleType, leave_out: str | None = None) -> bytes:
     return buffer.getvalue()
 
 
-def serve(monkeypatch: pytest.MonkeyPatch, fetch: ModuleType, content: bytes, pinned: bool = True) -> list[Path]:
-    """Downloads give `content`; returns the list of the downloads made."""
-    made: list[Path] = []
+def serve_archive(
+    monkeypatch: pytest.MonkeyPatch, fetch: ModuleType, content: bytes, pinned: bool = True
+) -> list[Path]:
+    """Makes downloads give `content`. Returns the list of their targets."""
+    downloads: list[Path] = []
 
     def download(target: Path) -> None:
-        made.append(target)
+        downloads.append(target)
         target.write_bytes(content)
 
     monkeypatch.setattr(fetch, "download", download)
     if pinned:
         monkeypatch.setattr(fetch, "SHA256", hashlib.sha256(content).hexdigest())
-    return made
+    return downloads
 
 
 def files(folder: Path) -> set[str]:
@@ -76,20 +78,20 @@ def files(folder: Path) -> set[str]:
 def test_fetches_once_and_only_what_is_needed(
     fetch: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    made = serve(monkeypatch, fetch, archive(fetch))
+    downloads = serve_archive(monkeypatch, fetch, archive(fetch))
     folder = fetch.source_folder()
-    assert files(folder) == {*fetch.NEEDED, "csrc/cutlass/LICENSE.txt"}
+    assert files(folder) == {*fetch.REQUIRED, "csrc/cutlass/LICENSE.txt"}
     assert folder.parent == tmp_path / "cache" / "jax_mla_cp" / "fa3"
     assert list(folder.parent.iterdir()) == [folder]
     assert fetch.source_folder() == folder
-    assert len(made) == 1
+    assert len(downloads) == 1
 
 
 def test_another_hash_is_refused_and_nothing_is_kept(
     fetch: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     content = archive(fetch)
-    serve(monkeypatch, fetch, content, pinned=False)
+    serve_archive(monkeypatch, fetch, content, pinned=False)
     with pytest.raises(fetch.SourceError) as raised:
         fetch.source_folder()
     message = str(raised.value)
@@ -101,7 +103,7 @@ def test_another_hash_is_refused_and_nothing_is_kept(
 def test_an_archive_without_a_needed_file_is_refused(
     fetch: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    serve(monkeypatch, fetch, archive(fetch, leave_out="hopper/flash.h"))
+    serve_archive(monkeypatch, fetch, archive(fetch, leave_out="hopper/flash.h"))
     with pytest.raises(fetch.SourceError, match=r"lacks hopper/flash\.h"):
         fetch.source_folder()
     assert files(tmp_path / "cache") == set()
@@ -117,7 +119,7 @@ def test_no_network_is_one_clear_message(fetch: ModuleType, capsys: pytest.Captu
 
 
 def test_a_half_done_cache_is_ignored(fetch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    serve(monkeypatch, fetch, archive(fetch))
+    serve_archive(monkeypatch, fetch, archive(fetch))
     folder = fetch.cache_folder()
     partial = folder.parent / ".partial-of-a-killed-process"
     for begun in (folder, partial):

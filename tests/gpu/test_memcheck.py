@@ -1,4 +1,4 @@
-"""One call of each target under NVIDIA's compute-sanitizer: no access outside of the arrays."""
+"""Calls each target under NVIDIA's compute-sanitizer: no access outside of the arrays."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 _SANITIZER = shutil.which("compute-sanitizer")
 
-# Keys that end with their array, a page table wider than any row, tokens of no row, rows of no tokens.
+# Keys that end with their array, a page table wider than any row, padding tokens, rows without tokens.
 _CALLS = """
 from tests.helpers import attention_cases as cases
 from tests.helpers.attention_cases import ABSORBED, RAGGED, TARGETS
@@ -28,7 +28,7 @@ for target in TARGETS:
 @pytest.mark.slow
 @pytest.mark.skipif(_SANITIZER is None, reason="compute-sanitizer is not on the PATH")
 def test_memcheck() -> None:
-    # An allocation for each array: in XLA's pool, what lies behind an array is memory too.
+    # An allocation per array: in XLA's pool, reads past an array's end hit valid memory.
     environment = {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     done = subprocess.run(
         [str(_SANITIZER), "--tool", "memcheck", sys.executable, "-c", _CALLS],
