@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from jax_mla_cp.batch.step_request import StepRequest
+from jax_mla_cp.step.compile_progress import CompileProgress
 from jax_mla_cp.step.results import StepResult
 
 
@@ -29,6 +30,10 @@ class Steps(Protocol):
 
     @property
     def pages_per_group(self) -> int: ...
+
+    @property
+    def compiling(self) -> CompileProgress | None:
+        """The compilation in progress. Read from any thread."""
 
     def check(self, work: StepRequest) -> None:
         """Raises ValueError if `step` would for this work alone."""

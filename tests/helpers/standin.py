@@ -10,6 +10,7 @@ import numpy as np
 
 from jax_mla_cp.batch.logit_bias import LogitBias
 from jax_mla_cp.batch.step_request import StepRequest
+from jax_mla_cp.step.compile_progress import CompileProgress
 from jax_mla_cp.step.results import SampledToken, StepResult, TokenLogprobs
 
 VOCAB = 251
@@ -92,6 +93,7 @@ class PageModel:
         """Tokens of works with more than one."""
         self.gate: threading.Semaphore | None = None
         """Set: every step waits for a permit."""
+        self.compiling: CompileProgress | None = None
         self.reset()
 
     def reset(self) -> None:
