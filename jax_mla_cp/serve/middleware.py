@@ -1,4 +1,4 @@
-"""What stands between a client and the routes, from the outside in."""
+"""The middleware stack: request log, CORS, drain, API keys and request size limits, from the outside in."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ import dataclasses
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from jax_mla_cp.serve.lifecycle import Drain, RefuseNew
-from jax_mla_cp.serve.limits import MAX_BODY, LimitRequest
+from jax_mla_cp.serve.lifecycle import DrainState, RejectWhileDraining
+from jax_mla_cp.serve.limits import MAX_BODY, LimitRequestSize
 from jax_mla_cp.serve.logs import RequestLog
-from jax_mla_cp.serve.security import ApiKeys, RequireKey
+from jax_mla_cp.serve.security import ApiKeys, RequireApiKey
 
 
 @dataclasses.dataclass(frozen=True)
-class Guards:
-    """The operator's settings for them; the defaults are the server's own."""
+class MiddlewareStack:
+    """The operator's settings for the middleware."""
 
     keys: ApiKeys | None = None
-    """None: nobody is asked for one."""
+    """None: no API key is required."""
     cors_origins: tuple[str, ...] = ()
     max_body: int = MAX_BODY
     """Bytes."""
     log_content: bool = False
-    """Requests and answers go to the log."""
-    drain: Drain = dataclasses.field(default_factory=Drain)
+    """Log the content of requests and responses."""
+    drain: DrainState = dataclasses.field(default_factory=DrainState)
 
     def install(self, app: FastAPI) -> None:
-        """Starlette puts the last one outermost, so from the inside out."""
-        app.add_middleware(LimitRequest, max_body=self.max_body)
+        """Adds the middleware from the inside out: Starlette makes the last one the outermost."""
+        app.add_middleware(LimitRequestSize, max_body=self.max_body)
         if self.keys is not None:
-            app.add_middleware(RequireKey, keys=self.keys)
-        app.add_middleware(RefuseNew, drain=self.drain)
-        if self.cors_origins:  # outside of the key: a page may read why it is refused
+            app.add_middleware(RequireApiKey, keys=self.keys)
+        app.add_middleware(RejectWhileDraining, drain=self.drain)
+        if self.cors_origins:  # outside of the key check, so that a web page can read why it was rejected
             app.add_middleware(
                 CORSMiddleware,
                 allow_origins=self.cors_origins,

@@ -16,7 +16,7 @@ import pytest
 from jax_mla_cp.engine import Engine
 from jax_mla_cp.launch import load
 from jax_mla_cp.mesh import MeshShape, make_mesh
-from jax_mla_cp.serve.served import Served
+from jax_mla_cp.serve.served_model import ServedModel
 from jax_mla_cp.step.runner import create_runner
 from tests.helpers.in_process import client_of, serving
 from tests.helpers.waiting import until
@@ -32,17 +32,17 @@ FORMAT = {"type": "json_schema", "json_schema": {"name": "test", "schema": SCHEM
 
 
 @pytest.fixture(scope="module")
-def served() -> Served:
+def served() -> ServedModel:
     model, tokenizer = load(mesh=make_mesh(MeshShape.parse("cp=2")))
     runner = create_runner(
         model, page_size=16, kv_pages=128, memory_fraction=None, prefill_chunk=64, max_model_len=512, max_running=8
     )
     eos = model.config.eos_token_ids
-    return Served("tiny", Engine(runner), tokenizer, model.config.vocab_size, runner.max_model_len, eos, None)
+    return ServedModel("tiny", Engine(runner), tokenizer, model.config.vocab_size, runner.max_model_len, eos, None)
 
 
 @pytest.fixture(scope="module")
-def url(served: Served) -> Iterator[str]:
+def url(served: ServedModel) -> Iterator[str]:
     with serving(served) as address:
         yield address
 
@@ -151,7 +151,7 @@ def test_a_bias_forces_and_forbids(url: str) -> None:
     assert first not in ids(url, logit_bias={str(first): -100})
 
 
-def test_ends(url: str, served: Served) -> None:
+def test_ends(url: str, served: ServedModel) -> None:
     (eos,) = served.eos_token_ids
     tokens = ids(url)
     third = tokens[2]
@@ -299,7 +299,7 @@ def test_no_usage_chunk_unless_asked(url: str) -> None:
     assert all(len(chunk["choices"]) == 1 and "usage" not in chunk for chunk in chunks)
 
 
-def test_tokens_there_and_back(url: str, served: Served) -> None:
+def test_tokens_there_and_back(url: str, served: ServedModel) -> None:
     for prompt in ("héllo 世界 👩‍👧", ""):
         given = httpx.post(f"{url}/tokenize", json={"prompt": prompt, "return_token_strs": True}).json()
         assert given["count"] == len(given["token_strs"]) == len(given["tokens"])
@@ -310,7 +310,7 @@ def test_tokens_there_and_back(url: str, served: Served) -> None:
     assert served.tokenizer is not None and served.tokenizer.token_id(info["eos_token"]) in served.eos_token_ids
 
 
-def test_the_async_client_and_a_stream_that_is_left(url: str, served: Served) -> None:
+def test_the_async_client_and_a_stream_that_is_left(url: str, served: ServedModel) -> None:
     async def run() -> str:
         async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
             arguments: Any = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "temperature": 0}

@@ -20,7 +20,7 @@ from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.default_model import DIRECTORY
 from jax_mla_cp.eval.heldout import heldout_text
 from jax_mla_cp.eval.passkey import Passkey
-from jax_mla_cp.serve.names import TokenNames
+from jax_mla_cp.serve.token_texts import TokenTexts
 from jax_mla_cp.tokenizer import Tokenizer
 from tests.helpers.checkpoints import hf_generate
 from tests.helpers.processes import server, url_of
@@ -140,7 +140,7 @@ def test_a_checkpoint_that_transformers_wrote(
 
         with ThreadPoolExecutor(4) as pool:
             got = list(pool.map(tokens, prompts))
-        names = TokenNames(Tokenizer.from_dir(path, config["vocab_size"]))
+        names = TokenTexts(Tokenizer.from_dir(path, config["vocab_size"]))
         assert got == [[names(int(i)) for i in ids] for ids in want]
         process.terminate()
         process.communicate(timeout=60)

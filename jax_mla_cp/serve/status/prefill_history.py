@@ -1,4 +1,4 @@
-"""Which tokens of recent prompts each cp rank computed: the zigzag, step after step."""
+"""Prefill history: the tokens of recent prompts that each cp rank computed, step by step."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from jax_mla_cp.batch.zigzag import plan
 from jax_mla_cp.engine.observer import Prefilled
 from jax_mla_cp.serve.status.schemas import Chunk, Prompt, PromptStep
 
-_PROMPTS = 6
-_STEPS = 24  # of a prompt: what a picture can show
+_MAX_PROMPTS = 6
+_MAX_STEPS = 24  # per prompt: more would not be visible
 
 
-@functools.lru_cache(maxsize=1024)  # asked again every second
-def chunks(cached: int, new: int, cp: int) -> list[Chunk]:
-    """The step's pieces of a prompt by `jax_mla_cp.batch.zigzag`, in the order of the prompt.
+@functools.lru_cache(maxsize=1024)  # the status page asks for the same chunks every second
+def zigzag_chunks(cached: int, new: int, cp: int) -> list[Chunk]:
+    """A prompt's chunks in one step, as `jax_mla_cp.batch.zigzag` assigns them to ranks, in prompt order.
 
-    >>> [(c.rank, c.start, c.end) for c in chunks(100, 8, cp=2)]
+    >>> [(c.rank, c.start, c.end) for c in zigzag_chunks(100, 8, cp=2)]
     [(0, 100, 102), (1, 102, 104), (1, 104, 106), (0, 106, 108)]
-    >>> chunks(0, 3, cp=2)
+    >>> zigzag_chunks(0, 3, cp=2)
     [Chunk(rank=None, start=0, end=3)]
     """
-    if cp > 1 and new < 2 * cp:  # which rank depends on the step's other requests
+    if cp > 1 and new < 2 * cp:  # the rank depends on the other requests of the step
         return [Chunk(rank=None, start=cached, end=cached + new)]
     p = plan([new], [cached], cp=cp)
     return [
@@ -37,51 +37,51 @@ def chunks(cached: int, new: int, cp: int) -> list[Chunk]:
 
 
 @dataclasses.dataclass
-class _Seen:
+class _History:
     reused: int
     total: int = 0
     done: int = 0
     steps: collections.deque[tuple[int, int]] = dataclasses.field(
-        default_factory=lambda: collections.deque(maxlen=_STEPS)
+        default_factory=lambda: collections.deque(maxlen=_MAX_STEPS)
     )
 
 
-class Prompts:
+class PrefillHistory:
     """The prompts of the last prefill steps. Thread-safe: the engine's thread never waits for more than a copy."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._seen: collections.OrderedDict[str, _Seen] = collections.OrderedDict()
+        self._prompts: collections.OrderedDict[str, _History] = collections.OrderedDict()
         self._active: set[str] = set()
 
     def step(self, prompts: Iterable[Prefilled]) -> None:
-        """Takes the prompts of a step."""
+        """Records the prompts of a step."""
         with self._lock:
             self._active = set()
             for prompt in prompts:
-                seen = self._seen.get(prompt.id)
-                if seen is None or seen.done != prompt.cached:  # new here, or preempted and begun again
-                    seen = self._seen[prompt.id] = _Seen(reused=prompt.cached)
-                seen.total, seen.done = prompt.total, prompt.cached + prompt.new
-                seen.steps.append((prompt.cached, prompt.new))
-                self._seen.move_to_end(prompt.id)
+                history = self._prompts.get(prompt.id)
+                if history is None or history.done != prompt.cached:  # new, or restarted after a preemption
+                    history = self._prompts[prompt.id] = _History(reused=prompt.cached)
+                history.total, history.done = prompt.total, prompt.cached + prompt.new
+                history.steps.append((prompt.cached, prompt.new))
+                self._prompts.move_to_end(prompt.id)
                 self._active.add(prompt.id)
-            while len(self._seen) > _PROMPTS:
-                self._seen.popitem(last=False)
+            while len(self._prompts) > _MAX_PROMPTS:
+                self._prompts.popitem(last=False)
 
-    def show(self, cp: int) -> list[Prompt]:
-        """The latest first."""
+    def latest(self, cp: int) -> list[Prompt]:
+        """The recorded prompts, latest first."""
         with self._lock:
             active = self._active
-            seen = [(name, dataclasses.replace(s, steps=s.steps.copy())) for name, s in reversed(self._seen.items())]
+            prompts = [(id, dataclasses.replace(h, steps=h.steps.copy())) for id, h in reversed(self._prompts.items())]
         return [
             Prompt(
-                id=name,
-                total=s.total,
-                done=s.done,
-                reused=s.reused,
-                active=name in active,
-                steps=[PromptStep(start=start, chunks=chunks(start, new, cp)) for start, new in s.steps],
+                id=id,
+                total=history.total,
+                done=history.done,
+                reused=history.reused,
+                active=id in active,
+                steps=[PromptStep(start=start, chunks=zigzag_chunks(start, new, cp)) for start, new in history.steps],
             )
-            for name, s in seen
+            for id, history in prompts
         ]
