@@ -76,9 +76,14 @@ class HostileModel(PageModel):
 
 
 @pytest.fixture(scope="session")
-def hostile_url(browser: WebDriver) -> Iterator[str]:
+def hostile_model() -> HostileModel:
+    return HostileModel(pages=200, cp=3)
+
+
+@pytest.fixture(scope="session")
+def hostile_url(browser: WebDriver, hostile_model: HostileModel) -> Iterator[str]:
     telemetry = Telemetry(ServerInfo("<i>tiny</i>", 600, False, MeshShape(dp=2, cp=3, tp=2), {"version": "<u>0</u>"}))
-    engine = Engine(HostileModel(pages=200, cp=3), observer=telemetry)
+    engine = Engine(hostile_model, observer=telemetry)
     served = ServedModel("<i>tiny</i>", engine, byte_tokenizer(), 259, 600, (), None)
     with serving(served, telemetry) as url:
         yield url

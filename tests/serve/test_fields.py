@@ -219,6 +219,7 @@ def test_a_schema_is_followed(client: openai.OpenAI, stream: bool) -> None:
     for part in answer if stream else [answer]:
         for choice in part.choices:
             found[choice.index] += (choice.delta if stream else choice.message).content or ""
+    assert set(found) == {0, 1}
     for said in found.values():
         value = json.loads(said)
         assert set(value) == {"name", "ok"} and len(value["name"]) <= 6 and isinstance(value["ok"], bool)
@@ -272,7 +273,7 @@ def test_chat_is_the_template_and_a_completion(client: openai.OpenAI, url: str) 
         url, prompt=prompt["tokens"], max_tokens=12
     )
     assert answer.usage is not None and answer.usage.prompt_tokens == prompt["count"]
-    assert choice.logprobs is not None and choice.logprobs.content is not None
+    assert choice.logprobs is not None and choice.logprobs.content
     said = b"".join(bytes(entry.bytes or ()) for entry in choice.logprobs.content)
     assert said.decode(errors="replace") == choice.message.content
     for entry in choice.logprobs.content:
@@ -296,7 +297,7 @@ def test_no_usage_chunk_unless_asked(url: str) -> None:
     lines = [line for line in httpx.post(f"{url}/v1/completions", json=body).text.split("\n") if line]
     assert lines[-1] == "data: [DONE]" and all(line.startswith("data: ") for line in lines)
     chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
-    assert all(len(chunk["choices"]) == 1 and "usage" not in chunk for chunk in chunks)
+    assert chunks and all(len(chunk["choices"]) == 1 and "usage" not in chunk for chunk in chunks)
 
 
 def test_tokens_there_and_back(url: str, served: ServedModel) -> None:

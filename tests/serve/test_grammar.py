@@ -131,9 +131,8 @@ def test_schemas_that_are_refused(name: str) -> None:
 def test_schemas_that_look_expensive(schema: dict[str, Any]) -> None:
     started = time.monotonic()
     grammar = Grammars(byte_tokenizer(), 259, [EOS]).compile(schema)
-    for token in allowed(grammar, 259)[:1]:
-        grammar.accept(token)
-        assert allowed(grammar, 259)
+    grammar.accept(allowed(grammar, 259)[0])
+    assert allowed(grammar, 259)
     assert time.monotonic() - started < 5
 
 

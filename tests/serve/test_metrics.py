@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as open_metrics
 from prometheus_client.parser import text_string_to_metric_families as plain
 
-from jax_mla_cp.engine import Engine, Prefilled, RequestReport, StepReport
+from jax_mla_cp.engine import CompileProgress, Engine, Prefilled, RequestReport, StepReport
 from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.serve.app import create_app
 from jax_mla_cp.serve.metrics import Metrics
@@ -194,7 +195,7 @@ def test_both_formats_have_the_same_samples(observed: Observed) -> None:
     texts = (plain(answer.text), open_metrics(modern.text))
     got = [{(s.name, tuple(sorted(s.labels.items()))) for f in families for s in f.samples} for families in texts]
     assert got[0] == got[1]
-    assert all(name.startswith("jax_mla_cp:") for name, _ in got[0])
+    assert got[0] and all(name.startswith("jax_mla_cp:") for name, _ in got[0])
 
 
 @pytest.mark.parametrize(
@@ -248,6 +249,14 @@ def test_status_shows_the_zigzag(observed: Observed) -> None:
     ]
     assert status.ttft.summary is not None and status.itl.summary is not None
     assert status.ttft.series and status.step_time.series
+
+
+def test_status_shows_a_compilation(observed: Observed) -> None:
+    assert observed.client.get("/status").json()["compiling"] is None
+    observed.model.compiling = CompileProgress(1, 7, 512, time.monotonic() - 3)
+    compiling = observed.client.get("/status").json()["compiling"]
+    assert 3 <= compiling.pop("seconds") < 60
+    assert compiling == {"done": 1, "total": 7, "tokens": 512}
 
 
 def test_status_tells_why_the_engine_is_not_well(observed: Observed) -> None:
