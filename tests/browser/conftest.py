@@ -71,7 +71,7 @@ class HostileModel(PageModel):
     def _say(self, work: StepRequest) -> StepResult:
         if work.sampling is None:
             return StepResult([], [])
-        byte = HOSTILE.encode()[(work.cached + len(work.tokens)) % len(HOSTILE)]
+        byte = HOSTILE.encode()[(work.num_computed_tokens + len(work.tokens)) % len(HOSTILE)]
         return StepResult([SampledToken(byte, -0.5, np.zeros(0, np.int32), np.zeros(0, np.float32))], [])
 
 

@@ -128,30 +128,30 @@ class PageModel:
         assert all(w.drafts <= self.draft_tokens for w in works)
         assert not any(w.drafts and w.logit_bias for w in works)
         for w in works:
-            written = set(w.pages[w.cached // self.page_size :])
+            written = set(w.pages[w.num_computed_tokens // self.page_size :])
             others = {page for other in works if other is not w for page in other.pages}
             assert not written & others, "a page is written that another request refers to"
             assert len(set(w.pages)) == len(w.pages)
 
     def _run(self, group: int, work: StepRequest) -> StepResult:
-        end, size = work.cached + len(work.tokens), self.page_size
+        end, size = work.num_computed_tokens + len(work.tokens), self.page_size
         self.prefilled += len(work.tokens) if len(work.tokens) - work.drafts > 1 else 0
         slots = self.slots_of(work.pages, end)
         memory, following = self.slots[group], self._following[group]
-        seen = [*memory[slots[: work.cached]].tolist(), *map(int, work.tokens)]
+        seen = [*memory[slots[: work.num_computed_tokens]].tolist(), *map(int, work.tokens)]
         if self.draft_tokens:
             known = seen[1 : len(seen) - work.drafts]
-            assert following[slots[: work.cached]].tolist() == known[: work.cached], "an MTP latent is of another text"
+            assert following[slots[: work.num_computed_tokens]].tolist() == known[: work.num_computed_tokens], "an MTP latent is of another text"
         # What is begun and not filled is zeroed; guesses beyond the drafts leave latents behind.
         reach = end if work.sampling is None else min(end + max(self.draft_tokens - 1, 0), len(work.pages) * size)
-        for page in work.pages[max(end // size, -(-work.cached // size)) : -(-reach // size)]:
+        for page in work.pages[max(end // size, -(-work.num_computed_tokens // size)) : -(-reach // size)]:
             memory[page * size : (page + 1) * size] = following[page * size : (page + 1) * size] = NOTHING
-        memory[slots[work.cached :]] = work.tokens
+        memory[slots[work.num_computed_tokens :]] = work.tokens
         memory[self.slots_of(work.pages, reach)[end:]] = STALE
         scored = self._score(seen, work) if work.score else None
         if work.sampling is None:
-            after = [*seen[work.cached + 1 :], NOTHING if work.next_token is None else work.next_token]
-            following[slots[work.cached :]] = after
+            after = [*seen[work.num_computed_tokens + 1 :], NOTHING if work.next_token is None else work.next_token]
+            following[slots[work.num_computed_tokens :]] = after
             return StepResult([], [], scored)
         seen, drafts = seen[: end - work.drafts], seen[end - work.drafts :]
         start = len(seen)
@@ -159,16 +159,16 @@ class PageModel:
             seen.append(allowed(next_token(seen), work.logit_bias))
             if not drafts or seen[-1] != drafts.pop(0):
                 break
-        following[slots[work.cached :]] = NOTHING
-        following[slots[work.cached : len(seen) - 1]] = seen[work.cached + 1 :]
+        following[slots[work.num_computed_tokens :]] = NOTHING
+        following[slots[work.num_computed_tokens : len(seen) - 1]] = seen[work.num_computed_tokens + 1 :]
         self.held[work.drafts, len(seen) - start - 1] += 1
         drawn = [SampledToken(token, -0.5, np.arange(20), np.linspace(-1, -9, 20)) for token in seen[start:]]
         return StepResult(drawn, guesses(seen, self.draft_tokens), scored)
 
     def _score(self, seen: Sequence[int], work: StepRequest) -> TokenLogprobs:
-        after = [*seen[work.cached + 1 :], *([] if work.next_token is None else [work.next_token])]
+        after = [*seen[work.num_computed_tokens + 1 :], *([] if work.next_token is None else [work.next_token])]
         values = np.full(len(work.tokens), np.nan, np.float32)
         for n, token in enumerate(after):
-            values[n] = logprob(seen[: work.cached + n + 1], token)
+            values[n] = logprob(seen[: work.num_computed_tokens + n + 1], token)
         top = np.tile(np.arange(20, dtype=np.int32), (len(work.tokens), 1))
         return TokenLogprobs(values, top, np.tile(values[:, None], (1, 20)))

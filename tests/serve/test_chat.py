@@ -35,7 +35,7 @@ class Script(PageModel):
         outcome = super()._run(group, work)
         if not outcome.sampled:
             return outcome
-        seen = self.slots[group][self.slots_of(work.pages, work.cached + len(work.tokens))].tolist()
+        seen = self.slots[group][self.slots_of(work.pages, work.num_computed_tokens + len(work.tokens))].tolist()
         said = bytes(token for token in seen if token < 256).rpartition(b"\x02")[2].removeprefix(b"<think>\n")
         whole = [*self.script.encode(), EOS]
         token, usual = whole[len(said)], outcome.sampled[0]
