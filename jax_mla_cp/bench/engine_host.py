@@ -14,7 +14,7 @@ from jax_mla_cp.engine.request import Event, Failed, Finished, Request
 from jax_mla_cp.engine.step_runner import StepRunner
 from jax_mla_cp.engine.text import TextStream
 from jax_mla_cp.mesh import MeshShape
-from jax_mla_cp.serve.status import About, Telemetry
+from jax_mla_cp.serve.status import ServerInfo, Telemetry
 from jax_mla_cp.step.results import RunnerOutput, SampledToken, StepResult
 from jax_mla_cp.tokenizer import Tokenizer
 
@@ -26,6 +26,7 @@ class NoModel:
     """
 
     draft_tokens = 0
+    compiling = None
 
     def __init__(
         self,
@@ -59,7 +60,7 @@ class _RecordingTelemetry(Telemetry):
     """The server's observer, whose time counts too, with the reports of all steps."""
 
     def __init__(self) -> None:
-        super().__init__(About("none", 1, chat=False, mesh=MeshShape(), facts={}))
+        super().__init__(ServerInfo("none", 1, chat=False, mesh=MeshShape(), facts={}))
         self.reports: list[StepReport] = []
 
     def step(self, report: StepReport) -> None:

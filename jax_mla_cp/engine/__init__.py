@@ -4,8 +4,10 @@ from jax_mla_cp.engine.engine import Engine, EngineDead, QueueFull
 from jax_mla_cp.engine.observer import Observer, PrefillReport, RequestReport, StepReport
 from jax_mla_cp.engine.request import Event, Failed, Finished, Grammar, GrammarError, PromptLogprobs, Request, Token
 from jax_mla_cp.engine.status import EngineStatus, SpeculationStats
+from jax_mla_cp.step.compile_progress import CompileProgress
 
 __all__ = [
+    "CompileProgress",
     "Engine",
     "EngineDead",
     "EngineStatus",

@@ -107,6 +107,7 @@ class Engine:
             steps=self._steps,
             last_step=self._last_step,
             speculation=self._speculation,
+            compiling=self._runner.compiling,
         )
 
     def start(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from jax_mla_cp.engine.observer import StepReport
+from jax_mla_cp.step.compile_progress import CompileProgress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,8 @@ class EngineStatus:
     last_step: StepReport | None
     speculation: SpeculationStats | None
     """None: the engine runs without speculation."""
+    compiling: CompileProgress | None = None
+    """None: no program is being compiled."""
 
     @property
     def pages_used(self) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from jax_mla_cp.batch.step_request import StepRequest
+from jax_mla_cp.step.compile_progress import CompileProgress
 from jax_mla_cp.step.results import RunnerOutput
 
 
@@ -26,6 +27,10 @@ class StepRunner(Protocol):
 
     @property
     def pages_per_group(self) -> int: ...
+
+    @property
+    def compiling(self) -> CompileProgress | None:
+        """The compilation in progress; None: nothing is being compiled. Read from any thread."""
 
     def check(self, request: StepRequest, /) -> None:
         """Checks one request as `step` would.

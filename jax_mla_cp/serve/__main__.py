@@ -1,4 +1,4 @@
-"""python -m jax_mla_cp.serve: from flags to a server that answers. `--help` tells the flags."""
+"""python -m jax_mla_cp.serve: starts the server. See `--help`."""
 
 from __future__ import annotations
 
@@ -9,22 +9,26 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jax_mla_cp.config.errors import ConfigError
+from jax_mla_cp.default_model import DIRECTORY
 from jax_mla_cp.engine import Engine
 from jax_mla_cp.serve import logs, security
+from jax_mla_cp.serve.announcement import announcement
 from jax_mla_cp.serve.app import create_app
-from jax_mla_cp.serve.guards import Guards
 from jax_mla_cp.serve.lifecycle import Server, uvicorn_config
+from jax_mla_cp.serve.middleware import MiddlewareStack
 from jax_mla_cp.serve.options import ServeConfig, parse
-from jax_mla_cp.serve.served import Served
+from jax_mla_cp.serve.served_model import ServedModel
 from jax_mla_cp.serve.start import load_model, make_runner, set_up_devices
-from jax_mla_cp.serve.status import Telemetry, describe
+from jax_mla_cp.serve.status import Telemetry, server_info
 from jax_mla_cp.step.runner import Runner
 
 log = logging.getLogger("jax_mla_cp.serve")
@@ -33,39 +37,39 @@ _ATTENTION = {"fa3": "FlashAttention-3", "xla": "XLA"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the server until it is told to stop.
+    """Runs the server until it is stopped.
 
     Returns:
-      The exit code: 0; 1 if running requests were cut off; 2 for a setting that can't work.
+      The exit code: 0; 1 if running requests were cut off; 2 for an invalid setting.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _leave)
+        signal.signal(number, _exit_while_loading)
     config = parse(argv)
     try:
         with logs.to_stderr(config.log_level, config.log_format):
             keys = security.read_keys(config.api_key_file, os.environ)
             tls = security.tls_settings(config.ssl_certfile, config.ssl_keyfile, config.ssl_keyfile_password_file)
             security.warn_if_open(config.host, keys, tls=bool(tls))
-            guards = Guards(keys, config.cors_origins, config.max_body_mb << 20, config.log_requests)
+            middleware = MiddlewareStack(keys, config.cors_origins, config.max_body_mb << 20, config.log_requests)
             with _listen(config) as listener:
-                return _serve(config, listener, guards, tls)
+                return _serve(config, listener, middleware, tls)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
-    """While loading nothing is worth saving, and an exception could be lost in JAX's callbacks: leave at once."""
+def _exit_while_loading(number: int, frame: FrameType | None) -> None:
+    """Exits at once: while loading there is nothing to finish, and an exception could get lost in JAX's callbacks."""
     Console(stderr=True).show_cursor(True)
     print("\nstopped.", file=sys.stderr, flush=True)
     os._exit(0)
 
 
 def _listen(config: ServeConfig) -> socket.socket:
-    """Takes the port before anything is loaded: an occupied one is known at once.
+    """Binds the port before anything is loaded, so that an occupied one is reported at once.
 
     Raises:
-      ConfigError: the address can't be had.
+      ConfigError: the address is not available.
     """
     try:
         family, kind, proto, _, address = socket.getaddrinfo(
@@ -81,14 +85,17 @@ def _listen(config: ServeConfig) -> socket.socket:
     return listener
 
 
-def _serve(config: ServeConfig, listener: socket.socket, guards: Guards, tls: dict[str, Any]) -> int:
+def _serve(config: ServeConfig, listener: socket.socket, middleware: MiddlewareStack, tls: dict[str, Any]) -> int:
     started = time.perf_counter()
+    log.info("starting JAX: mesh %s, %d devices", config.mesh, config.mesh.devices)
     used = set_up_devices(config)
-    log.info("mesh %s on %d %s devices", config.mesh, config.mesh.devices, used)
+    log.info("running on %d %s devices", config.mesh.devices, used)
+    directory = config.model or DIRECTORY
+    log.info("reading weights: %s from %s", decimal(_bytes_on_disk(directory)), directory)
     model, tokenizer = load_model(config)
     log.info(
-        "loaded %s: %s%s, experts over %s, attention in %s (%.1f s)",
-        config.model or "the built-in model (it finds passkeys and continues technical English, no more)",
+        "loaded %s: %s%s, experts sharded over %s, attention kernel %s (%.1f s)",
+        config.model or "the built-in model (a small demo: it finds pass keys and continues technical English)",
         model.build.dtype,
         ", weights in FP8" if model.build.fp8 else "",
         ",".join(model.build.ep_axes),
@@ -97,7 +104,7 @@ def _serve(config: ServeConfig, listener: socket.socket, guards: Guards, tls: di
     )
     runner = make_runner(model, config)
     log.info(
-        "cache: %d pages of %d tokens per dp group; requests of at most %d tokens, %d at a time",
+        "KV cache: %d pages of %d tokens per dp group; max_model_len %d; up to %d running requests",
         runner.pages_per_group,
         runner.page_size,
         runner.max_model_len,
@@ -105,10 +112,17 @@ def _serve(config: ServeConfig, listener: socket.socket, guards: Guards, tls: di
     )
     log.info(runner.grid)
     if config.warmup or (config.warmup is None and used == "cuda"):
+        log.info(
+            "warmup: compiling all programs (8 to 16 s each on a GPU; the compile cache makes later starts faster)"
+        )
         _warm_up(runner)
-    telemetry = Telemetry(describe(config.served_model_name, runner, tokenizer))
+    else:
+        log.info(
+            "no warmup: each program is compiled at its first use, while requests wait (--warmup compiles all now)"
+        )
+    telemetry = Telemetry(server_info(config.served_model_name, runner, tokenizer))
     engine = Engine(runner, max_queued=config.max_queued, observer=telemetry, watchdog_seconds=config.watchdog)
-    served = Served(
+    served = ServedModel(
         config.served_model_name,
         engine,
         tokenizer,
@@ -119,12 +133,21 @@ def _serve(config: ServeConfig, listener: socket.socket, guards: Guards, tls: di
         config.queue_timeout,
         config.request_timeout,
     )
-    app = create_app(served, guards, telemetry)
-    server = Server(uvicorn_config(app, tls), engine, guards.drain, config.drain_timeout)
+    app = create_app(served, middleware, telemetry)
+    server = Server(uvicorn_config(app, tls), engine, middleware.drain, config.drain_timeout)
     engine.start()
     try:
         listener.listen(1024)
-        _announce(config, listener, time.perf_counter() - started, keys=guards.keys is not None)
+        ready = announcement(
+            host=config.host,
+            port=listener.getsockname()[1],
+            model=config.served_model_name,
+            seconds=time.perf_counter() - started,
+            tls=bool(tls),
+            needs_key=middleware.keys is not None,
+            key_file=config.api_key_file,
+        )
+        print(ready, flush=True)
         server.run(sockets=[listener])
     finally:
         engine.stop(timeout=60)
@@ -138,20 +161,8 @@ def _warm_up(runner: Runner) -> None:
         runner.warmup(progress.track)
 
 
-def _announce(config: ServeConfig, listener: socket.socket, seconds: float, *, keys: bool) -> None:
-    port = listener.getsockname()[1]
-    host = f"[{config.host}]" if ":" in config.host else config.host
-    name = config.served_model_name
-    root = f"{'https' if config.ssl_certfile else 'http'}://{host}:{port}"
-    key = " -H 'Authorization: Bearer KEY'" if keys else ""
-    print(
-        f"""\
-ready in {seconds:.0f} s: {root}/v1   (model {name!r}; Ctrl-C ends it)
-  {root}/ shows what it does, live, and has a chat box
-  curl {root}/v1/completions{key} -H 'Content-Type: application/json' \\
-    -d '{{"model": "{name}", "prompt": "Context parallelism is", "max_tokens": 32}}'""",
-        flush=True,
-    )
+def _bytes_on_disk(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
 
 
 if __name__ == "__main__":

@@ -8,14 +8,20 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
 from jax_mla_cp.engine import Finished, Grammar, PromptLogprobs, Token
-from jax_mla_cp.serve import prompts
+from jax_mla_cp.serve import preprocessing
 from jax_mla_cp.serve.errors import ApiError
-from jax_mla_cp.serve.job import Good, new_head, respond
-from jax_mla_cp.serve.logprobs import chat_entry, prompt_logprobs
-from jax_mla_cp.serve.openapi import streams
-from jax_mla_cp.serve.reasoning import CLOSE, AfterThoughts, Splitter, opened, reasons
+from jax_mla_cp.serve.logprobs import chat_logprobs, prompt_logprobs
+from jax_mla_cp.serve.openapi import streaming_response
+from jax_mla_cp.serve.reasoning import (
+    END_TAG,
+    GrammarAfterReasoning,
+    ReasoningParser,
+    is_reasoning_model,
+    prompt_starts_reasoning,
+)
+from jax_mla_cp.serve.response import OutputEvent, new_metadata, respond
 from jax_mla_cp.serve.schemas import (
-    Answer,
+    AssistantMessage,
     ChatChoice,
     ChatChunk,
     ChatCompletion,
@@ -26,115 +32,115 @@ from jax_mla_cp.serve.schemas import (
     PromptLogprobsJson,
     Usage,
 )
-from jax_mla_cp.serve.served import Served
+from jax_mla_cp.serve.served_model import ServedModel
 
 
-def install(app: FastAPI, served: Served) -> None:
+def install(app: FastAPI, served: ServedModel) -> None:
     @app.post(
         "/v1/chat/completions",
         response_model=ChatCompletion,
-        responses=streams(ChatChunk),
-        summary="Answer in a conversation",
+        responses=streaming_response(ChatChunk),
+        summary="Create a chat completion",
     )
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        return await respond(served, body, lambda: _Chat(served, body), request)
+        return await respond(served, body, lambda: _ChatBuilder(served, body), request)
 
 
-class _Chat:
-    """Implements `jax_mla_cp.serve.job.Form`."""
+class _ChatBuilder:
+    """Implements `jax_mla_cp.serve.response.ResponseBuilder`."""
 
-    def __init__(self, served: Served, body: ChatRequest):
-        """Raises an `ApiError` for what can't be done."""
-        self.head = new_head("chatcmpl", body.model)
-        tokenizer = served.need_tokenizer("messages")
-        self.prompts = [prompts.encode_messages(served, body.messages)]
-        prompts.check(served, body, self.prompts, "messages")
-        self._grammar = prompts.grammar_of(served, body)
+    def __init__(self, served: ServedModel, body: ChatRequest):
+        """Raises `ApiError` for a request that the model can't serve."""
+        self.metadata = new_metadata("chatcmpl", body.model)
+        tokenizer = served.require_tokenizer("messages")
+        self.prompts = [preprocessing.encode_messages(served, body.messages)]
+        preprocessing.check_request(served, body, self.prompts, "messages")
+        self._grammar = preprocessing.compile_grammar(served, body)
         self._served = served
         self._body = body
-        self._thinks_first = reasons(tokenizer) and opened(tokenizer, self.prompts[0])
-        self._close = tokenizer.token_id(CLOSE)
-        if self._grammar and self._thinks_first and self._close is None:
+        is_reasoning = is_reasoning_model(tokenizer)
+        self._in_reasoning = is_reasoning and prompt_starts_reasoning(tokenizer, self.prompts[0])
+        self._end_token = tokenizer.token_id(END_TAG)
+        if self._grammar and self._in_reasoning and self._end_token is None:
             message = (
-                f"response_format: this model thinks first, and {CLOSE} is no token of its own to tell the end by."
+                f"response_format: not available. This model reasons before it answers, and {END_TAG} is not a single "
+                "token, so the grammar can't tell where the answer starts."
             )
             raise ApiError(400, message, param="response_format")
-        count = body.n or 1
-        # An answer that is held to a format from its first token on has no thoughts.
-        splits = reasons(tokenizer) and (self._grammar is None or self._thinks_first)
-        self._splitters = [Splitter(opened=self._thinks_first) if splits else None for _ in range(count)]
+        # A grammar that applies from the first token on leaves no place for reasoning.
+        parse = is_reasoning and (self._grammar is None or self._in_reasoning)
+        self._parsers = [
+            ReasoningParser(in_reasoning=self._in_reasoning) if parse else None for _ in range(body.n or 1)
+        ]
 
     def grammar(self, prompt: int) -> Grammar | None:
         if self._grammar is None:
             return None
         grammar = self._grammar.copy()
-        if self._thinks_first and self._close is not None:
-            return AfterThoughts(grammar, self._close, self._served.vocab_size)
+        if self._in_reasoning and self._end_token is not None:
+            return GrammarAfterReasoning(grammar, self._end_token, self._served.vocab_size)
         return grammar
 
-    def opening(self) -> Sequence[ChatChunk]:
-        return [self._chunk(DeltaChoice(index=i, delta=Delta(role="assistant", content=""))) for i in self._indices]
+    def first_chunks(self) -> Sequence[ChatChunk]:
+        first = Delta(role="assistant", content="")
+        return [self._chunk(DeltaChoice(index=i, delta=first)) for i in range(len(self._parsers))]
 
-    def chunk(self, index: int, event: Good) -> ChatChunk | None:
+    def chunk(self, index: int, event: OutputEvent) -> ChatChunk | None:
         if isinstance(event, PromptLogprobs):
             return None  # refused with stream
-        thoughts, content = self._split(index, event)
-        choice = DeltaChoice(index=index, delta=Delta(content=content or None, reasoning_content=thoughts or None))
+        reasoning, content = self._parse(index, event)
+        choice = DeltaChoice(index=index, delta=Delta(content=content or None, reasoning_content=reasoning or None))
         if isinstance(event, Finished):
             choice.finish_reason, choice.stop_reason = event.reason, self._served.stop_reason(event)
         else:
-            if not thoughts:
-                choice.delta.content = content  # a delta without text still says that a token has come
+            if not reasoning:
+                choice.delta.content = content  # an empty delta still reports that a token was generated
             choice.logprobs = self._logprobs([event])
         return self._chunk(choice)
 
-    def last_chunk(self, usage: Usage) -> ChatChunk:
-        return ChatChunk(**self.head, choices=[], usage=usage)
+    def usage_chunk(self, usage: Usage) -> ChatChunk:
+        return ChatChunk(**self.metadata, choices=[], usage=usage)
 
-    def whole(self, events: Sequence[Sequence[Good]], usage: Usage) -> ChatCompletion:
+    def full_response(self, events: Sequence[Sequence[OutputEvent]], usage: Usage) -> ChatCompletion:
         choices = [self._choice(index, of_choice) for index, of_choice in enumerate(events)]
-        scored = next((event for event in events[0] if isinstance(event, PromptLogprobs)), None)
+        scores = next((event for event in events[0] if isinstance(event, PromptLogprobs)), None)
         found: PromptLogprobsJson | None = None
-        if scored is not None and (count := self._body.prompt_logprobs) is not None:
-            found = prompt_logprobs(self._served.names, self.prompts[0], scored, count)
-        return ChatCompletion(**self.head, choices=choices, usage=usage, prompt_logprobs=found)
+        if scores is not None and (count := self._body.prompt_logprobs) is not None:
+            found = prompt_logprobs(self._served.token_texts, self.prompts[0], scores, count)
+        return ChatCompletion(**self.metadata, choices=choices, usage=usage, prompt_logprobs=found)
 
-    @property
-    def _indices(self) -> range:
-        return range(len(self._splitters))
-
-    def _choice(self, index: int, events: Sequence[Good]) -> ChatChoice:
-        said = [event for event in events if not isinstance(event, PromptLogprobs)]
-        parts = [self._split(index, event) for event in said]
-        end = said[-1]
-        assert isinstance(end, Finished)
+    def _choice(self, index: int, events: Sequence[OutputEvent]) -> ChatChoice:
+        output = [event for event in events if not isinstance(event, PromptLogprobs)]
+        parsed = [self._parse(index, event) for event in output]
+        finished = output[-1]
+        assert isinstance(finished, Finished)
         return ChatChoice(
             index=index,
-            message=Answer(
-                content="".join(content for _, content in parts),
-                reasoning_content="".join(thoughts for thoughts, _ in parts) or None,
+            message=AssistantMessage(
+                content="".join(content for _, content in parsed),
+                reasoning_content="".join(reasoning for reasoning, _ in parsed) or None,
             ),
-            logprobs=self._logprobs([event for event in said if isinstance(event, Token)]),
-            finish_reason=end.reason,
-            stop_reason=self._served.stop_reason(end),
+            logprobs=self._logprobs([event for event in output if isinstance(event, Token)]),
+            finish_reason=finished.reason,
+            stop_reason=self._served.stop_reason(finished),
         )
 
-    def _split(self, index: int, event: Token | Finished) -> tuple[str, str]:
-        """An event's text as thoughts and answer."""
-        splitter = self._splitters[index]
-        if splitter is None:
+    def _parse(self, index: int, event: Token | Finished) -> tuple[str, str]:
+        """Splits an event's text into (reasoning, content)."""
+        parser = self._parsers[index]
+        if parser is None:
             return "", event.text
-        thoughts, content = splitter.push(event.text)
+        reasoning, content = parser.push(event.text)
         if isinstance(event, Finished):
-            more = splitter.finish()
-            thoughts, content = thoughts + more[0], content + more[1]
-        return thoughts, content
+            rest = parser.flush()
+            reasoning, content = reasoning + rest[0], content + rest[1]
+        return reasoning, content
 
     def _logprobs(self, events: Sequence[Token]) -> ChatLogprobs | None:
         if not self._body.logprobs:
             return None
         count = self._body.top_logprobs or 0
-        return ChatLogprobs(content=[chat_entry(self._served.names, event, count) for event in events])
+        return ChatLogprobs(content=[chat_logprobs(self._served.token_texts, event, count) for event in events])
 
     def _chunk(self, choice: DeltaChoice) -> ChatChunk:
-        return ChatChunk(**self.head, choices=[choice])
+        return ChatChunk(**self.metadata, choices=[choice])

@@ -8,75 +8,80 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
 from jax_mla_cp.engine import Finished, Grammar, PromptLogprobs
-from jax_mla_cp.serve import prompts
-from jax_mla_cp.serve.job import Good, new_head, respond
-from jax_mla_cp.serve.logprobs import entry, join, prompt_entries, prompt_logprobs
-from jax_mla_cp.serve.openapi import streams
+from jax_mla_cp.serve import preprocessing
+from jax_mla_cp.serve.logprobs import completion_logprobs, concat, echo_logprobs, prompt_logprobs
+from jax_mla_cp.serve.openapi import streaming_response
+from jax_mla_cp.serve.response import OutputEvent, new_metadata, respond
 from jax_mla_cp.serve.schemas import Choice, Completion, CompletionRequest, Logprobs, Usage
-from jax_mla_cp.serve.served import Served
+from jax_mla_cp.serve.served_model import ServedModel
 from jax_mla_cp.tokenizer import Detokenizer
 
 
-def install(app: FastAPI, served: Served) -> None:
-    @app.post("/v1/completions", response_model=Completion, responses=streams(Completion), summary="Continue a prompt")
+def install(app: FastAPI, served: ServedModel) -> None:
+    @app.post(
+        "/v1/completions",
+        response_model=Completion,
+        responses=streaming_response(Completion),
+        summary="Create a completion",
+    )
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        return await respond(served, body, lambda: _Completions(served, body), request)
+        return await respond(served, body, lambda: _CompletionBuilder(served, body), request)
 
 
-class _Completions:
-    """Implements `jax_mla_cp.serve.job.Form`."""
+class _CompletionBuilder:
+    """Implements `jax_mla_cp.serve.response.ResponseBuilder`."""
 
-    def __init__(self, served: Served, body: CompletionRequest):
-        """Raises an `ApiError` for what can't be done."""
-        self.head = new_head("cmpl", body.model)
-        self.prompts = prompts.completion_prompts(served, body)
-        prompts.check(served, body, self.prompts, "prompt")
-        self._grammar = prompts.grammar_of(served, body)
+    def __init__(self, served: ServedModel, body: CompletionRequest):
+        """Raises `ApiError` for a request that the model can't serve."""
+        self.metadata = new_metadata("cmpl", body.model)
+        self.prompts = preprocessing.encode_prompts(served, body)
+        preprocessing.check_request(served, body, self.prompts, "prompt")
+        self._grammar = preprocessing.compile_grammar(served, body)
         self._served = served
         self._body = body
         self._n = body.n or 1
-        given = zip(body.prompts(), self.prompts, strict=True) if body.echo else ()
-        self._echoes = [_Echo(served, prompt, ids) for prompt, ids in given]
+        echoed = zip(body.prompts(), self.prompts, strict=True) if body.echo else ()
+        self._echoes = [_Echo(served, prompt, ids) for prompt, ids in echoed]
         self._offset = [0] * (len(self.prompts) * self._n)
-        """Characters of a choice's text so far."""
+        """Characters of each choice's text so far."""
 
     def grammar(self, prompt: int) -> Grammar | None:
         return self._grammar and self._grammar.copy()
 
-    def opening(self) -> Sequence[Completion]:
-        if not self._echo_at_once:
+    def first_chunks(self) -> Sequence[Completion]:
+        if not self._echo_first:
             return []
-        return [self._completion([self._echoed(index)]) for index in range(len(self._offset))]
+        return [self._completion([self._echo(index)]) for index in range(len(self._offset))]
 
-    def chunk(self, index: int, event: Good) -> Completion | None:
+    def chunk(self, index: int, event: OutputEvent) -> Completion | None:
         choice = self._choice(index, event)
         return None if choice is None else self._completion([choice])
 
-    def last_chunk(self, usage: Usage) -> Completion:
+    def usage_chunk(self, usage: Usage) -> Completion:
         return self._completion([], usage)
 
-    def whole(self, events: Sequence[Sequence[Good]], usage: Usage) -> Completion:
+    def full_response(self, events: Sequence[Sequence[OutputEvent]], usage: Usage) -> Completion:
         choices = []
         for index, of_choice in enumerate(events):
-            opening = [self._echoed(index)] if self._echo_at_once else []
-            said = (self._choice(index, event) for event in of_choice)
-            choices.append(_join([*opening, *(choice for choice in said if choice is not None)]))
+            first = [self._echo(index)] if self._echo_first else []
+            chunks = (self._choice(index, event) for event in of_choice)
+            choices.append(_concat([*first, *(chunk for chunk in chunks if chunk is not None)]))
         return self._completion(choices, usage)
 
     @property
-    def _echo_at_once(self) -> bool:
-        """Without log-probabilities an echo doesn't have to wait for the prompt to run."""
+    def _echo_first(self) -> bool:
+        """True if the echo doesn't have to wait for the prompt's log-probabilities."""
         return bool(self._body.echo) and self._body.logprobs is None
 
-    def _echoed(self, index: int, logprobs: Logprobs | None = None) -> Choice:
+    def _echo(self, index: int, logprobs: Logprobs | None = None) -> Choice:
         text = self._echoes[index // self._n].text
         self._offset[index] += len(text)
         return Choice(index=index, text=text, logprobs=logprobs)
 
-    def _choice(self, index: int, event: Good) -> Choice | None:
+    def _choice(self, index: int, event: OutputEvent) -> Choice | None:
         if isinstance(event, PromptLogprobs):
-            return self._scored(index, event)
-        at = self._offset[index]
+            return self._prompt_choice(index, event)
+        offset = self._offset[index]
         self._offset[index] += len(event.text)
         if isinstance(event, Finished):
             return Choice(
@@ -84,54 +89,55 @@ class _Completions:
             )
         logprobs = None
         if (count := self._body.logprobs) is not None:
-            names, top = self._served.names, (event.top_tokens, event.top_logprobs)
-            logprobs = entry(names, event.token, event.logprob, *top, count, at)
+            texts, top = self._served.token_texts, (event.top_tokens, event.top_logprobs)
+            logprobs = completion_logprobs(texts, event.token, event.logprob, *top, count, offset)
         return Choice(index=index, text=event.text, logprobs=logprobs)
 
-    def _scored(self, index: int, event: PromptLogprobs) -> Choice | None:
-        body, names, ids = self._body, self._served.names, self.prompts[index // self._n]
+    def _prompt_choice(self, index: int, event: PromptLogprobs) -> Choice | None:
+        """The prompt's part of a choice: the echo with log-probabilities, and `prompt_logprobs`."""
+        body, texts, ids = self._body, self._served.token_texts, self.prompts[index // self._n]
         choice = None
         if body.echo and body.logprobs is not None:
             offsets = self._echoes[index // self._n].offsets()
-            choice = self._echoed(index, prompt_entries(names, ids, offsets, event, body.logprobs))
+            choice = self._echo(index, echo_logprobs(texts, ids, offsets, event, body.logprobs))
         if body.prompt_logprobs is not None:
             choice = choice or Choice(index=index, text="")
-            choice.prompt_logprobs = prompt_logprobs(names, ids, event, body.prompt_logprobs)
+            choice.prompt_logprobs = prompt_logprobs(texts, ids, event, body.prompt_logprobs)
         return choice
 
     def _completion(self, choices: list[Choice], usage: Usage | None = None) -> Completion:
-        return Completion(**self.head, choices=choices, usage=usage)
+        return Completion(**self.metadata, choices=choices, usage=usage)
 
 
 class _Echo:
-    """A prompt as it is echoed: text as it came, token ids as their text."""
+    """An echoed prompt: the client's text, or the text of its token ids."""
 
-    def __init__(self, served: Served, prompt: str | list[int], ids: list[int]):
+    def __init__(self, served: ServedModel, prompt: str | list[int], ids: list[int]):
         self._tokenizer = served.tokenizer
         self._ids = ids
         decoded = "" if self._tokenizer is None else self._tokenizer.decode(ids)
         self.text = prompt if isinstance(prompt, str) else decoded
 
     def offsets(self) -> list[int]:
-        """Where each token's text begins."""
+        """The character offset at which each token's text begins."""
         if self._tokenizer is None:
             return [0] * len(self._ids)
-        stream, found, at = Detokenizer(self._tokenizer), [], 0
+        detokenizer, offsets, offset = Detokenizer(self._tokenizer), [], 0
         for token in self._ids:
-            found.append(at)
-            at += len(stream.add(token))
-        return found
+            offsets.append(offset)
+            offset += len(detokenizer.add(token))
+        return offsets
 
 
-def _join(parts: list[Choice]) -> Choice:
-    """One choice of its chunks."""
-    logprobs = [part.logprobs for part in parts if part.logprobs is not None]
-    last = parts[-1]
+def _concat(chunks: list[Choice]) -> Choice:
+    """Merges the chunks of one choice."""
+    logprobs = [chunk.logprobs for chunk in chunks if chunk.logprobs is not None]
+    last = chunks[-1]
     return Choice(
         index=last.index,
-        text="".join(part.text for part in parts),
-        logprobs=join(logprobs) if logprobs else None,
+        text="".join(chunk.text for chunk in chunks),
+        logprobs=concat(logprobs) if logprobs else None,
         finish_reason=last.finish_reason,
         stop_reason=last.stop_reason,
-        prompt_logprobs=next((p.prompt_logprobs for p in parts if p.prompt_logprobs is not None), None),
+        prompt_logprobs=next((c.prompt_logprobs for c in chunks if c.prompt_logprobs is not None), None),
     )

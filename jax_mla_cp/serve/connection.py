@@ -1,4 +1,4 @@
-"""A client's connection: uvicorn's, with an end for clients that hold one without using it."""
+"""uvicorn's HTTP connection with timeouts for slow clients."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from typing import Any
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_SECONDS = 30.0
-"""For a whole header block to arrive."""
+"""Maximum time until a header block is complete."""
 STALL_SECONDS = 60.0
-"""That a client may leave an answer unread while more of it waits."""
+"""Maximum time that a client may leave response data unread."""
 
 
 class Connection(H11Protocol):
-    """uvicorn limits how long a connection may idle between requests (`timeout_keep_alive`), but not how slowly the first
-    header, or an answer's reader, may crawl.
-    """
+    """Closes connections whose client sends headers, or reads the response, too slowly. uvicorn only limits the idle time
+    between requests (`timeout_keep_alive`)."""
 
     head_seconds = HEAD_SECONDS
     stall_seconds = STALL_SECONDS

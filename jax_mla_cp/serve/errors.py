@@ -12,11 +12,11 @@ from starlette.exceptions import HTTPException
 from jax_mla_cp.engine import Failed
 
 _RETRY_SECONDS = "1"
-"""What Retry-After says: a place in the queue is free as soon as one request is done."""
+"""Retry-After: the queue has room as soon as one request finishes."""
 
 
 class ApiError(Exception):
-    """An answer other than 200."""
+    """An error response."""
 
     def __init__(
         self,
@@ -37,15 +37,15 @@ class ApiError(Exception):
 
 
 def unavailable(message: str, code: str) -> ApiError:
-    """503 that asks the client to come again soon."""
+    """A 503 with Retry-After."""
     return ApiError(503, message, code=code, headers={"retry-after": _RETRY_SECONDS})
 
 
 def failure(event: Failed) -> ApiError:
-    """What the client is told of a request that the engine gave up."""
+    """The error response for a request that the engine failed."""
     kind, message = event.kind, event.message
     if kind == "timeout":
-        # Asked again it would take as long: the official clients don't retry when told so.
+        # A retry would take as long. OpenAI's clients honor the header.
         return ApiError(408, message, code="request_timeout", headers={"x-should-retry": "false"})
     if kind == "grammar":
         return ApiError(400, message, param="response_format")
@@ -62,7 +62,7 @@ def error_body(status: int, message: str, *, param: str | None = None, code: str
 
 
 def install(app: FastAPI) -> None:
-    """Makes every error of the app one of these. What nobody expected is `jax_mla_cp.serve.logs.RequestLog`'s."""
+    """Converts errors to OpenAI's format. Unexpected exceptions are left to `jax_mla_cp.serve.logs.RequestLog`."""
 
     @app.exception_handler(ApiError)
     async def _api(_: Request, error: ApiError) -> JSONResponse:
@@ -70,12 +70,14 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        # Of a field that may be several things, the complaint that is not just "another type" tells the most.
+        # For a field of several types, the most useful error is one that isn't about the type.
         first = min(error.errors(), key=lambda e: e["type"].endswith("_type"))
         field, *inner = [part for part in first["loc"] if part != "body"] or [None]
         where = [str(part) for part in (field, *(i for i in inner if isinstance(i, int))) if part is not None]
         if first["type"] == "json_invalid":
-            return JSONResponse(error_body(400, f"The body is not JSON: {first.get('ctx', {}).get('error', '')}."), 400)
+            return JSONResponse(
+                error_body(400, f"The body is not valid JSON: {first.get('ctx', {}).get('error', '')}."), 400
+            )
         got = ascii(first.get("input"))
         got = got if len(got) <= 100 else got[:100] + "..."
         message = f"{ascii('.'.join(where))[1:-1] or 'body'}: {first['msg']}" + (
@@ -88,6 +90,6 @@ def install(app: FastAPI) -> None:
         message = str(error.detail)
         if error.status_code in (404, 405):
             message = (
-                f"{request.method} {ascii(request.url.path)[1:-1]}: {message}. See GET /openapi.json for what there is."
+                f"{request.method} {ascii(request.url.path)[1:-1]}: {message}. GET /openapi.json lists the routes."
             )
         return JSONResponse(error_body(error.status_code, message), error.status_code, headers=error.headers)

@@ -1,18 +1,18 @@
-"""Is it alive, does it take requests, which version is it: for balancers and whoever restarts servers."""
+"""Liveness, readiness and version, for load balancers and supervisors."""
 
 from __future__ import annotations
 
 from fastapi import FastAPI
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from jax_mla_cp.serve.errors import ApiError, unavailable
-from jax_mla_cp.serve.lifecycle import Drain
-from jax_mla_cp.serve.served import Served
+from jax_mla_cp.serve.lifecycle import DrainState
+from jax_mla_cp.serve.served_model import ServedModel
 from jax_mla_cp.version import package_version
 
 
-class Acceptance(BaseModel):
-    """Drafts of speculative decoding since the start."""
+class DraftAcceptance(BaseModel):
+    """Draft tokens of speculative decoding since the start."""
 
     drafted: int
     accepted: int
@@ -21,8 +21,9 @@ class Acceptance(BaseModel):
 
 class Health(BaseModel):
     status: str
-    speculation: Acceptance | None = None
-    """Left out without speculation."""
+    speculation: DraftAcceptance | None = Field(
+        default=None, description="Left out if the server runs without speculative decoding."
+    )
 
 
 class Ready(BaseModel):
@@ -33,32 +34,32 @@ class Version(BaseModel):
     version: str
 
 
-def install(app: FastAPI, served: Served, drain: Drain) -> None:
-    """The routes; none needs a key."""
+def install(app: FastAPI, served: ServedModel, drain: DrainState) -> None:
+    """Adds the routes. None needs an API key."""
 
     def check_engine() -> None:
         reason = served.engine.unhealthy_reason
         if reason is not None:
-            raise ApiError(503, f"No answers can be expected now: {reason}", code="engine_dead")
+            raise ApiError(503, f"The engine is unhealthy: {reason}", code="engine_dead")
 
-    @app.get("/health", response_model_exclude_none=True)
+    @app.get("/health", response_model_exclude_none=True, summary="Liveness")
     async def health() -> Health:
-        """503 when only a new start helps: the engine has given up, or a step hangs."""
+        """Returns 503 if the server must be restarted: the engine has given up, or a step hangs."""
         check_engine()
         now = served.engine.status().speculation
         if now is None:
             return Health(status="ok")
-        counts = Acceptance(drafted=now.num_drafts, accepted=now.num_accepted, acceptance_rate=now.acceptance_rate)
+        counts = DraftAcceptance(drafted=now.num_drafts, accepted=now.num_accepted, acceptance_rate=now.acceptance_rate)
         return Health(status="ok", speculation=counts)
 
-    @app.get("/ready")
+    @app.get("/ready", summary="Readiness")
     async def ready() -> Ready:
-        """503 when requests should go to another server; so too while it is stopping."""
+        """Returns 503 if requests should go to another server: this one is unhealthy or shutting down."""
         check_engine()
-        if drain.begun:
-            raise unavailable("The server is stopping.", "stopping")
+        if drain.draining:
+            raise unavailable("The server is shutting down.", "stopping")
         return Ready(status="ready")
 
-    @app.get("/version")
+    @app.get("/version", summary="Version of jax_mla_cp")
     async def get_version() -> Version:
         return Version(version=package_version())

@@ -1,4 +1,4 @@
-"""From the first signal to the end: what runs is finished, what is new is sent elsewhere."""
+"""Graceful shutdown: after the first signal, running requests finish and new ones get 503."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from jax_mla_cp.serve.security import OPEN_PATHS
 log = logging.getLogger(__name__)
 
 _STOP_SECONDS = 5.0
-"""For the step that runs to end once its requests are given up."""
+"""Maximum time for the running step to end after its requests have been aborted."""
 
 
 def uvicorn_config(app: ASGIApp, tls: dict[str, Any]) -> uvicorn.Config:
-    """uvicorn for an application of `jax_mla_cp.serve.app.create_app`.
+    """uvicorn's configuration.
 
     Args:
-      tls: of `jax_mla_cp.serve.security.tls_settings`.
+      tls: from `jax_mla_cp.serve.security.tls_settings`.
     """
     return uvicorn.Config(
         app,
@@ -36,40 +36,40 @@ def uvicorn_config(app: ASGIApp, tls: dict[str, Any]) -> uvicorn.Config:
         lifespan="off",
         log_config=None,
         log_level="warning",
-        access_log=False,  # RequestLog's line says more
+        access_log=False,  # RequestLog logs more
         server_header=False,
-        timeout_keep_alive=65,  # longer than proxies keep theirs, or they would send into a connection that closes
-        timeout_graceful_shutdown=5,  # for the last bytes; what runs has been waited for by then
+        timeout_keep_alive=65,  # longer than proxies' own, so that they never send into a connection that is closing
+        timeout_graceful_shutdown=5,  # for the last bytes: by then the drain is over
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         **tls,
     )
 
 
-class Drain:
-    """Whether the server is on its way out. Any thread may ask."""
+class DrainState:
+    """Shared flag: `draining` is true once shutdown has begun. Any thread may read it."""
 
     def __init__(self) -> None:
-        self.begun = False
+        self.draining = False
 
 
-class RefuseNew:
-    """ASGI middleware: 503 for what comes during the drain, so that a balancer takes it to another server."""
+class RejectWhileDraining:
+    """ASGI middleware: answers 503 during the drain, so that load balancers use another server."""
 
-    def __init__(self, app: ASGIApp, drain: Drain):
+    def __init__(self, app: ASGIApp, drain: DrainState):
         self._app = app
         self._drain = drain
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        watched = scope["type"] != "http" or scope["path"] in OPEN_PATHS or scope["path"] == "/metrics"
-        if self._drain.begun and not watched:
-            error = unavailable("The server is stopping and takes no new requests.", "stopping")
+        exempt = scope["type"] != "http" or scope["path"] in OPEN_PATHS or scope["path"] == "/metrics"
+        if self._drain.draining and not exempt:
+            error = unavailable("The server is shutting down and accepts no new requests.", "stopping")
             await error.response()(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
 
-class Drains(Protocol):
-    """What the server needs of `jax_mla_cp.engine.Engine` to stop it."""
+class DrainableEngine(Protocol):
+    """The part of `jax_mla_cp.engine.Engine` that the shutdown needs."""
 
     def drain(self, timeout: float) -> bool: ...
 
@@ -77,9 +77,9 @@ class Drains(Protocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn, which closes its port at the first signal, with a drain before that: the port stays open to say 503."""
+    """uvicorn with a drain: after the first signal the port stays open to answer 503, instead of closing at once."""
 
-    def __init__(self, config: uvicorn.Config, engine: Drains, drain: Drain, drain_seconds: float):
+    def __init__(self, config: uvicorn.Config, engine: DrainableEngine, drain: DrainState, drain_seconds: float):
         super().__init__(config)
         self._engine = engine
         self._drain = drain
@@ -87,23 +87,23 @@ class Server(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
         self.cut_off = False
-        """Requests were given up at the end of the drain."""
+        """Requests were cut off at the end of the drain."""
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """uvicorn's handler of SIGINT and SIGTERM, on the main thread, between any two of its instructions."""
-        if self._drain.begun:
-            os.write(2, b"\nstopped at once: what ran is cut off.\n")
+        """uvicorn's handler of SIGINT and SIGTERM. Runs on the main thread, between any two instructions."""
+        if self._drain.draining:
+            os.write(2, b"\nstopped by a second signal: running requests were cut off.\n")
             os._exit(1)
         self.begin_drain()
 
     def begin_drain(self) -> None:
-        """Any thread may call it; returns at once."""
-        self._drain.begun = True
-        if self._loop is None:  # a signal before there is anything to finish
+        """Starts the drain and returns at once. Thread-safe."""
+        self._drain.draining = True
+        if self._loop is None:  # not serving yet: nothing to finish
             self.should_exit = True
         else:
             self._loop.call_soon_threadsafe(self._start_draining)
@@ -113,13 +113,13 @@ class Server(uvicorn.Server):
 
     async def _finish(self) -> None:
         log.info(
-            "stopping: new requests get 503, running ones have %g s to finish; a second signal leaves at once",
+            "shutting down: new requests get 503, running requests have %g s to finish; a second signal exits at once",
             self._drain_seconds,
         )
         try:
             if not await asyncio.to_thread(self._engine.drain, self._drain_seconds):
                 self.cut_off = True
-                log.warning("--drain-timeout: requests still run after %g s and are cut off", self._drain_seconds)
+                log.warning("--drain-timeout: cutting off requests that still run after %g s", self._drain_seconds)
                 await asyncio.to_thread(self._engine.stop, _STOP_SECONDS)
         finally:
             self.should_exit = True

@@ -1,4 +1,4 @@
-"""What a request may be at most, checked on its bytes: before JSON is parsed, before most of them are even read."""
+"""Request size limits, enforced on the raw bytes before JSON is parsed."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from jax_mla_cp.serve import logs
 from jax_mla_cp.serve.errors import ApiError
 
 MAX_BODY = 16 << 20
-"""Bytes: a prompt of a million token ids, and room."""
+"""Bytes: enough for a prompt of a million token ids."""
 MAX_HEADERS = 128
 MAX_HEADER_BYTES = 32 << 10
-"""Names and values of all headers; so much of an unfinished header block is kept too (`jax_mla_cp.serve.connection`)."""
+"""Bytes of all header names and values; also uvicorn's limit for an incomplete header block."""
 MAX_TARGET = 8 << 10
 """Bytes of path and query."""
 MAX_DEPTH = 100
-"""Arrays and objects in each other: a JSON schema takes two for a level of its own."""
+"""Levels of nested arrays and objects. A JSON schema takes two levels for one of its own."""
 BODY_SECONDS = 60.0
-"""For all of a body to arrive."""
+"""Maximum time until a body has arrived."""
 _SMALL = 64 << 10
 
 
-class LimitRequest:
-    """ASGI middleware: hands on a whole, bounded, plausible body, or answers why not."""
+class LimitRequestSize:
+    """ASGI middleware: reads the whole body and passes it on, or rejects a request that exceeds a limit or is not JSON."""
 
     def __init__(self, app: ASGIApp, max_body: int = MAX_BODY, body_seconds: float = BODY_SECONDS):
         self._app = app
@@ -38,23 +38,23 @@ class LimitRequest:
             await self._app(scope, receive, send)
             return
         try:
-            headers = check_head(scope)
+            headers = check_target_and_headers(scope)
             body = await self._read(headers, receive)
             if body:
-                check_type(headers)
+                check_content_type(headers)
                 if len(body) <= _SMALL:
                     check_json(body)
                 else:
-                    await asyncio.to_thread(check_json, body)  # up to a tenth of a second: not on the event loop
+                    await asyncio.to_thread(check_json, body)  # takes up to 0.1 s, which would block the event loop
         except ApiError as error:
             await error.response()(scope, receive, send)
             return
-        if body is None:  # the client has gone
+        if body is None:  # the client disconnected
             return
         if (entry := logs.current()).content:
             entry.request = body
         whole: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-        del body  # the application's alone: an answer may take minutes
+        del body  # so that only the application holds it: a response may take minutes
 
         async def replay() -> Message:
             return whole.pop() if whole else await receive()
@@ -62,10 +62,10 @@ class LimitRequest:
         await self._app(scope, replay, send)
 
     async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
-        """The body; None if the client went away before its end.
+        """Reads the body; None if the client disconnected first.
 
         Raises:
-          ApiError: 413 for one that is too large, whether it says so or not; 408 for one that doesn't come.
+          ApiError: 413 for a body that is too large, with or without Content-Length; 408 for one that arrives too slowly.
         """
         declared = headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > self._max_body:
@@ -85,37 +85,37 @@ class LimitRequest:
                     if not message.get("more_body", False):
                         return b"".join(parts)
         except TimeoutError:
-            late = f"The body didn't arrive within {self._body_seconds:g} seconds."
+            late = f"The body did not arrive within {self._body_seconds:g} seconds."
             raise ApiError(408, late, headers={"connection": "close"}) from None
 
     def _too_large(self) -> ApiError:
-        # What is still coming isn't read, so the connection can't be used again.
-        message = f"The body is larger than {self._max_body} bytes."
+        # The rest of the body is not read, so the connection can't be reused.
+        message = f"The body exceeds the limit of {self._max_body} bytes."
         return ApiError(413, message, headers={"connection": "close"})
 
 
-def check_head(scope: Scope) -> dict[bytes, bytes]:
-    """The headers of a request, if they are few and short (CVE-2025-48956).
+def check_target_and_headers(scope: Scope) -> dict[bytes, bytes]:
+    """Checks the sizes of target and headers and returns the headers (CVE-2025-48956).
 
     Raises:
       ApiError: 414, 431.
     """
     target = len(scope["raw_path"]) + len(scope["query_string"])
     if target > MAX_TARGET:
-        raise ApiError(414, f"The path and query have {target} bytes; at most {MAX_TARGET} are allowed.")
+        raise ApiError(414, f"The path and query have {target} bytes; the limit is {MAX_TARGET}.")
     headers = scope["headers"]
     size = sum(len(name) + len(value) for name, value in headers)
     if len(headers) > MAX_HEADERS or size > MAX_HEADER_BYTES:
         message = (
-            f"The request has {len(headers)} headers of {size} bytes; at most {MAX_HEADERS} of {MAX_HEADER_BYTES} bytes "
-            "are allowed."
+            f"The request has {len(headers)} headers with {size} bytes; the limits are {MAX_HEADERS} headers and "
+            f"{MAX_HEADER_BYTES} bytes."
         )
         raise ApiError(431, message)
     return dict(headers)
 
 
-def check_type(headers: dict[bytes, bytes]) -> None:
-    """Only JSON. A web page of a stranger can't send it without asking first, as it could send a form or plain text.
+def check_content_type(headers: dict[bytes, bytes]) -> None:
+    """Accepts only uncompressed JSON. A foreign web page can't send JSON without a CORS preflight, unlike forms and plain text.
 
     Raises:
       ApiError: 415.
@@ -125,22 +125,22 @@ def check_type(headers: dict[bytes, bytes]) -> None:
         got = ascii(kind.decode("latin-1"))[:100]
         raise ApiError(415, f"Content-Type must be application/json, got {got}.")
     if (coding := headers.get(b"content-encoding", b"identity").lower()) != b"identity":
-        raise ApiError(415, f"Content-Encoding {ascii(coding.decode('latin-1'))[:100]}: bodies are taken as they are.")
+        raise ApiError(415, f"Content-Encoding {ascii(coding.decode('latin-1'))[:100]} is not supported.")
 
 
-# A string, whole or cut off by the end: so the search for the next one starts behind it and the time is linear. The ++ and
-# *+ take back nothing, which would make it quadratic.
+# A string, complete or cut off by the end of the body, so that each search continues after the last match. The possessive
+# ++ and *+ never backtrack. Both keep the time linear.
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
 _NOT_A_NUMBER = re.compile(rb"NaN|Infinity")
-_BLOCK = 1 << 20  # bytes at a time, or the counts of a body of brackets would take eight times its memory
+_BLOCK = 1 << 20  # bytes at a time: the int64 depths of a whole body would take eight times its memory
 _STEP = np.zeros(256, np.int8)
 _STEP[list(b"[{")] = 1
 _STEP[list(b"]}")] = -1
 
 
 def check_json(body: bytes) -> None:
-    """What Python's parser would take though JSON doesn't have it, and what would cost it its stack. The rest is the
-    parser's.
+    """Rejects what Python's parser accepts although it is not JSON, and nesting that would overflow its stack. Other errors
+    are left to the parser.
 
     Raises:
       ApiError: 400.
@@ -148,17 +148,15 @@ def check_json(body: bytes) -> None:
     try:
         body.decode()
     except UnicodeDecodeError as error:
-        raise ApiError(400, f"The body is not JSON: byte {error.start} is not UTF-8.") from None
-    if b"\0" in body:  # the parser would take it for UTF-16 or UTF-32, in which the checks below would find nothing
-        raise ApiError(400, f"The body is not JSON: byte {body.index(0)} is 0.")
+        raise ApiError(400, f"The body is not valid JSON: byte {error.start} is not UTF-8.") from None
+    if b"\0" in body:  # the parser would decode it as UTF-16 or UTF-32, which the checks below don't see through
+        raise ApiError(400, f"The body is not valid JSON: byte {body.index(0)} is NUL.")
     outside = _STRING.sub(b"", body)
     if found := _NOT_A_NUMBER.search(outside):
-        raise ApiError(400, f"The body is not JSON: {found[0].decode()} is not a number.")
+        raise ApiError(400, f"The body is not valid JSON: {found[0].decode()} is not a number.")
     depth = deepest = 0
     for start in range(0, len(outside), _BLOCK):
         depths = depth + np.cumsum(_STEP[np.frombuffer(outside[start : start + _BLOCK], np.uint8)], dtype=np.int64)
         depth, deepest = int(depths[-1]), max(deepest, int(depths.max()))
     if deepest > MAX_DEPTH:
-        raise ApiError(
-            400, f"The body has {deepest} arrays and objects in each other; at most {MAX_DEPTH} are allowed."
-        )
+        raise ApiError(400, f"The body is nested {deepest} levels deep; the limit is {MAX_DEPTH}.")

@@ -1,4 +1,4 @@
-"""The log: written by a thread of its own, as text or as JSON lines; and one line for each HTTP request at its end."""
+"""Logging on a thread of its own, as text or JSON lines; one line per HTTP request, written when it ends."""
 
 from __future__ import annotations
 
@@ -28,38 +28,38 @@ from jax_mla_cp.serve.errors import ApiError
 log = logging.getLogger(__name__)
 
 _POLLED = frozenset({"/health", "/ready", "/metrics", "/status"})
-"""Asked every few seconds by machines and the status page: their lines are for debugging."""
-_HARMLESS = re.compile(rb"[A-Za-z0-9_.\-]{1,64}")
-_WAITING = 10_000
-"""Lines that may wait for a slow terminal or pipe; further ones are dropped and counted."""
+"""Paths that monitoring and the status page poll: logged at debug level."""
+_VALID_ID = re.compile(rb"[A-Za-z0-9_.\-]{1,64}")
+_MAX_QUEUED = 10_000
+"""Maximum number of queued lines; further lines are dropped and counted."""
 
 
 @dataclasses.dataclass
-class Entry:
-    """What is known of one HTTP request, for its line in the log. Filled in by whoever learns it."""
+class RequestLogEntry:
+    """The data of one HTTP request's log line, collected while it runs."""
 
     id: str
-    """The client's X-Request-Id, if it is short and harmless, or one made here."""
+    """The client's X-Request-Id if it is valid, otherwise a random one."""
     content: bool
-    """Whether `request` and `output` are wanted; without, they stay empty."""
+    """Collect `request` and `output`."""
     arrived: float = dataclasses.field(default_factory=time.perf_counter)
     prompt_tokens: int = 0
-    """Of the choices that have started; so too the next ones."""
+    """Summed over the choices that have started, like the next two."""
     cached_tokens: int = 0
     output_tokens: int = 0
-    started: dict[int, float] = dataclasses.field(default_factory=dict)
-    """Seconds in the engine's queue, by choice."""
+    queue_seconds: dict[int, float] = dataclasses.field(default_factory=dict)
+    """Seconds in the waiting queue, by choice."""
     ttft: float | None = None
-    """Seconds from the request's arrival to its first token, of whichever prompt."""
+    """Seconds from arrival to the first token of any choice."""
     finish_reasons: set[str] = dataclasses.field(default_factory=set)
     request: bytes = b""
     output: dict[int, str] = dataclasses.field(default_factory=dict)
-    """Text by choice."""
+    """Generated text by choice."""
 
-    def take(self, index: int, request: Request, event: Event) -> None:
-        """An event of the engine for choice `index` and its request, as it reaches the client."""
-        if index not in self.started and request.start_time is not None:
-            self.started[index] = request.start_time - request.arrival_time
+    def record(self, index: int, request: Request, event: Event) -> None:
+        """Records an engine event of choice `index`, as it reaches the client."""
+        if index not in self.queue_seconds and request.start_time is not None:
+            self.queue_seconds[index] = request.start_time - request.arrival_time
             self.prompt_tokens += len(request.prompt)
         if isinstance(event, Token):
             self.output_tokens += 1
@@ -74,36 +74,36 @@ class Entry:
             self.output[index] = self.output.get(index, "") + event.text
 
     def fields(self) -> dict[str, Any]:
-        """What is known, by the names that the log has for it."""
+        """The fields of the log line that are known."""
         found: dict[str, Any] = {}
-        if self.started:
+        if self.queue_seconds:
             found = {
                 "prompt_tokens": self.prompt_tokens,
                 "cached_tokens": self.cached_tokens,
                 "output_tokens": self.output_tokens,
-                "queue_s": round(max(self.started.values()), 4),
+                "queue_s": round(max(self.queue_seconds.values()), 4),
             }
         if self.ttft is not None:
             found["ttft_s"] = round(self.ttft, 4)
         found["total_s"] = round(time.perf_counter() - self.arrived, 4)
-        if self.finish_reasons or self.started:
-            found["finish"] = ",".join(sorted(self.finish_reasons)) or "abort"  # the client went away
+        if self.finish_reasons or self.queue_seconds:
+            found["finish"] = ",".join(sorted(self.finish_reasons)) or "abort"  # the client disconnected
         if self.content:
             found["request"] = self.request.decode(errors="replace")
             found["output"] = [self.output[i] for i in sorted(self.output)]
         return found
 
 
-_current: contextvars.ContextVar[Entry] = contextvars.ContextVar("entry")
+_current: contextvars.ContextVar[RequestLogEntry] = contextvars.ContextVar("entry")
 
 
-def current() -> Entry:
-    """The entry of the HTTP request that this task answers; one that nobody writes, outside of any."""
-    return _current.get(None) or Entry(id="", content=False)
+def current() -> RequestLogEntry:
+    """The entry of this task's HTTP request; outside of a request, one that is never written."""
+    return _current.get(None) or RequestLogEntry(id="", content=False)
 
 
 class RequestLog:
-    """ASGI middleware, the outermost one: gives the request an id, answers what nobody caught, and writes the line."""
+    """The outermost ASGI middleware: assigns the request id, answers 500 to uncaught exceptions, and writes the log line."""
 
     def __init__(self, app: ASGIApp, *, content: bool = False):
         self._app = app
@@ -113,7 +113,7 @@ class RequestLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        entry = Entry(_request_id(scope["headers"]), self._content)
+        entry = RequestLogEntry(_request_id(scope["headers"]), self._content)
         token = _current.set(entry)
         status: int | None = None
 
@@ -128,14 +128,17 @@ class RequestLog:
             await self._app(scope, receive, with_id)
         except Exception:
             log.exception("request %s failed", entry.id)
-            if status is None:  # else uvicorn closes the connection: a part of an answer must not look whole
-                await ApiError(500, "Internal error; the server's log has it.").response()(scope, receive, with_id)
+            if (
+                status is None
+            ):  # otherwise uvicorn closes the connection, so that a partial response doesn't look complete
+                message = "Internal server error. The server's log has the details under this response's X-Request-Id."
+                await ApiError(500, message).response()(scope, receive, with_id)
         finally:
             _current.reset(token)
             self._write(scope, status, entry)
 
-    def _write(self, scope: Scope, status: int | None, entry: Entry) -> None:
-        # The path is the client's: escaped, it can't begin a line or move a terminal's cursor.
+    def _write(self, scope: Scope, status: int | None, entry: RequestLogEntry) -> None:
+        # Escaped, so that a client's path can't start a new log line or send terminal control sequences.
         request = {"id": entry.id, "method": ascii(scope["method"])[1:-1], "path": ascii(scope["path"])[1:-1][:200]}
         fields = {**request, "status": 499 if status is None else status, **entry.fields()}
         level = logging.DEBUG if scope["path"] in _POLLED else logging.INFO
@@ -144,26 +147,26 @@ class RequestLog:
 
 def _request_id(headers: Sequence[tuple[bytes, bytes]]) -> str:
     for name, value in headers:
-        if name == b"x-request-id" and _HARMLESS.fullmatch(value):
+        if name == b"x-request-id" and _VALID_ID.fullmatch(value):
             return value.decode()
     return secrets.token_hex(12)
 
 
 class _Queue(logging.handlers.QueueHandler):
-    """Never blocks and never grows without bound: what doesn't fit is dropped and counted."""
+    """A bounded queue that never blocks: lines that don't fit are dropped and counted."""
 
     queue: queue.Queue[Any]
     dropped = 0
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        """Arguments may change until the other thread looks at them; a traceback and the fields don't."""
+        """Formats the message now, since its arguments may change before the other thread reads them."""
         record = copy.copy(record)
         record.msg, record.args = record.getMessage(), None
         return record
 
     def enqueue(self, record: logging.LogRecord) -> None:
         if self.dropped and not self.queue.full():
-            record.msg = f"{record.msg} ({self.dropped} lines of the log were lost before this one)"
+            record.msg = f"{record.msg} ({self.dropped} log lines before this one were dropped)"
             self.dropped = 0
         try:
             self.queue.put_nowait(record)
@@ -172,7 +175,7 @@ class _Queue(logging.handlers.QueueHandler):
 
 
 class _Text(logging.Formatter):
-    """`message name=value ...`; what a client sent stays on its line."""
+    """Formats records as `message name=value ...`, on one line whatever a client sent."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
@@ -183,13 +186,13 @@ class _Text(logging.Formatter):
 
 
 def _plain(value: object) -> str:
-    """Words and numbers as they are, everything else as JSON."""
+    """Words and numbers unchanged, everything else as JSON."""
     text = str(value)
     return text if re.fullmatch(r"[\w./,:%\\-]+", text, re.ASCII) else json.dumps(value)
 
 
 class _Json(logging.Formatter):
-    """An object a line."""
+    """Formats records as one JSON object per line."""
 
     def format(self, record: logging.LogRecord) -> str:
         at = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
@@ -206,15 +209,15 @@ class _Json(logging.Formatter):
 
 
 @contextlib.contextmanager
-def to_stderr(level: str, form: str) -> Iterator[None]:
-    """Sends the log to standard error by way of a thread, so that a slow reader of it holds up nobody.
+def to_stderr(level: str, log_format: str) -> Iterator[None]:
+    """Logs to standard error from a thread, so that a slow reader blocks no request.
 
     Args:
-      level: of this package's lines, the lowest; of others', warnings and errors are shown.
-      form: "text" (with colors at a terminal) or "json".
+      level: minimum level for this package; other packages log warnings and errors.
+      log_format: "text" (colored on a terminal) or "json".
     """
     handler: logging.Handler
-    if form == "json":
+    if log_format == "json":
         handler = logging.StreamHandler()
         handler.setFormatter(_Json())
     elif sys.stderr.isatty():
@@ -223,7 +226,7 @@ def to_stderr(level: str, form: str) -> Iterator[None]:
     else:
         handler = logging.StreamHandler()
         handler.setFormatter(_Text("%(asctime)s %(levelname)s %(message)s"))
-    front = _Queue(queue.Queue(_WAITING))
+    front = _Queue(queue.Queue(_MAX_QUEUED))
     root = logging.getLogger()
     root.addHandler(front)
     root.setLevel(logging.WARNING)

@@ -1,7 +1,7 @@
-"""Prometheus metrics under vLLM's names, with `jax_mla_cp:` for its `vllm:`: its dashboards need no other change.
+"""Prometheus metrics with vLLM's names, prefixed `jax_mla_cp:` instead of `vllm:`, so that its dashboards work.
 
-What happens is counted as the engine tells it (`Metrics` is an `engine.observer.Observer`); what is true at a moment
-(queue, pages) is asked of the engine when somebody scrapes. Buckets are vLLM's (vllm/v1/metrics/loggers.py).
+Events are counted as the engine reports them (`Metrics` is an `engine.observer.Observer`); the current state (queue, pages)
+is read from the engine at each scrape. Buckets are vLLM's (vllm/v1/metrics/loggers.py).
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ _BALANCE = (0.5, 0.6, 0.7, 0.8, 0.9, 0.92, 0.94, 0.96, 0.97, 0.98, 0.99, 0.995, 
 
 
 def balance(pairs: Iterable[int]) -> float:
-    """Mean over maximum of the ranks' query-key pairs: the share of the time that a rank works rather than waits for the
-    slowest; 1 is perfect.
+    """Mean divided by maximum of the ranks' query-key pairs: the share of the time that ranks compute rather than wait for
+    the slowest. 1 is perfect balance.
 
     >>> balance([6, 6, 6, 8])
     0.8125
@@ -104,21 +104,21 @@ def balance(pairs: Iterable[int]) -> float:
     return sum(counts) / (len(counts) * most) if most else 1.0
 
 
-def steps_1_2_5(largest: int) -> list[int]:
-    """1, 2, 5, 10, ... up to `largest`, vLLM's buckets for numbers of tokens.
+def buckets_1_2_5(largest: int) -> list[int]:
+    """Buckets 1, 2, 5, 10, ... up to `largest`, as vLLM's `build_1_2_5_buckets`, for token counts.
 
-    >>> steps_1_2_5(100)
+    >>> buckets_1_2_5(100)
     [1, 2, 5, 10, 20, 50, 100]
     """
     return [step * 10**e for e in range(len(str(largest))) for step in (1, 2, 5) if step * 10**e <= largest]
 
 
 class Metrics(Observer):
-    """One server's metrics in a registry of their own. The observer's methods run on the engine's thread.
+    """One server's metrics, in their own registry. The observer's methods run on the engine's thread.
 
     Args:
-      model_name: a label of every metric.
-      info: what never changes, the labels of `engine_info`: letters, digits and _ in their names.
+      model_name: label of every metric.
+      info: constant labels of `engine_info`; names of letters, digits and _.
     """
 
     def __init__(self, model_name: str, max_model_len: int, info: dict[str, str]):
@@ -126,39 +126,51 @@ class Metrics(Observer):
         self._current = _WithoutCreated(self._registry)
         self._model = model_name
         self._prompt_tokens = self._counter(
-            "prompt_tokens", "Prompt tokens computed; those reused from the cache are not."
+            "prompt_tokens", "Prompt tokens computed, without those reused from the prefix cache."
         )
-        self._generation_tokens = self._counter("generation_tokens", "Tokens sampled.")
+        self._generation_tokens = self._counter("generation_tokens", "Generated tokens.")
         self._prefill_steps = self._counter("cp_prefill_steps", "Steps that computed prompt tokens.")
-        self._ttft = self._histogram(
-            "time_to_first_token_seconds", "From a request's arrival to its first token.", _TTFT
+        self._ttft = self._histogram("time_to_first_token_seconds", "Time from arrival to the first token.", _TTFT)
+        self._itl = self._histogram(
+            "inter_token_latency_seconds", "Time between successive tokens of a request.", _BETWEEN_TOKENS
         )
-        self._itl = self._histogram("inter_token_latency_seconds", "Between a request's tokens.", _BETWEEN_TOKENS)
-        self._queue = self._histogram("request_queue_time_seconds", "From arrival to the first step.", _REQUEST)
-        self._prefill = self._histogram("request_prefill_time_seconds", "From first step to first token.", _REQUEST)
-        self._decode = self._histogram("request_decode_time_seconds", "From first token to the end.", _REQUEST)
-        self._e2e = self._histogram("e2e_request_latency_seconds", "From arrival to the end.", _REQUEST)
-        lengths = steps_1_2_5(max_model_len)
-        self._request_prompt = self._histogram("request_prompt_tokens", "Tokens of a request's prompt.", lengths)
-        self._request_output = self._histogram("request_generation_tokens", "Tokens that a request got.", lengths)
+        self._queue = self._histogram("request_queue_time_seconds", "Time in the waiting queue.", _REQUEST)
+        self._prefill = self._histogram(
+            "request_prefill_time_seconds", "Time from the first step to the first token.", _REQUEST
+        )
+        self._decode = self._histogram(
+            "request_decode_time_seconds", "Time from the first token to the last.", _REQUEST
+        )
+        self._e2e = self._histogram("e2e_request_latency_seconds", "Time from arrival to the last token.", _REQUEST)
+        lengths = buckets_1_2_5(max_model_len)
+        self._request_prompt = self._histogram("request_prompt_tokens", "Prompt tokens per request.", lengths)
+        self._request_output = self._histogram("request_generation_tokens", "Generated tokens per request.", lengths)
         self._balance = self._histogram(
-            "cp_prefill_balance", "Mean over maximum of the cp ranks' query-key pairs in a prefill step.", _BALANCE
+            "cp_prefill_balance",
+            "Mean divided by maximum of the cp ranks' query-key pairs in a prefill step; 1 is perfect balance.",
+            _BALANCE,
         )
-        self._step_seconds = self._histogram("engine_step_seconds", "A step, on host and devices.", _TTFT)
-        self._host_seconds = self._histogram("engine_step_host_seconds", "The host's part of a step.", _HOST)
+        self._step_seconds = self._histogram("engine_step_seconds", "Duration of a step, host and devices.", _TTFT)
+        self._host_seconds = self._histogram("engine_step_host_seconds", "Host time of a step.", _HOST)
         self._success = Counter(
             PREFIX + "request_success",
-            "Requests that ended, by why.",
+            "Finished requests by finish reason.",
             ("model_name", "finished_reason"),
             registry=self._registry,
         )
         self._failure = Counter(
-            PREFIX + "request_failure", "Requests that failed, by why.", ("model_name", "kind"), registry=self._registry
+            PREFIX + "request_failure",
+            "Failed requests by kind of failure.",
+            ("model_name", "kind"),
+            registry=self._registry,
         )
         info = {"model_name": self._model} | info
-        Gauge(PREFIX + "engine_info", "What runs, in labels; always 1.", tuple(info), registry=self._registry).labels(
-            **info
-        ).set(1)
+        Gauge(
+            PREFIX + "engine_info",
+            "Versions and configuration, as labels; always 1.",
+            tuple(info),
+            registry=self._registry,
+        ).labels(**info).set(1)
 
     def _counter(self, name: str, text: str) -> Counter:
         return Counter(PREFIX + name, text, ("model_name",), registry=self._registry).labels(self._model)
@@ -167,7 +179,7 @@ class Metrics(Observer):
         made = Histogram(PREFIX + name, text, ("model_name",), registry=self._registry, buckets=tuple(buckets))
         return made.labels(self._model)
 
-    # What the engine tells.
+    # Reported by the engine.
 
     def step(self, report: StepReport) -> None:
         self._step_seconds.observe(report.seconds)
@@ -193,7 +205,7 @@ class Metrics(Observer):
             self._failure.labels(self._model, report.reason).inc()
             return
         self._success.labels(self._model, report.reason).inc()
-        if report.reason == "abort":  # its times say when a client lost interest, nothing of the server
+        if report.reason == "abort":  # its times depend on the client, not on the server
             return
         self._e2e.observe(report.e2e_seconds)
         self._request_prompt.observe(report.prompt_tokens)
@@ -201,17 +213,17 @@ class Metrics(Observer):
         self._prefill.observe(report.prefill_seconds)
         self._decode.observe(max(0.0, report.e2e_seconds - report.queue_seconds - report.prefill_seconds))
 
-    # What is asked.
+    # Read at each scrape.
 
-    def watch(self, status: Callable[[], EngineStatus]) -> None:
-        """Adds what `status` says, called at every scrape."""
+    def add_status(self, status: Callable[[], EngineStatus]) -> None:
+        """Adds the gauges and counters of the engine's status; `status` is called at every scrape."""
         self._registry.register(_StatusCollector(self._model, status))
 
     def render(self, accept: str) -> tuple[bytes, str]:
-        """(body, content type) in the format that an Accept header asks for: OpenMetrics, else Prometheus's text.
+        """Returns (body, content type): OpenMetrics if the Accept header asks for it, otherwise Prometheus's text format.
 
-        Not by prometheus_client's `choose_encoder`: its OpenMetrics has `_` for the colon in the samples' names, though not
-        in the families', and it raises on a version that is no number.
+        prometheus_client's `choose_encoder` is not used: its OpenMetrics replaces the colon by `_` in the names of samples,
+        but not of families, and it raises for a version that is not a number.
         """
         if "application/openmetrics-text" in accept:
             return openmetrics.generate_latest(self._current, escaping=openmetrics.ALLOWUTF8), _OPEN_METRICS
@@ -219,7 +231,7 @@ class Metrics(Observer):
 
 
 class _WithoutCreated:
-    """Without the times at which metrics were made, a series more for each, which nobody plots."""
+    """Drops the `_created` samples, an extra series per metric that nobody plots."""
 
     def __init__(self, registry: CollectorRegistry):
         self._registry = registry
@@ -237,18 +249,20 @@ class _StatusCollector:
 
     def collect(self) -> Iterable[Metric]:
         now = self._status()
-        yield self._gauge("num_requests_running", "Requests that run.", now.running)
-        yield self._gauge("num_requests_waiting", "Requests that wait for pages or a place.", now.waiting)
+        yield self._gauge("num_requests_running", "Running requests.", now.running)
+        yield self._gauge("num_requests_waiting", "Requests in the waiting queue.", now.waiting)
         yield self._gauge(
-            "kv_cache_usage_perc", "Pages that running requests hold, 1 is all.", now.pages_used / now.pages_total
+            "kv_cache_usage_perc",
+            "Share of the KV cache pages in use by running requests, 0 to 1.",
+            now.pages_used / now.pages_total,
         )
-        yield self._counter("prefix_cache_queries", "Prompt tokens looked up in the cache.", now.prefix_queries)
-        yield self._counter("prefix_cache_hits", "Prompt tokens found in the cache.", now.prefix_hits)
-        yield self._counter("num_preemptions", "Requests put back to make room.", now.preemptions)
+        yield self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", now.prefix_queries)
+        yield self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.", now.prefix_hits)
+        yield self._counter("num_preemptions", "Preempted requests.", now.preemptions)
         if now.speculation is not None:
             drafted, accepted = now.speculation.num_drafts, now.speculation.num_accepted
-            yield self._counter("spec_decode_num_draft_tokens", "Drafts verified.", drafted)
-            yield self._counter("spec_decode_num_accepted_tokens", "Drafts that the model would have said.", accepted)
+            yield self._counter("spec_decode_num_draft_tokens", "Draft tokens verified.", drafted)
+            yield self._counter("spec_decode_num_accepted_tokens", "Draft tokens accepted.", accepted)
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(PREFIX + name, text, labels=("model_name",))

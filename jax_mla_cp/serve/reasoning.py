@@ -1,4 +1,4 @@
-"""A reasoning model's thoughts, which it writes between <think> and </think> before it answers."""
+"""Reasoning models: text between <think> and </think> goes to `reasoning_content`, the rest to `content`."""
 
 from __future__ import annotations
 
@@ -10,90 +10,91 @@ from numpy.typing import NDArray
 from jax_mla_cp.engine.request import Grammar
 from jax_mla_cp.tokenizer import Tokenizer
 
-OPEN, CLOSE = "<think>", "</think>"
-_TAIL = 8  # tokens at a prompt's end in which a template's <think> and white space behind it are looked for
+START_TAG, END_TAG = "<think>", "</think>"
+_TAIL = 8  # prompt tokens that are decoded to find a template's <think> and the white space after it
 
 
-def reasons(tokenizer: Tokenizer) -> bool:
-    """Whether the model has such tags: its template writes them, or they are tokens."""
+def is_reasoning_model(tokenizer: Tokenizer) -> bool:
+    """True if the chat template writes </think>, or both tags are tokens of the vocabulary."""
     template = tokenizer.chat_template
-    if template is not None and CLOSE in template.source:
+    if template is not None and END_TAG in template.source:
         return True
-    return tokenizer.token_id(OPEN) is not None and tokenizer.token_id(CLOSE) is not None
+    return tokenizer.token_id(START_TAG) is not None and tokenizer.token_id(END_TAG) is not None
 
 
-def opened(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
-    """Whether the prompt ends with <think>, as DeepSeek-R1's template ends it: then the answer begins with thoughts."""
-    return tokenizer.decode(prompt[-_TAIL:]).rstrip().endswith(OPEN)
+def prompt_starts_reasoning(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
+    """True if the prompt ends with <think>, as with DeepSeek-R1's template: the output then starts inside the reasoning."""
+    return tokenizer.decode(prompt[-_TAIL:]).rstrip().endswith(START_TAG)
 
 
-class Splitter:
-    """Divides a text, as its pieces come, into thoughts and answer. Thoughts without an end are thoughts.
+class ReasoningParser:
+    """Splits streamed text into reasoning and content. Reasoning without an end tag stays reasoning.
 
-    White space behind a tag belongs to neither.
+    White space after a tag belongs to neither.
+
+    Args:
+      in_reasoning: the prompt already ends with <think>.
     """
 
-    def __init__(self, *, opened: bool):
-        self._tag: str | None = CLOSE if opened else OPEN
-        """The tag that is looked for; None: the answer has begun."""
-        self._held = ""
-        self._behind_tag = opened
+    def __init__(self, *, in_reasoning: bool):
+        self._next_tag: str | None = END_TAG if in_reasoning else START_TAG
+        """The tag to look for; None: the content has begun."""
+        self._buffer = ""
+        self._after_tag = in_reasoning
 
-    def push(self, piece: str) -> tuple[str, str]:
-        """What is certain now to be of the thoughts and of the answer; either may be empty."""
-        self._held += piece
-        thoughts = ""
-        if self._tag == OPEN:
-            start = self._held.lstrip()
-            if len(start) < len(OPEN) and OPEN.startswith(start):
+    def push(self, delta: str) -> tuple[str, str]:
+        """Adds text and returns the (reasoning, content) that is certain by now; either may be empty."""
+        self._buffer += delta
+        reasoning = ""
+        if self._next_tag == START_TAG:
+            text = self._buffer.lstrip()
+            if len(text) < len(START_TAG) and START_TAG.startswith(text):
                 return "", ""
-            self._enter(start.removeprefix(OPEN), CLOSE) if start.startswith(OPEN) else self._enter(self._held, None)
-            self._behind_tag = self._tag is not None
-        if self._tag == CLOSE:
-            thoughts, found, rest = self._visible().partition(CLOSE)
-            if found:
-                self._enter(rest, None)
-                self._behind_tag = True
+            if text.startswith(START_TAG):
+                self._buffer, self._next_tag, self._after_tag = text.removeprefix(START_TAG), END_TAG, True
             else:
-                keep = next(n for n in range(len(CLOSE) - 1, -1, -1) if thoughts.endswith(CLOSE[:n]))
-                thoughts, self._held = thoughts[: len(thoughts) - keep], thoughts[len(thoughts) - keep :]
-                return thoughts, ""
-        answer, self._held = self._visible(), ""
-        return thoughts, answer
+                self._next_tag, self._after_tag = None, False
+        if self._next_tag == END_TAG:
+            reasoning, found, rest = self._skip_white_space().partition(END_TAG)
+            if found:
+                self._buffer, self._next_tag, self._after_tag = rest, None, True
+            else:
+                keep = next(n for n in range(len(END_TAG) - 1, -1, -1) if reasoning.endswith(END_TAG[:n]))
+                reasoning, self._buffer = reasoning[: len(reasoning) - keep], reasoning[len(reasoning) - keep :]
+                return reasoning, ""
+        content, self._buffer = self._skip_white_space(), ""
+        return reasoning, content
 
-    def finish(self) -> tuple[str, str]:
-        """What is still held back, at the end."""
-        rest, self._held = self._held, ""
-        return (rest, "") if self._tag == CLOSE else ("", rest)
+    def flush(self) -> tuple[str, str]:
+        """The buffered rest, at the end of the output."""
+        rest, self._buffer = self._buffer, ""
+        return (rest, "") if self._next_tag == END_TAG else ("", rest)
 
-    def _enter(self, text: str, tag: str | None) -> None:
-        self._held, self._tag = text, tag
-
-    def _visible(self) -> str:
-        """What is held, without white space right behind a tag."""
-        text = self._held.lstrip() if self._behind_tag else self._held
-        self._behind_tag = self._behind_tag and not text
+    def _skip_white_space(self) -> str:
+        """The buffer without white space directly after a tag."""
+        text = self._buffer.lstrip() if self._after_tag else self._buffer
+        self._after_tag = self._after_tag and not text
         return text
 
 
-class AfterThoughts:
-    """A grammar that holds from the token </think> on. Implements `jax_mla_cp.engine.Grammar`."""
+class GrammarAfterReasoning:
+    """Applies a grammar from the </think> token on. Implements `jax_mla_cp.engine.Grammar`."""
 
-    def __init__(self, grammar: Grammar, close: int, vocab_size: int):
+    def __init__(self, grammar: Grammar, end_token: int, vocab_size: int):
         self._grammar = grammar
-        self._close = close
-        self._anything = np.full(-(-vocab_size // 32), 2**32 - 1, np.uint32)
-        self._thinking = True
+        self._end_token = end_token
+        self._allow_all = np.full(-(-vocab_size // 32), 2**32 - 1, np.uint32)
+        self._reasoning = True
 
     def mask(self) -> NDArray[np.uint32]:
-        return self._anything if self._thinking else self._grammar.mask()
+        return self._allow_all if self._reasoning else self._grammar.mask()
 
     def accept(self, token: int) -> None:
-        if not self._thinking:
+        if not self._reasoning:
             self._grammar.accept(token)
-        elif token == self._close:
-            self._thinking = False
+        elif token == self._end_token:
+            self._reasoning = False
 
     @property
     def finished(self) -> bool:
-        return not self._thinking and self._grammar.finished
+        return not self._reasoning and self._grammar.finished

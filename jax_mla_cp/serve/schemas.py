@@ -1,4 +1,4 @@
-"""The request and response bodies: OpenAI's completions and chat APIs and the extras that vLLM and SGLang made common."""
+"""Request and response bodies: OpenAI's completions and chat APIs with the common extensions of vLLM and SGLang."""
 
 from __future__ import annotations
 
@@ -6,48 +6,66 @@ from typing import Annotated, Literal, cast
 
 from pydantic import BaseModel, Field, model_validator
 
-from jax_mla_cp.serve.fields import MAX_LOGPROBS, Body, Count, Generation, Many, Text, TokenId
+from jax_mla_cp.serve.fields import (
+    MAX_LOGPROBS,
+    FailFastList,
+    GenerationRequest,
+    RequestBody,
+    Text,
+    TokenCount,
+    TokenId,
+)
 
 MAX_MESSAGES = 4096
+OMIT_NONE = Field(exclude_if=lambda value: value is None)
+"""For response fields that are left out when they are None."""
 
 
-IF_SAID = Field(exclude_if=lambda value: value is None)
-"""Of an answer's fields that are there only when they say something."""
-
-
-class CompletionRequest(Generation):
+class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
-    prompt: Text | Many[Text] | Many[TokenId] | Many[Many[TokenId]] = Field(
-        description="text or token ids, one or many"
+    prompt: Text | FailFastList[Text] | FailFastList[TokenId] | FailFastList[FailFastList[TokenId]] = Field(
+        description="The prompt or prompts: a string, a list of token ids, or a list of either."
     )
-    max_tokens: Count | None = Field(default=16, description="at least 1; with echo 0 too")
+    max_tokens: TokenCount | None = Field(
+        default=16,
+        description="Maximum number of tokens to generate. 0 is allowed with `echo`; null means up to the maximum context "
+        "length.",
+    )
     logprobs: int | None = Field(
-        default=None, ge=0, le=MAX_LOGPROBS, description="so many of the likeliest tokens, beside the sampled one"
+        default=None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description="Return the log-probability of each generated token and of this many most likely tokens at its "
+        "position.",
     )
-    echo: bool | None = Field(default=False, description="the prompt before the answer, with its log-probabilities")
-    best_of: Literal[1] | None = Field(default=None, description="only 1, and then n too")
+    echo: bool | None = Field(
+        default=False,
+        description="Return the prompt before the output; with `logprobs`, including its log-probabilities.",
+    )
+    best_of: Literal[1] | None = Field(default=None, description="Only 1 is supported, with `n` 1.")
 
     @model_validator(mode="after")
-    def _completion(self) -> CompletionRequest:
+    def _check_completion(self) -> CompletionRequest:
         if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens must be at least 1 without echo")
+            raise ValueError("max_tokens must be at least 1 unless echo is true")
         if self.best_of and (self.n or 1) > 1:
-            raise ValueError("best_of is 1, but n asks for more; leave best_of out")
+            raise ValueError("best_of must not be less than n, and only best_of=1 is supported; omit best_of")
         return self
 
-    def limit(self) -> int | None:
+    def token_limit(self) -> int | None:
         return self.max_tokens
 
-    def scores_prompt(self) -> bool:
-        return super().scores_prompt() or (bool(self.echo) and (self.logprobs is not None or self.max_tokens == 0))
+    def needs_prompt_logprobs(self) -> bool:
+        echo_logprobs = bool(self.echo) and (self.logprobs is not None or self.max_tokens == 0)
+        return super().needs_prompt_logprobs() or echo_logprobs
 
-    def scores_per_token(self) -> int:
-        echoed = self.echo and self.logprobs is not None
-        return super().scores_per_token() + (1 + (self.logprobs or 0) if echoed else 0)
+    def prompt_logprobs_per_token(self) -> int:
+        echo_logprobs = self.echo and self.logprobs is not None
+        return super().prompt_logprobs_per_token() + (1 + (self.logprobs or 0) if echo_logprobs else 0)
 
     def prompts(self) -> list[str | list[int]]:
-        """One or many, each text or token ids."""
+        """The prompts as a list, each text or token ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
@@ -55,46 +73,55 @@ class CompletionRequest(Generation):
         return list(cast("list[str] | list[list[int]]", self.prompt))
 
 
-class TextPart(Body):
+class TextPart(RequestBody):
     type: Literal["text"]
     text: Text
 
 
-class Message(Body):
+class Message(RequestBody):
     role: Literal["system", "user", "assistant"]
-    content: Text | Many[TextPart]
+    content: Text | FailFastList[TextPart]
     reasoning_content: Text | None = Field(
-        default=None, description="of an earlier answer; models are not shown their earlier thoughts"
+        default=None,
+        description="Reasoning of an earlier assistant message. Accepted and ignored: it is not part of the prompt.",
     )
 
 
-class ChatRequest(Generation):
+class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[Many[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[FailFastList[Message], Field(min_length=1, max_length=MAX_MESSAGES)] = Field(
+        description="The conversation so far."
+    )
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = Field(
-        default=None, description="default: what fits"
+        default=None,
+        description="Maximum number of tokens to generate. Defaults to the rest of the maximum context length.",
     )
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = Field(
-        default=None, description="the older name of max_completion_tokens"
+        default=None, description="Deprecated alias of `max_completion_tokens`."
     )
-    logprobs: bool | None = False
-    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS, description="only with logprobs")
+    logprobs: bool | None = Field(default=False, description="Return the log-probability of each generated token.")
+    top_logprobs: int | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description="Number of most likely tokens to return at each position. Requires `logprobs`.",
+    )
 
     @model_validator(mode="after")
-    def _chat(self) -> ChatRequest:
+    def _check_chat(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs is only for logprobs=true")
+            raise ValueError("top_logprobs requires logprobs=true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise ValueError("max_tokens and max_completion_tokens are two names of one number, but differ")
+            raise ValueError("max_tokens is an alias of max_completion_tokens; the two must not differ")
         return self
 
-    def limit(self) -> int | None:
+    def token_limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
 class PromptTokensDetails(BaseModel):
-    cached_tokens: int = Field(description="of the prompt: reused from the cache")
+    cached_tokens: int = Field(description="Prompt tokens found in the prefix cache.")
 
 
 class Usage(BaseModel):
@@ -105,19 +132,22 @@ class Usage(BaseModel):
 
 
 class PromptLogprob(BaseModel):
-    """vLLM's form of one candidate for a prompt token."""
+    """A candidate for one prompt token, in vLLM's format."""
 
     logprob: float
-    rank: int | None = Field(description="1 is the likeliest; null: below the 20 that are ranked")
+    rank: int | None = Field(
+        description="1 is the most likely token; null if the token is not among the 20 that are ranked."
+    )
     decoded_token: str
 
 
 PromptLogprobsJson = list[dict[str, PromptLogprob] | None]
-"""By token of the prompt, then by token id; the first token has none."""
+"""Candidates by token id for each prompt token; None for the first token."""
 
 
 class Logprobs(BaseModel):
-    """One entry per token; `text_offset` counts from the text's start. An echoed prompt's first token has no probability."""
+    """One entry per token. `text_offset` counts characters from the start of the text. The log-probability of an echoed
+    prompt's first token is null."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -126,6 +156,10 @@ class Logprobs(BaseModel):
 
 
 FinishReason = Literal["stop", "length"]
+StopReason = Annotated[
+    int | str | None,
+    Field(description="The stop string or stop token id that ended the output; null for EOS and other reasons."),
+]
 
 
 class Choice(BaseModel):
@@ -133,8 +167,8 @@ class Choice(BaseModel):
     text: str
     logprobs: Logprobs | None = None
     finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = Field(default=None, description="the stop token or string that ended the answer")
-    prompt_logprobs: Annotated[PromptLogprobsJson | None, IF_SAID] = None
+    stop_reason: StopReason = None
+    prompt_logprobs: Annotated[PromptLogprobsJson | None, OMIT_NONE] = None
 
 
 class Completion(BaseModel):
@@ -143,7 +177,7 @@ class Completion(BaseModel):
     created: int
     model: str
     choices: list[Choice]
-    usage: Annotated[Usage | None, IF_SAID] = None
+    usage: Annotated[Usage | None, OMIT_NONE] = None
 
 
 class TopLogprob(BaseModel):
@@ -160,18 +194,18 @@ class ChatLogprobs(BaseModel):
     content: list[TokenLogprob]
 
 
-class Answer(BaseModel):
+class AssistantMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
     content: str
-    reasoning_content: Annotated[str | None, IF_SAID] = None
+    reasoning_content: Annotated[str | None, OMIT_NONE] = None
 
 
 class ChatChoice(BaseModel):
     index: int
-    message: Answer
+    message: AssistantMessage
     logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason
-    stop_reason: int | str | None = Field(default=None, description="the stop token or string that ended the answer")
+    stop_reason: StopReason = None
 
 
 class ChatCompletion(BaseModel):
@@ -181,13 +215,13 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
-    prompt_logprobs: Annotated[PromptLogprobsJson | None, IF_SAID] = None
+    prompt_logprobs: Annotated[PromptLogprobsJson | None, OMIT_NONE] = None
 
 
 class Delta(BaseModel):
-    role: Annotated[Literal["assistant"] | None, IF_SAID] = None
-    content: Annotated[str | None, IF_SAID] = None
-    reasoning_content: Annotated[str | None, IF_SAID] = None
+    role: Annotated[Literal["assistant"] | None, OMIT_NONE] = None
+    content: Annotated[str | None, OMIT_NONE] = None
+    reasoning_content: Annotated[str | None, OMIT_NONE] = None
 
 
 class DeltaChoice(BaseModel):
@@ -195,7 +229,7 @@ class DeltaChoice(BaseModel):
     delta: Delta
     logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None
+    stop_reason: StopReason = None
 
 
 class ChatChunk(BaseModel):
@@ -204,7 +238,7 @@ class ChatChunk(BaseModel):
     created: int
     model: str
     choices: list[DeltaChoice]
-    usage: Annotated[Usage | None, IF_SAID] = None
+    usage: Annotated[Usage | None, OMIT_NONE] = None
 
 
 class ModelCard(BaseModel):
@@ -212,7 +246,7 @@ class ModelCard(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "jax_mla_cp"
-    max_model_len: int
+    max_model_len: int = Field(description="Maximum context length: prompt and output tokens.")
 
 
 class ModelList(BaseModel):
@@ -223,11 +257,11 @@ class ModelList(BaseModel):
 class ErrorDetail(BaseModel):
     message: str
     type: str
-    param: str | None
+    param: str | None = Field(description="The request field that caused the error.")
     code: str | None
 
 
 class Error(BaseModel):
-    """What every answer other than 200 looks like."""
+    """The body of every response other than 200."""
 
     error: ErrorDetail

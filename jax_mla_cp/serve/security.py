@@ -1,4 +1,4 @@
-"""Who may come in: API keys, and the files of TLS."""
+"""API keys and TLS."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from jax_mla_cp.serve.flags import KEY_VARIABLE
 log = logging.getLogger(__name__)
 
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/version"})
-"""What needs no key: what a load balancer asks, and the status page's empty form."""
+"""Paths that need no key: what load balancers poll, and the status page without its data."""
 
 OPEN_FOLDER = "/page/"
-"""The form's scripts and styles, the same files in every installation."""
+"""The status page's scripts and styles, the same in every installation."""
 
 _SHORTEST_KEY = 16
 _MAKE_ONE = "Make one with: openssl rand -hex 32"
 
 
 class ApiKeys:
-    """The keys that are let in, as digests: neither a dump of the object nor a traceback shows one."""
+    """The accepted API keys, kept as SHA-256 digests so that no dump or traceback shows a key."""
 
     def __init__(self, keys: Iterable[str]):
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
@@ -41,7 +41,7 @@ class ApiKeys:
         return len(self._digests)
 
     def allow(self, key: bytes) -> bool:
-        """Takes as long whichever key it is, and however much of one is right (CVE-2025-59425)."""
+        """True for an accepted key. Takes constant time for any key (CVE-2025-59425)."""
         digest = hashlib.sha256(key).digest()
         found = False
         for known in self._digests:
@@ -50,19 +50,19 @@ class ApiKeys:
 
 
 def read_keys(file: Path | None, environment: Mapping[str, str]) -> ApiKeys | None:
-    """The keys of the file and of `JAX_MLA_CP_API_KEY`, one a line; blank lines and lines that start with # are none.
+    """Reads the keys from the file and `JAX_MLA_CP_API_KEY`, one per line; ignores blank lines and lines that start with #.
 
     Returns:
-      None if neither is given.
+      The keys; None if neither source is given.
 
     Raises:
-      ConfigError: a file that can't be read, a source without a key, or a key that can't be sent or is easily guessed.
+      ConfigError: the file can't be read, a source has no key, or a key is too short or not printable ASCII.
     """
     sources = []
     if file is not None:
         sources.append(("--api-key-file", _read(file, "--api-key-file")))
         if file.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
-            log.warning("--api-key-file: other users can read %s. Forbid it: chmod 600", file)
+            log.warning("--api-key-file: other users can read %s. Restrict its permissions: chmod 600", file)
     if KEY_VARIABLE in environment:
         sources.append((KEY_VARIABLE, environment[KEY_VARIABLE]))
     if not sources:
@@ -82,8 +82,8 @@ def read_keys(file: Path | None, environment: Mapping[str, str]) -> ApiKeys | No
     return ApiKeys(keys)
 
 
-class RequireKey:
-    """ASGI middleware: without a key, only `OPEN_PATHS`, `OPEN_FOLDER` and preflights answer."""
+class RequireApiKey:
+    """ASGI middleware: rejects requests without a valid key, except for `OPEN_PATHS`, `OPEN_FOLDER` and CORS preflights."""
 
     def __init__(self, app: ASGIApp, keys: ApiKeys):
         self._app = app
@@ -102,7 +102,7 @@ class RequireKey:
             return
         error = ApiError(
             401,
-            "The API key is not one of this server's." if given else "An API key is needed: Authorization: Bearer KEY.",
+            "Invalid API key." if given else "Missing API key. Send it as a header: Authorization: Bearer KEY",
             code="invalid_api_key",
             headers={"www-authenticate": "Bearer"},
         )
@@ -110,13 +110,14 @@ class RequireKey:
 
 
 def tls_settings(certfile: Path | None, keyfile: Path | None, password_file: Path | None) -> dict[str, Any]:
-    """uvicorn's `ssl_*` settings, tried out: what is wrong with a certificate is known before a model is loaded.
+    """Validates the certificate before the model is loaded, and returns uvicorn's `ssl_*` settings.
 
     Returns:
-      Empty without a certificate.
+      The settings; empty without a certificate.
 
     Raises:
-      ConfigError: a file that can't be read, isn't PEM, doesn't fit the other one, or needs a password.
+      ConfigError: a file can't be read or isn't PEM, the key doesn't match the certificate, or the password is missing or
+        wrong.
     """
     if certfile is None:
         return {}
@@ -139,19 +140,19 @@ def tls_settings(certfile: Path | None, keyfile: Path | None, password_file: Pat
 
 
 def warn_if_open(host: str, keys: ApiKeys | None, *, tls: bool) -> None:
-    """Says it loudly when other machines can reach the server and nothing is asked of them."""
+    """Logs a warning if other machines can reach the server without a key or without TLS."""
     if _loopback(host):
         return
     if keys is None:
         log.warning(
             "--host %s without API keys: EVERYONE who can reach this address can use the model and see its status. "
-            "Set --api-key-file, or listen on 127.0.0.1.",
+            "Set --api-key-file, or use --host 127.0.0.1.",
             host,
         )
     elif not tls:
         log.warning(
-            "--host %s without TLS: keys and prompts cross the network readable. Set --ssl-certfile, or put a proxy with "
-            "TLS before it.",
+            "--host %s without TLS: keys and prompts cross the network unencrypted. Set --ssl-certfile, or run the server "
+            "behind a proxy that terminates TLS.",
             host,
         )
 

@@ -1,4 +1,4 @@
-"""Text and token ids over HTTP: POST /tokenize and /detokenize, GET /tokenizer_info, in vLLM's forms."""
+"""Tokenization routes in vLLM's format: POST /tokenize and /detokenize, GET /tokenizer_info."""
 
 from __future__ import annotations
 
@@ -8,28 +8,34 @@ from typing import Annotated
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from jax_mla_cp.serve import prompts
-from jax_mla_cp.serve.fields import Body, Many, Text, TokenId
-from jax_mla_cp.serve.schemas import IF_SAID, MAX_MESSAGES, Message
-from jax_mla_cp.serve.served import Served
+from jax_mla_cp.serve import preprocessing
+from jax_mla_cp.serve.fields import FailFastList, RequestBody, Text, TokenId
+from jax_mla_cp.serve.schemas import MAX_MESSAGES, OMIT_NONE, Message
+from jax_mla_cp.serve.served_model import ServedModel
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(RequestBody):
     """Either `prompt` or `messages`."""
 
     model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["prompt"]}, {"required": ["messages"]}]})
 
     model: Text | None = None
-    prompt: Text | None = None
-    messages: Annotated[Many[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
-    add_special_tokens: bool = Field(default=True, description="the BOS and EOS tokens around a prompt")
-    add_generation_prompt: bool = Field(default=True, description="what begins an answer, behind messages")
-    return_token_strs: bool | None = False
+    prompt: Text | None = Field(default=None, description="Text to tokenize.")
+    messages: Annotated[FailFastList[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = Field(
+        default=None, description="Conversation to format with the chat template and tokenize."
+    )
+    add_special_tokens: bool = Field(
+        default=True, description="Add BOS and EOS to `prompt`, as the tokenizer's configuration says."
+    )
+    add_generation_prompt: bool = Field(
+        default=True, description="End `messages` with the chat template's start of an assistant message."
+    )
+    return_token_strs: bool | None = Field(default=False, description="Also return the text of each token.")
 
     @model_validator(mode="after")
-    def _one(self) -> TokenizeRequest:
+    def _check_one_input(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("exactly one of prompt and messages is needed")
+            raise ValueError("exactly one of prompt and messages is required")
         return self
 
 
@@ -37,12 +43,12 @@ class TokenizeResponse(BaseModel):
     tokens: list[int]
     count: int
     max_model_len: int
-    token_strs: Annotated[list[str] | None, IF_SAID] = None
+    token_strs: Annotated[list[str] | None, OMIT_NONE] = None
 
 
-class DetokenizeRequest(Body):
+class DetokenizeRequest(RequestBody):
     model: Text | None = None
-    tokens: Many[TokenId]
+    tokens: FailFastList[TokenId]
 
 
 class DetokenizeResponse(BaseModel):
@@ -50,33 +56,33 @@ class DetokenizeResponse(BaseModel):
 
 
 class TokenizerInfo(BaseModel):
-    """What a client needs to write prompts itself."""
+    """The tokenizer's special tokens, chat template and sizes."""
 
-    bos_token: Annotated[str | None, IF_SAID] = None
-    eos_token: Annotated[str | None, IF_SAID] = None
-    unk_token: Annotated[str | None, IF_SAID] = None
-    pad_token: Annotated[str | None, IF_SAID] = None
-    chat_template: Annotated[str | None, IF_SAID] = None
+    bos_token: Annotated[str | None, OMIT_NONE] = None
+    eos_token: Annotated[str | None, OMIT_NONE] = None
+    unk_token: Annotated[str | None, OMIT_NONE] = None
+    pad_token: Annotated[str | None, OMIT_NONE] = None
+    chat_template: Annotated[str | None, OMIT_NONE] = None
     max_model_len: int
     vocab_size: int
 
 
-def install(app: FastAPI, served: Served) -> None:
-    @app.post("/tokenize", summary="Text or messages to token ids")
+def install(app: FastAPI, served: ServedModel) -> None:
+    @app.post("/tokenize", summary="Tokenize text or messages")
     async def tokenize(body: TokenizeRequest) -> TokenizeResponse:
-        served.check_name(body.model or served.name)
+        served.check_model_name(body.model or served.name)
         return await asyncio.to_thread(_tokenize, served, body)
 
-    @app.post("/detokenize", summary="Token ids to text")
+    @app.post("/detokenize", summary="Convert token ids to text")
     async def detokenize(body: DetokenizeRequest) -> DetokenizeResponse:
-        served.check_name(body.model or served.name)
-        served.check_tokens(body.tokens, "tokens")
-        tokenizer = served.need_tokenizer("tokens")
+        served.check_model_name(body.model or served.name)
+        served.check_token_ids(body.tokens, "tokens")
+        tokenizer = served.require_tokenizer("tokens")
         return DetokenizeResponse(prompt=await asyncio.to_thread(tokenizer.decode, body.tokens))
 
-    @app.get("/tokenizer_info", summary="Special tokens and the chat template")
+    @app.get("/tokenizer_info", summary="Get the special tokens and the chat template")
     async def tokenizer_info() -> TokenizerInfo:
-        tokenizer = served.need_tokenizer("tokenizer_info")
+        tokenizer = served.require_tokenizer("tokenizer_info")
         template = tokenizer.chat_template
         known = {name: text for name, text in tokenizer.special_tokens.items() if name in TokenizerInfo.model_fields}
         return TokenizerInfo(
@@ -87,11 +93,10 @@ def install(app: FastAPI, served: Served) -> None:
         )
 
 
-def _tokenize(served: Served, body: TokenizeRequest) -> TokenizeResponse:
+def _tokenize(served: ServedModel, body: TokenizeRequest) -> TokenizeResponse:
     if body.messages is not None:
-        messages = body.messages
-        tokens = prompts.encode_messages(served, messages, add_generation_prompt=body.add_generation_prompt)
+        tokens = preprocessing.encode_messages(served, body.messages, add_generation_prompt=body.add_generation_prompt)
     else:
-        tokens = prompts.encode_text(served, body.prompt or "", wrap=body.add_special_tokens)
-    names = [served.names(token) for token in tokens] if body.return_token_strs else None
-    return TokenizeResponse(tokens=tokens, count=len(tokens), max_model_len=served.max_model_len, token_strs=names)
+        tokens = preprocessing.encode_text(served, body.prompt or "", add_special_tokens=body.add_special_tokens)
+    texts = [served.token_texts(token) for token in tokens] if body.return_token_strs else None
+    return TokenizeResponse(tokens=tokens, count=len(tokens), max_model_len=served.max_model_len, token_strs=texts)

@@ -25,6 +25,7 @@ from jax_mla_cp.mesh import declared_specs, mesh_shape
 from jax_mla_cp.model.handle import Model, weight_bytes
 from jax_mla_cp.platform import default_memory_fraction, device_memory
 from jax_mla_cp.step import logit_bias
+from jax_mla_cp.step.compile_progress import CompileProgress, CompileTracker
 from jax_mla_cp.step.forward import forward_and_sample, put
 from jax_mla_cp.step.planner import Planner
 from jax_mla_cp.step.results import RunnerOutput, read_results
@@ -47,6 +48,7 @@ class Runner:
         self.max_running = max_running
         self.max_model_len = max_model_len
         self._programs: dict[StepShape, jax.stages.Compiled] = {}
+        self._compile_tracker = CompileTracker(len(self._shapes))
         self._pages = planner.new_cache()
         self._bias_builder = logit_bias.LogitBiasBuilder(planner.model, planner.shape)
 
@@ -105,6 +107,11 @@ class Runner:
         return read_results(jax.device_get(output), layout, planner.shape)
 
     @property
+    def compiling(self) -> CompileProgress | None:
+        """The compilation in progress; None: nothing is being compiled. May be read from any thread."""
+        return self._compile_tracker.progress
+
+    @property
     def grid(self) -> str:
         """The programs, for people: tokens per step of a dp group."""
         cp = self.planner.shape.cp
@@ -124,9 +131,10 @@ class Runner:
 
     def _program(self, shape: StepShape) -> jax.stages.Compiled:
         if shape not in self._programs:
-            started = time.perf_counter()
-            self._programs[shape] = compile_step(self.planner, shape)
-            log.debug("compiled %s in %.1f s", shape, time.perf_counter() - started)
+            with self._compile_tracker.compiling(shape.tokens * self.cp) as progress:
+                log.info("%s", progress)
+                self._programs[shape] = compile_step(self.planner, shape)
+            log.debug("compiled %s in %.1f s", shape, time.monotonic() - progress.since)
         return self._programs[shape]
 
 
@@ -222,7 +230,11 @@ def _pages_that_fit(probe: Planner, fraction: float) -> int:
     model = probe.model
     # The last has the most absorbed tokens, but only few of them take decode's kernel and its scratch (attention/fa3.py).
     largest = [probe.prompt_logprobs_steps[-1], *(probe.steps[-2:-1] if model.build.attention == "fa3" else ())]
-    log.info("compiling the largest steps, to know the memory that they need")
+    log.info(
+        "sizing the KV cache: compiling the largest %d of the programs to measure their memory (about 10 s each; the "
+        "compile cache makes later starts faster)",
+        len(largest),
+    )
     needs = max(map(_temporaries, (compile_step(probe, shape) for shape in largest)))
     free = device_memory() * fraction - needs - logit_bias.device_bytes(model, probe.shape)
     if jax.local_devices()[0].platform != "cpu":  # what is free on a CPU no longer holds the weights

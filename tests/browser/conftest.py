@@ -15,9 +15,9 @@ from selenium.webdriver.remote.webdriver import WebDriver
 from jax_mla_cp.batch.step_request import StepRequest
 from jax_mla_cp.engine import Engine
 from jax_mla_cp.mesh import MeshShape
-from jax_mla_cp.serve.served import Served
+from jax_mla_cp.serve.served_model import ServedModel
 from jax_mla_cp.serve.status import Telemetry
-from jax_mla_cp.serve.status.about import About
+from jax_mla_cp.serve.status.server_info import ServerInfo
 from jax_mla_cp.step.results import RunnerOutput, SampledToken, StepResult
 from tests.helpers.byte_tokenizer import byte_tokenizer
 from tests.helpers.in_process import serving
@@ -76,9 +76,14 @@ class HostileModel(PageModel):
 
 
 @pytest.fixture(scope="session")
-def hostile_url(browser: WebDriver) -> Iterator[str]:
-    telemetry = Telemetry(About("<i>tiny</i>", 600, False, MeshShape(dp=2, cp=3, tp=2), {"version": "<u>0</u>"}))
-    engine = Engine(HostileModel(pages=200, cp=3), observer=telemetry)
-    served = Served("<i>tiny</i>", engine, byte_tokenizer(), 259, 600, (), None)
+def hostile_model() -> HostileModel:
+    return HostileModel(pages=200, cp=3)
+
+
+@pytest.fixture(scope="session")
+def hostile_url(browser: WebDriver, hostile_model: HostileModel) -> Iterator[str]:
+    telemetry = Telemetry(ServerInfo("<i>tiny</i>", 600, False, MeshShape(dp=2, cp=3, tp=2), {"version": "<u>0</u>"}))
+    engine = Engine(hostile_model, observer=telemetry)
+    served = ServedModel("<i>tiny</i>", engine, byte_tokenizer(), 259, 600, (), None)
     with serving(served, telemetry) as url:
         yield url

@@ -14,7 +14,8 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.support.ui import WebDriverWait
 
-from tests.browser.conftest import HOSTILE, KEY
+from jax_mla_cp.engine import CompileProgress
+from tests.browser.conftest import HOSTILE, KEY, HostileModel
 
 
 class Page:
@@ -106,7 +107,7 @@ def test_it_shows_mesh_pages_and_model_without_a_complaint(page: Page) -> None:
 def test_the_built_in_model_answers(page: Page) -> None:
     page.ask("What is context parallelism?")
     assert page.answered() and page.count(".message.error") == 0
-    assert re.search(r"\d+ prompt tokens · \d+ sampled · first after .* m?s", page.text("chat-log"))
+    assert re.search(r"\d+ prompt tokens · \d+ generated · first token after .* m?s", page.text("chat-log"))
     assert page.complaints() == []
 
 
@@ -208,6 +209,21 @@ def test_an_answer_can_be_stopped(browser: WebDriver, hostile_url: str) -> None:
     assert 0 < len(page.browser.find_element(By.CSS_SELECTOR, ".message.assistant").text) < 450
     page.until(lambda: page.text("running") == "0")
     assert page.count(".message.error") == 0 and page.complaints() == []
+
+
+def test_a_compilation_is_shown(browser: WebDriver, hostile_url: str, hostile_model: HostileModel) -> None:
+    page = Page(browser, hostile_url)
+    page.until(lambda: page.text("health-text").startswith("Healthy"))
+    notice = browser.find_element(By.ID, "compiling")
+    assert not notice.is_displayed()
+    hostile_model.compiling = CompileProgress(1, 7, 512, time.monotonic())
+    try:
+        page.until(notice.is_displayed)
+        assert notice.text.startswith("Compiling 2 of 7 programs (512 tokens per step).")
+    finally:
+        hostile_model.compiling = None
+    page.until(lambda: not notice.is_displayed())
+    assert page.complaints() == []
 
 
 def test_the_page_says_when_the_server_is_gone(browser: WebDriver, hostile_url: str) -> None:

@@ -16,7 +16,7 @@ from jax_mla_cp.default_model import DIRECTORY
 from jax_mla_cp.engine import Engine
 from jax_mla_cp.eval.__main__ import main
 from jax_mla_cp.eval.heldout import heldout_text
-from jax_mla_cp.serve.served import Served
+from jax_mla_cp.serve.served_model import ServedModel
 from jax_mla_cp.tokenizer import Tokenizer, require_tokenizer
 from tests.helpers.fake_server import FakeServer, refuse, running
 from tests.helpers.in_process import serving
@@ -169,7 +169,7 @@ def test_ctrl_c_shows_what_has_been_answered(tmp_path: Path) -> None:
 def test_this_projects_own_server(tmp_path: Path) -> None:
     """Over the stand-in model, whose answers are noise, and which refuses echo."""
     model = PageModel(pages=1200, max_running=8, prefill_chunk=512)
-    with serving(Served("standin", Engine(model), tokenizer(), 100_000, 4000, (), None)) as url:
+    with serving(ServedModel("standin", Engine(model), tokenizer(), 100_000, 4000, (), None)) as url:
         code = main(["--base-url", f"{url}/v1", *SMALL, "--json", str(tmp_path / "out.json")])
     found = json.loads((tmp_path / "out.json").read_text())
     assert code == 0 and found["stopped"] is None and found["model"] == "standin"

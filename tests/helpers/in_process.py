@@ -12,7 +12,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from jax_mla_cp.serve.app import create_app
-from jax_mla_cp.serve.served import Served
+from jax_mla_cp.serve.served_model import ServedModel
 from jax_mla_cp.serve.status import Telemetry
 from tests.helpers.waiting import until
 
@@ -33,7 +33,7 @@ def listening(app: FastAPI) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def serving(served: Served, telemetry: Telemetry | None = None) -> Iterator[str]:
+def serving(served: ServedModel, telemetry: Telemetry | None = None) -> Iterator[str]:
     """Starts engine and server, gives the address, and stops both."""
     served.engine.start()
     try:

@@ -11,6 +11,7 @@ import numpy as np
 from jax_mla_cp.batch.logit_bias import LogitBias
 from jax_mla_cp.batch.step_request import StepRequest
 from jax_mla_cp.batch.zigzag import loads
+from jax_mla_cp.step.compile_progress import CompileProgress
 from jax_mla_cp.step.results import RunnerOutput, SampledToken, StepResult, TokenLogprobs
 
 VOCAB = 251
@@ -89,6 +90,7 @@ class PageModel:
         """A token: requests with it are invalid."""
         self.steps = 0
         """Steps that succeeded."""
+        self.compiling: CompileProgress | None = None
         self.gate: threading.Semaphore | None = None
         """If set, every step waits for a permit."""
         self.reset()

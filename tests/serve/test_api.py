@@ -16,10 +16,10 @@ import pytest
 from pydantic import ValidationError
 
 from jax_mla_cp.engine import Engine
-from jax_mla_cp.serve import prompts
-from jax_mla_cp.serve.fields import Body
+from jax_mla_cp.serve import preprocessing
+from jax_mla_cp.serve.fields import RequestBody
 from jax_mla_cp.serve.schemas import ChatRequest, CompletionRequest
-from jax_mla_cp.serve.served import Served
+from jax_mla_cp.serve.served_model import ServedModel
 from jax_mla_cp.serve.tokens import DetokenizeRequest, TokenizeRequest
 from tests.helpers.byte_tokenizer import byte_tokenizer
 from tests.helpers.engine_requests import is_idle
@@ -36,7 +36,7 @@ class Server:
         self.model = PageModel(pages=400, max_running=8, draft_tokens=draft_tokens)
         self.engine = Engine(self.model, max_queued=8)
         # 259 ids, so that BOS (256) is one; the stand-in's answers are below 251. Token 3 is its end of sequence.
-        self._running = serving(Served("tiny", self.engine, TOKENIZER, 259, MAX_LEN, (3,), None, **served))
+        self._running = serving(ServedModel("tiny", self.engine, TOKENIZER, 259, MAX_LEN, (3,), None, **served))
 
     def start(self) -> None:
         self.url = self._running.__enter__()
@@ -165,9 +165,9 @@ BAD = [
     ({"prompt": [259]}, "prompt", "token id 259 is not in the vocabulary (0 to 258)"),
     ({"prompt": [-1]}, "prompt", "greater than or equal to 0"),
     ({"prompt": [2**70]}, "prompt", "prompt"),
-    ({"prompt": [1] * MAX_LEN}, "prompt", "together they may be at most 600"),
-    ({"max_tokens": MAX_LEN}, "prompt", "together they may be at most 600"),
-    ({"max_tokens": 0}, None, "at least 1 without echo"),
+    ({"prompt": [1] * MAX_LEN}, "prompt", "maximum context length is 600 tokens"),
+    ({"max_tokens": MAX_LEN}, "prompt", "maximum context length is 600 tokens"),
+    ({"max_tokens": 0}, None, "at least 1 unless echo"),
     ({"max_tokens": -1, "echo": True}, "max_tokens", "greater than or equal to 0"),
     ({"max_tokens": "5"}, "max_tokens", "valid integer"),
     ({"temperature": 2.5}, "temperature", "less than or equal to 2"),
@@ -182,7 +182,7 @@ BAD = [
     ({"n": 0}, "n", "greater than or equal to 1"),
     ({"n": 8, "prompt": ["a"] * 17}, "prompt", "1 to 16 prompts are allowed with n=8"),
     ({"best_of": 3}, "best_of", "Input should be 1"),
-    ({"best_of": 1, "n": 2}, None, "best_of is 1, but n asks for more"),
+    ({"best_of": 1, "n": 2}, None, "best_of must not be less than n"),
     ({"min_p": 1.5}, "min_p", "less than or equal to 1"),
     ({"presence_penalty": 2.5}, "presence_penalty", "less than or equal to 2"),
     ({"frequency_penalty": -2.5}, "frequency_penalty", "greater than or equal to -2"),
@@ -195,10 +195,10 @@ BAD = [
     ({"logit_bias": dict.fromkeys(map(str, range(1025)), 1)}, "logit_bias", "at most 1024 entries, not 1025"),
     ({"stop_token_ids": [259]}, "stop_token_ids", "token id 259 is not in the vocabulary"),
     ({"stop_token_ids": [-1]}, "stop_token_ids", "greater than or equal to 0"),
-    ({"min_tokens": 17}, None, "min_tokens is 17, but at most 16 tokens"),
-    ({"min_tokens": MAX_LEN, "max_tokens": None}, "min_tokens", "more than 600"),
+    ({"min_tokens": 17}, None, "min_tokens (17) must not exceed max_tokens (16)"),
+    ({"min_tokens": MAX_LEN, "max_tokens": None}, "min_tokens", "exceed the model's maximum context length of 600"),
     ({"prompt_logprobs": 21}, "prompt_logprobs", "less than or equal to 20"),
-    ({"prompt_logprobs": 1, "stream": True}, None, "prompt_logprobs is not for stream"),
+    ({"prompt_logprobs": 1, "stream": True}, None, "prompt_logprobs is not supported with stream=true"),
     ({"skip_special_tokens": False}, "skip_special_tokens", "Input should be True"),
     ({"stop": "a" * 1025}, "stop", "at most 1024 characters"),
     ({"cache_salt": ""}, "cache_salt", "at least 1 character"),
@@ -208,8 +208,8 @@ BAD = [
     ({"response_format": schema_format({"type": "foo"})}, "response_format", "Invalid type: foo"),
     ({"response_format": schema_format({"$ref": "http://localhost/x"})}, "response_format", "not present"),
     ({"response_format": schema_format({"type": "string", "pattern": "(a"})}, "response_format", "unclosed group"),
-    ({"response_format": schema_format({"enum": ["a" * 70_000]})}, "response_format", "at most 65536"),
-    ({"stream_options": {"include_usage": True}}, None, "only for stream"),
+    ({"response_format": schema_format({"enum": ["a" * 70_000]})}, "response_format", "the limit is 65536"),
+    ({"stream_options": {"include_usage": True}}, None, "stream_options requires stream=true"),
     ({"model": 5}, "model", "valid string"),
 ]
 
@@ -267,7 +267,7 @@ _USER = {"role": "user", "content": "a"}
         (DetokenizeRequest, {"tokens": [-1] * _MANY}),
     ],
 )
-def test_a_body_full_of_mistakes_is_refused_for_few_of_them(form: type[Body], body: dict[str, Any]) -> None:
+def test_a_body_full_of_mistakes_is_refused_for_few_of_them(form: type[RequestBody], body: dict[str, Any]) -> None:
     """Each takes a kilobyte and some microseconds: 16 MiB of them took all memory, on the event loop."""
     with pytest.raises(ValidationError) as refused:
         form.model_validate({"model": "tiny", **body})
@@ -290,7 +290,7 @@ def test_answers_with_too_many_scores_are_refused(
     body = {"model": "tiny", "prompt": [[5] * 30, [6] * 20], "max_tokens": 1, **fields}
 
     def post(most: int) -> httpx.Response:
-        monkeypatch.setattr(prompts, "MAX_PROMPT_SCORES", most)
+        monkeypatch.setattr(preprocessing, "MAX_PROMPT_LOGPROBS", most)
         return httpx.post(f"{server.url}/v1/completions", json=body)
 
     assert post(50 * scores).status_code == 200
@@ -298,7 +298,7 @@ def test_answers_with_too_many_scores_are_refused(
         refused = post(50 * scores - 1)
         assert refused.status_code == 400
         assert refused.json()["error"]["param"] == param
-        assert f"would have {50 * scores} log-probabilities" in refused.json()["error"]["message"]
+        assert f"would contain {50 * scores} prompt log-probabilities" in refused.json()["error"]["message"]
 
 
 def test_other_errors(server: Server, client: openai.OpenAI) -> None:

@@ -11,8 +11,8 @@ import pytest
 
 from jax_mla_cp.batch.step_request import StepRequest
 from jax_mla_cp.engine import Engine
-from jax_mla_cp.serve.reasoning import Splitter
-from jax_mla_cp.serve.served import Served
+from jax_mla_cp.serve.reasoning import ReasoningParser
+from jax_mla_cp.serve.served_model import ServedModel
 from jax_mla_cp.step.results import SampledToken, StepResult
 from jax_mla_cp.tokenizer import ChatTemplate, Tokenizer
 from tests.helpers.byte_tokenizer import EOS, byte_tokenizer
@@ -51,7 +51,7 @@ def model() -> Script:
 def url(model: Script) -> Iterator[str]:
     plain = byte_tokenizer()
     tokenizer = Tokenizer(plain._vocabulary, chat_template=ChatTemplate(TEMPLATE, {}))
-    with serving(Served("tiny", Engine(model), tokenizer, 259, 600, (EOS,), None)) as address:
+    with serving(ServedModel("tiny", Engine(model), tokenizer, 259, 600, (EOS,), None)) as address:
         yield address
 
 
@@ -89,8 +89,8 @@ def test_thoughts(
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
 @pytest.mark.parametrize(("ask", "script", "thoughts", "content"), CASES)
 def test_thoughts_however_they_are_cut(size: int, ask: str, script: str, thoughts: str | None, content: str) -> None:
-    splitter = Splitter(opened=ask == "open")
-    parts = [splitter.push(script[at : at + size]) for at in range(0, len(script), size)] + [splitter.finish()]
+    parser = ReasoningParser(in_reasoning=ask == "open")
+    parts = [parser.push(script[at : at + size]) for at in range(0, len(script), size)] + [parser.flush()]
     assert "".join(t for t, _ in parts) == (thoughts or "") and "".join(c for _, c in parts) == content
 
 
@@ -108,21 +108,21 @@ BAD: list[tuple[dict[str, Any], str | None, str]] = [
     ({"messages": [{"role": "user", "content": None}]}, "messages", "valid string"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", ""),
     ({"messages": [{"role": "user", "content": "refuse"}]}, "messages", "no such talk"),
-    ({"messages": [{"role": "user", "content": "x" * 700}]}, "messages", "at most 600"),
+    ({"messages": [{"role": "user", "content": "x" * 700}]}, "messages", "maximum context length is 600 tokens"),
     ({"tools": []}, "tools", "not permitted"),
     ({"tool_choice": "auto"}, "tool_choice", "not permitted"),
     ({"chat_template": "{{ 1 }}"}, "chat_template", "not permitted"),
     ({"chat_template_kwargs": {}}, "chat_template_kwargs", "not permitted"),
-    ({"top_logprobs": 2}, None, "only for logprobs"),
+    ({"top_logprobs": 2}, None, "top_logprobs requires logprobs=true"),
     ({"logprobs": 2}, "logprobs", "valid boolean"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
-    ({"max_tokens": 5, "max_completion_tokens": 6}, None, "two names of one number"),
+    ({"max_tokens": 5, "max_completion_tokens": 6}, None, "alias of max_completion_tokens"),
     ({"max_completion_tokens": 0}, "max_completion_tokens", "greater than or equal to 1"),
     ({"prompt": "x"}, "prompt", "not permitted"),
     (
         {"messages": [{"role": "user", "content": "open"}], "response_format": {"type": "json_object"}},
         "response_format",
-        "thinks first",
+        "reasons before it answers",
     ),
 ]
 

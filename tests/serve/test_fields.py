@@ -16,7 +16,7 @@ import pytest
 from jax_mla_cp.engine import Engine
 from jax_mla_cp.launch import load
 from jax_mla_cp.mesh import MeshShape, make_mesh
-from jax_mla_cp.serve.served import Served
+from jax_mla_cp.serve.served_model import ServedModel
 from jax_mla_cp.step.runner import create_runner
 from tests.helpers.engine_requests import is_idle
 from tests.helpers.in_process import client_of, serving
@@ -33,17 +33,17 @@ FORMAT = {"type": "json_schema", "json_schema": {"name": "test", "schema": SCHEM
 
 
 @pytest.fixture(scope="module")
-def served() -> Served:
+def served() -> ServedModel:
     model, tokenizer = load(mesh=make_mesh(MeshShape.parse("cp=2")))
     runner = create_runner(
         model, page_size=16, kv_pages=128, memory_fraction=None, prefill_chunk=64, max_model_len=512, max_running=8
     )
     eos = model.config.eos_token_ids
-    return Served("tiny", Engine(runner), tokenizer, model.config.vocab_size, runner.max_model_len, eos, None)
+    return ServedModel("tiny", Engine(runner), tokenizer, model.config.vocab_size, runner.max_model_len, eos, None)
 
 
 @pytest.fixture(scope="module")
-def url(served: Served) -> Iterator[str]:
+def url(served: ServedModel) -> Iterator[str]:
     with serving(served) as address:
         yield address
 
@@ -152,7 +152,7 @@ def test_a_bias_forces_and_forbids(url: str) -> None:
     assert first not in ids(url, logit_bias={str(first): -100})
 
 
-def test_ends(url: str, served: Served) -> None:
+def test_ends(url: str, served: ServedModel) -> None:
     (eos,) = served.eos_token_ids
     tokens = ids(url)
     third = tokens[2]
@@ -220,6 +220,7 @@ def test_a_schema_is_followed(client: openai.OpenAI, stream: bool) -> None:
     for part in answer if stream else [answer]:
         for choice in part.choices:
             found[choice.index] += (choice.delta if stream else choice.message).content or ""
+    assert set(found) == {0, 1}
     for said in found.values():
         value = json.loads(said)
         assert set(value) == {"name", "ok"} and len(value["name"]) <= 6 and isinstance(value["ok"], bool)
@@ -273,7 +274,7 @@ def test_chat_is_the_template_and_a_completion(client: openai.OpenAI, url: str) 
         url, prompt=prompt["tokens"], max_tokens=12
     )
     assert answer.usage is not None and answer.usage.prompt_tokens == prompt["count"]
-    assert choice.logprobs is not None and choice.logprobs.content is not None
+    assert choice.logprobs is not None and choice.logprobs.content
     said = b"".join(bytes(entry.bytes or ()) for entry in choice.logprobs.content)
     assert said.decode(errors="replace") == choice.message.content
     for entry in choice.logprobs.content:
@@ -297,10 +298,10 @@ def test_no_usage_chunk_unless_asked(url: str) -> None:
     lines = [line for line in httpx.post(f"{url}/v1/completions", json=body).text.split("\n") if line]
     assert lines[-1] == "data: [DONE]" and all(line.startswith("data: ") for line in lines)
     chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
-    assert all(len(chunk["choices"]) == 1 and "usage" not in chunk for chunk in chunks)
+    assert chunks and all(len(chunk["choices"]) == 1 and "usage" not in chunk for chunk in chunks)
 
 
-def test_tokens_there_and_back(url: str, served: Served) -> None:
+def test_tokens_there_and_back(url: str, served: ServedModel) -> None:
     for prompt in ("héllo 世界 👩‍👧", ""):
         given = httpx.post(f"{url}/tokenize", json={"prompt": prompt, "return_token_strs": True}).json()
         assert given["count"] == len(given["token_strs"]) == len(given["tokens"])
@@ -311,7 +312,7 @@ def test_tokens_there_and_back(url: str, served: Served) -> None:
     assert served.tokenizer is not None and served.tokenizer.token_id(info["eos_token"]) in served.eos_token_ids
 
 
-def test_the_async_client_and_a_stream_that_is_left(url: str, served: Served) -> None:
+def test_the_async_client_and_a_stream_that_is_left(url: str, served: ServedModel) -> None:
     async def run() -> str:
         async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
             arguments: Any = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "temperature": 0}

@@ -12,7 +12,7 @@ import pytest
 from jax_mla_cp.engine import EngineDead, Failed, QueueFull
 from jax_mla_cp.engine.request import FailedKind
 from jax_mla_cp.serve.errors import failure
-from tests.helpers.guarded import BODY, SEED, Running, running
+from tests.helpers.echo_server import BODY, SEED, Running, running
 from tests.helpers.waiting import until
 
 

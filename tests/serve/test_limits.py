@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from jax_mla_cp.serve import limits
 from jax_mla_cp.serve.connection import Connection
 from jax_mla_cp.serve.errors import ApiError
-from jax_mla_cp.serve.guards import Guards
-from jax_mla_cp.serve.limits import MAX_DEPTH, MAX_HEADER_BYTES, MAX_HEADERS, LimitRequest, check_json
-from tests.helpers.guarded import BODY, Running, running
+from jax_mla_cp.serve.limits import MAX_DEPTH, MAX_HEADER_BYTES, MAX_HEADERS, LimitRequestSize, check_json
+from jax_mla_cp.serve.middleware import MiddlewareStack
+from tests.helpers.echo_server import BODY, Running, running
 from tests.helpers.waiting import until
 
 JSON = {"content-type": "application/json"}
@@ -30,7 +30,7 @@ JSON = {"content-type": "application/json"}
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    with running(Guards(max_body=1 << 20)) as server:
+    with running(MiddlewareStack(max_body=1 << 20)) as server:
         yield server
 
 
@@ -66,7 +66,7 @@ def test_headers_that_are_too_many_or_too_long(server: Running) -> None:
     """CVE-2025-48956: in one piece, in many small ones, and never ending."""
     body = json.dumps(BODY)
     many = post(server, body, JSON | {f"x-{i}": "a" for i in range(MAX_HEADERS)})
-    assert many.status_code == 431 and f"at most {MAX_HEADERS}" in many.json()["error"]["message"]
+    assert many.status_code == 431 and f"the limits are {MAX_HEADERS} headers" in many.json()["error"]["message"]
     long = post(server, body, JSON | {"x-long": "a" * MAX_HEADER_BYTES})
     # Over uvicorn's own limit, unless all of it came at once.
     assert long.status_code == 431
@@ -89,15 +89,15 @@ def test_only_json_is_taken(server: Running) -> None:
 NOT_JSON = {
     "NaN": (b'{"model": "tiny", "prompt": "a", "temperature": NaN}', "NaN is not a number"),
     "Infinity": (b'{"model": "tiny", "prompt": "a", "metadata": {"x": -Infinity}}', "Infinity is not a number"),
-    "deep arrays": (b"[" * 100_000, "100000 arrays and objects in each other"),
-    "deep objects": (b'{"prompt": ' + b'{"a":' * 101 + b"1" + b"}" * 102, "102 arrays and objects"),
-    "deep after a string": (b'{"a\\\\": ' + b"[" * 101, "102 arrays"),
-    "UTF-16": (json.dumps(BODY).encode("utf-16-le"), "is 0"),
+    "deep arrays": (b"[" * 100_000, "nested 100000 levels deep"),
+    "deep objects": (b'{"prompt": ' + b'{"a":' * 101 + b"1" + b"}" * 102, "nested 102 levels deep"),
+    "deep after a string": (b'{"a\\\\": ' + b"[" * 101, "nested 102 levels deep"),
+    "UTF-16": (json.dumps(BODY).encode("utf-16-le"), "is NUL"),
     "UTF-16 with a mark": (json.dumps(BODY).encode("utf-16"), "not UTF-8"),
-    "UTF-32": (json.dumps(BODY).encode("utf-32-be"), "is 0"),
+    "UTF-32": (json.dumps(BODY).encode("utf-32-be"), "is NUL"),
     "Latin-1": ('{"model": "tiny", "prompt": "é"}'.encode("latin-1"), "byte 29 is not UTF-8"),
     "empty": (b"", "body"),
-    "cut off": (b'{"model": "tiny", "prompt": "a', "not JSON"),
+    "cut off": (b'{"model": "tiny", "prompt": "a', "not valid JSON"),
     "a huge number": (b'{"model": "tiny", "prompt": "a", "seed": ' + b"9" * 5000 + b"}", ""),
 }
 
@@ -139,7 +139,7 @@ def test_the_check_agrees_with_the_parser(value: object) -> None:
 def test_depth_is_counted_over_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "_BLOCK", 7)
     check_json(b"[" * MAX_DEPTH + b"]" * MAX_DEPTH + b"[]" * 200)
-    with pytest.raises(ApiError, match=f"{MAX_DEPTH + 1} arrays"):
+    with pytest.raises(ApiError, match=f"nested {MAX_DEPTH + 1} levels deep"):
         check_json(b"[]" * 50 + b"[" * (MAX_DEPTH + 1) + b"]" * (MAX_DEPTH + 1))
 
 
@@ -153,7 +153,7 @@ def test_the_check_takes_linear_time(unit: bytes) -> None:
 
 
 def test_slow_bodies_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LimitRequest.__init__, "__defaults__", (1 << 20, 0.2))
+    monkeypatch.setattr(LimitRequestSize.__init__, "__defaults__", (1 << 20, 0.2))
     with running() as server:
         head = (
             b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: 50\r\n\r\n{"

@@ -18,20 +18,20 @@ import pytest
 
 from jax_mla_cp.engine import Failed, Finished
 from jax_mla_cp.serve import logs
-from jax_mla_cp.serve.guards import Guards
+from jax_mla_cp.serve.middleware import MiddlewareStack
 from jax_mla_cp.serve.security import ApiKeys
-from tests.helpers.guarded import BODY, Running, running
+from tests.helpers.echo_server import BODY, Running, running
 
 SECRET = "the-key-0123456789"
 
 
 @contextlib.contextmanager
 def logged(
-    capfd: pytest.CaptureFixture[str], form: str, guards: Guards | None = None
+    capfd: pytest.CaptureFixture[str], form: str, middleware: MiddlewareStack | None = None
 ) -> Iterator[tuple[Running, list[str]]]:
     """A server and, once it has ended, the lines of its log."""
     lines: list[str] = []
-    with logs.to_stderr("info", form), running(guards) as server:
+    with logs.to_stderr("info", form), running(middleware) as server:
         yield server, lines
     lines += [line for line in capfd.readouterr().err.splitlines() if "request" in line]
 
@@ -88,7 +88,7 @@ def test_a_client_that_goes_away_is_an_abort(capfd: pytest.CaptureFixture[str]) 
 def test_content_is_logged_only_when_asked_for(capfd: pytest.CaptureFixture[str]) -> None:
     headers = {"authorization": f"Bearer {SECRET}"}
     for content in (False, True):
-        with logged(capfd, "text", Guards(ApiKeys([SECRET]), log_content=content)) as (server, lines):
+        with logged(capfd, "text", MiddlewareStack(ApiKeys([SECRET]), log_content=content)) as (server, lines):
             body = {**BODY, "prompt": "private words"}
             assert httpx.post(f"{server.url}/v1/completions?q=zzz", json=body, headers=headers).status_code == 200
             httpx.post(f"{server.url}/v1/completions", json={**body, "model": ["private"]}, headers=headers)
@@ -131,7 +131,7 @@ def test_a_log_that_nobody_reads_holds_up_nobody() -> None:
     front.handle(record)
     front.queue.get_nowait()
     front.queue.get_nowait()
-    assert front.queue.get_nowait().getMessage() == "line 1 (7 lines of the log were lost before this one)"
+    assert front.queue.get_nowait().getMessage() == "line 1 (7 log lines before this one were dropped)"
     assert record.args == (1,), "other handlers get theirs as it was"
 
 

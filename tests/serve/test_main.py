@@ -20,7 +20,7 @@ from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.default_model import DIRECTORY
 from jax_mla_cp.eval.heldout import heldout_text
 from jax_mla_cp.eval.passkey import Passkey
-from jax_mla_cp.serve.names import TokenNames
+from jax_mla_cp.serve.token_texts import TokenTexts
 from jax_mla_cp.tokenizer import Tokenizer
 from tests.helpers.checkpoints import hf_generate
 from tests.helpers.processes import server, url_of
@@ -42,6 +42,27 @@ def tiny() -> Iterator[str]:
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, "Ctrl-C ends it cleanly"
     assert "Traceback" not in errors
+    told = " ".join(errors.split())
+    steps = ("reading weights: ", "sizing the KV cache: ", "no warmup: ", "compiling 1 of ")
+    assert [step for step in steps if step not in told] == [], "each long step says so"
+    assert [told.index(step) for step in steps] == sorted(told.index(step) for step in steps)
+
+
+def test_a_compilation_shows_in_the_status(tiny: str) -> None:
+    """First in this file: the server has not compiled a program for a step yet."""
+    body = {"model": "jax-mla-cp-tiny", "prompt": "Hello", "max_tokens": 1}
+    seen = []
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(httpx.post, f"{tiny}/v1/completions", json=body, timeout=300)
+        while not answer.done():
+            now = httpx.get(f"{tiny}/status", timeout=60).json()["compiling"]
+            seen += [now] if now is not None else []
+            time.sleep(0.02)
+    assert answer.result().status_code == 200
+    assert seen, "the request waited for its program"
+    assert all(now["done"] == 0 < now["total"] and now["tokens"] > 0 for now in seen)
+    assert [now["seconds"] for now in seen] == sorted(now["seconds"] for now in seen)
+    assert httpx.get(f"{tiny}/status", timeout=60).json()["compiling"] is None
 
 
 def test_the_built_in_model_answers_eight_at_once(tiny: str) -> None:
@@ -140,7 +161,7 @@ def test_a_checkpoint_that_transformers_wrote(
 
         with ThreadPoolExecutor(4) as pool:
             got = list(pool.map(tokens, prompts))
-        names = TokenNames(Tokenizer.from_dir(path, config["vocab_size"]))
+        names = TokenTexts(Tokenizer.from_dir(path, config["vocab_size"]))
         assert got == [[names(int(i)) for i in ids] for ids in want]
         process.terminate()
         process.communicate(timeout=60)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,17 +17,17 @@ from hypothesis import strategies as st
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as open_metrics
 from prometheus_client.parser import text_string_to_metric_families as plain
 
-from jax_mla_cp.engine import Engine, PrefillReport, RequestReport, StepReport
+from jax_mla_cp.engine import CompileProgress, Engine, PrefillReport, RequestReport, StepReport
 from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.serve.app import create_app
 from jax_mla_cp.serve.metrics import Metrics
-from jax_mla_cp.serve.served import Served
+from jax_mla_cp.serve.served_model import ServedModel
 from jax_mla_cp.serve.status import Telemetry
-from jax_mla_cp.serve.status.about import About
-from jax_mla_cp.serve.status.files import read_files
-from jax_mla_cp.serve.status.prompts import Prompts
-from jax_mla_cp.serve.status.recent import SECONDS, Latencies, Rates, percentile
+from jax_mla_cp.serve.status.prefill_history import PrefillHistory
 from jax_mla_cp.serve.status.schemas import Status
+from jax_mla_cp.serve.status.server_info import ServerInfo
+from jax_mla_cp.serve.status.sliding_window import WINDOW_SECONDS, LatencyWindow, RateWindow, percentile
+from jax_mla_cp.serve.status.static_files import load_static_files
 from tests.helpers.byte_tokenizer import byte_tokenizer
 from tests.helpers.engine_requests import RecordedRequest, is_idle
 from tests.helpers.standin import PageModel
@@ -39,9 +40,9 @@ BODY = {"model": "tiny", "max_tokens": 6, "ignore_eos": True}
 class Observed:
     def __init__(self, pages: int = 40, **model: int) -> None:
         self.model = PageModel(pages=pages, cp=2, **model)
-        telemetry = Telemetry(About("tiny", 100, False, MeshShape(cp=2, tp=3), {"version": "0.0"}))
+        telemetry = Telemetry(ServerInfo("tiny", 100, False, MeshShape(cp=2, tp=3), {"version": "0.0"}))
         self.engine = Engine(self.model, observer=telemetry)
-        served = Served("tiny", self.engine, byte_tokenizer(), 259, 100, (3,), None)
+        served = ServedModel("tiny", self.engine, byte_tokenizer(), 259, 100, (3,), None)
         self.client = TestClient(create_app(served, telemetry=telemetry))
         self.engine.start()
 
@@ -194,7 +195,7 @@ def test_both_formats_have_the_same_samples(observed: Observed) -> None:
     texts = (plain(answer.text), open_metrics(modern.text))
     got = [{(s.name, tuple(sorted(s.labels.items()))) for f in families for s in f.samples} for families in texts]
     assert got[0] == got[1]
-    assert all(name.startswith("jax_mla_cp:") for name, _ in got[0])
+    assert got[0] and all(name.startswith("jax_mla_cp:") for name, _ in got[0])
 
 
 @pytest.mark.parametrize(
@@ -250,6 +251,14 @@ def test_status_shows_the_zigzag(observed: Observed) -> None:
     assert status.ttft.series and status.step_time.series
 
 
+def test_status_shows_a_compilation(observed: Observed) -> None:
+    assert observed.client.get("/status").json()["compiling"] is None
+    observed.model.compiling = CompileProgress(1, 7, 512, time.monotonic() - 3)
+    compiling = observed.client.get("/status").json()["compiling"]
+    assert 3 <= compiling.pop("seconds") < 60
+    assert compiling == {"done": 1, "total": 7, "tokens": 512}
+
+
 def test_status_tells_why_the_engine_is_not_well(observed: Observed) -> None:
     observed.engine.stop(5)
     status = observed.client.get("/status").json()
@@ -281,7 +290,7 @@ def test_the_page_has_types_and_a_strict_policy(observed: Observed) -> None:
 
 
 def test_the_page_asks_for_nothing_but_its_own_files() -> None:
-    files = {name: file.body.decode() for name, file in read_files().items()}
+    files = {name: file.body.decode() for name, file in load_static_files().items()}
     page = files["index.html"]
     wanted = set(re.findall(r'(?:src|href)="page/([^"]+)"', page))
     for name, text in files.items():
@@ -300,7 +309,7 @@ def test_the_page_asks_for_nothing_but_its_own_files() -> None:
     [
         "..%2f__init__.py",
         "%2e%2e/telemetry.py",
-        "../about.py",
+        "../server_info.py",
         "/etc/passwd",
         "__init__.py",
         "%00",
@@ -326,19 +335,19 @@ REPORT = StepReport(
 
 
 def test_a_preempted_prompt_begins_again() -> None:
-    prompts = Prompts()
+    prompts = PrefillHistory()
     for cached in (0, 16):
         prompts.step([PrefillReport("a", cached, 16, 48)])
     prompts.step([PrefillReport("a", 8, 16, 49)])
-    (shown,) = prompts.show(cp=2)
+    (shown,) = prompts.latest(cp=2)
     assert (shown.reused, shown.done, shown.total, [s.start for s in shown.steps]) == (8, 24, 49, [8])
 
 
 def test_only_recent_prompts_are_kept() -> None:
-    prompts = Prompts()
+    prompts = PrefillHistory()
     for n in range(100):
         prompts.step([PrefillReport(f"r{n}", 0, 4, 4), PrefillReport("long", 4 * n, 4, 400)])
-    shown = prompts.show(cp=1)
+    shown = prompts.latest(cp=1)
     assert len(shown) == 6 and {p.id for p in shown if p.active} == {"r99", "long"}
     assert max(len(p.steps) for p in shown) == 24
 
@@ -353,21 +362,21 @@ class Clock:
 
 def test_latencies_forget_what_is_two_minutes_old() -> None:
     clock = Clock()
-    latencies, rates = Latencies(clock), Rates(clock)
+    latencies, rates = LatencyWindow(clock), RateWindow(clock)
     assert latencies.summary() is None and latencies.series() == []
     for _ in range(500):
         latencies.add(0.1)
         rates.add(3)
         clock.now += 1
-    assert len(latencies.series()) == SECONDS - 1 and latencies.series()[0][0] == SECONDS - 1
-    assert rates.series() == [(age, 3) for age in range(SECONDS - 1, 0, -1)]
-    clock.now += SECONDS
+    assert len(latencies.series()) == WINDOW_SECONDS - 1 and latencies.series()[0][0] == WINDOW_SECONDS - 1
+    assert rates.series() == [(age, 3) for age in range(WINDOW_SECONDS - 1, 0, -1)]
+    clock.now += WINDOW_SECONDS
     assert latencies.summary() is None and rates.series() == []
 
 
 def test_rates_leave_out_the_second_that_is_not_over() -> None:
     clock = Clock()
-    rates = Rates(clock)
+    rates = RateWindow(clock)
     rates.add(2)
     rates.add(5)
     assert rates.series() == []
@@ -378,7 +387,7 @@ def test_rates_leave_out_the_second_that_is_not_over() -> None:
 @given(st.lists(st.floats(1e-5, 1e4), min_size=1, max_size=60), st.sampled_from([0.5, 0.99]))
 def test_percentiles_are_within_the_buckets(values: list[float], share: float) -> None:
     clock = Clock()
-    latencies = Latencies(clock)
+    latencies = LatencyWindow(clock)
     for value in values:
         latencies.add(value)
     summary = latencies.summary()

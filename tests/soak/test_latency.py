@@ -32,7 +32,7 @@ async def _beside(live: Live, long: list[int], rng: random.Random) -> list[float
 
 
 def _last_chunk(live: Live, long: list[int]) -> float:
-    """Seconds of the prompt's last prefill chunk alone, the dearest one: those before it are reused."""
+    """Seconds of the prompt's last prefill chunk alone, the most expensive one: those before it are reused."""
     ask_alone(live, long[:-CHUNK], 1)
     started = time.perf_counter()
     answer = ask_alone(live, long, 1)

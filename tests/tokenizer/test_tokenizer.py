@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tokenizers
 
-from jax_mla_cp.serve.names import TokenNames
+from jax_mla_cp.serve.token_texts import TokenTexts
 from jax_mla_cp.tokenizer import Tokenizer, TokenizerError, require_tokenizer
 from tests.helpers.vocabularies import BYTE_LEVEL, CORPUS, KIMI, byte_level, save_json, save_kimi
 
@@ -99,7 +99,7 @@ def test_half_a_surrogate_pair_is_no_text(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, KIMI], ids=["json", "kimi"])
 def test_every_token_has_a_name_of_its_own(tokenizer: Tokenizer) -> None:
     """The server's `top_logprobs` are by name: a name for two tokens would lose one."""
-    names = list(map(TokenNames(tokenizer), range(600)))
+    names = list(map(TokenTexts(tokenizer), range(600)))
     assert len(set(names)) == 600
     assert "token_id:599" in names  # no token; and special tokens are written like this, too
 

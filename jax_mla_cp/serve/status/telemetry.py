@@ -1,29 +1,39 @@
-"""`Telemetry`: the engine's observer, which keeps what /metrics, /status and the page show."""
+"""`Telemetry`: the engine's observer, which collects the data of /metrics, /status and the status page."""
 
 from __future__ import annotations
 
 import time
 
-from jax_mla_cp.engine import Engine
+from jax_mla_cp.engine import CompileProgress, Engine
 from jax_mla_cp.engine.observer import Observer, RequestReport, StepReport
 from jax_mla_cp.serve.metrics import Metrics, balance
-from jax_mla_cp.serve.status.about import About
-from jax_mla_cp.serve.status.prompts import Prompts
-from jax_mla_cp.serve.status.recent import Latencies, Rates
-from jax_mla_cp.serve.status.schemas import Latency, MeshSize, Model, Pages, Percentiles, Prefill, Speculation, Status
+from jax_mla_cp.serve.status.prefill_history import PrefillHistory
+from jax_mla_cp.serve.status.schemas import (
+    Compiling,
+    Latency,
+    MeshSize,
+    Model,
+    Pages,
+    Percentiles,
+    Prefill,
+    Speculation,
+    Status,
+)
+from jax_mla_cp.serve.status.server_info import ServerInfo
+from jax_mla_cp.serve.status.sliding_window import LatencyWindow, RateWindow
 
 
 class Telemetry(Observer):
-    """Observes an engine. Its thread calls the observer's methods; anybody may call the others."""
+    """Observes an engine. The observer's methods run on the engine's thread; `status` may be called from any thread."""
 
-    def __init__(self, about: About):
-        self.about = about
-        mesh = {axis: str(getattr(about.mesh, axis)) for axis in ("dp", "cp", "tp")}
-        self.metrics = Metrics(about.model_name, about.max_model_len, mesh | about.facts)
+    def __init__(self, info: ServerInfo):
+        self._info = info
+        mesh = {"dp": str(info.mesh.dp), "cp": str(info.mesh.cp), "tp": str(info.mesh.tp)}
+        self.metrics = Metrics(info.model_name, info.max_model_len, mesh | info.facts)
         self._started = time.monotonic()
-        self._ttft, self._itl, self._step_time = Latencies(), Latencies(), Latencies()
-        self._prompt_rate, self._token_rate = Rates(), Rates()
-        self._prompts = Prompts()
+        self._ttft, self._itl, self._step_time = LatencyWindow(), LatencyWindow(), LatencyWindow()
+        self._prompt_rate, self._token_rate = RateWindow(), RateWindow()
+        self._prompts = PrefillHistory()
         self._prefill: tuple[float, StepReport] | None = None
 
     def step(self, report: StepReport) -> None:
@@ -51,14 +61,15 @@ class Telemetry(Observer):
         self.metrics.finished(report)
 
     def status(self, engine: Engine) -> Status:
-        """All of it, as of now."""
-        now, about, unhealthy = engine.status(), self.about, engine.unhealthy_reason
+        """The current status."""
+        now, info, unhealthy = engine.status(), self._info, engine.unhealthy_reason
         return Status(
             healthy=unhealthy is None,
             reason=unhealthy,
             uptime=time.monotonic() - self._started,
-            model=Model(name=about.model_name, max_model_len=about.max_model_len, chat=about.chat, facts=about.facts),
-            mesh=MeshSize(dp=about.mesh.dp, cp=about.mesh.cp, tp=about.mesh.tp),
+            compiling=_compiling(now.compiling),
+            model=Model(name=info.model_name, max_model_len=info.max_model_len, chat=info.chat, facts=info.facts),
+            mesh=MeshSize(dp=info.mesh.dp, cp=info.mesh.cp, tp=info.mesh.tp),
             running=now.running,
             waiting=now.waiting,
             steps=now.steps,
@@ -87,12 +98,19 @@ class Telemetry(Observer):
             tokens=list(report.rank_tokens),
             pairs=list(report.rank_pairs),
             balance=balance(report.rank_pairs),
-            prompts=self._prompts.show(self.about.mesh.cp),
+            prompts=self._prompts.latest(self._info.mesh.cp),
         )
 
 
-def _latency(recent: Latencies) -> Latency:
-    summary = recent.summary()
+def _compiling(progress: CompileProgress | None) -> Compiling | None:
+    if progress is None:
+        return None
+    seconds = time.monotonic() - progress.since
+    return Compiling(done=progress.done, total=progress.total, tokens=progress.tokens, seconds=seconds)
+
+
+def _latency(window: LatencyWindow) -> Latency:
+    summary = window.summary()
     return Latency(
-        summary=None if summary is None else Percentiles(p50=summary[0], p99=summary[1]), series=recent.series()
+        summary=None if summary is None else Percentiles(p50=summary[0], p99=summary[1]), series=window.series()
     )

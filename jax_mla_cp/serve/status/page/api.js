@@ -1,4 +1,4 @@
-// Requests to this server, with the API key if one has been typed. The key is in the input and nowhere else.
+// Requests to this server, with the API key if one was entered. The key is kept in the input only.
 
 import { byId } from "./draw.js";
 
@@ -15,12 +15,12 @@ export async function call(path, options = {}) {
   const response = await fetch(path, { ...options, headers, credentials: "same-origin" });
   if (!response.ok) {
     const body = await response.json().catch(() => ({}));
-    throw new Refused(response.status, body.error?.message ?? `The server answered ${response.status}.`);
+    throw new Refused(response.status, body.error?.message ?? `The server returned ${response.status}.`);
   }
   return response;
 }
 
-// The JSON of each server-sent event, until [DONE].
+// Yields the JSON of each server-sent event, until [DONE].
 export async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";

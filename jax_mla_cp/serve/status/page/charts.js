@@ -11,7 +11,7 @@ export function drawLatency(target, { series, summary }, name) {
   const frame = newFrame(target, niceMax(Math.max(0, ...series.map(([, , tail]) => tail))), duration);
   frame.picture.setAttribute("aria-label", summary
     ? `${name}: median ${duration(summary.p50)}, 99th percentile ${duration(summary.p99)} over the last two minutes`
-    : `${name}: nothing in the last two minutes`);
+    : `${name}: no data in the last two minutes`);
   for (const [kind, column] of [["tail", 2], ["median", 1]]) {
     const points = series.map((point) => [frame.x(point[0]), frame.y(point[column])]);
     if (points.length === 1) frame.picture.append(svg("circle", { class: `lone ${kind}`, cx: points[0][0], cy: points[0][1], r: 3 }));
@@ -22,7 +22,7 @@ export function drawLatency(target, { series, summary }, name) {
 export function drawRate(target, series, name, kind) {
   const most = Math.max(0, ...series.map(([, amount]) => amount));
   const frame = newFrame(target, niceMax(most), count);
-  frame.picture.setAttribute("aria-label", `${name}: at most ${count(most)} in a second of the last two minutes`);
+  frame.picture.setAttribute("aria-label", `${name}: peak of ${count(most)} in one second over the last two minutes`);
   const wide = Math.max(frame.x(0) - frame.x(1) - 1, 1);
   for (const [age, amount] of series) {
     const y = frame.y(amount);

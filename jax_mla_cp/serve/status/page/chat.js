@@ -1,4 +1,4 @@
-// The chat box: streams from /v1/chat/completions, or continues a text where the model has no chat template.
+// The chat box: streams from /v1/chat/completions, or from /v1/completions if the model has no chat template.
 
 import { call, events, Refused } from "./api.js";
 import { byId, count, duration, element } from "./draw.js";
@@ -11,9 +11,9 @@ let running = null;
 
 export function setModel(now) {
   model = now;
-  const [label, hint] = model.chat ? ["Message", "Say something."] : ["Text to continue", "A text for the model to continue."];
+  const [label, hint] = model.chat ? ["Message", "Type a message."] : ["Text to continue", "Type a text for the model to continue."];
   byId("chat-label").textContent = label;
-  byId("chat-input").placeholder = `${hint} Enter sends, Shift+Enter makes a line.`;
+  byId("chat-input").placeholder = `${hint} Enter sends, Shift+Enter starts a new line.`;
 }
 
 function say(kind, text) {
@@ -96,7 +96,7 @@ async function answer(path, body, conversation = null) {
     note(message, usage, first === null ? null : (first - started) / 1000, (performance.now() - (first ?? started)) / 1000);
   } else {
     message.remove();
-    conversation?.pop(); // the question without an answer, or roles would not alternate
+    conversation?.pop(); // drop the question too: roles must alternate
   }
   running = null;
   setBusy(false);
@@ -110,8 +110,8 @@ function append(message, text) {
 
 function note(message, usage, first, rest) {
   const parts = [];
-  if (usage) parts.push(`${count(usage.prompt_tokens)} prompt tokens`, `${count(usage.completion_tokens)} sampled`);
-  if (first !== null) parts.push(`first after ${duration(first)}`);
+  if (usage) parts.push(`${count(usage.prompt_tokens)} prompt tokens`, `${count(usage.completion_tokens)} generated`);
+  if (first !== null) parts.push(`first token after ${duration(first)}`);
   if (usage?.completion_tokens > 1 && rest > 0) parts.push(`${((usage.completion_tokens - 1) / rest).toFixed(1)} tokens/s`);
   const line = element("p", { class: "meta" });
   line.textContent = parts.join(" · ");
@@ -120,11 +120,11 @@ function note(message, usage, first, rest) {
 }
 
 function explain(error) {
-  if (!(error instanceof Refused)) return "The server can't be reached, or the connection broke.";
+  if (!(error instanceof Refused)) return "The server can't be reached, or the connection was lost.";
   if (error.status === 401) {
     byId("chat-form").querySelector("details").open = true;
     byId("api-key").focus();
-    return "This server asks for an API key. Type it under Settings; it stays in this page's memory.";
+    return "This server needs an API key. Enter it under Settings; it is kept in this page's memory only.";
   }
   return error.message;
 }

@@ -1,4 +1,4 @@
-// What all pictures need: elements, numbers for people, and a color per cp rank. Text goes in as text, never as HTML.
+// Shared by all charts: elements, number formats, and a color per cp rank. Text is inserted as text, never as HTML.
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -18,7 +18,7 @@ function fill(made, attributes, children) {
   return made;
 }
 
-// A hue for each rank, evenly spaced over what differs to the eye; lightness is the theme's.
+// A hue for each rank, evenly spaced; the lightness is the theme's.
 export function rankColor(rank, cp) {
   const hue = 245 + (300 * rank) / Math.max(cp, 1);
   const light = getComputedStyle(document.documentElement).getPropertyValue("--rank-light");

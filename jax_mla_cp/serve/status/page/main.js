@@ -16,7 +16,7 @@ const text = (id, value) => { byId(id).textContent = value; };
 
 function setHealth(state, words) {
   byId("health").dataset.state = state;
-  if (byId("health-text").textContent !== words) text("health-text", words); // announced only when it changes
+  if (byId("health-text").textContent !== words) text("health-text", words); // screen readers announce every change
 }
 
 function drawOnce(status) {
@@ -28,7 +28,7 @@ function drawOnce(status) {
   setModel(status.model);
 }
 
-// Over the last 5 seconds: a step may take longer than one.
+// The average over 5 seconds, since a step may take longer than one.
 function perSecond(series) {
   const recent = series.filter(([age]) => age <= 5).reduce((sum, [, amount]) => sum + amount, 0);
   return count(Math.round(recent / 5));
@@ -44,7 +44,16 @@ function drawTiles(status) {
   text("preemptions", count(status.preemptions));
   const drafts = status.speculation;
   text("drafts", drafts ? percent(drafts.accepted, drafts.drafted) : "off");
-  text("drafts-note", drafts ? `of ${count(drafts.drafted)} drafts` : "no speculation");
+  text("drafts-note", drafts ? `of ${count(drafts.drafted)} drafts` : "speculative decoding");
+}
+
+function drawCompiling(compiling) {
+  const notice = byId("compiling");
+  const words = compiling
+    ? `Compiling ${compiling.done + 1} of ${compiling.total} programs (${count(compiling.tokens)} tokens per step). Requests wait until it is done.`
+    : "";
+  notice.hidden = !compiling;
+  if (notice.textContent !== words) notice.textContent = words; // screen readers announce every change
 }
 
 function drawPages({ total, used, cached, free }) {
@@ -80,7 +89,7 @@ function drawPrefill({ prefill, mesh: { cp }, running }) {
 
 function drawLatencies(status) {
   for (const [id, name, latency] of [
-    ["ttft", "Time to first token", status.ttft], ["itl", "Between tokens", status.itl], ["step", "Step time", status.step_time],
+    ["ttft", "Time to first token", status.ttft], ["itl", "Inter-token latency", status.itl], ["step", "Step time", status.step_time],
   ]) {
     drawLatency(byId(id), latency, name);
     const { summary } = latency;
@@ -88,11 +97,12 @@ function drawLatencies(status) {
     byId(`${id}-now`).replaceChildren(...words);
   }
   drawRate(byId("prompts-rate"), status.prompt_rate, "Prompt tokens per second", "prompt");
-  drawRate(byId("tokens-rate"), status.token_rate, "Sampled tokens per second", "token");
+  drawRate(byId("tokens-rate"), status.token_rate, "Generated tokens per second", "token");
 }
 
 function draw(status) {
   setHealth(status.healthy ? "good" : "bad", status.healthy ? `Healthy, up ${ago(status.uptime)}` : status.reason ?? "Not healthy");
+  drawCompiling(status.compiling);
   drawTiles(status);
   drawPages(status.pages);
   drawPrefill(status);
@@ -103,14 +113,14 @@ async function poll() {
   if (!document.hidden) {
     try {
       const status = await (await call("status", { signal: AbortSignal.timeout(PATIENCE) })).json();
-      if (!last || status.uptime < last.uptime) { // the first answer, or that of another server
+      if (!last || status.uptime < last.uptime) { // the first response, or the server was restarted
         drawOnce(status);
         drawMeshCard(status.mesh);
       }
       last = status;
       draw(status);
     } catch (error) {
-      setHealth("bad", error.status === 401 ? "Asks for an API key (Settings)" : "Not answering");
+      setHealth("bad", error.status === 401 ? "Needs an API key (see Settings)" : "Not answering");
     }
   }
   setTimeout(poll, EVERY);

@@ -1,4 +1,4 @@
-// The mesh as a picture: a box per dp group, a row per cp rank (the zigzag's lanes), a column per tp rank, a square per device.
+// Draws the mesh: a box per dp group, a row per cp rank (the zigzag's lanes), a column per tp rank, a square per device.
 
 import { element, rankColor, svg } from "./draw.js";
 

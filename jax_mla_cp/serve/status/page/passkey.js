@@ -1,4 +1,4 @@
-// A long text with a number hidden in it (arXiv:2305.16300, section 4), to see a prefill and whether the model finds it.
+// A long text with a hidden number (arXiv:2305.16300, section 4): shows a long prefill, and tests whether the model finds it.
 
 const SUBJECTS = ["The scheduler", "A worker", "The cache", "Each rank", "The router", "A request", "The kernel", "The mesh"];
 const VERBS = ["writes", "reads", "moves", "checks", "counts", "keeps", "sends", "splits"];

@@ -1,4 +1,4 @@
-// Dark or light: as the system wishes, until the button is pressed.
+// Dark or light theme: follows the system until the button is pressed.
 
 const root = document.documentElement;
 const system = matchMedia("(prefers-color-scheme: dark)");

@@ -1,5 +1,5 @@
-// Which tokens of a prompt each cp rank holds: a lane per rank, the prompt from left to right. A step's chunks go down the
-// lanes and up again; the last step's are bright.
+// The tokens of a prompt that each cp rank computed: a lane per rank, the prompt from left to right. A step's chunks go down
+// the lanes and up again; the last step is highlighted.
 
 import { ago, count, duration, element, percent, rankColor, svg } from "./draw.js";
 
@@ -47,7 +47,7 @@ function lanes(prompt, cp, width, text) {
     for (const { rank, start, end } of step.chunks) {
       const where = `tokens ${start} to ${end - 1}`;
       const look = last ? "edge" : "edge earlier";
-      if (rank === null) box(start, end, 0, height - 2, { class: `done ${look}` }, `${where}: whole on one rank`);
+      if (rank === null) box(start, end, 0, height - 2, { class: `done ${look}` }, `${where}: not split, on one rank`);
       else box(start, end, rank * lane, lane - 2, { class: look, fill: rankColor(rank, cp) }, `${where} on cp rank ${rank}`);
     }
   });
@@ -80,14 +80,14 @@ export function drawBars(target, values, unit) {
 
 export function describe(prefill) {
   const spread = Math.max(...prefill.tokens) - Math.min(...prefill.tokens);
-  return `Balance ${prefill.balance.toFixed(4)} (mean over maximum of the pairs; 1 is perfect). The ranks' tokens differ by ${spread}. ` +
+  return `Balance ${prefill.balance.toFixed(4)} (mean divided by maximum of the pairs; 1 is perfect). Tokens per rank differ by at most ${spread}. ` +
     `The step took ${duration(prefill.seconds)}.`;
 }
 
-// Between two steps of a prompt nothing is reported for as long as a step takes.
+// A prompt's next report only comes at the end of its next step.
 export function stateOf(prefill, running) {
   if (!prefill) return { live: false, text: "idle" };
   const unfinished = running > 0 && prefill.prompts.some((prompt) => prompt.active && prompt.done < prompt.total);
   const live = prefill.age < (unfinished ? Math.max(2, 3 * prefill.seconds) : 1.5);
-  return { live, text: live ? "prefilling" : `last one ${ago(prefill.age)} ago` };
+  return { live, text: live ? "prefilling" : `last prefill ${ago(prefill.age)} ago` };
 }

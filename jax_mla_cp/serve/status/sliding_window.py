@@ -1,4 +1,4 @@
-"""The last two minutes, for the status page's charts: latencies and rates per second, in little memory."""
+"""Sliding windows of the last two minutes for the status page's charts: latencies and rates per second."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
-SECONDS = 120
-"""How far back the page looks."""
+WINDOW_SECONDS = 120
 
-_PER_OCTAVE = 8  # values are kept to 2^(1/8): 4% about the middle of their bucket
+_PER_OCTAVE = 8  # buckets per factor of 2: values are exact to 4%
 
 
-class Latencies:
-    """Durations per second, counted in logarithmic buckets, so that no rate of tokens fills the memory. Thread-safe: the
-    engine's thread adds, and never waits for more than a copy of the counts."""
+class LatencyWindow:
+    """A histogram of durations for each second. Its buckets are logarithmic, so memory does not grow with the rate.
+
+    Thread-safe: the engine's thread adds, and never waits for more than a copy of the counts."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic):
         self._now = now
         self._lock = threading.Lock()
-        self._seconds: collections.deque[tuple[int, collections.Counter[int]]] = collections.deque(maxlen=SECONDS)
+        self._seconds: collections.deque[tuple[int, collections.Counter[int]]] = collections.deque(
+            maxlen=WINDOW_SECONDS
+        )
 
     def add(self, seconds: float) -> None:
         second, bucket = int(self._now()), round(math.log2(max(seconds, 1e-6)) * _PER_OCTAVE)
@@ -31,11 +33,11 @@ class Latencies:
             self._seconds[-1][1][bucket] += 1
 
     def series(self) -> list[tuple[int, float, float]]:
-        """(seconds ago, median, 99th percentile), oldest first; seconds without a value are left out."""
+        """(seconds ago, median, 99th percentile), oldest first, without seconds that have no values."""
         return [(age, percentile(counts, 0.5), percentile(counts, 0.99)) for age, counts in self._recent()]
 
     def summary(self) -> tuple[float, float] | None:
-        """(median, 99th percentile) of all of them; None without any."""
+        """(median, 99th percentile) over the window; None if it is empty."""
         total: collections.Counter[int] = collections.Counter()
         for _, counts in self._recent():
             total.update(counts)
@@ -44,16 +46,16 @@ class Latencies:
     def _recent(self) -> list[tuple[int, dict[int, int]]]:
         now = int(self._now())
         with self._lock:
-            return [(now - second, dict(counts)) for second, counts in self._seconds if now - second < SECONDS]
+            return [(now - second, dict(counts)) for second, counts in self._seconds if now - second < WINDOW_SECONDS]
 
 
-class Rates:
-    """Amounts per second. Thread-safe."""
+class RateWindow:
+    """Counts per second. Thread-safe."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic):
         self._now = now
         self._lock = threading.Lock()
-        self._seconds: collections.deque[tuple[int, int]] = collections.deque(maxlen=SECONDS)
+        self._seconds: collections.deque[tuple[int, int]] = collections.deque(maxlen=WINDOW_SECONDS)
 
     def add(self, amount: int) -> None:
         second = int(self._now())
@@ -63,14 +65,14 @@ class Rates:
             self._seconds.append((second, amount))
 
     def series(self) -> list[tuple[int, int]]:
-        """(seconds ago, amount in that second), oldest first, whole seconds only; those with nothing are left out."""
+        """(seconds ago, count), oldest first, without the current second and seconds that have no count."""
         now = int(self._now())
         with self._lock:
-            return [(now - second, amount) for second, amount in self._seconds if 0 < now - second < SECONDS]
+            return [(now - second, amount) for second, amount in self._seconds if 0 < now - second < WINDOW_SECONDS]
 
 
 def percentile(counts: Mapping[int, int], share: float) -> float:
-    """The value that `share` of the values do not exceed, as exact as the buckets are (4%).
+    """The value that a `share` of the values does not exceed, exact to the width of a bucket (4%).
 
     >>> round(percentile({0: 98, 8: 2}, 0.99), 3), round(percentile({0: 98, 8: 2}, 0.5), 3)
     (2.0, 1.0)

@@ -1,4 +1,4 @@
-"""The server with its guards over an engine without a model: it says "a" until told to stop."""
+"""The server with its middleware over an engine without a model: it says "a" until told to stop."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import numpy as np
 from jax_mla_cp.engine import EngineStatus, Failed, Finished, Request, Token
 from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.serve.app import create_app
-from jax_mla_cp.serve.guards import Guards
 from jax_mla_cp.serve.lifecycle import Server, uvicorn_config
-from jax_mla_cp.serve.served import Served
-from jax_mla_cp.serve.status import About, Telemetry
+from jax_mla_cp.serve.middleware import MiddlewareStack
+from jax_mla_cp.serve.served_model import ServedModel
+from jax_mla_cp.serve.status import ServerInfo, Telemetry
 from tests.helpers.byte_tokenizer import byte_tokenizer
 from tests.helpers.waiting import until
 
@@ -77,13 +77,15 @@ class Echo:
 class Running:
     """One with its port open."""
 
-    def __init__(self, guards: Guards | None, tls: dict[str, Any], drain_seconds: float, send_buffer: int | None):
+    def __init__(
+        self, middleware: MiddlewareStack | None, tls: dict[str, Any], drain_seconds: float, send_buffer: int | None
+    ):
         self.engine = Echo()
-        guards = guards or Guards()
-        served = Served("tiny", self.engine, byte_tokenizer(), 259, 600, (3,), SEED)  # type: ignore[arg-type]
-        telemetry = Telemetry(About("tiny", 600, False, MeshShape(), {}))
-        self.app = create_app(served, guards, telemetry)
-        self.server = Server(uvicorn_config(self.app, tls), self.engine, guards.drain, drain_seconds)
+        middleware = middleware or MiddlewareStack()
+        served = ServedModel("tiny", self.engine, byte_tokenizer(), 259, 600, (3,), SEED)  # type: ignore[arg-type]
+        telemetry = Telemetry(ServerInfo("tiny", 600, False, MeshShape(), {}))
+        self.app = create_app(served, middleware, telemetry)
+        self.server = Server(uvicorn_config(self.app, tls), self.engine, middleware.drain, drain_seconds)
         self._listener = socket.create_server(("127.0.0.1", 0))
         if send_buffer is not None:
             self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)  # its connections have it too
@@ -104,7 +106,7 @@ class Running:
 
 @contextlib.contextmanager
 def running(
-    guards: Guards | None = None,
+    middleware: MiddlewareStack | None = None,
     *,
     tls: dict[str, Any] | None = None,
     drain_seconds: float = 10,
@@ -115,7 +117,7 @@ def running(
     Args:
       send_buffer: bytes that the system takes of an answer that nobody reads; None: its own choice, megabytes.
     """
-    one = Running(guards, tls or {}, drain_seconds, send_buffer)
+    one = Running(middleware, tls or {}, drain_seconds, send_buffer)
     one.thread.start()
     until(lambda: one.server.started)
     try:

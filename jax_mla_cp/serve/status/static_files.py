@@ -1,4 +1,4 @@
-"""The page's files, read once: a request can name one of these and nothing else."""
+"""The status page's files, read once at the start: a request can name these and nothing else."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ _TYPES = {
     ".css": "text/css; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
-}  # not the system's table, which may say anything of .js
+}  # not the system's table, whose type for .js varies
 
 _HEADERS = {
-    # Scripts and styles of this server and no other, none in the page itself; no frame may hold it.
+    # Only this server's scripts and styles, none inline; the page can't be framed.
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "cross-origin-resource-policy": "same-origin",
-    "cache-control": "no-cache",  # kept, but asked for each time: 304 until a new version is installed
+    "cache-control": "no-cache",  # cached, but revalidated each time: 304 until a new version is installed
 }
 
 
 @dataclasses.dataclass(frozen=True)
-class File:
+class StaticFile:
     body: bytes
     content_type: str
 
@@ -37,18 +37,18 @@ class File:
         return f'"{hashlib.sha256(self.body).hexdigest()[:32]}"'
 
     def response(self, request: Request) -> Response:
-        """The file, or 304 for a client that has it."""
+        """The file, or 304 if the client has it already."""
         headers = _HEADERS | {"etag": self.etag}
         if self.etag in request.headers.get("if-none-match", ""):
             return Response(status_code=304, headers=headers)
         return Response(self.body, media_type=self.content_type, headers=headers)
 
 
-def read_files() -> dict[str, File]:
-    """Name -> file, of all in page/."""
+def load_static_files() -> dict[str, StaticFile]:
+    """Loads the files of page/, by name."""
     found = {}
     for path in resources.files(__package__).joinpath("page").iterdir():
         kind = _TYPES.get("." + path.name.rpartition(".")[2])
         if kind:
-            found[path.name] = File(path.read_bytes(), kind)
+            found[path.name] = StaticFile(path.read_bytes(), kind)
     return found

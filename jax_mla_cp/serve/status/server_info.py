@@ -1,4 +1,4 @@
-"""What of a server never changes: its model, its mesh, its versions."""
+"""Constant properties of a server: model, mesh, versions."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from jax_mla_cp.version import package_version
 
 
 @dataclasses.dataclass(frozen=True)
-class About:
-    """What of the server never changes."""
+class ServerInfo:
+    """Constant properties of a server."""
 
     model_name: str
     max_model_len: int
@@ -22,14 +22,14 @@ class About:
     """The model has a chat template."""
     mesh: MeshShape
     facts: dict[str, str]
-    """What else people ask: versions, device, dtype. Keys are label names of Prometheus: letters, digits and _."""
+    """Versions, device, dtype, ... Keys are Prometheus label names: letters, digits and _."""
 
 
-def describe(model_name: str, runner: Runner, tokenizer: Tokenizer | None) -> About:
-    """Of a server that answers to `model_name`."""
+def server_info(model_name: str, runner: Runner, tokenizer: Tokenizer | None) -> ServerInfo:
+    """Describes a server that serves `runner` as `model_name`."""
     model = runner.planner.model
     build = model.build
-    return About(
+    return ServerInfo(
         model_name=model_name,
         max_model_len=runner.max_model_len,
         chat=tokenizer is not None and tokenizer.chat_template is not None,
