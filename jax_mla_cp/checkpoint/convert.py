@@ -308,4 +308,4 @@ def _failed(error: Exception, source: Path, out: Path) -> CheckpointError:
     """For what the system or TensorStore says while a conversion runs."""
     full = getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
     what = "its disk is full" if full else f"stopped by an error: {error}"
-    return CheckpointError(f"OUT {out}: {what}. What is written stays; go on with: {command(source, out)}")
+    return CheckpointError("out", f"{out}: {what}. What is written stays; go on with: {command(source, out)}")

@@ -22,12 +22,12 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Column, Table
 
-from jax_mla_cp.checkpoint.orbax import Converted, command, is_converted
+from jax_mla_cp.checkpoint.orbax import Converted, is_converted
 from jax_mla_cp.checkpoint.progress import loading_bar
 from jax_mla_cp.checkpoint.source import CheckpointError, SafetensorsSource
 from jax_mla_cp.checkpoint.target import Target
 from jax_mla_cp.checkpoint.tensors import check_tensors
-from jax_mla_cp.config.errors import ConfigError
+from jax_mla_cp.config.errors import ConfigError, check_choice
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.model.context import EP_CHOICES, Build
@@ -83,15 +83,17 @@ def inspect(
       CheckpointError: nothing can be told of it: no weights, a manifest or a header that can't be read.
     """
     if not directory.is_dir():
-        raise ConfigError(f"DIR {directory}: is not a directory. Give a model directory.")
+        raise ConfigError("model", f"{directory} is not a directory. Give a model directory.")
     problems: list[str] = []
-    config = _found(problems, lambda: ModelConfig.from_dir(directory))
     source = Converted.read(directory) if is_converted(directory) else SafetensorsSource(directory)
+    if isinstance(source, Converted) and not source.complete:
+        problems.append(f"{directory} is {source.unfinished}")
+    # A conversion copies config.json last.
+    missing = bool(problems) and not (directory / "config.json").exists()
+    config = None if missing else _found(problems, lambda: ModelConfig.from_dir(directory))
     if isinstance(source, Converted):
         tensors = [_Tensor(a.name, a.shape, a.dtype) for a in source.arrays.values()]
         files = sum(1 for array in source.arrays.values() for _ in array.chunks()) + len(source.files)
-        if not source.complete:
-            problems.append(f"the conversion is not complete; finish it with: {command(source.source, directory)}")
         problems += source.problems()
     else:
         hf = source
@@ -167,7 +169,7 @@ def _found(problems: list[str], look: Callable[[], T]) -> T | None:
     try:
         return look()
     except ConfigError as error:
-        problems.append(str(error))
+        problems.append(error.message if error.field == "model" else str(error))
         return None
 
 
@@ -201,8 +203,7 @@ def _tensor_rows(tensors: list[_Tensor]) -> list[dict[str, Any]]:
 
 def _per_device(config: ModelConfig, mesh: MeshShape, ep_axes: str, tensors: list[_Tensor]) -> dict[str, Any]:
     """What the loader would put on each device of a mesh, in the dtype that most of the checkpoint has."""
-    if ep_axes not in EP_CHOICES:
-        raise ConfigError(f"--ep-axes must be {' or '.join(EP_CHOICES)}, got {ep_axes!r}.")
+    check_choice("ep_axes", ep_axes, tuple(EP_CHOICES))
     kinds = _sums([t for t in tensors if t.dtype.name in _MODEL_DTYPES], lambda t: t.dtype.name)
     dtype = next(iter(kinds), "bfloat16")
     fp8 = config.quantization is not None and not any(t.name == "moe.mlp.down" for t in tensors)

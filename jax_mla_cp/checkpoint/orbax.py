@@ -156,16 +156,17 @@ class Converted:
             del body["sha256"]
             layout = body["layout"]
         except FileNotFoundError:
-            raise CheckpointError(f"{path}: missing. {_anew(directory)}") from None
+            raise CheckpointError(str(path), f"missing. {_anew(directory)}") from None
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{path}: damaged ({error!r}). {_anew(directory)}") from error
+            raise CheckpointError(str(path), f"damaged ({error!r}). {_anew(directory)}") from error
         if layout != LAYOUT:
             raise CheckpointError(
-                f"{path}: layout {layout!r}; this version of jax_mla_cp reads layout {LAYOUT}. Convert the Hugging Face "
-                "checkpoint again, or use the version that wrote this one."
+                str(path),
+                f"layout {layout!r}; this version of jax_mla_cp reads layout {LAYOUT}. Convert the Hugging Face "
+                "checkpoint again, or use the version that wrote this one.",
             )
         if text != _sealed(body):
-            raise CheckpointError(f"{path}: damaged (its checksum is wrong). {_anew(directory)}")
+            raise CheckpointError(str(path), f"damaged (its checksum is wrong). {_anew(directory)}")
         arrays = {
             name: StoredArray(name, tuple(a["shape"]), np.dtype(ts.dtype(a["dtype"]).numpy_dtype), tuple(a["chunk"]))
             for name, a in body["arrays"].items()
@@ -189,10 +190,16 @@ class Converted:
         """
         if weights not in ("auto", self.weights):
             raise ConfigError(
-                f"--weights {weights}: {self.directory} was converted with {self.weights} weights. Use --weights auto, or "
-                f"convert again: {command(self.source, self.directory)} --weights {weights} --overwrite"
+                "weights",
+                f"{self.directory} was converted with {self.weights} weights, got {weights!r}. Use weights='auto', or "
+                f"convert again: {command(self.source, self.directory)} --weights {weights} --overwrite",
             )
         return self.weights
+
+    @property
+    def unfinished(self) -> str:
+        """What errors and reports call a conversion that is not complete, and the command that continues it."""
+        return f"an unfinished conversion: its weights are not complete. Finish it with: {command(self.source, self.directory)}"
 
     def problems(self) -> list[str]:
         """Every file that is missing, of the wrong size or, unless it is a chunk, changed; "PATH: what is wrong"."""
@@ -218,9 +225,10 @@ class Converted:
         """Names them, and says how to repair them."""
         rest = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         return CheckpointError(
-            f"--model {self.directory}: {len(problems)} damaged files:"
+            "model",
+            f"{self.directory} has {len(problems)} damaged files:"
             + "".join(f"\n  {problem}" for problem in problems[:_SHOWN])
-            + f"{rest}\nRepair it with: {command(self.source, self.directory)}"
+            + f"{rest}\nRepair it with: {command(self.source, self.directory)}",
         )
 
     def open(self, name: str) -> ts.TensorStore:
@@ -261,9 +269,7 @@ def open_converted(directory: Path) -> Converted:
     """
     checkpoint = Converted.read(directory)
     if not checkpoint.complete:
-        raise CheckpointError(
-            f"--model {directory}: its conversion is not complete. Finish it with: {command(checkpoint.source, directory)}"
-        )
+        raise CheckpointError("model", f"{directory} is {checkpoint.unfinished}")
     if problems := checkpoint.problems():
         raise checkpoint.error(problems)
     return checkpoint

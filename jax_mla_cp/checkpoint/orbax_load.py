@@ -140,8 +140,8 @@ def _check(targets: list[Target], checkpoint: Converted) -> None:
             wrong.append(f"{name}: expected {list(target.shape)}, got {list(got)}")
     if wrong:
         raise CheckpointError(
-            f"--model {checkpoint.directory}: its parameters are not those of this model:"
-            + "".join(f"\n  {w}" for w in wrong)
+            "model",
+            f"{checkpoint.directory} has parameters that are not this model's:" + "".join(f"\n  {w}" for w in wrong),
         )
 
 

@@ -195,7 +195,7 @@ class Target:
         if q is not None and operand.suffix == q.scale_suffix:
             if not np.isfinite(tensor).all():
                 raise CheckpointError(
-                    f"{name}{operand.suffix}: a scale is NaN or infinite. Download the checkpoint again."
+                    name + operand.suffix, "a scale is NaN or infinite. Download the checkpoint again."
                 )
             # `blocks` begins with the inputs and ends with the outputs. Where it has 1, every element gets its block's scale.
             kept = self.blocks[-1], self.blocks[self.leading]
@@ -206,7 +206,7 @@ class Target:
         if q is not None and q.shape_suffix and operand.suffix == q.stored_suffix:
             told = source.read(name + q.shape_suffix).tolist()
             if tuple(told) != piece.stored:
-                raise CheckpointError(f"{name}{q.shape_suffix}: expected {list(piece.stored)}, got {told}.")
+                raise CheckpointError(name + q.shape_suffix, f"expected {list(piece.stored)}, got {told}.")
         return tensor.view(np.uint8) if tensor.dtype == FP8 else tensor
 
     def _bounds(self, piece: Piece) -> list[tuple[int, int]]:

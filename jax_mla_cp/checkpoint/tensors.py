@@ -55,14 +55,15 @@ def check_tensors(source: TensorSource, config: ModelConfig, targets: Sequence[T
         "of the wrong shape": wrong,
         "of a dtype that does not belong there (one that is quantized has scales, others have none)": unreadable,
         "quantized for some experts of a layer only": incomplete,
-        "not quantized, which --weights fp8 asks for (use --weights bf16)": plain,
+        "not quantized, which weights='fp8' asks for (use weights='bf16')": plain,
     }
     if any(mistakes.values()):
         lists = "".join(_listing(what, names) for what, names in mistakes.items() if names)
         raise CheckpointError(
+            "model",
             f"the checkpoint's tensors are not those that its config.json describes "
             f"({len(expected)} expected, {len(present)} of them found):{lists}\n"
-            "Check that config.json and the safetensors files belong to the same model and are complete."
+            "Check that config.json and the safetensors files belong to the same model and are complete.",
         )
     if ignored:
         _log.info(

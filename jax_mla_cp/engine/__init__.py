@@ -1,5 +1,6 @@
 """Requests over time: pages, schedule, and the loop that steps the model."""
 
+from jax_mla_cp.batch.step_request import SamplingParams
 from jax_mla_cp.engine.engine import Engine, EngineDead, QueueFull
 from jax_mla_cp.engine.observer import Observer, Prefilled, RequestReport, StepReport
 from jax_mla_cp.engine.request import Event, Failed, Finished, Grammar, GrammarError, PromptLogprobs, Request, Token
@@ -20,6 +21,7 @@ __all__ = [
     "QueueFull",
     "Request",
     "RequestReport",
+    "SamplingParams",
     "Speculation",
     "StepReport",
     "Token",

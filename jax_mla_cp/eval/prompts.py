@@ -62,8 +62,8 @@ class Text:
         least = len(self._tokenizer.prefix) + len(fact) + len(question)
         room = length - least
         if room < 0:
-            raise ConfigError(f"--lengths: fact and question take {least} tokens, got {length}. Use longer prompts.")
-        self._check_holds(room, f"--lengths {length}")
+            raise ConfigError("lengths", f"fact and question take {least} tokens, got {length}. Use longer prompts.")
+        self._check_holds("lengths", length, room)
         last = len(self._tokens) - room
         start = self._between_lines(rng.randint(0, last), 0, last)
         cut = self._between_lines(start + round(depth * room), start, start + room)
@@ -83,7 +83,7 @@ class Text:
         Raises:
           ConfigError: the text is too short.
         """
-        self._check_holds(tokens, f"--perplexity-tokens {tokens}")
+        self._check_holds("perplexity_tokens", tokens, tokens)
         begin = self._tokenizer.prefix
         count = -(-tokens // min(WINDOW, longest))
         sizes = [tokens // count + (i < tokens % count) for i in range(count)]
@@ -105,10 +105,11 @@ class Text:
         places += [bound for bound in (low, high) if abs(bound - at) <= _NEAR]
         return min(places, key=lambda place: abs(place - at), default=at)
 
-    def _check_holds(self, tokens: int, flag: str) -> None:
+    def _check_holds(self, field: str, value: int, tokens: int) -> None:
         if tokens > len(self._tokens):
             raise ConfigError(
-                f"{flag}: needs a text of {tokens} tokens, it has {len(self._tokens)}. Use less, or a longer --text."
+                field,
+                f"{value} needs a text of {tokens} tokens, it has {len(self._tokens)}. Use less, or a longer `text`.",
             )
 
 

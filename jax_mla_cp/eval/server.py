@@ -44,14 +44,15 @@ class Server:
         except (TargetError, KeyError, TypeError) as error:
             reason = error if isinstance(error, TargetError) else "GET /models has no list of models"
             raise ConfigError(
-                f"--base-url {self._url}: {reason}. Give the address of an OpenAI server with its /v1, like "
-                "http://127.0.0.1:8000/v1."
+                "base_url",
+                f"{self._url}: {reason}. Give the address of an OpenAI server with its /v1, like "
+                "http://127.0.0.1:8000/v1.",
             ) from error
         if name is None and len(names) == 1:
             return names[0]
         if name is None or name not in names:
             got = "several models" if name is None else f"no model {name!r}"
-            raise ConfigError(f"--served-model-name: {self._url} has {got}. Use one of {', '.join(names) or 'none'}.")
+            raise ConfigError("served_model_name", f"{self._url} has {got}. Use one of {', '.join(names) or 'none'}.")
         return name
 
     def facts(self) -> dict[str, Any]:

@@ -12,20 +12,24 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from jax_mla_cp.version import program_imports
 
-from jax_mla_cp.config.errors import ConfigError
-from jax_mla_cp.engine import Engine
-from jax_mla_cp.serve import logs, security
-from jax_mla_cp.serve.app import create_app
-from jax_mla_cp.serve.guards import Guards
-from jax_mla_cp.serve.lifecycle import Server, uvicorn_config
-from jax_mla_cp.serve.options import ServeConfig, parse
-from jax_mla_cp.serve.served import Served
-from jax_mla_cp.serve.start import load_model, make_runner, set_up_devices
-from jax_mla_cp.serve.status import Telemetry, describe
-from jax_mla_cp.step.runner import Runner
+with program_imports():
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from jax_mla_cp.cli import fail
+    from jax_mla_cp.config.errors import ConfigError
+    from jax_mla_cp.engine import Engine
+    from jax_mla_cp.launch import Runner, load_model, make_runner, set_up_devices
+    from jax_mla_cp.serve import logs, security
+    from jax_mla_cp.serve.app import create_app
+    from jax_mla_cp.serve.guards import Guards
+    from jax_mla_cp.serve.lifecycle import Server, uvicorn_config
+    from jax_mla_cp.serve.served import Served
+    from jax_mla_cp.serve.server_flags import make_parser
+    from jax_mla_cp.serve.server_options import ServerOptions, parse
+    from jax_mla_cp.serve.status import Telemetry, describe
 
 log = logging.getLogger("jax_mla_cp.serve")
 
@@ -36,7 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the server until it is told to stop.
 
     Returns:
-      The exit code: 0; 1 if running requests were cut off; 2 for a setting that can't work.
+      The exit code: 0; 1 if running requests were cut off.
+
+    Raises:
+      SystemExit: with code 2, for a setting that can't work.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _leave)
@@ -50,8 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with _listen(config) as listener:
                 return _serve(config, listener, guards, tls)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        fail(error, make_parser())
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
@@ -61,7 +67,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
     os._exit(0)
 
 
-def _listen(config: ServeConfig) -> socket.socket:
+def _listen(config: ServerOptions) -> socket.socket:
     """Takes the port before anything is loaded: an occupied one is known at once.
 
     Raises:
@@ -76,12 +82,13 @@ def _listen(config: ServeConfig) -> socket.socket:
         listener.bind(address)
     except OSError as error:
         raise ConfigError(
-            f"--host {config.host} --port {config.port}: can't listen there ({error.strerror or error}). Use another --port."
+            "port",
+            f"can't listen there, host={config.host!r} port={config.port} ({error.strerror or error}). Use another one.",
         ) from error
     return listener
 
 
-def _serve(config: ServeConfig, listener: socket.socket, guards: Guards, tls: dict[str, Any]) -> int:
+def _serve(config: ServerOptions, listener: socket.socket, guards: Guards, tls: dict[str, Any]) -> int:
     started = time.perf_counter()
     used = set_up_devices(config)
     log.info("mesh %s on %d %s devices", config.mesh, config.mesh.devices, used)
@@ -138,7 +145,7 @@ def _warm_up(runner: Runner) -> None:
         runner.warmup(progress.track)
 
 
-def _announce(config: ServeConfig, listener: socket.socket, seconds: float, *, keys: bool) -> None:
+def _announce(config: ServerOptions, listener: socket.socket, seconds: float, *, keys: bool) -> None:
     port = listener.getsockname()[1]
     host = f"[{config.host}]" if ":" in config.host else config.host
     name = config.served_model_name

@@ -19,7 +19,7 @@ def encode_text(served: Served, text: str, *, wrap: bool = True) -> list[int]:
     try:
         return tokenizer.encode(text, wrap=wrap)
     except TokenizerError as error:
-        raise ApiError(400, f"prompt: {error}", param="prompt") from error
+        raise ApiError(400, f"prompt: {error.message}", param="prompt") from error
 
 
 def encode_messages(served: Served, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:

@@ -60,4 +60,4 @@ class Served:
         try:
             return require_tokenizer(self.tokenizer)
         except TokenizerError as error:
-            raise ApiError(400, f"{param}: {error}", param=param) from error
+            raise ApiError(400, f"{param}: {error.message}", param=param) from error

@@ -49,11 +49,11 @@ class ChatTemplate:
             named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
             name, source = f"{name} 'default'", named.get("default")
             if source is None:
-                raise TokenizerError(f"{name}: no such template; the list has {sorted(map(str, named))}.")
+                raise TokenizerError(name, f"no such template; the list has {sorted(map(str, named))}.")
         if source is None:
             return None
         if not isinstance(source, str):
-            raise TokenizerError(f"{name}: expected text, got {type(source).__name__}.")
+            raise TokenizerError(name, f"expected text, got {type(source).__name__}.")
         return cls(source, settings, name=name)
 
     def render(

@@ -50,7 +50,7 @@ class JsonVocabulary:
         try:
             backend = tokenizers.Tokenizer.from_buffer(contents)
         except Exception as error:  # the library raises a bare Exception
-            raise TokenizerError(f"{source}: not a tokenizer that the tokenizers library reads: {error}") from error
+            raise TokenizerError(str(source), f"not a tokenizer that the tokenizers library reads: {error}") from error
         return cls(backend)
 
     def encode(self, text: str) -> list[int]:
@@ -87,7 +87,7 @@ def _post_processor(backend: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tup
     for start in range(len(full) - len(bare) + 1):
         if full[start : start + len(bare)] == bare:
             return tuple(full[:start]), tuple(full[start + len(bare) :])
-    raise TokenizerError("tokenizer.json: its post-processor changes the text's own tokens, which is not supported.")
+    raise TokenizerError("tokenizer.json", "its post-processor changes the text's own tokens, which is not supported.")
 
 
 def _kinds(decoder: Mapping[str, Any]) -> Iterator[str]:

@@ -47,7 +47,7 @@ class Program:
         """
         self._name = name
         if len(source) > MAX_SOURCE:
-            raise TokenizerError(f"{name}: {len(source)} characters; a template may have {MAX_SOURCE}.")
+            raise TokenizerError(name, f"{len(source)} characters; a template may have {MAX_SOURCE}.")
         try:
             self._template = _ENVIRONMENT.from_string(source)
         except Exception as error:  # what it is depends on whether Jinja's parser or Python's compiler gives up
@@ -79,7 +79,7 @@ class Program:
             line = frame.lineno if frame.filename == "<template>" else line
         where = f"{self._name}, line {line}" if line else self._name
         what = str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
-        return TokenizerError(f"{where}: {what}")
+        return TokenizerError(where, what)
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):

@@ -23,9 +23,9 @@ def read_settings(path: Path) -> Mapping[str, Any]:
     try:
         settings = json.loads(read_text(path))
     except ValueError as error:
-        raise TokenizerError(f"{path}: not readable as JSON: {error}") from error
+        raise TokenizerError(str(path), f"not readable as JSON: {error}") from error
     if not isinstance(settings, dict):
-        raise TokenizerError(f"{path}: expected a JSON object, got {type(settings).__name__}.")
+        raise TokenizerError(str(path), f"expected a JSON object, got {type(settings).__name__}.")
     return settings
 
 
@@ -37,7 +37,7 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (ValueError, OSError) as error:
-        raise TokenizerError(f"{path}: not readable as UTF-8 text: {error}") from error
+        raise TokenizerError(str(path), f"not readable as UTF-8 text: {error}") from error
 
 
 def token_text(token: Any) -> str | None:

@@ -105,8 +105,9 @@ class Tokenizer:
         token, largest = vocabulary.last()
         if largest >= vocab_size:
             raise TokenizerError(
-                f"{source}: token {token!r} has id {largest}, but the model's vocab_size is {vocab_size}. "
-                "Use the tokenizer that belongs to the model."
+                str(source),
+                f"token {token!r} has id {largest}, but the model's vocab_size is {vocab_size}. "
+                "Use the tokenizer that belongs to the model.",
             )
         prefix, suffix = (
             _wrapping(settings, which, vocabulary, default)
@@ -142,8 +143,9 @@ class Tokenizer:
         """
         if self.chat_template is None:
             raise TokenizerError(
+                "chat_template",
                 "the model directory has no chat template, so messages can't be made a prompt. Send the prompt as text, "
-                "or put the model's chat_template.jinja there."
+                "or put the model's chat_template.jinja there.",
             )
         return self._encode(
             self.chat_template.render(messages, add_generation_prompt=add_generation_prompt, **variables)
@@ -166,7 +168,7 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise TokenizerError(
-                f"character {error.start} is {text[error.start]!r}, half a surrogate pair, which is no text."
+                "text", f"character {error.start} is {text[error.start]!r}, half a surrogate pair, which is no text."
             ) from error
         return self._vocabulary.encode(text)
 
@@ -179,9 +181,10 @@ def require_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:
     """
     if tokenizer is None:
         raise TokenizerError(
+            "tokenizer.json",
             "the model directory has no tokenizer.json (or Kimi's tiktoken.model), so text can't be tokenized. Send the "
             "prompt as token ids, or put a tokenizer.json there (transformers: "
-            "AutoTokenizer.from_pretrained(..).save_pretrained(DIR))."
+            "AutoTokenizer.from_pretrained(..).save_pretrained(DIR)).",
         )
     return tokenizer
 
@@ -190,7 +193,7 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise TokenizerError(f"{path}: not readable: {error}") from error
+        raise TokenizerError(str(path), f"not readable: {error}") from error
 
 
 def _wrapping(
@@ -206,7 +209,8 @@ def _wrapping(
     number = None if content is None else vocabulary.token_id(content)
     if number is None:
         raise TokenizerError(
-            f"tokenizer_config.json: add_{which}_token is true, but {which}_token={content!r} is no token of the "
-            f"tokenizer. Set {which}_token to one, or add_{which}_token to false."
+            "tokenizer_config.json",
+            f"add_{which}_token is true, but {which}_token={content!r} is no token of the "
+            f"tokenizer. Set {which}_token to one, or add_{which}_token to false.",
         )
     return (number,)

@@ -118,14 +118,15 @@ class Client:
             names = [str(model["id"]) for model in answer["data"]]
         except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
-                f"--base-url {self.url}: GET /models gives no list of models ({_kind(error)}: {error}). Give the address of an "
-                "OpenAI server with its /v1, like http://127.0.0.1:8000/v1, and with --api-key-env if it wants a key."
+                "base_url",
+                f"{self.url}: GET /models gives no list of models ({_kind(error)}: {error}). Give the address of an "
+                "OpenAI server with its /v1, like http://127.0.0.1:8000/v1, and with `api_key_env` if it wants a key.",
             ) from error
         if name is None and len(names) == 1:
             return names[0]
         if name not in names:
             got = "several models" if name is None else f"no model {name!r}"
-            raise ConfigError(f"--model: {self.url} has {got}. Use one of {', '.join(names) or 'none'}.")
+            raise ConfigError("model", f"{self.url} has {got}. Use one of {', '.join(names) or 'none'}.")
         return name
 
     async def _try(self, session: aiohttp.ClientSession, method: str, path: str, body: Any = None) -> dict[str, Any]:
