@@ -28,7 +28,7 @@ def check_directories(source: Path, out: Path, *, overwrite: bool) -> None:
     if is_converted(source):
         raise ConfigError("model", f"{source} is a converted checkpoint already. Give the Hugging Face directory.")
     if out.resolve() == source.resolve():
-        raise ConfigError("out", f"{out} is the source itself. Name another directory.")
+        raise ConfigError("out", f"{out} is `model` itself. Name another directory.")
     if out.exists() and not out.is_dir():
         raise ConfigError("out", f"{out} is a file. Name another directory.")
     try:

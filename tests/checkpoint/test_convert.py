@@ -26,6 +26,7 @@ from jax_mla_cp.checkpoint.convert import convert
 from jax_mla_cp.checkpoint.directories import alone
 from jax_mla_cp.checkpoint.orbax import StoredArray
 from jax_mla_cp.config.errors import ConfigError
+from jax_mla_cp.launch import config_and_tokenizer
 from tests.helpers import hf_tensors as hf
 
 
@@ -262,13 +263,14 @@ def test_disk_that_is_full(source: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 CANT: list[tuple[Callable[[Path, Path], list[str]], str]] = [
-    (lambda hf, tmp: ["convert", str(tmp / "none"), str(tmp / "out")], "HF_DIR"),
-    (lambda hf, tmp: ["convert", str(hf), str(hf)], "is HF_DIR itself"),
+    (lambda hf, tmp: ["convert", str(tmp / "none"), str(tmp / "out")], "HF_DIR: "),
+    (lambda hf, tmp: ["convert", str(hf), str(hf)], "is HF_DIR itself. Name"),
     (lambda hf, tmp: ["convert", str(hf), str(hf / "config.json")], "is a file"),
     (lambda hf, tmp: ["convert", str(hf), str(hf.parent)], "is not empty"),
     (lambda hf, tmp: ["convert", str(hf), "/proc/nowhere/out"], "can't be used"),
     (lambda hf, tmp: ["convert", str(hf)], "OUT"),
     (lambda hf, tmp: ["convert", str(hf), "out", "--overwrit"], "--overwrit"),
+    (lambda hf, tmp: ["inspect", str(tmp / "none")], "error: DIR: "),
     (lambda hf, tmp: ["inspect", str(tmp / "none")], "is not a directory"),
     (lambda hf, tmp: ["inspect", str(hf), "--mesh", "tp=x"], "whole number"),
     (lambda hf, tmp: ["inspect", str(hf), "--mesh", "tp=3"], "num_attention_heads"),
@@ -318,6 +320,30 @@ def test_inspect_either_kind(source: Path, made: Path, capsys: pytest.CaptureFix
     assert main(["inspect", str(made), "--tensors", "--mesh", "tp=2", "--verify"]) == 0
     shown = capsys.readouterr().out
     assert "moe.mlp.gate_up" in shown and "routed experts" in shown and "checksums checked" in shown
+
+
+def test_a_half_converted_directory_is_called_that(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    half = tmp_path / "half"
+    with monkeypatch.context() as patch:
+        stop_after(5, patch)
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, half, progress=False)
+    assert not (half / "config.json").exists()
+    told = (
+        f"{half} is an unfinished conversion: its weights are not complete. "
+        f"Finish it with: python -m jax_mla_cp.checkpoint convert {source} {half}"
+    )
+    for read in (mla.load, config_and_tokenizer):
+        with pytest.raises(CheckpointError) as refused:
+            read(half)
+        assert str(refused.value) == f"model: {told}"
+    assert main(["inspect", str(half)]) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "is an unfinished conversion" in shown and "has no config.json" not in shown
+    code, report = inspect(str(half), capsys=capsys)
+    assert code == 1 and report["problems"][0] == told
 
 
 def test_inspect_finds_damage(out: Path, capsys: pytest.CaptureFixture[str]) -> None:

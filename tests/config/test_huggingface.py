@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -189,7 +188,6 @@ def test_fewer_experts_than_devices_run_on_a_part_of_the_mesh() -> None:
 def test_auto_ep_takes_the_fewest_axes_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     config = presets.model_config("deepseek_v3")
     mesh = mla.make_mesh("dp=2,tp=8,cp=2")
-    load_module = importlib.import_module("jax_mla_cp.launch")  # the package's own `load` is the function
     sizes = {
         name: weight_bytes(Build(config, MeshShape(2, 2, 8), axes, jnp.dtype(jnp.bfloat16)))
         for name, axes in EP_CHOICES.items()
@@ -201,7 +199,7 @@ def test_auto_ep_takes_the_fewest_axes_that_fit(monkeypatch: pytest.MonkeyPatch)
         ("tp,cp,dp", sizes["tp,cp,dp"]),
         ("tp,cp,dp", 1),
     ):
-        monkeypatch.setattr(load_module, "device_memory", lambda room=room: room / 0.69)
+        monkeypatch.setattr("jax_mla_cp.platform.device_memory", lambda room=room: room / 0.69)
         build = plan_build(config, mesh, dtype="bfloat16", ep_axes="auto", attention="auto")
         assert build.ep_axes == EP_CHOICES[wanted]
 
