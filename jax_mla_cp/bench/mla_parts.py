@@ -153,10 +153,10 @@ def _write(options: Options, config: ModelConfig, seq: int) -> Callable[[], Any]
     slots = jnp.asarray(
         (rng.permutation(shape.pages_per_layer)[:, None] * PAGE_SIZE + np.arange(PAGE_SIZE)).ravel()[:seq]
     )
-    fresh = jnp.asarray(shape.no_page(2))  # as many as layout.py's at least
+    pages_to_zero = jnp.asarray(shape.unused_pages(2))  # as many as layout.py's at least
     program = jax.jit(
         lambda pages, latents, slots: cache.write(
-            pages, latents, slots, fresh, jnp.int32(0), pages_per_layer=shape.pages_per_layer
+            pages, latents, slots, pages_to_zero, jnp.int32(0), pages_per_layer=shape.pages_per_layer
         ),
         donate_argnums=0,
     )

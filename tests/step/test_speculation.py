@@ -222,10 +222,10 @@ def test_next_tokens_need_no_collective() -> None:
     text = steps.program.as_text()
     gathers = re.findall(r"= (\w+\[[\d,]*\])\S* all-gather(?:-start)?\(", text)
     tokens = 3 * steps.planner.buckets[-1]
-    latents = [f"f32[{tokens},{c.latent_dim}]"] * 2 + [f"f32[{shape.requests},{c.latent_dim}]"]
-    share = shape.requests // 3
+    latents = [f"f32[{tokens},{c.latent_dim}]"] * 2 + [f"f32[{shape.max_requests},{c.latent_dim}]"]
+    share = shape.max_requests // 3
     logits = [f"f32[{n},{c.vocab_size}]" for n in (share * shape.samples, share, share)]
-    assert sorted(gathers) == sorted([*latents, *logits, f"s32[{shape.requests},{shape.samples}]"])
+    assert sorted(gathers) == sorted([*latents, *logits, f"s32[{shape.max_requests},{shape.samples}]"])
     scatters = re.findall(r"= (\w+\[[\d,]*\])\S* reduce-scatter\(", text)
     assert sorted(scatters) == sorted([f"f32[{n},{c.hidden_size}]" for n in (share, share * shape.samples)])
     assert not re.search(r"all-to-all|collective-permute", text)
