@@ -45,7 +45,7 @@ help:
 	@echo "make serve [ARGS='--port 9000'] [MESH=tp=8,cp=4]   serve the built-in model"
 	@echo "make test [ARGS='-k zigzag']                      run the tests"
 	@echo "make soak                                         load, fault and fuzz tests in full (25 minutes on 2 cores)"
-	@echo "make lint | format                                check | apply the formatting: ruff, mypy, clang-format"
+	@echo "make lint | format                                check | apply the formatting: ruff, mypy, import-linter, clang-format"
 	@echo "make env                                          the run-time environment in $(VENV); compiles nothing without a GPU"
 	@echo "make ffi                                          with the FlashAttention-3 kernels in it (needs nvcc)"
 	@echo "make clean                                        remove $(VENV), build and caches"
@@ -71,6 +71,7 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/lint-imports
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
@@ -78,7 +79,7 @@ format: $(VENV)/.test
 	$(BIN)/clang-format -i $(CPP)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

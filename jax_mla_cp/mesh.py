@@ -59,12 +59,13 @@ class MeshShape:
             axis, equals, size = part.strip().partition("=")
             if axis not in AXES or not equals:
                 raise ConfigError(
-                    f"--mesh {text!r}: {part.strip()!r} is not AXIS=SIZE with AXIS one of tp, cp, dp. Example: tp=8,cp=4"
+                    "mesh",
+                    f"{part.strip()!r} is not AXIS=SIZE with AXIS one of tp, cp, dp, got {text!r}. Use e.g. mesh='tp=8,cp=4'.",
                 )
             if axis in sizes:
-                raise ConfigError(f"--mesh {text!r}: {axis} is given twice.")
+                raise ConfigError("mesh", f"{axis} is given twice in {text!r}. Give each axis once.")
             if not (size.isascii() and size.isdigit() and 1 <= int(size) <= 65536):
-                raise ConfigError(f"--mesh {text!r}: {axis}={size!r} must be a whole number from 1 to 65536.")
+                raise ConfigError("mesh", f"{axis} must be a whole number from 1 to 65536, got {size!r} in {text!r}.")
             sizes[axis] = int(size)
         return cls(**sizes)
 
@@ -78,17 +79,31 @@ def make_mesh(shape: str | MeshShape, devices: Sequence[jax.Device] | None = Non
     shape = MeshShape.parse(shape) if isinstance(shape, str) else shape
     devices = list(jax.devices() if devices is None else devices)
     if len(devices) < shape.devices:
+        sizes = [f"{axis}={size}" for axis in AXES if (size := getattr(shape, axis)) > 1]
         raise ConfigError(
-            f"mesh: {shape} needs {shape.devices} devices, found {len(devices)} ({devices[0].device_kind}). "
-            f"Use a smaller mesh{_cpu_hint(devices, shape)}."
+            "mesh",
+            f"{' and '.join(sizes)} need{'s' if len(sizes) == 1 else ''} {shape.devices} devices, found {len(devices)} "
+            f"({devices[0].device_kind}). Use mesh={_smaller(shape, len(devices))!r}{_cpu_hint(devices, shape)}.",
         )
     if len(devices) > shape.devices and jax.process_count() > 1:
         raise ConfigError(
-            f"mesh: {shape} uses {shape.devices} of {len(devices)} devices; several processes must use all of theirs."
+            "mesh",
+            f"{shape} uses {shape.devices} of {len(devices)} devices; several processes must use all of theirs. "
+            "Use a mesh of all devices.",
         )
     return jax.make_mesh(
         (shape.dp, shape.cp, shape.tp), AXES, devices=devices[: shape.devices], axis_types=(AxisType.Auto,) * len(AXES)
     )
+
+
+def _smaller(shape: MeshShape, devices: int) -> str:
+    """A mesh that fits `devices`: each axis cut to a divisor, tp last, because it divides the weights."""
+    sizes = {}
+    for axis in reversed(AXES):
+        size = getattr(shape, axis)
+        sizes[axis] = max(d for d in range(1, size + 1) if size % d == 0 and d <= devices)
+        devices //= sizes[axis]
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "tp=1"
 
 
 def _cpu_hint(devices: list[jax.Device], shape: MeshShape) -> str:
@@ -106,7 +121,7 @@ def mesh_shape(mesh: Mesh | None) -> MeshShape:
     if mesh is None:
         return MeshShape()
     if set(mesh.axis_names) != set(AXES):
-        raise ConfigError(f"mesh: axes must be {AXES}, got {mesh.axis_names}. Use jax_mla_cp.make_mesh.")
+        raise ConfigError("mesh", f"axes must be {AXES}, got {mesh.axis_names}. Use jax_mla_cp.make_mesh.")
     return MeshShape(**{axis: mesh.shape[axis] for axis in AXES})
 
 

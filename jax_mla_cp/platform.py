@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from jax_mla_cp.config.errors import ConfigError
+from jax_mla_cp.version import package_version
 
 Platform = Literal["auto", "cpu", "cuda"]
 
@@ -36,7 +37,7 @@ def setup(platform: Platform, devices: int) -> Literal["cpu", "cuda"]:
     from jax._src import xla_bridge
 
     if xla_bridge.backends_are_initialized():
-        raise ConfigError("platform: JAX has started already; set up the platform before its first use.")
+        raise ConfigError("platform", "JAX has started already; set up the platform before its first use.")
     if platform == "auto":
         asked = os.environ.get("JAX_PLATFORMS", "")
         platform = "cpu" if asked.startswith("cpu") or not _has_gpu() else "cuda"
@@ -52,8 +53,9 @@ def setup(platform: Platform, devices: int) -> Literal["cpu", "cuda"]:
         jax.devices("cuda")
     except RuntimeError as error:
         raise ConfigError(
-            f"--platform cuda: JAX finds no GPU ({str(error).splitlines()[0]}). "
-            "Install jax-mla-cp[cuda13] or [cuda12], or use --platform cpu."
+            "platform",
+            f"JAX finds no GPU ({str(error).splitlines()[0]}). "
+            "Install jax-mla-cp[cuda13] or [cuda12], or use platform='cpu'.",
         ) from error
     return "cuda"
 
@@ -121,13 +123,22 @@ def enable_compile_cache(directory: str | Path) -> None:
         probe.unlink()
     except OSError as error:
         raise ConfigError(
-            f"--compile-cache {path}: can't be written ({error.strerror}). Name another directory, or off."
+            "compile_cache",
+            f"{path} can't be written ({error.strerror}). Use another directory, or compile_cache='off'.",
         ) from error
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
+def versions() -> dict[str, str]:
+    """Versions of JAX, of this package and of the device's runtime, for reports of measurements."""
+    import jax
+
+    runtime = " ".join(jax.local_devices()[0].client.platform_version.split()[-2:])
+    return {"jax": jax.__version__, "jax_mla_cp": package_version(), "runtime": runtime}
+
+
 def default_compile_cache() -> Path:
-    """Under the user's cache folder (XDG_CACHE_HOME)."""
+    """`jax_mla_cp/compiled` in the user's cache folder (XDG_CACHE_HOME)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jax_mla_cp" / "compiled"

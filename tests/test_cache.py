@@ -39,13 +39,13 @@ def test_out_of_range_reads_are_zeros_in_every_layer() -> None:
 
 
 def test_ids_stay_int32() -> None:
-    with pytest.raises(ConfigError, match="--kv-pages"):
+    with pytest.raises(ConfigError, match="kv_pages: 200000 pages of 64 tokens x 61 layers"):
         CacheShape(layers=61, pages_per_layer=200_000, page_size=64)
 
 
 @pytest.mark.parametrize("bad", [{"layers": 0}, {"pages_per_layer": 0}, {"page_size": 0}])
 def test_refuses_empty_shapes(bad: dict[str, int]) -> None:
-    with pytest.raises(ConfigError, match=next(iter(bad))):
+    with pytest.raises(ConfigError, match=f"{next(iter(bad))}: must be at least 1, got 0"):
         CacheShape(**{"layers": 1, "pages_per_layer": 1, "page_size": 1, **bad})
 
 

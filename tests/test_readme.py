@@ -10,7 +10,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
-from jax_mla_cp.serve.flags import make_parser
+from jax_mla_cp.serve.server_flags import make_parser
 
 ROOT = Path(__file__).parent.parent
 

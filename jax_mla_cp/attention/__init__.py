@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 from jaxtyping import Array, Float, Int32
 
 from jax_mla_cp.attention import fa3, xla
 from jax_mla_cp.batch.rows import Rows
-from jax_mla_cp.config.errors import ConfigError
+from jax_mla_cp.config.errors import ConfigError, check_choice
 from jax_mla_cp.config.model import ModelConfig
 
-__all__ = ["Resolved", "Rows", "attend_absorbed", "attend_expanded", "resolve_implementation"]
+__all__ = ["Resolved", "Rows", "attend_absorbed", "attend_expanded", "page_multiple", "resolve_implementation"]
 
 log = logging.getLogger(__name__)
 
@@ -30,18 +30,22 @@ def resolve_implementation(
     Raises:
       ConfigError: "fa3", and what is missing for it.
     """
-    if implementation not in ("auto", "fa3", "xla"):
-        raise ConfigError(f"--attention must be auto, fa3 or xla, got {implementation!r}.")
+    check_choice("attention", implementation, get_args(Implementation))
     if implementation == "xla":
         return "xla"
     problem = fa3.missing(config, dtype)
     if problem is None:
         return "fa3"
     if implementation == "fa3":
-        raise ConfigError(f"--attention fa3: {problem}. Or use --attention xla, which runs anywhere.")
+        raise ConfigError("attention", f"fa3 can't run: {problem}. Or use attention='xla', which runs anywhere.")
     if jax.default_backend() != "cpu":
         log.warning("attention runs in XLA, several times slower than FlashAttention-3: %s.", problem)
     return "xla"
+
+
+def page_multiple(implementation: Resolved) -> int:
+    """Divides every page size that the implementation can read."""
+    return fa3.PAGE_MULTIPLE if implementation == "fa3" else 1
 
 
 def attend_expanded(

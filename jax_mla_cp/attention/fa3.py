@@ -44,7 +44,7 @@ def missing(config: ModelConfig, dtype: jax.typing.DTypeLike) -> str | None:
         if getattr(config, name) != size:
             return f"its kernels are for {name}={size}, the model has {getattr(config, name)}"
     if jnp.dtype(dtype) != jnp.bfloat16:
-        return f"its kernels are for bfloat16, the model runs in {jnp.dtype(dtype)}. Use --dtype bfloat16"
+        return f"its kernels are for bfloat16, the model runs in {jnp.dtype(dtype)}. Use dtype='bfloat16'"
     device = jax.devices()[0]
     if device.platform != "gpu":
         return f"its kernels need a Hopper GPU, JAX runs on {device.platform}. Install with the extra cuda13 or cuda12 (README.md, On GPUs)"
@@ -54,7 +54,7 @@ def missing(config: ModelConfig, dtype: jax.typing.DTypeLike) -> str | None:
     try:
         module = _module()
     except ConfigError as error:
-        return str(error)
+        return error.message
     return _driver_problem(module.built_for_cuda(), module.driver_cuda())
 
 
@@ -88,8 +88,9 @@ def _module() -> Any:
         from jax_mla_cp import _ffi
     except ImportError as error:
         raise ConfigError(
+            "attention",
             f"the extension jax_mla_cp._ffi can't be loaded ({error}). Install the package again where a C++ compiler "
-            "is present; for the CUDA kernels with nvcc and JAX_MLA_CP_CUDA=1 (README.md, On GPUs)"
+            "is present; for the CUDA kernels with nvcc and JAX_MLA_CP_CUDA=1 (README.md, On GPUs)",
         ) from error
     for platform, targets in _ffi.registrations().items():
         for name, handler in targets.items():

@@ -23,12 +23,13 @@ class CacheShape:
     def __post_init__(self) -> None:
         for name, least in (("layers", 1), ("pages_per_layer", 1), ("page_size", 1)):
             if getattr(self, name) < least:
-                raise ConfigError(f"cache: {name} must be at least {least}, got {getattr(self, name)}.")
+                raise ConfigError(name, f"must be at least {least}, got {getattr(self, name)}.")
         # A slot out of range plus the last layer's offset must still be an int32.
         if 3 * self.total_slots >= 2**31:
             raise ConfigError(
-                f"cache: {self.pages_per_layer} pages of {self.page_size} tokens x {self.layers} layers are "
-                f"{self.total_slots} slots; int32 indices allow {2**31 // 3}. Use fewer pages (--kv-pages)."
+                "kv_pages",
+                f"{self.pages_per_layer} pages of {self.page_size} tokens x {self.layers} layers are "
+                f"{self.total_slots} slots; int32 indices allow {2**31 // 3}. Use fewer pages.",
             )
 
     @property

@@ -6,11 +6,14 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from jax_mla_cp.bench.flags import parse
-from jax_mla_cp.bench.options import Options
-from jax_mla_cp.cli import fail
-from jax_mla_cp.config.errors import ConfigError
-from jax_mla_cp.mesh import MeshShape
+from jax_mla_cp.version import program_imports
+
+with program_imports():
+    from jax_mla_cp.bench.bench_flags import make_parser, parse
+    from jax_mla_cp.bench.bench_options import Options
+    from jax_mla_cp.cli import fail
+    from jax_mla_cp.config.errors import ConfigError
+    from jax_mla_cp.mesh import MeshShape
 
 _WITHOUT_KERNELS = ("load", "host")
 """Commands that don't measure the device."""
@@ -30,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         mock.start(options.platform, _topology(options), profile=options.profile is not None)
         return _run(options, argv)
     except ConfigError as error:
-        fail(error)
+        fail(error, make_parser(), options.command)
 
 
 def _topology(options: Options) -> MeshShape | None:

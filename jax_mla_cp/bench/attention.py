@@ -14,8 +14,8 @@ import numpy as np
 
 from jax_mla_cp.attention import Resolved, Rows
 from jax_mla_cp.bench import kernels
+from jax_mla_cp.bench.bench_options import FormName, Options
 from jax_mla_cp.bench.data import normal
-from jax_mla_cp.bench.options import FormName, Options
 from jax_mla_cp.bench.program import PAGE_SIZE, clean_up
 from jax_mla_cp.bench.roofline import Cost, attention_bytes, attention_flops, rank_rows
 from jax_mla_cp.bench.table import Report

@@ -15,8 +15,8 @@ import numpy as np
 
 from jax_mla_cp.attention import Resolved, Rows, fa3
 from jax_mla_cp.bench import kernels
+from jax_mla_cp.bench.bench_options import EpName, Options
 from jax_mla_cp.bench.data import normal
-from jax_mla_cp.bench.options import EpName, Options
 from jax_mla_cp.bench.program import (
     PAGE_SIZE,
     clean_up,

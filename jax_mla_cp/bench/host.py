@@ -16,8 +16,8 @@ import numpy as np
 from jax_mla_cp.batch.layout import build
 from jax_mla_cp.batch.packing import pack
 from jax_mla_cp.batch.step_request import SamplingParams, StepRequest
+from jax_mla_cp.bench.bench_options import Options
 from jax_mla_cp.bench.engine_host import NoModel, host_seconds
-from jax_mla_cp.bench.options import Options
 from jax_mla_cp.bench.program import PAGE_SIZE
 from jax_mla_cp.bench.table import Report
 from jax_mla_cp.bench.timing import measure

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jax_mla_cp.attention import Resolved, attend_absorbed, attend_expanded, fa3, resolve_implementation
 from jax_mla_cp.batch.form import Form
-from jax_mla_cp.bench.options import Options
+from jax_mla_cp.bench.bench_options import Options
 from jax_mla_cp.config.model import ModelConfig
 
 Kernel = Callable[..., Any]

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jax_mla_cp.bench.bench_options import EpName, FormName, Options, WeightsName
 from jax_mla_cp.bench.mla_parts import mla_parts, time_part
 from jax_mla_cp.bench.moe_parts import expert_parts
-from jax_mla_cp.bench.options import EpName, FormName, Options, WeightsName
 from jax_mla_cp.bench.profile import time_by_scope
 from jax_mla_cp.bench.program import (
     Program,

@@ -29,7 +29,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jax_mla_cp.bench.options import Options
+from jax_mla_cp.bench.bench_options import Options
 from jax_mla_cp.bench.table import Report
 from jax_mla_cp.checkpoint import SafetensorsSource, expected_shapes, load_converted, load_params, open_converted
 from jax_mla_cp.checkpoint.convert import convert

@@ -13,9 +13,9 @@ import numpy as np
 from jax_mla_cp import cache
 from jax_mla_cp.batch.shapes import CacheShape
 from jax_mla_cp.bench import kernels
+from jax_mla_cp.bench.bench_options import FormName, Options
 from jax_mla_cp.bench.data import normal
 from jax_mla_cp.bench.mock import noise
-from jax_mla_cp.bench.options import FormName, Options
 from jax_mla_cp.bench.program import PAGE_SIZE
 from jax_mla_cp.bench.roofline import Cost, attention_bytes, attention_flops, rank_rows
 from jax_mla_cp.bench.table import Report

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_mla_cp.bench.bench_options import EpName, FormName, Options
 from jax_mla_cp.bench.links import STATED, communication, query_seconds, work_beside_gather
-from jax_mla_cp.bench.options import EpName, FormName, Options
 from jax_mla_cp.bench.program import (
     Program,
     clean_up,

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_mla_cp.bench.bench_options import Options
 from jax_mla_cp.bench.data import normal
 from jax_mla_cp.bench.mla_parts import Part, product, time_part
-from jax_mla_cp.bench.options import Options
 from jax_mla_cp.bench.program import clean_up
 from jax_mla_cp.bench.roofline import Cost
 from jax_mla_cp.bench.table import Report

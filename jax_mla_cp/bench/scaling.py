@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-from jax_mla_cp.bench.options import FormName, Options
+from jax_mla_cp.bench.bench_options import FormName, Options
 from jax_mla_cp.bench.program import (
     clean_up,
     compile_program,

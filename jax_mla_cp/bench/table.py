@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jax_mla_cp.bench.roofline import Ceilings, Cost
-from jax_mla_cp.version import package_version
+from jax_mla_cp.platform import versions
 
 _TITLES = {
     "ms": "ms",
@@ -168,12 +168,6 @@ class Report:
             console.print(_hold_table(self.holds))
         if self.failed:
             console.print(f"[bold]{self.failed} of {len(self.rows)} rows failed.[/bold]")
-
-
-def versions() -> dict[str, str]:
-    """Of what the numbers depend on."""
-    runtime = " ".join(jax.local_devices()[0].client.platform_version.split()[-2:])
-    return {"jax": jax.__version__, "jax_mla_cp": package_version(), "runtime": runtime}
 
 
 _HIDDEN = {"table", "calls", "spread", "error"}

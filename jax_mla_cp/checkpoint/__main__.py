@@ -10,21 +10,25 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn, get_args
 
-from jax_mla_cp.checkpoint.errors import CheckpointError
-from jax_mla_cp.checkpoint.orbax import command
-from jax_mla_cp.cli import Parser, mesh, path
-from jax_mla_cp.config.errors import ConfigError
-from jax_mla_cp.config.quantization import Weights
+from jax_mla_cp.version import program_imports
+
+with program_imports():
+    from jax_mla_cp.checkpoint.errors import CheckpointError
+    from jax_mla_cp.checkpoint.orbax import command
+    from jax_mla_cp.cli import Parser, mesh, path, print_error
+    from jax_mla_cp.config.errors import ConfigError
+    from jax_mla_cp.config.quantization import Weights
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Exit code 0; 1 for a checkpoint that isn't sound; 2 for a setting that can't work; 130 after Ctrl-C."""
-    args = _parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         return _convert(args) if args.command == "convert" else _inspect(args)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error, parser, args.command)
         return 1 if isinstance(error, CheckpointError) else 2
 
 
@@ -36,10 +40,10 @@ def _convert(args: argparse.Namespace) -> int:
     from jax_mla_cp.checkpoint.convert import convert
 
     try:
-        summary = convert(args.hf_dir, args.out, weights=args.weights, overwrite=args.overwrite)
+        summary = convert(args.model, args.out, weights=args.weights, overwrite=args.overwrite)
     except KeyboardInterrupt:
         print(
-            f"\ninterrupted. Nothing written is lost. Resume with: {command(args.hf_dir, args.out)}",
+            f"\ninterrupted. Nothing written is lost. Resume with: {command(args.model, args.out)}",
             file=sys.stderr,
             flush=True,
         )
@@ -57,7 +61,7 @@ def _inspect(args: argparse.Namespace) -> int:
     from jax_mla_cp.checkpoint.inspect import inspect, show
 
     try:
-        report = inspect(args.directory, mesh=args.mesh, ep_axes=args.ep_axes, verify=args.verify)
+        report = inspect(args.model, mesh=args.mesh, ep_axes=args.ep_axes, verify=args.verify)
     except KeyboardInterrupt:
         return 130
     if args.json:
@@ -89,7 +93,8 @@ _INSPECT = """Tells what a checkpoint holds, Hugging Face's or converted: parame
 model, whether all is there, and what each device of a mesh would keep. Reads headers only, unless --verify."""
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of `python -m jax_mla_cp.checkpoint`."""
     raw = argparse.RawDescriptionHelpFormatter
     p = Parser(
         prog="python -m jax_mla_cp.checkpoint",
@@ -107,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=raw,
         allow_abbrev=False,
     )
-    convert.add_argument("hf_dir", metavar="HF_DIR", type=path, help="config.json and *.safetensors")
+    convert.add_argument("model", metavar="HF_DIR", type=path, help="config.json and *.safetensors")
     convert.add_argument("out", metavar="OUT", type=path, help="new, empty, or begun by an earlier run")
     convert.add_argument(
         "--weights",
@@ -123,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=raw,
         allow_abbrev=False,
     )
-    inspect.add_argument("directory", metavar="DIR", type=path, help="a Hugging Face directory, or what convert made")
+    inspect.add_argument("model", metavar="DIR", type=path, help="a Hugging Face directory, or what convert made")
     inspect.add_argument("--mesh", metavar="AXES", type=mesh, help="also what each device would hold, e.g. tp=8,cp=4")
     inspect.add_argument(
         "--ep-axes",

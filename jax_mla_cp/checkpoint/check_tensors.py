@@ -56,14 +56,15 @@ def check_tensors(source: TensorSource, config: ModelConfig, parameters: Sequenc
         "of the wrong shape": wrong_shape,
         "of the wrong dtype (a quantized matrix has scales, any other has none)": wrong_dtype,
         "quantized for only some experts of a layer": incomplete,
-        "not quantized, which --weights fp8 asks for (use --weights bf16)": plain,
+        "not quantized, which weights='fp8' asks for (use weights='bf16')": plain,
     }
     if any(mistakes.values()):
         lists = "".join(_listing(mistake, names) for mistake, names in mistakes.items() if names)
         raise CheckpointError(
+            "model",
             "the checkpoint's tensors do not match its config.json "
             f"({len(present)} of {len(expected)} expected tensors found):{lists}\n"
-            "Check that config.json and the safetensors files belong to the same model and are complete."
+            "Check that config.json and the safetensors files belong to the same model and are complete.",
         )
     if unused:
         _log.info("ignored %d tensors that are not needed (multi-token prediction, buffers, tied head)", len(unused))

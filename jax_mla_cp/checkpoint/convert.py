@@ -321,4 +321,4 @@ def _conversion_error(error: Exception, source: Path, out: Path) -> CheckpointEr
     """An error of the system or of TensorStore, with the command that resumes the conversion."""
     full = getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
     reason = "the disk is full" if full else f"stopped by an error: {error}"
-    return CheckpointError(f"OUT {out}: {reason}. Nothing written is lost. Resume with: {command(source, out)}")
+    return CheckpointError("out", f"{out}: {reason}. Nothing written is lost. Resume with: {command(source, out)}")

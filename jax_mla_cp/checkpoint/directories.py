@@ -1,5 +1,5 @@
-"""What is asked of a conversion's directories before anything is written: usable, held by one process, of the same source,
-with room on the disk."""
+"""Checks of a conversion's directories before anything is written: usable, locked by one process, of the same source, with
+enough free space on the disk."""
 
 from __future__ import annotations
 
@@ -24,24 +24,25 @@ def check_directories(source: Path, out: Path, *, overwrite: bool) -> None:
       ConfigError: `source` is no Hugging Face directory, or `out` is none to convert to.
     """
     if not source.is_dir():
-        raise ConfigError(f"HF_DIR {source}: is not a directory. Give a Hugging Face model directory.")
+        raise ConfigError("model", f"{source} is not a directory. Give a Hugging Face model directory.")
     if is_converted(source):
-        raise ConfigError(f"HF_DIR {source}: is a converted checkpoint already. Give the Hugging Face directory.")
+        raise ConfigError("model", f"{source} is a converted checkpoint already. Give the Hugging Face directory.")
     if out.resolve() == source.resolve():
-        raise ConfigError(f"OUT {out}: is HF_DIR itself. Name another directory.")
+        raise ConfigError("out", f"{out} is `model` itself. Name another directory.")
     if out.exists() and not out.is_dir():
-        raise ConfigError(f"OUT {out}: is a file. Name another directory.")
+        raise ConfigError("out", f"{out} is a file. Name another directory.")
     try:
         out.mkdir(parents=True, exist_ok=True)
         foreign = any(not path.name.startswith(f".{MANIFEST}") for path in out.iterdir())
         if foreign and not (out / MANIFEST).exists() and not (overwrite and is_converted(out)):
             raise ConfigError(
-                f"OUT {out}: is not empty, and not a converted checkpoint that could be continued. Name another directory."
+                "out",
+                f"{out} is not empty, and not a converted checkpoint that could be continued. Name another directory.",
             )
     except OSError as error:
-        raise ConfigError(f"OUT {out}: can't be used ({error.strerror}). Name another directory.") from error
+        raise ConfigError("out", f"{out} can't be used ({error.strerror}). Name another directory.") from error
     if not os.access(out, os.W_OK | os.X_OK):
-        raise ConfigError(f"OUT {out}: can't be written. Name another directory.")
+        raise ConfigError("out", f"{out} can't be written. Name another directory.")
 
 
 @contextlib.contextmanager
@@ -57,7 +58,7 @@ def alone(out: Path) -> Iterator[None]:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ConfigError(
-                f"OUT {out}: another process is converting to it ({error.strerror}). Wait for it, or end it."
+                "out", f"another process is converting to {out} ({error.strerror}). Wait for it, or end it."
             ) from error
         try:
             yield
@@ -74,13 +75,14 @@ def check_same(old: ConvertedCheckpoint, new: ConvertedCheckpoint, source: Path,
     if old.fingerprint != new.fingerprint or old.arrays != new.arrays:
         changed = "has changed since" if old.source == new.source else f"is not {old.source}"
         raise CheckpointError(
-            f"OUT {out}: holds a conversion of another checkpoint: {source} {changed}. To throw away what is there: "
-            f"{command(source, out)} --overwrite"
+            "out",
+            f"{out} holds a conversion of another checkpoint: {source} {changed}. To throw away what is there: "
+            f"{command(source, out)} --overwrite",
         )
 
 
 def check_room(checkpoint: ConvertedCheckpoint) -> None:
-    """Whether the chunks that are not there yet fit the disk.
+    """Checks that the missing chunks fit the disk.
 
     Raises:
       CheckpointError: they don't.
@@ -94,6 +96,7 @@ def check_room(checkpoint: ConvertedCheckpoint) -> None:
     free = shutil.disk_usage(checkpoint.directory).free
     if missing > free:
         raise CheckpointError(
-            f"OUT {checkpoint.directory}: needs {missing / 1e9:.2f} GB more, its disk has {free / 1e9:.2f} GB free. "
-            "Make room, or name a directory on another disk."
+            "out",
+            f"{checkpoint.directory} needs {missing / 1e9:.2f} GB more, its disk has {free / 1e9:.2f} GB free. "
+            "Make room, or name a directory on another disk.",
         )

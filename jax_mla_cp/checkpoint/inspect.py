@@ -24,11 +24,11 @@ from rich.table import Column, Table
 
 from jax_mla_cp.checkpoint.check_tensors import check_tensors
 from jax_mla_cp.checkpoint.errors import CheckpointError
-from jax_mla_cp.checkpoint.orbax import ConvertedCheckpoint, command, is_converted
+from jax_mla_cp.checkpoint.orbax import ConvertedCheckpoint, is_converted
 from jax_mla_cp.checkpoint.parameter import Parameter
 from jax_mla_cp.checkpoint.progress_bar import progress_bar
 from jax_mla_cp.checkpoint.tensor_source import SafetensorsSource
-from jax_mla_cp.config.errors import ConfigError
+from jax_mla_cp.config.errors import ConfigError, check_choice
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.model.context import EP_CHOICES, Build
@@ -84,14 +84,17 @@ def inspect(
       CheckpointError: there are no weights, or the manifest or a header can't be read.
     """
     if not directory.is_dir():
-        raise ConfigError(f"DIR {directory}: is not a directory. Give a model directory.")
+        raise ConfigError("model", f"{directory} is not a directory. Give a model directory.")
     problems: list[str] = []
-    config = _collect(problems, lambda: ModelConfig.from_dir(directory))
     source = ConvertedCheckpoint.read(directory) if is_converted(directory) else SafetensorsSource(directory)
+    half_converted = isinstance(source, ConvertedCheckpoint) and not source.complete
+    # A conversion copies config.json last.
+    without_config = half_converted and not (directory / "config.json").exists()
+    config = None if without_config else _collect(problems, lambda: ModelConfig.from_dir(directory))
     if isinstance(source, ConvertedCheckpoint):
         tensors = [_Tensor(a.name, a.shape, a.dtype) for a in source.arrays.values()]
         files = sum(1 for array in source.arrays.values() for _ in array.chunk_files()) + len(source.files)
-        problems += source.problems() if source.complete else [_incomplete(source)]
+        problems += [source.unfinished] if half_converted else source.problems()
     else:
         hf = source
         tensors = [_Tensor(name, source.shape(name), source.dtype(name)) for name in source.names()]
@@ -158,21 +161,12 @@ def show(report: dict[str, Any], *, tensors: bool) -> None:
         console.print("no problems found")
 
 
-def _incomplete(checkpoint: ConvertedCheckpoint) -> str:
-    files = [checkpoint.directory / file for array in checkpoint.arrays.values() for file in array.chunk_files()]
-    written = sum(file.exists() for file in files)
-    return (
-        f"half-converted: {written} of {len(files)} chunks are written. "
-        f"Finish it with: {command(checkpoint.source, checkpoint.directory)}"
-    )
-
-
 def _collect(problems: list[str], check: Callable[[], T]) -> T | None:
     """Returns the result of `check`. An error becomes a problem, and the result None."""
     try:
         return check()
     except ConfigError as error:
-        problems.append(str(error))
+        problems.append(error.message if error.field == "model" else str(error))
         return None
 
 
@@ -206,8 +200,7 @@ def _tensor_rows(tensors: list[_Tensor]) -> list[dict[str, Any]]:
 
 def _per_device(config: ModelConfig, mesh: MeshShape, ep_axes: str, tensors: list[_Tensor]) -> dict[str, Any]:
     """Size of the weights on each device of a mesh, loaded in the dtype of most of the checkpoint."""
-    if ep_axes not in EP_CHOICES:
-        raise ConfigError(f"--ep-axes must be {' or '.join(EP_CHOICES)}, got {ep_axes!r}.")
+    check_choice("ep_axes", ep_axes, tuple(EP_CHOICES))
     dtypes = _sums([t for t in tensors if t.dtype.name in _MODEL_DTYPES], lambda t: t.dtype.name)
     dtype = next(iter(dtypes), "bfloat16")
     fp8 = config.quantization is not None and not any(t.name == "moe.mlp.down" for t in tensors)
@@ -255,7 +248,7 @@ def _stored_blocks(checkpoint: ConvertedCheckpoint, tensor: _Tensor) -> Iterator
     starts = itertools.product(*map(range, (0,) * len(array.shape), array.shape, array.chunk_shape))
     for start, file in zip(starts, array.chunk_files(), strict=True):
         if not (checkpoint.complete or (checkpoint.directory / file).exists()):
-            continue  # `_incomplete` counts it
+            continue  # `unfinished` counts it
         part = tuple(
             slice(i, min(i + n, size)) for i, n, size in zip(start, array.chunk_shape, array.shape, strict=True)
         )

@@ -166,16 +166,17 @@ class ConvertedCheckpoint:
             del body["sha256"]
             layout = body["layout"]
         except FileNotFoundError:
-            raise CheckpointError(f"{path}: missing. {_convert_again(directory)}") from None
+            raise CheckpointError(str(path), f"missing. {_convert_again(directory)}") from None
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{path}: damaged ({error!r}). {_convert_again(directory)}") from error
+            raise CheckpointError(str(path), f"damaged ({error!r}). {_convert_again(directory)}") from error
         if layout != LAYOUT:
             raise CheckpointError(
-                f"{path}: layout {layout!r}; this version of jax_mla_cp reads layout {LAYOUT}. Convert the Hugging Face "
-                "checkpoint again, or use the version that wrote this one."
+                str(path),
+                f"layout {layout!r}; this version of jax_mla_cp reads layout {LAYOUT}. Convert the Hugging Face "
+                "checkpoint again, or use the version that wrote this one.",
             )
         if text != _with_checksum(body):
-            raise CheckpointError(f"{path}: damaged (wrong checksum). {_convert_again(directory)}")
+            raise CheckpointError(str(path), f"damaged (wrong checksum). {_convert_again(directory)}")
         arrays = {
             name: StoredArray(name, tuple(a["shape"]), np.dtype(ts.dtype(a["dtype"]).numpy_dtype), tuple(a["chunk"]))
             for name, a in body["arrays"].items()
@@ -199,10 +200,21 @@ class ConvertedCheckpoint:
         """
         if weights not in ("auto", self.weights):
             raise ConfigError(
-                f"--weights {weights}: {self.directory} was converted with {self.weights} weights. Use --weights auto, or "
-                f"convert again: {command(self.source, self.directory)} --weights {weights} --overwrite"
+                "weights",
+                f"{self.directory} was converted with {self.weights} weights, got {weights!r}. Use weights='auto', or "
+                f"convert again: {command(self.source, self.directory)} --weights {weights} --overwrite",
             )
         return self.weights
+
+    @property
+    def unfinished(self) -> str:
+        """The problem of a conversion that is not complete, and the command that finishes it."""
+        files = [self.directory / file for array in self.arrays.values() for file in array.chunk_files()]
+        written = sum(file.exists() for file in files)
+        return (
+            f"half-converted: {written} of {len(files)} chunks are written. "
+            f"Finish it with: {command(self.source, self.directory)}"
+        )
 
     def problems(self) -> list[str]:
         """Lists files that are missing, of the wrong size or, except for chunks, changed, as "PATH: what is wrong"."""
@@ -228,9 +240,10 @@ class ConvertedCheckpoint:
         """An error that lists the problems and the command that repairs them."""
         rest = f"\n  and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
         return CheckpointError(
-            f"--model {self.directory}: {len(problems)} damaged files:"
+            "model",
+            f"{self.directory}: {len(problems)} damaged files:"
             + "".join(f"\n  {problem}" for problem in problems[:_MAX_LISTED])
-            + f"{rest}\nRepair it with: {command(self.source, self.directory)}"
+            + f"{rest}\nRepair it with: {command(self.source, self.directory)}",
         )
 
     def open(self, name: str) -> ts.TensorStore:
@@ -266,14 +279,12 @@ def open_converted(directory: Path) -> ConvertedCheckpoint:
     """Opens a converted checkpoint and verifies it, except for the contents of chunks, which are verified as they are read.
 
     Raises:
-      CheckpointError: an unknown layout, an unfinished conversion, or files that are missing, truncated or damaged; lists
+      CheckpointError: an unknown layout, a half-converted directory, or files that are missing, truncated or damaged; lists
         all of them.
     """
     checkpoint = ConvertedCheckpoint.read(directory)
     if not checkpoint.complete:
-        raise CheckpointError(
-            f"--model {directory}: its conversion is not complete. Finish it with: {command(checkpoint.source, directory)}"
-        )
+        raise CheckpointError("model", f"{directory} is {checkpoint.unfinished}")
     if problems := checkpoint.problems():
         raise checkpoint.damage_error(problems)
     return checkpoint

@@ -145,8 +145,9 @@ def _check(parameters: list[Parameter], checkpoint: ConvertedCheckpoint) -> None
             mistakes.append(f"{name}: expected {list(shape)}, got {list(stored_shape)}")
     if mistakes:
         raise CheckpointError(
-            f"--model {checkpoint.directory}: its parameters are not those of this model:"
-            + "".join(f"\n  {mistake}" for mistake in mistakes)
+            "model",
+            f"{checkpoint.directory}: its parameters are not those of this model:"
+            + "".join(f"\n  {mistake}" for mistake in mistakes),
         )
 
 

@@ -211,7 +211,7 @@ class Parameter:
         if q is not None and operand.suffix == q.scale_suffix:
             if not np.isfinite(tensor).all():
                 raise CheckpointError(
-                    f"{name}{operand.suffix}: a scale is NaN or infinite. Download the checkpoint again."
+                    name + operand.suffix, "a scale is NaN or infinite. Download the checkpoint again."
                 )
             # `blocks` begins with the inputs and ends with the outputs. Where it has 1, every element gets its block's scale.
             block = self.blocks[-1], self.blocks[self.stacked_dims]
@@ -222,7 +222,7 @@ class Parameter:
         if q is not None and q.shape_suffix and operand.suffix == q.stored_suffix:
             stated = source.read(name + q.shape_suffix).tolist()
             if tuple(stated) != mapping.stored_shape:
-                raise CheckpointError(f"{name}{q.shape_suffix}: expected {list(mapping.stored_shape)}, got {stated}.")
+                raise CheckpointError(name + q.shape_suffix, f"expected {list(mapping.stored_shape)}, got {stated}.")
         return tensor.view(np.uint8) if tensor.dtype == FP8 else tensor
 
     def _inner_bounds(self, mapping: TensorMapping) -> Bounds:

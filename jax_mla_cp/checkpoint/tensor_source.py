@@ -78,8 +78,9 @@ class SafetensorsSource:
             self._entries = _map_file(directory / SINGLE)
         else:
             raise CheckpointError(
-                f"--model {directory}: has neither {INDEX} nor {SINGLE}. Give a Hugging Face model directory with "
-                "safetensors weights (transformers' save_pretrained writes them)."
+                "model",
+                f"{directory} has neither {INDEX} nor {SINGLE}. Give a Hugging Face model directory with "
+                "safetensors weights (transformers' save_pretrained writes them).",
             )
 
     def names(self) -> Iterable[str]:
@@ -103,19 +104,22 @@ class SafetensorsSource:
             shards = sorted(set(weight_map.values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
-                f"{directory / INDEX}: expected a JSON object with a 'weight_map': {error!r}"
+                str(directory / INDEX), f"expected a JSON object with a 'weight_map': {error!r}"
             ) from error
         missing = [shard for shard in shards if Path(shard).name != shard or not (directory / shard).is_file()]
         if missing:
             raise CheckpointError(
-                f"--model {directory}: {len(missing)} of {len(shards)} files listed in {INDEX} are missing: "
-                f"{', '.join(missing[:20])}. Download them again."
+                "model",
+                f"{directory}: {len(missing)} of {len(shards)} files listed in {INDEX} are missing: "
+                f"{', '.join(missing[:20])}. Download them again.",
             )
         self.files = [directory / shard for shard in shards]
         files = {shard: _map_file(directory / shard) for shard in shards}
         for name, shard in weight_map.items():
             if name not in files[shard]:
-                raise CheckpointError(f"{directory / shard}: has no tensor {name!r}, although {INDEX} lists it there.")
+                raise CheckpointError(
+                    str(directory / shard), f"has no tensor {name!r}, although {INDEX} lists it there."
+                )
             self._entries[name] = files[shard][name]
 
 
@@ -123,13 +127,15 @@ def _map_file(path: Path) -> dict[str, _Entry]:
     """Maps a safetensors file (header length as a little-endian u64, JSON header, data) and checks its sizes."""
     size = path.stat().st_size
     if size < 8:
-        raise CheckpointError(f"{path}: truncated: {size} bytes are too few for a safetensors file. Download it again.")
+        raise CheckpointError(
+            str(path), f"truncated: {size} bytes are too few for a safetensors file. Download it again."
+        )
     with path.open("rb") as stream:
         file = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     data = 8 + int.from_bytes(file[:8], "little")
     if data > size:
         raise CheckpointError(
-            f"{path}: truncated: the header ends at byte {data}, the file at byte {size}. Download it again."
+            str(path), f"truncated: the header ends at byte {data}, the file at byte {size}. Download it again."
         )
     try:
         header: dict[str, Any] = json.loads(file[8:data])
@@ -137,21 +143,21 @@ def _map_file(path: Path) -> dict[str, _Entry]:
         entries = {name: _entry(file, data, name, spec) for name, spec in header.items()}
         end = max((data + spec["data_offsets"][1] for spec in header.values()), default=data)
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        raise CheckpointError(str(path), str(error)) from None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{path}: not a safetensors header: {error!r}") from error
+        raise CheckpointError(str(path), f"not a safetensors header: {error!r}") from error
     if end > size:
         raise CheckpointError(
-            f"{path}: truncated: the tensors end at byte {end}, the file at byte {size}. Download it again."
+            str(path), f"truncated: the tensors end at byte {end}, the file at byte {size}. Download it again."
         )
     return entries
 
 
 def _entry(file: mmap.mmap, data: int, name: str, spec: Mapping[str, Any]) -> _Entry:
     if spec["dtype"] not in _DTYPES:
-        raise CheckpointError(f"{name}: dtype {spec['dtype']} is not supported. Supported: {', '.join(_DTYPES)}.")
+        raise CheckpointError(name, f"dtype {spec['dtype']} is not supported. Supported: {', '.join(_DTYPES)}.")
     dtype, shape = _DTYPES[spec["dtype"]], tuple(spec["shape"])
     begin, end = spec["data_offsets"]
     if begin < 0 or end - begin != math.prod(shape) * dtype.itemsize:
-        raise CheckpointError(f"{name}: {end - begin} bytes of data for shape {list(shape)} of {spec['dtype']}.")
+        raise CheckpointError(name, f"{end - begin} bytes of data for shape {list(shape)} of {spec['dtype']}.")
     return _Entry(file, dtype, shape, data + begin)

@@ -39,7 +39,7 @@ def directory_fields(directory: Path) -> dict[str, Any]:
     raw = _read_json(path, required=True)
     generation = _read_json(path.with_name("generation_config.json"), required=False)
     found = fields(raw)
-    more = _token_ids(generation.get("eos_token_id"), "eos_token_id")
+    more = _token_ids(generation.get("eos_token_id"), "eos_token_id", "generation_config.json")
     return found | {"eos_token_ids": tuple(dict.fromkeys(found["eos_token_ids"] + more))}
 
 
@@ -99,26 +99,26 @@ class _Keys:
     def whole(self, key: str, default: int | None = None) -> int:
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ConfigError(f"config.json: {key} must be a whole number, 0 or more, got {value!r}.")
+            raise ConfigError("config.json", f"{key} must be a whole number, 0 or more, got {value!r}.")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise ConfigError(f"config.json: {key} must be a number, 0 or more, got {value!r}.")
+            raise ConfigError("config.json", f"{key} must be a number, 0 or more, got {value!r}.")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
         value = self._get(key, default)
         if not isinstance(value, bool):
-            raise ConfigError(f"config.json: {key} must be true or false, got {value!r}.")
+            raise ConfigError("config.json", f"{key} must be true or false, got {value!r}.")
         return value
 
     def part(self, key: str) -> Mapping[str, Any]:
         """An object, empty if it is not there."""
         value = self._get(key, {})
         if not isinstance(value, Mapping):
-            raise ConfigError(f"config.json: {key} must be an object, got {value!r}.")
+            raise ConfigError("config.json", f"{key} must be an object, got {value!r}.")
         return value
 
     def _get(self, key: str, default: Any) -> Any:
@@ -126,7 +126,7 @@ class _Keys:
         if value is None:
             value = default
         if value is None:
-            raise ConfigError(f"config.json: the key {key!r} is missing.")
+            raise ConfigError("config.json", f"the key {key!r} is missing.")
         return value
 
 
@@ -137,8 +137,9 @@ def _text_part(raw: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
     text = raw.get("text_config")
     if not isinstance(text, Mapping):
         raise ConfigError(
-            "config.json: model_type='kimi_k25' needs 'text_config', an object with the text model's keys, "
-            f"got {text!r}. This version runs the text part alone."
+            "config.json",
+            "model_type='kimi_k25' needs 'text_config', an object with the text model's keys, "
+            f"got {text!r}. This version runs the text part alone.",
         )
     outside = {key: raw.get(key) for key in ("bos_token_id", "eos_token_id", "quantization_config")}
     return outside | {key: value for key, value in text.items() if value is not None}, "language_model."
@@ -150,21 +151,22 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
         seen = {"model_type": raw.get("model_type")} | indexer
         listed = ", ".join(f"{key}={value!r}" for key, value in seen.items())
         raise ConfigError(
-            f"config.json: {listed}: the sparse attention of DeepSeek-V3.2, whose indexer picks the tokens that a query "
-            "sees, is not supported; this version runs attention over all tokens (DeepSeek-V2, V3, R1, Kimi K2)."
+            "config.json",
+            f"{listed}: the sparse attention of DeepSeek-V3.2, whose indexer picks the tokens that a query "
+            "sees, is not supported; this version runs attention over all tokens (DeepSeek-V2, V3, R1, Kimi K2).",
         )
     model_types = f"{', '.join(map(repr, _TEXT_MODELS))}, and 'kimi_k25' around one of them"
     if raw.get("model_type") is None:
-        raise ConfigError(f"config.json: the key 'model_type' is missing; this version runs {model_types}.")
+        raise ConfigError("config.json", f"the key 'model_type' is missing; this version runs {model_types}.")
     if raw["model_type"] not in _TEXT_MODELS:
         raise ConfigError(
-            f"config.json: model_type={raw['model_type']!r} is not supported; this version runs {model_types}."
+            "config.json", f"model_type={raw['model_type']!r} is not supported; this version runs {model_types}."
         )
     for key, allowed in _ONLY.items():
         got = raw.get(key)
         if got is not None and got not in allowed:
             can = " or ".join(repr(a) for a in allowed)
-            raise ConfigError(f"config.json: {key}={got!r} is not supported; this version runs {can}.")
+            raise ConfigError("config.json", f"{key}={got!r} is not supported; this version runs {can}.")
 
 
 def _topk_method(raw: Mapping[str, Any]) -> TopkMethod:
@@ -177,7 +179,8 @@ def _topk_method(raw: Mapping[str, Any]) -> TopkMethod:
             return known
     can = ", ".join(f"{score} with {known}" for known, score in _SCORING.items())
     raise ConfigError(
-        f"config.json: scoring_func={scoring!r} with topk_method={method!r} is not supported; this version runs {can}."
+        "config.json",
+        f"scoring_func={scoring!r} with topk_method={method!r} is not supported; this version runs {can}.",
     )
 
 
@@ -185,7 +188,7 @@ def _quantization(raw: Mapping[str, Any]) -> Quantization | None:
     try:
         return Quantization.from_hf(raw.get("quantization_config"))
     except ValueError as error:
-        raise ConfigError(f"config.json: {error}") from None
+        raise ConfigError("config.json", str(error)) from None
 
 
 def _rope(keys: _Keys) -> RopeConfig:
@@ -197,23 +200,26 @@ def _rope(keys: _Keys) -> RopeConfig:
     differ = [key for key in old if old[key] != new.get(key)]
     if new and differ:
         raise ConfigError(
-            f"config.json: rope_parameters and rope_scaling differ in {', '.join(differ)}: no telling which is meant. Keep one."
+            "config.json",
+            f"rope_parameters and rope_scaling differ in {', '.join(differ)}: no telling which is meant. Keep one.",
         )
     scaling = _Keys(new or old)
     kind = scaling.raw.get("rope_type", "default")
     if kind not in ("default", "yarn"):
-        raise ConfigError(f"config.json: rope type {kind!r} is not supported; this version runs 'default' and 'yarn'.")
+        raise ConfigError(
+            "config.json", f"rope type {kind!r} is not supported; this version runs 'default' and 'yarn'."
+        )
     theta = _Keys(new).number("rope_theta", keys.number("rope_theta", 10000.0))
     if not theta:
-        raise ConfigError("config.json: rope_theta must be above 0, got 0.")
+        raise ConfigError("config.json", "rope_theta must be above 0, got 0.")
     interleaved = keys.flag("rope_interleave", True)
     if kind == "default":
         return RopeConfig(theta=theta, interleaved=interleaved)
     if scaling.raw.get("attention_factor") is not None or scaling.raw.get("truncate") is False:
-        raise ConfigError("config.json: rope_scaling with attention_factor or truncate=false is not supported.")
+        raise ConfigError("config.json", "rope_scaling with attention_factor or truncate=false is not supported.")
     original = scaling.whole("original_max_position_embeddings", 0)
     if not original:
-        raise ConfigError("config.json: YaRN needs rope_scaling.original_max_position_embeddings.")
+        raise ConfigError("config.json", "YaRN needs rope_scaling.original_max_position_embeddings.")
     return RopeConfig(
         theta=theta,
         factor=scaling.number("factor", 0) or keys.whole("max_position_embeddings") / original,
@@ -227,10 +233,10 @@ def _rope(keys: _Keys) -> RopeConfig:
     )
 
 
-def _token_ids(value: Any, key: str) -> tuple[int, ...]:
+def _token_ids(value: Any, key: str, file: str = "config.json") -> tuple[int, ...]:
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(isinstance(i, int) and i >= 0 for i in ids):
-        raise ConfigError(f"{key} must be a token id or a list of them, got {value!r}.")
+        raise ConfigError(file, f"{key} must be a token id or a list of them, got {value!r}.")
     return tuple(ids)
 
 
@@ -239,11 +245,11 @@ def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
         if not required:
             return {}
         what = "is not a directory" if not path.parent.is_dir() else "has no config.json"
-        raise ConfigError(f"--model {path.parent}: {what}. Give a Hugging Face model directory.")
+        raise ConfigError("model", f"{path.parent} {what}. Give a Hugging Face model directory.")
     try:
         raw = json.loads(path.read_text())
     except (ValueError, OSError) as error:
-        raise ConfigError(f"{path}: not readable as JSON: {error}") from error
+        raise ConfigError(str(path), f"not readable as JSON: {error}") from error
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected a JSON object, got {type(raw).__name__}.")
+        raise ConfigError(str(path), f"expected a JSON object, got {type(raw).__name__}.")
     return raw

@@ -64,51 +64,57 @@ class ModelConfig:
             "max_position",
         ):
             if getattr(self, name) < 1:
-                raise ConfigError(f"config.json: {name} must be at least 1, got {getattr(self, name)}.")
+                raise ConfigError("config.json", f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.q_lora_rank is not None and self.q_lora_rank < 1:
-            raise ConfigError(f"config.json: q_lora_rank must be at least 1, or null, got {self.q_lora_rank}.")
+            raise ConfigError("config.json", f"q_lora_rank must be at least 1, or null, got {self.q_lora_rank}.")
         if self.qk_rope_head_dim < 2 or self.qk_rope_head_dim % 2:
-            raise ConfigError(f"config.json: qk_rope_head_dim must be even and positive, got {self.qk_rope_head_dim}.")
+            raise ConfigError(
+                "config.json", f"qk_rope_head_dim must be even and positive, got {self.qk_rope_head_dim}."
+            )
         if self.num_moe_layers:
             self._check_routing()
             if self.moe_intermediate_size < 1:
                 raise ConfigError(
-                    f"config.json: moe_intermediate_size must be at least 1, got {self.moe_intermediate_size}."
+                    "config.json", f"moe_intermediate_size must be at least 1, got {self.moe_intermediate_size}."
                 )
             packed = self.quantization.packed if self.quantization else 1
             if self.hidden_size % packed or self.moe_intermediate_size % packed:
                 raise ConfigError(
-                    f"config.json: hidden_size={self.hidden_size} and moe_intermediate_size={self.moe_intermediate_size} must "
-                    f"be multiples of {packed}: so many of the experts' numbers are packed into one."
+                    "config.json",
+                    f"hidden_size={self.hidden_size} and moe_intermediate_size={self.moe_intermediate_size} must "
+                    f"be multiples of {packed}: so many of the experts' numbers are packed into one.",
                 )
 
     def _check_routing(self) -> None:
         if self.n_group < 1 or self.n_routed_experts % self.n_group:
             raise ConfigError(
-                f"config.json: n_routed_experts={self.n_routed_experts} must be a multiple of n_group={self.n_group}."
+                "config.json", f"n_routed_experts={self.n_routed_experts} must be a multiple of n_group={self.n_group}."
             )
         if self.topk_method == "greedy" and self.n_group != 1:
             raise ConfigError(
-                f"config.json: topk_method='greedy' knows no groups: n_group must be 1, got {self.n_group}. "
-                "With groups it is 'group_limited_greedy'."
+                "config.json",
+                f"topk_method='greedy' knows no groups: n_group must be 1, got {self.n_group}. "
+                "With groups it is 'group_limited_greedy'.",
             )
         if not 1 <= self.topk_group <= self.n_group:
-            raise ConfigError(f"config.json: topk_group must be 1 to n_group={self.n_group}, got {self.topk_group}.")
+            raise ConfigError("config.json", f"topk_group must be 1 to n_group={self.n_group}, got {self.topk_group}.")
         choosable = self.topk_group * (self.n_routed_experts // self.n_group)
         if not 1 <= self.experts_per_token <= choosable:
             raise ConfigError(
-                f"config.json: num_experts_per_tok must be 1 to {choosable} (the experts of {self.topk_group} of "
-                f"{self.n_group} groups), got {self.experts_per_token}."
+                "config.json",
+                f"num_experts_per_tok must be 1 to {choosable} (the experts of {self.topk_group} of "
+                f"{self.n_group} groups), got {self.experts_per_token}.",
             )
         if self.routing_bias and self.n_group > 1 and self.n_routed_experts // self.n_group < 2:
             raise ConfigError(
-                "config.json: a group's score is its two best experts' sum, so a group needs two experts."
+                "config.json", "a group's score is its two best experts' sum, so a group needs two experts."
             )
         if self.norm_topk_prob and not self.routing_bias:
             raise ConfigError(
-                f"config.json: norm_topk_prob=true with topk_method={self.topk_method!r} is not supported: DeepSeek's "
+                "config.json",
+                f"norm_topk_prob=true with topk_method={self.topk_method!r} is not supported: DeepSeek's "
                 "code then leaves out routed_scaling_factor, transformers the normalization, and no published model "
-                "says which is meant. This version runs norm_topk_prob=false."
+                "says which is meant. This version runs norm_topk_prob=false.",
             )
 
     @property

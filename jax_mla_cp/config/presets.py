@@ -33,5 +33,5 @@ def model_config(name: str) -> ModelConfig:
       ConfigError: there is no such preset.
     """
     if name not in names():
-        raise ConfigError(f"preset {name!r} does not exist; there are {', '.join(names())}.")
+        raise ConfigError("name", f"preset {name!r} does not exist; there are {', '.join(names())}.")
     return ModelConfig.from_hf(json.loads((_folder() / f"{name}.json").read_text()))

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 Weights = Literal["auto", "bf16", "fp8"]
-"""--weights: how the matrices of a quantized checkpoint are kept in device memory."""
+"""How the matrices of a quantized checkpoint are kept in device memory."""
 
 Tensors = dict[str, tuple[tuple[int, ...], tuple[np.dtype[Any], ...]]]
 """By name: a tensor's shape, and the dtypes that it may have."""

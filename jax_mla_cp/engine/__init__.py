@@ -1,5 +1,6 @@
 """The engine: waiting queue, page pool, prefix cache, scheduler, and the thread that steps the model."""
 
+from jax_mla_cp.batch.step_request import SamplingParams
 from jax_mla_cp.engine.engine import Engine, EngineDead, QueueFull
 from jax_mla_cp.engine.observer import Observer, PrefillReport, RequestReport, StepReport
 from jax_mla_cp.engine.request import Event, Failed, Finished, Grammar, GrammarError, PromptLogprobs, Request, Token
@@ -22,6 +23,7 @@ __all__ = [
     "QueueFull",
     "Request",
     "RequestReport",
+    "SamplingParams",
     "SpeculationStats",
     "StepReport",
     "Token",

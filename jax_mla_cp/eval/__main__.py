@@ -6,19 +6,31 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from jax_mla_cp.version import program_imports
 
-from jax_mla_cp.cli import fail
-from jax_mla_cp.config.errors import ConfigError
-from jax_mla_cp.default_model import DIRECTORY
-from jax_mla_cp.eval.backend import Backend, BackendError, PromptLogprobsUnsupported
-from jax_mla_cp.eval.corpus import Corpus, PasskeyPrompt, even_depths
-from jax_mla_cp.eval.heatmap import draw_heatmap
-from jax_mla_cp.eval.heldout import heldout_text
-from jax_mla_cp.eval.options import Options, parse
-from jax_mla_cp.eval.report import EvalReport
-from jax_mla_cp.tokenizer import Tokenizer, require_tokenizer
+with program_imports():
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from jax_mla_cp.cli import fail
+    from jax_mla_cp.config.errors import ConfigError
+    from jax_mla_cp.default_model import DIRECTORY
+    from jax_mla_cp.eval.backend import Backend, BackendError, PromptLogprobsUnsupported
+    from jax_mla_cp.eval.corpus import Corpus, PasskeyPrompt, even_depths
+    from jax_mla_cp.eval.eval_options import EvalOptions, make_parser, parse
+    from jax_mla_cp.eval.heatmap import draw_heatmap
+    from jax_mla_cp.eval.heldout import heldout_text
+    from jax_mla_cp.eval.in_process import InProcessBackend
+    from jax_mla_cp.eval.report import EvalReport
+    from jax_mla_cp.launch import config_and_tokenizer
+    from jax_mla_cp.tokenizer import Tokenizer, require_tokenizer
 
 _ANSWER_TOKENS = 7
 """A space, five digits and one more character, should each be a token of its own: a sixth digit makes the number wrong."""
@@ -32,13 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(options, sys.argv[1:] if argv is None else argv)
     except ConfigError as error:
-        fail(error)
+        fail(error, make_parser())
     except KeyboardInterrupt:
         print("\nstopped.", file=sys.stderr)
         return 130
 
 
-def _run(options: Options, argv: Sequence[str]) -> int:
+def _run(options: EvalOptions, argv: Sequence[str]) -> int:
     # Settings that can't work are refused before anything is loaded.
     longest, tokenizer = _limits(options)
     corpus = Corpus(tokenizer, _read(options))
@@ -70,7 +82,7 @@ def _run(options: Options, argv: Sequence[str]) -> int:
     return code
 
 
-def _limits(options: Options) -> tuple[int, Tokenizer]:
+def _limits(options: EvalOptions) -> tuple[int, Tokenizer]:
     """The maximum number of tokens in a window, and the tokenizer.
 
     Raises:
@@ -78,37 +90,36 @@ def _limits(options: Options) -> tuple[int, Tokenizer]:
     """
     if options.base_url is not None:
         return _UNKNOWN, require_tokenizer(Tokenizer.from_dir(options.tokenizer or DIRECTORY, _UNKNOWN))
-    from jax_mla_cp.eval.in_process import config_and_tokenizer
-
-    config, tokenizer = config_and_tokenizer(options.serve)
+    config, found = config_and_tokenizer(options.launch.model)
+    tokenizer = require_tokenizer(found)
     most = config.max_position - _ANSWER_TOKENS
     if (longest := max(options.lengths, default=0)) > most:
         raise ConfigError(
-            f"--lengths {longest}: the model has {config.max_position} positions, of which the answer takes "
-            f"{_ANSWER_TOKENS}. Use lengths of at most {most}, e.g. --lengths 512,{most}."
+            "lengths",
+            f"must be at most {most}, got {longest}: the model has {config.max_position} positions, of which the answer takes "
+            f"{_ANSWER_TOKENS}. Use lengths of at most {most}, e.g. lengths=(512, {most}).",
         )
     return config.max_position, tokenizer
 
 
-def _read(options: Options) -> str:
+def _read(options: EvalOptions) -> str:
     if options.text is None:
         return heldout_text()
     try:
         return options.text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--text {options.text}: can't be read as UTF-8 text: {error}") from error
+        raise ConfigError("text", f"{options.text} can't be read as UTF-8 text: {error}") from error
 
 
-def _backend(options: Options, tokenizer: Tokenizer) -> Backend:
+def _backend(options: EvalOptions, tokenizer: Tokenizer) -> Backend:
     if options.base_url is not None:
         if importlib.util.find_spec("aiohttp") is None:
-            raise ConfigError("--base-url: aiohttp is missing. Install it with pip install 'jax-mla-cp[eval]'.")
+            raise ConfigError("base_url", "aiohttp is missing. Install it with pip install 'jax-mla-cp[eval]'.")
         from jax_mla_cp.eval.server import ServerBackend
 
         return ServerBackend(options.base_url, tokenizer, model=options.served_model_name, timeout=options.timeout)
-    from jax_mla_cp.eval.in_process import InProcessBackend
-
-    return InProcessBackend(options.serve, max(options.lengths, default=0) + _ANSWER_TOKENS)
+    max_len = max(options.lengths, default=0) + _ANSWER_TOKENS
+    return InProcessBackend(options.launch, max_len, name=options.served_model_name)
 
 
 def _measure(

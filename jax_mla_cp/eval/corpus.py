@@ -62,8 +62,8 @@ class Corpus:
         overhead = len(self._tokenizer.prefix) + len(fact) + len(question)
         filler = length - overhead
         if filler < 0:
-            raise ConfigError(f"--lengths: fact and question take {overhead} tokens, got {length}. Use longer prompts.")
-        self._check_long_enough(filler, f"--lengths {length}")
+            raise ConfigError("lengths", f"fact and question take {overhead} tokens, got {length}. Use longer prompts.")
+        self._check_long_enough("lengths", length, filler)
         last = len(self._tokens) - filler
         start = self._between_lines(rng.randint(0, last), 0, last)
         cut = self._between_lines(start + round(depth * filler), start, start + filler)
@@ -87,7 +87,7 @@ class Corpus:
         Raises:
           ConfigError: the text is too short.
         """
-        self._check_long_enough(tokens, f"--perplexity-tokens {tokens}")
+        self._check_long_enough("perplexity_tokens", tokens, tokens)
         begin = self._tokenizer.prefix
         count = -(-tokens // min(WINDOW, longest))
         sizes = [tokens // count + (i < tokens % count) for i in range(count)]
@@ -109,10 +109,11 @@ class Corpus:
         places += [bound for bound in (low, high) if abs(bound - at) <= _MAX_SHIFT]
         return min(places, key=lambda place: abs(place - at), default=at)
 
-    def _check_long_enough(self, tokens: int, flag: str) -> None:
+    def _check_long_enough(self, field: str, value: int, tokens: int) -> None:
         if tokens > len(self._tokens):
             raise ConfigError(
-                f"{flag}: needs a text of {tokens} tokens, it has {len(self._tokens)}. Use less, or a longer --text."
+                field,
+                f"{value} needs a text of {tokens} tokens, it has {len(self._tokens)}. Use less, or a longer `text`.",
             )
 
 

@@ -12,66 +12,52 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from jax_mla_cp.batch.step_request import SamplingParams
-from jax_mla_cp.bench.table import versions
 from jax_mla_cp.config.errors import ConfigError
-from jax_mla_cp.config.model import ModelConfig
-from jax_mla_cp.default_model import DIRECTORY
-from jax_mla_cp.engine import Engine, Event, Failed, Finished, PromptLogprobs, Request, Token
+from jax_mla_cp.engine import Engine, Event, Failed, Finished, PromptLogprobs, Request, SamplingParams, Token
 from jax_mla_cp.engine.text import TextStream
 from jax_mla_cp.eval.backend import BackendError
 from jax_mla_cp.eval.corpus import PasskeyPrompt
-from jax_mla_cp.serve.options import ServeConfig
-from jax_mla_cp.serve.start import load_model, make_runner, set_up_devices
-from jax_mla_cp.step.runner import Runner
-from jax_mla_cp.tokenizer import Tokenizer, require_tokenizer
+from jax_mla_cp.launch import LaunchOptions, Runner, load_model, make_runner, set_up_devices
+from jax_mla_cp.platform import versions
+from jax_mla_cp.tokenizer import require_tokenizer
 
 _MAX_RUNNING = 2
 """Requests at a time, per dp group: one decodes beside the next one's prefill."""
 
 
-def config_and_tokenizer(serve: ServeConfig) -> tuple[ModelConfig, Tokenizer]:
-    """Reads the model's config and tokenizer, without its weights.
-
-    Raises:
-      ConfigError: the directory's config.json or tokenizer can't be used.
-    """
-    directory = serve.model or DIRECTORY
-    config = ModelConfig.from_dir(directory)
-    return config, require_tokenizer(Tokenizer.from_dir(directory, config.vocab_size))
-
-
 class InProcessBackend:
     """A loaded model. Implements `jax_mla_cp.eval.backend.Backend`."""
 
-    def __init__(self, serve: ServeConfig, max_len: int):
+    def __init__(self, options: LaunchOptions, max_len: int, *, name: str | None = None):
         """Sets up the devices, before JAX's first use, and loads the weights.
 
         Args:
           max_len: tokens of the longest prompt and what is generated after it.
+          name: the model's name in reports. Default: its directory's.
 
         Raises:
           ConfigError: as `set_up_devices` and `load_model`.
         """
-        set_up_devices(serve)
-        self._serve = serve
-        self._model, tokenizer = load_model(serve)
+        set_up_devices(options)
+        self._options = options
+        self._name = name or options.model_name
+        self._model, tokenizer = load_model(options)
         self._tokenizer = require_tokenizer(tokenizer)
         self._max_len = max_len
 
     def metadata(self) -> dict[str, Any]:
         build = self._model.build
         return {
-            "model": self._serve.served_model_name,
+            "model": self._name,
             "device": jax.devices()[0].device_kind,
-            "devices": self._serve.mesh.devices,
-            "mesh": str(self._serve.mesh),
+            "devices": self._options.mesh.devices,
+            "mesh": str(self._options.mesh),
             "dtype": str(build.dtype),
             "weights": "fp8" if build.fp8 else str(build.dtype),
             "ep_axes": ",".join(build.ep_axes),
             "attention": build.attention,
-            "form": self._serve.form,
-            "prefill_chunk": self._serve.prefill_chunk,
+            "form": self._options.form,
+            "prefill_chunk": self._options.prefill_chunk,
             "versions": versions(),
         }
 
@@ -100,8 +86,9 @@ class InProcessBackend:
             runner = self._runner(self._max_len)
         except ConfigError as error:
             raise ConfigError(
-                f"--lengths: a prompt and answer of {self._max_len} tokens can't be run on these devices. Use shorter ones, "
-                f"or more devices. ({error})"
+                "lengths",
+                f"a prompt and answer of {self._max_len} tokens can't be run on these devices. Use shorter ones, "
+                f"or more devices. ({error})",
             ) from error
         _run(runner, len(prompts), request, on_event)
 
@@ -111,7 +98,7 @@ class InProcessBackend:
 
     def _runner(self, max_model_len: int) -> Runner:
         return make_runner(
-            self._model, dataclasses.replace(self._serve, max_model_len=max_model_len, max_running=_MAX_RUNNING)
+            self._model, dataclasses.replace(self._options, max_model_len=max_model_len, max_running=_MAX_RUNNING)
         )
 
 

@@ -45,11 +45,12 @@ class ServerBackend:
                 return await self._client.choose_model(name)
         except RequestError as error:
             raise ConfigError(
-                f"--base-url {url}: {_describe(error, 'GET /models')}. Give the address of an OpenAI server with its /v1, "
-                "like http://127.0.0.1:8000/v1."
+                "base_url",
+                f"{url}: {_describe(error, 'GET /models')}. Give the address of an OpenAI server with its /v1, "
+                "like http://127.0.0.1:8000/v1.",
             ) from error
         except ModelNotFound as error:
-            raise ConfigError(f"--served-model-name: {error}") from error
+            raise ConfigError("served_model_name", str(error)) from error
 
     def metadata(self) -> dict[str, Any]:
         return {"model": self._model, "server": self._client.url, "device": None, "mesh": None, "versions": {}}

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int32
 
-from jax_mla_cp.attention import Resolved, Rows
+from jax_mla_cp.attention import Resolved, Rows, page_multiple
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.config.quantization import Quantization
@@ -39,19 +39,25 @@ class Build:
     def __post_init__(self) -> None:
         if self.fp8 and self.config.quantization is None:
             raise ConfigError(
-                "--weights fp8: the checkpoint is not quantized (its config.json has no quantization_config). "
-                "Use --weights auto."
+                "weights",
+                "'fp8' needs a quantized checkpoint; this one is not (its config.json has no quantization_config). "
+                "Use weights='auto'.",
             )
         if self.mtp and not self.config.num_mtp_layers:
             raise ConfigError(
-                "--speculative mtp: the model has no layer for multi-token prediction (config.json's "
-                "num_nextn_predict_layers). Use --speculative off."
+                "mtp",
+                "the model has no layer for multi-token prediction (config.json's num_nextn_predict_layers). Leave it off.",
             )
         _check_divides(self.config, self.shape or MeshShape())
 
     @property
     def axes(self) -> Axes:
         return Axes(self.shape)
+
+    @property
+    def page_multiple(self) -> int:
+        """Divides every page size that the attention can read."""
+        return page_multiple(self.attention)
 
     @property
     def cache_layers(self) -> int:
@@ -84,8 +90,9 @@ def _check_divides(config: ModelConfig, shape: MeshShape) -> None:
         if size % shape.tp:
             fits = [d for d in range(1, shape.tp) if all(s % d == 0 for s in rules.values())]
             raise ConfigError(
-                f"--mesh tp={shape.tp}: tp must divide the model's {name}={size}. "
-                f"Use tp={max(fits)}, and cp for the other devices."
+                "mesh",
+                f"tp must divide the model's {name}={size}, got tp={shape.tp}. "
+                f"Use tp={max(fits)}, and cp for the other devices.",
             )
 
 

@@ -13,23 +13,27 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from rich.console import Console
-from rich.filesize import decimal
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from jax_mla_cp.version import program_imports
 
-from jax_mla_cp.config.errors import ConfigError
-from jax_mla_cp.default_model import DIRECTORY
-from jax_mla_cp.engine import Engine
-from jax_mla_cp.serve import logs, security
-from jax_mla_cp.serve.announcement import announcement
-from jax_mla_cp.serve.app import create_app
-from jax_mla_cp.serve.lifecycle import Server, uvicorn_config
-from jax_mla_cp.serve.middleware import MiddlewareStack
-from jax_mla_cp.serve.options import ServeConfig, parse
-from jax_mla_cp.serve.served_model import ServedModel
-from jax_mla_cp.serve.start import load_model, make_runner, set_up_devices
-from jax_mla_cp.serve.status import Telemetry, server_info
-from jax_mla_cp.step.runner import Runner
+with program_imports():
+    from rich.console import Console
+    from rich.filesize import decimal
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from jax_mla_cp.cli import fail
+    from jax_mla_cp.config.errors import ConfigError
+    from jax_mla_cp.default_model import DIRECTORY
+    from jax_mla_cp.engine import Engine
+    from jax_mla_cp.launch import Runner, load_model, make_runner, set_up_devices
+    from jax_mla_cp.serve import logs, security
+    from jax_mla_cp.serve.announcement import announcement
+    from jax_mla_cp.serve.app import create_app
+    from jax_mla_cp.serve.lifecycle import Server, uvicorn_config
+    from jax_mla_cp.serve.middleware import MiddlewareStack
+    from jax_mla_cp.serve.served_model import ServedModel
+    from jax_mla_cp.serve.server_flags import make_parser
+    from jax_mla_cp.serve.server_options import ServerOptions, parse
+    from jax_mla_cp.serve.status import Telemetry, server_info
 
 log = logging.getLogger("jax_mla_cp.serve")
 
@@ -40,7 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the server until it is stopped.
 
     Returns:
-      The exit code: 0; 1 if running requests were cut off; 2 for an invalid setting.
+      The exit code: 0; 1 if running requests were cut off.
+
+    Raises:
+      SystemExit: with code 2, for a setting that can't work.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _exit_while_loading)
@@ -54,8 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with _listen(config) as listener:
                 return _serve(config, listener, middleware, tls)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        fail(error, make_parser())
 
 
 def _exit_while_loading(number: int, frame: FrameType | None) -> None:
@@ -65,7 +71,7 @@ def _exit_while_loading(number: int, frame: FrameType | None) -> None:
     os._exit(0)
 
 
-def _listen(config: ServeConfig) -> socket.socket:
+def _listen(config: ServerOptions) -> socket.socket:
     """Binds the port before anything is loaded, so that an occupied one is reported at once.
 
     Raises:
@@ -80,12 +86,13 @@ def _listen(config: ServeConfig) -> socket.socket:
         listener.bind(address)
     except OSError as error:
         raise ConfigError(
-            f"--host {config.host} --port {config.port}: can't listen there ({error.strerror or error}). Use another --port."
+            "port",
+            f"can't listen there, host={config.host!r} port={config.port} ({error.strerror or error}). Use another one.",
         ) from error
     return listener
 
 
-def _serve(config: ServeConfig, listener: socket.socket, middleware: MiddlewareStack, tls: dict[str, Any]) -> int:
+def _serve(config: ServerOptions, listener: socket.socket, middleware: MiddlewareStack, tls: dict[str, Any]) -> int:
     started = time.perf_counter()
     log.info("starting JAX: mesh %s, %d devices", config.mesh, config.mesh.devices)
     used = set_up_devices(config)

@@ -6,7 +6,7 @@ import json
 import shlex
 from pathlib import Path
 
-from jax_mla_cp.serve.flags import KEY_VARIABLE
+from jax_mla_cp.serve.server_flags import KEY_VARIABLE
 
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.serve.errors import ApiError
-from jax_mla_cp.serve.flags import KEY_VARIABLE
+from jax_mla_cp.serve.server_flags import KEY_VARIABLE
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def read_keys(file: Path | None, environment: Mapping[str, str]) -> ApiKeys | No
     """
     sources = []
     if file is not None:
-        sources.append(("--api-key-file", _read(file, "--api-key-file")))
+        sources.append(("api_key_file", _read(file, "api_key_file")))
         if file.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
             log.warning("--api-key-file: other users can read %s. Restrict its permissions: chmod 600", file)
     if KEY_VARIABLE in environment:
@@ -71,12 +71,13 @@ def read_keys(file: Path | None, environment: Mapping[str, str]) -> ApiKeys | No
     for source, text in sources:
         found = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
         if not found:
-            raise ConfigError(f"{source}: has no key. {_MAKE_ONE}")
+            raise ConfigError(source, f"has no key. {_MAKE_ONE}")
         for number, key in enumerate(found, 1):
             if len(key) < _SHORTEST_KEY or not (key.isascii() and key.isprintable()) or " " in key:
                 raise ConfigError(
-                    f"{source}: key {number} must be at least {_SHORTEST_KEY} printable ASCII characters without spaces, "
-                    f"got {len(key)}. {_MAKE_ONE}"
+                    source,
+                    f"key {number} must be at least {_SHORTEST_KEY} printable ASCII characters without spaces, "
+                    f"got {len(key)}. {_MAKE_ONE}",
                 )
         keys.update(found)
     return ApiKeys(keys)
@@ -121,20 +122,20 @@ def tls_settings(certfile: Path | None, keyfile: Path | None, password_file: Pat
     """
     if certfile is None:
         return {}
-    _read(certfile, "--ssl-certfile")
+    _read(certfile, "ssl_certfile")
     if keyfile is not None:
-        _read(keyfile, "--ssl-keyfile")
+        _read(keyfile, "ssl_keyfile")
     password = None
     if password_file is not None:
-        password = (_read(password_file, "--ssl-keyfile-password-file").splitlines() or [""])[0]
+        password = (_read(password_file, "ssl_keyfile_password_file").splitlines() or [""])[0]
     try:
         # An empty password, not none at all, or OpenSSL would ask for one at the terminal.
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certfile, keyfile, password or "")
     except (ssl.SSLError, ValueError) as error:  # ValueError: a password that is too long
         raise ConfigError(
-            f"--ssl-certfile {certfile}: certificate and private key can't be used together ({error}). Both must be PEM, the "
-            "key that of the certificate, in --ssl-keyfile or the same file, with --ssl-keyfile-password-file if it is "
-            "encrypted."
+            "ssl_certfile",
+            f"the certificate {certfile} and the private key can't be used together ({error}). Both must be PEM, the key "
+            "that of the certificate, in `ssl_keyfile` or the same file, with `ssl_keyfile_password_file` if it is encrypted.",
         ) from error
     return {"ssl_certfile": certfile, "ssl_keyfile": keyfile, "ssl_keyfile_password": password}
 
@@ -164,9 +165,9 @@ def _loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _read(file: Path, flag: str) -> str:
+def _read(file: Path, field: str) -> str:
     try:
         return file.read_text()
     except (OSError, UnicodeDecodeError) as error:
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "not a text file"
-        raise ConfigError(f"{flag}: {file} can't be read ({reason}). Give a file of this user's.") from error
+        raise ConfigError(field, f"{file} can't be read ({reason}). Give a file of this user's.") from error

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import get_args
 
 import jax
 
 from jax_mla_cp import cache
-from jax_mla_cp.attention import fa3
 from jax_mla_cp.batch import zigzag
 from jax_mla_cp.batch.arrays import Batch
 from jax_mla_cp.batch.check import check_requests
@@ -18,7 +18,7 @@ from jax_mla_cp.batch.layout import KEY_ALIGN, StepLayout, build, lay_out, packe
 from jax_mla_cp.batch.packing import DeviceBatch
 from jax_mla_cp.batch.shapes import BatchShape, CacheShape, StepShape
 from jax_mla_cp.batch.step_request import StepRequest
-from jax_mla_cp.config.errors import ConfigError
+from jax_mla_cp.config.errors import ConfigError, check_choice
 from jax_mla_cp.mesh import mesh_shape
 from jax_mla_cp.model.handle import Model
 from jax_mla_cp.step.forward import put
@@ -93,28 +93,31 @@ class Planner:
           ConfigError: sizes that are not positive, a `max_len` beyond the model or the cache, or drafts without MTP layer.
         """
         if not 0 <= draft_tokens <= MAX_DRAFT_TOKENS:
-            raise ConfigError(f"draft_tokens must be 0 to {MAX_DRAFT_TOKENS}, got {draft_tokens}.")
+            raise ConfigError("draft_tokens", f"must be 0 to {MAX_DRAFT_TOKENS}, got {draft_tokens}.")
         if draft_tokens and not model.build.mtp:
-            raise ConfigError(f"draft_tokens={draft_tokens} needs the MTP layer: load the model with mtp=True.")
+            raise ConfigError(
+                "draft_tokens", f"{draft_tokens} needs the MTP layer, got a model without it. Load it with mtp=True."
+            )
         sizes = {"cache_tokens": cache_tokens, "page_size": page_size, "max_requests": max_requests, "max_len": max_len}
         for name, value in {**sizes, "prefill_chunk": prefill_chunk}.items():
             if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}.")
-        if model.build.attention == "fa3" and page_size % fa3.PAGE_MULTIPLE:
+                raise ConfigError(name, f"must be at least 1, got {value}.")
+        if page_size % (multiple := model.build.page_multiple):
             raise ConfigError(
-                f"page_size={page_size}: FlashAttention-3 needs a multiple of {fa3.PAGE_MULTIPLE} (a tile of keys lies in "
-                f"one page). Use --page-size {-(-page_size // fa3.PAGE_MULTIPLE) * fa3.PAGE_MULTIPLE}, or --attention xla."
+                "page_size",
+                f"must be a multiple of {multiple} for FlashAttention-3 (a tile of keys lies in one page), got {page_size}. "
+                f"Use page_size={-(-page_size // multiple) * multiple}, or attention='xla'.",
             )
-        if form not in ("auto", "expanded", "absorbed"):
-            raise ConfigError(f"form must be auto, expanded or absorbed, got {form!r}.")
+        check_choice("form", form, get_args(Form))
         mesh = mesh_shape(model.mesh)
         cache_shape = CacheShape(model.build.cache_layers, -(-cache_tokens // page_size), page_size)
         longest = min(model.config.max_position, cache_shape.tokens)
         max_len = longest if max_len is None else max_len
         if max_len > longest:
             raise ConfigError(
-                f"max_len={max_len} is more than {longest}: the model has {model.config.max_position} positions, "
-                f"the cache holds {cache_shape.tokens} tokens."
+                "max_len",
+                f"must be at most {longest}, got {max_len}: the model has {model.config.max_position} positions, "
+                f"the cache holds {cache_shape.tokens} tokens.",
             )
         chunk = min(prefill_chunk or max_len, max_requests * max_len)
         # One request's keys, all of them; of several, those that fit beside the longest (the others are absorbed).

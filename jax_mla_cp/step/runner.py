@@ -183,7 +183,7 @@ def create_runner(
     longest = model.config.max_position if max_model_len is None else max_model_len
     if longest > model.config.max_position:
         raise ConfigError(
-            f"--max-model-len {longest}: the model has {model.config.max_position} positions. Use at most that."
+            "max_model_len", f"must be at most the model's {model.config.max_position} positions, got {longest}."
         )
     useful = max_running * -(-longest // page_size)
     sizes: dict[str, Any] = {
@@ -200,19 +200,22 @@ def create_runner(
         kv_pages = min(useful, room)
         if kv_pages < 1:
             raise ConfigError(
-                f"--memory-fraction {memory_fraction}: no room for a single page of the cache on a device with "
-                f"{device_memory() / 2**30:.1f} GiB. Use a larger mesh, a smaller --prefill-chunk or --max-model-len."
+                "memory_fraction",
+                f"{memory_fraction} leaves no room for a single page of the cache on a device with "
+                f"{device_memory() / 2**30:.1f} GiB. Use a larger `mesh`, or a smaller `prefill_chunk` or `max_model_len`.",
             )
     elif kv_pages > room:
         raise ConfigError(
-            f"--kv-pages {kv_pages}: {page_size} tokens each, {max(room, 0)} fit into {memory_fraction:.0%} of a device's "
-            f"{device_memory() / 2**30:.1f} GiB beside weights and temporaries. Use at most that many."
+            "kv_pages",
+            f"must be at most {max(room, 0)}, got {kv_pages}: that many pages of {page_size} tokens fit into "
+            f"{memory_fraction:.0%} of a device's {device_memory() / 2**30:.1f} GiB beside weights and temporaries.",
         )
     held = kv_pages * page_size
     if max_model_len is not None and max_model_len > held:
         raise ConfigError(
-            f"--max-model-len {max_model_len}: {kv_pages} pages of {page_size} hold {held} tokens. "
-            "Use a smaller length or more --kv-pages."
+            "max_model_len",
+            f"must be at most {held}, got {max_model_len}: {kv_pages} pages of {page_size} hold {held} tokens. "
+            f"Use max_model_len={held}, or more `kv_pages`.",
         )
     longest = min(longest, held)
     planner = Planner.create(model, cache_tokens=held, max_len=longest, **sizes)

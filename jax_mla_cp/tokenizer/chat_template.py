@@ -56,11 +56,11 @@ class ChatTemplate:
             by_name = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
             name, source = f"{name} 'default'", by_name.get("default")
             if source is None:
-                raise TokenizerError(f"{name}: not found; the templates are {sorted(map(str, by_name))}.")
+                raise TokenizerError(name, f"not found; the templates are {sorted(map(str, by_name))}.")
         if source is None:
             return None
         if not isinstance(source, str):
-            raise TokenizerError(f"{name}: expected a string, got {type(source).__name__}.")
+            raise TokenizerError(name, f"expected a string, got {type(source).__name__}.")
         return cls(source, tokenizer_config, name=name)
 
     def render(

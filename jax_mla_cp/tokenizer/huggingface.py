@@ -51,7 +51,7 @@ class JsonVocabulary:
         try:
             backend = tokenizers.Tokenizer.from_buffer(contents)
         except Exception as error:  # the library raises a bare Exception
-            raise TokenizerError(f"{source}: the tokenizers library can't read it: {error}") from error
+            raise TokenizerError(str(source), f"the tokenizers library can't read it: {error}") from error
         return cls(backend)
 
     def encode(self, text: str) -> list[int]:
@@ -89,7 +89,7 @@ def _affixes(backend: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int,
         if full[start : start + len(bare)] == bare:
             return tuple(full[:start]), tuple(full[start + len(bare) :])
     raise TokenizerError(
-        "tokenizer.json: its post-processor changes the tokens of the text itself, which is not supported."
+        "tokenizer.json", "its post-processor changes the tokens of the text itself, which is not supported."
     )
 
 

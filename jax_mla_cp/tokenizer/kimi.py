@@ -62,8 +62,9 @@ class KimiVocabulary:
         """
         if (tokenizer_class := tokenizer_config.get("tokenizer_class")) != "TikTokenTokenizer":
             raise TokenizerError(
-                f"tokenizer_config.json: tokenizer_class={tokenizer_class!r} is not supported with a tiktoken.model, which does "
-                "not say how text is split; this is known only for Kimi's TikTokenTokenizer. Add a tokenizer.json."
+                "tokenizer_config.json",
+                f"tokenizer_class={tokenizer_class!r} is not supported with a tiktoken.model, which does "
+                "not say how text is split; this is known only for Kimi's TikTokenTokenizer. Add a tokenizer.json.",
             )
         self._encoding = tiktoken.Encoding("kimi", pat_str=PATTERN, mergeable_ranks=dict(ranks), special_tokens={})
         names, hidden = _added_tokens(tokenizer_config, len(ranks))
@@ -118,7 +119,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
-        raise TokenizerError(f"{path}: can't be read: {error}") from error
+        raise TokenizerError(str(path), f"can't be read: {error}") from error
     for number, line in enumerate(lines, 1):
         if not line:
             continue
@@ -126,14 +127,14 @@ def read_ranks(path: Path) -> dict[bytes, int]:
         try:
             token, value = base64.b64decode(encoded, validate=True), int(rank)
         except ValueError as error:  # includes binascii.Error
-            raise TokenizerError(f"{path}: line {number} is not a token in base64 and its rank: {error}") from error
+            raise TokenizerError(str(path), f"line {number} is not a token in base64 and its rank: {error}") from error
         if not token or token in ranks:
-            raise TokenizerError(f"{path}: line {number}: the token {token!r} is empty or a duplicate.")
+            raise TokenizerError(str(path), f"line {number}: the token {token!r} is empty or a duplicate.")
         ranks[token] = value
     if sorted(ranks.values()) != list(range(len(ranks))):
-        raise TokenizerError(f"{path}: the ranks of {len(ranks)} tokens must be 0 to {len(ranks) - 1}, each once.")
+        raise TokenizerError(str(path), f"the ranks of {len(ranks)} tokens must be 0 to {len(ranks) - 1}, each once.")
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
-        raise TokenizerError(f"{path}: no token for the single byte {missing[0]:#04x}; every byte needs one.")
+        raise TokenizerError(str(path), f"no token for the single byte {missing[0]:#04x}; every byte needs one.")
     return ranks
 
 
@@ -144,19 +145,20 @@ def _added_tokens(tokenizer_config: Mapping[str, Any], first: int) -> tuple[dict
     hidden = {*special_tokens(tokenizer_config).values(), *_texts(tokenizer_config.get("additional_special_tokens"))}
     added = tokenizer_config.get("added_tokens_decoder") or {}
     if not isinstance(added, dict):
-        raise TokenizerError(f"{where}: expected an object, got {type(added).__name__}.")
+        raise TokenizerError(where, f"expected an object, got {type(added).__name__}.")
     for key, token in added.items():
         name = token_text(token)
         if not (key.isdecimal() and first <= int(key) < first + _NUM_SPECIAL_TOKENS and name):
             raise TokenizerError(
-                f"{where}: {key!r} is {name!r}; expected ids from {first} (the number of tokens in tiktoken.model) to "
-                f"{first + _NUM_SPECIAL_TOKENS - 1}, each with the token's text. Take all files from one checkpoint."
+                where,
+                f"{key!r} is {name!r}; expected ids from {first} (the number of tokens in tiktoken.model) to "
+                f"{first + _NUM_SPECIAL_TOKENS - 1}, each with the token's text. Take all files from one checkpoint.",
             )
         if name in names.values():
-            raise TokenizerError(f"{where}: {name!r} has two ids.")
+            raise TokenizerError(where, f"{name!r} has two ids.")
         if isinstance(token, dict):
             if any(token.get(flag) for flag in ("lstrip", "rstrip", "single_word")):
-                raise TokenizerError(f"{where}: {name!r} has lstrip, rstrip or single_word, which are not supported.")
+                raise TokenizerError(where, f"{name!r} has lstrip, rstrip or single_word, which are not supported.")
             if token.get("special"):
                 hidden.add(name)
         names[int(key)] = name

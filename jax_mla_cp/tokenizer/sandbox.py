@@ -47,7 +47,7 @@ class SandboxedTemplate:
         """
         self._name = name
         if len(source) > MAX_SOURCE_CHARS:
-            raise TokenizerError(f"{name}: {len(source)} characters; the limit for a template is {MAX_SOURCE_CHARS}.")
+            raise TokenizerError(name, f"{len(source)} characters; the limit for a template is {MAX_SOURCE_CHARS}.")
         try:
             self._template = _ENVIRONMENT.from_string(source)
         except Exception as error:  # its type depends on whether Jinja's parser or Python's compiler fails
@@ -80,7 +80,7 @@ class SandboxedTemplate:
             line = frame.lineno if frame.filename == "<template>" else line
         where = f"{self._name}, line {line}" if line else self._name
         message = str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
-        return TokenizerError(f"{where}: {message}")
+        return TokenizerError(where, message)
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):

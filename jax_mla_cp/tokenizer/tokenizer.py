@@ -107,8 +107,9 @@ class Tokenizer:
         token, largest = vocabulary.last_token()
         if largest >= vocab_size:
             raise TokenizerError(
-                f"{source}: token {token!r} has id {largest}, but the model's vocab_size is {vocab_size}. "
-                "Use the tokenizer that belongs to the model."
+                str(source),
+                f"token {token!r} has id {largest}, but the model's vocab_size is {vocab_size}. "
+                "Use the tokenizer that belongs to the model.",
             )
         prefix, suffix = (
             _affix(tokenizer_config, role, vocabulary, default)
@@ -148,8 +149,9 @@ class Tokenizer:
         """
         if self.chat_template is None:
             raise TokenizerError(
+                "chat_template",
                 "the model directory has no chat template, so messages can't be turned into a prompt. Send the prompt as text, "
-                "or put the model's chat_template.jinja there."
+                "or put the model's chat_template.jinja there.",
             )
         return self._encode(
             self.chat_template.render(messages, add_generation_prompt=add_generation_prompt, **variables)
@@ -172,7 +174,8 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise TokenizerError(
-                f"character {error.start} is {text[error.start]!r}, an unpaired surrogate, which can't be encoded in UTF-8."
+                "text",
+                f"character {error.start} is {text[error.start]!r}, an unpaired surrogate, which can't be encoded in UTF-8.",
             ) from error
         return self._vocabulary.encode(text)
 
@@ -185,9 +188,10 @@ def require_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:
     """
     if tokenizer is None:
         raise TokenizerError(
+            "tokenizer.json",
             "the model directory has no tokenizer.json (or Kimi's tiktoken.model), so text can't be tokenized. Send the "
             "prompt as token ids, or put a tokenizer.json there (transformers: "
-            "AutoTokenizer.from_pretrained(..).save_pretrained(DIR))."
+            "AutoTokenizer.from_pretrained(..).save_pretrained(DIR)).",
         )
     return tokenizer
 
@@ -196,7 +200,7 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise TokenizerError(f"{path}: can't be read: {error}") from error
+        raise TokenizerError(str(path), f"can't be read: {error}") from error
 
 
 def _affix(
@@ -212,7 +216,8 @@ def _affix(
     token = None if content is None else vocabulary.token_id(content)
     if token is None:
         raise TokenizerError(
-            f"tokenizer_config.json: add_{role}_token is true, but {role}_token={content!r} is not a token of the "
-            f"tokenizer. Set {role}_token to one, or add_{role}_token to false."
+            "tokenizer_config.json",
+            f"add_{role}_token is true, but {role}_token={content!r} is not a token of the "
+            f"tokenizer. Set {role}_token to one, or add_{role}_token to false.",
         )
     return (token,)

@@ -23,9 +23,9 @@ def read_tokenizer_config(path: Path) -> Mapping[str, Any]:
     try:
         config = json.loads(read_text(path))
     except ValueError as error:
-        raise TokenizerError(f"{path}: not valid JSON: {error}") from error
+        raise TokenizerError(str(path), f"not valid JSON: {error}") from error
     if not isinstance(config, dict):
-        raise TokenizerError(f"{path}: expected a JSON object, got {type(config).__name__}.")
+        raise TokenizerError(str(path), f"expected a JSON object, got {type(config).__name__}.")
     return config
 
 
@@ -38,7 +38,7 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (ValueError, OSError) as error:
-        raise TokenizerError(f"{path}: can't be read as UTF-8 text: {error}") from error
+        raise TokenizerError(str(path), f"can't be read as UTF-8 text: {error}") from error
 
 
 def token_text(token: Any) -> str | None:

@@ -85,5 +85,8 @@ def test_absorbed_rows_have_their_own_part_of_a_step() -> None:
 
 def test_a_page_is_a_multiple_of_the_kernels_tile() -> None:
     model = random_model(config=REAL_DIMS_CONFIG, dtype=BF16, attention="fa3")
-    with pytest.raises(ConfigError, match=r"page_size=96: FlashAttention-3 needs a multiple of 64.*--page-size 128"):
+    with pytest.raises(
+        ConfigError,
+        match=r"page_size: must be a multiple of 64 for FlashAttention-3.*got 96\. Use page_size=128, or attention='xla'",
+    ):
         Planner.create(model, cache_tokens=4096, page_size=96)

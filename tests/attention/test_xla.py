@@ -125,6 +125,8 @@ def test_memory_grows_linearly(form: str) -> None:
 def test_fa3_says_what_is_missing() -> None:
     """By name when it is asked for; "auto" takes XLA."""
     config = model_config("deepseek_v3")
-    with pytest.raises(ConfigError, match=r"--attention fa3: its kernels need a Hopper GPU, JAX runs on cpu.*xla"):
+    with pytest.raises(
+        ConfigError, match=r"attention: fa3 can't run: its kernels need a Hopper GPU, JAX runs on cpu.*xla"
+    ):
         resolve_implementation("fa3", config, jnp.bfloat16)
     assert resolve_implementation("auto", config, jnp.bfloat16) == "xla"

@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from jax_mla_cp.bench import attention, decode, host, layer, load, model, program, scaling
-from jax_mla_cp.bench.options import Options, make
+from jax_mla_cp.bench.bench_options import Options, make
 from jax_mla_cp.bench.roofline import Ceilings
 from jax_mla_cp.bench.table import Report
 from jax_mla_cp.config.errors import ConfigError

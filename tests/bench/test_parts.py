@@ -16,9 +16,9 @@ import pytest
 from rich.console import Console
 
 from jax_mla_cp.bench import data, timing
+from jax_mla_cp.bench.bench_options import Options
 from jax_mla_cp.bench.links import communication, query_seconds, work_beside_gather
 from jax_mla_cp.bench.model import _between
-from jax_mla_cp.bench.options import Options
 from jax_mla_cp.bench.profile import scope_of
 from jax_mla_cp.bench.roofline import Ceilings, Cost, attention_flops, rank_rows
 from jax_mla_cp.bench.table import Report

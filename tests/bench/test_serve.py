@@ -17,7 +17,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from jax_mla_cp.bench.__main__ import main
-from jax_mla_cp.bench.serve.options import parse
+from jax_mla_cp.bench.serve.client_options import parse
 from jax_mla_cp.bench.serve.workload import Lengths, SharedPrefix, arrivals, plan
 from jax_mla_cp.config.errors import ConfigError
 from tests.helpers.fake_server import running
@@ -429,5 +429,5 @@ def test_defaults_are_those_that_help_tells() -> None:
         Lengths(512, 512),
         64,
     )
-    with pytest.raises(ConfigError, match="--timeout"):
+    with pytest.raises(ConfigError, match="timeout: must be"):
         type(options)("http://h/v1", timeout=float("inf"))

@@ -21,18 +21,7 @@ from jax_mla_cp.checkpoint.convert import convert
 from jax_mla_cp.checkpoint.directories import alone
 from jax_mla_cp.checkpoint.orbax import StoredArray
 from jax_mla_cp.config.errors import ConfigError
-from tests.helpers.converted import chunks
-
-
-def stop_after(slices: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, read = converting._Slice.read, iter(range(slices))
-
-    def stopping(self: Any, *of: Any) -> Any:
-        if next(read, None) is None:
-            raise KeyboardInterrupt
-        return real(self, *of)
-
-    monkeypatch.setattr(converting._Slice, "read", stopping)
+from tests.helpers.converted import chunks, stop_after
 
 
 def test_stopped_anywhere_it_goes_on(source: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,7 +31,7 @@ def test_stopped_anywhere_it_goes_on(source: Path, made: Path, tmp_path: Path, m
         with pytest.raises(KeyboardInterrupt):
             convert(source, out, progress=False)
     with pytest.raises(
-        CheckpointError, match=r"not complete\. Finish it with: python -m jax_mla_cp.checkpoint convert"
+        CheckpointError, match=r"half-converted: .* Finish it with: python -m jax_mla_cp.checkpoint convert"
     ):
         mla.load(out, progress=False)
     (out / "weights/state/embed/c/0/0").write_bytes(b"cut off")

@@ -12,9 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from jax_mla_cp.checkpoint import ConvertedCheckpoint
+import jax_mla_cp as mla
+from jax_mla_cp.checkpoint import CheckpointError, ConvertedCheckpoint
 from jax_mla_cp.checkpoint.__main__ import main
-from tests.helpers.converted import chunks, flip
+from jax_mla_cp.checkpoint.convert import convert
+from jax_mla_cp.launch import config_and_tokenizer
+from tests.helpers.converted import chunks, flip, stop_after
 
 
 def inspect(*flags: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:
@@ -67,3 +70,26 @@ def test_inspect_calls_a_half_converted_checkpoint_that(out: Path, capsys: pytes
         (problem,) = report["problems"]
         assert code == 1
         assert problem.startswith(f"half-converted: {len(written) - 1} of {len(written)} chunks are written. Finish it")
+
+
+def test_a_half_converted_directory_is_called_that(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By whoever reads it; config.json is copied last, and its absence is not the problem."""
+    half = tmp_path / "half"
+    with monkeypatch.context() as patch:
+        stop_after(5, patch)
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, half, progress=False)
+    assert not (half / "config.json").exists()
+    problem = ConvertedCheckpoint.read(half).unfinished
+    assert problem.endswith(f"Finish it with: python -m jax_mla_cp.checkpoint convert {source} {half}")
+    for read in (mla.load, config_and_tokenizer):
+        with pytest.raises(CheckpointError) as refused:
+            read(half)
+        assert str(refused.value) == f"model: {half} is {problem}"
+    assert main(["inspect", str(half)]) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "half-converted" in shown and "has no config.json" not in shown
+    code, report = inspect(str(half), capsys=capsys)
+    assert code == 1 and report["problems"] == [problem]

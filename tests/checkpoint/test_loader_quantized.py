@@ -159,7 +159,7 @@ def test_layers_may_differ_when_dequantized() -> None:
     name = "model.layers.1.self_attn.o_proj.weight"
     mixed = {k: v for k, v in tensors.items() if k != f"{name}_scale_inv"} | {name: plain[name]}
     np.testing.assert_array_equal(load(mixed, config)["moe.mla.o"], load(tensors, config)["moe.mla.o"])
-    with pytest.raises(CheckpointError, match=rf"1 not quantized, which --weights fp8 asks for .*\n  {name}"):
+    with pytest.raises(CheckpointError, match=rf"1 not quantized, which weights='fp8' asks for .*\n  {name}"):
         load(mixed, config, fp8=True)
 
 
@@ -208,5 +208,5 @@ def test_unpacked_as_packed() -> None:
 
 
 def test_fp8_needs_a_quantized_checkpoint() -> None:
-    with pytest.raises(ConfigError, match="--weights fp8: the checkpoint is not quantized"):
+    with pytest.raises(ConfigError, match="weights: 'fp8' needs a quantized checkpoint; this one is not"):
         Build(ModelConfig.from_hf(RAGGED), fp8=True)

@@ -80,11 +80,11 @@ def test_no_end_of_text_before_the_question_is_answered() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"--lengths: fact and question take \d+ tokens, got 20\."):
+    with pytest.raises(ConfigError, match=r"lengths: fact and question take \d+ tokens, got 20\."):
         LINES.prompt(20, 0.5, 0)
-    with pytest.raises(ConfigError, match=r"--lengths 99999: needs a text of \d+ tokens, it has \d+\."):
+    with pytest.raises(ConfigError, match=r"lengths: 99999 needs a text of \d+ tokens, it has \d+\."):
         LINES.prompt(99999, 0.5, 0)
-    with pytest.raises(ConfigError, match="--perplexity-tokens 99999: needs a text of 99999 tokens"):
+    with pytest.raises(ConfigError, match="perplexity_tokens: 99999 needs a text of 99999 tokens"):
         LINES.windows(99999, 5000)
 
 

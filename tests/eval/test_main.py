@@ -11,7 +11,7 @@ import pytest
 from jax_mla_cp import platform
 from jax_mla_cp.eval import in_process
 from jax_mla_cp.eval.__main__ import main
-from jax_mla_cp.eval.options import Options, parse
+from jax_mla_cp.eval.eval_options import EvalOptions, parse
 from jax_mla_cp.mesh import MeshShape
 
 
@@ -72,7 +72,7 @@ BAD = [
     (["--lengths", "900K"], "positions, of which the answer takes 7. Use lengths of at most"),
     (["--depths", "1"], "--depths: must be whole numbers from 2 to 1000, got 1."),
     (["--perplexity-tokens", "1"], "--perplexity-tokens: must be whole numbers from 2"),
-    (["--perplexity-tokens", "15000K"], "--perplexity-tokens 15360000: needs a text of"),
+    (["--perplexity-tokens", "15000K"], "--perplexity-tokens: 15360000 needs a text of"),
     (["--lengths", "none", "--perplexity-tokens", "0"], "nothing is left to do"),
     (["--text", "/nonexistent"], "--text: /nonexistent is not a file"),
     (["--text", "{binary}"], "can't be read as UTF-8 text"),
@@ -118,8 +118,8 @@ def test_a_picture_needs_matplotlib(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 def test_flags() -> None:
     options = parse(["--lengths", "512,4K", "--mesh", "tp=2,cp=4", "--attention", "xla", "--form", "absorbed"])
     assert options.lengths == (512, 4096)
-    assert options.serve.mesh == MeshShape(tp=2, cp=4) and options.serve.form == "absorbed"
-    assert parse([]) == Options()
+    assert options.launch.mesh == MeshShape(tp=2, cp=4) and options.launch.form == "absorbed"
+    assert parse([]) == EvalOptions()
     assert parse(["--base-url", "http://h/v1", "--served-model-name", "m"]).served_model_name == "m"
 
 

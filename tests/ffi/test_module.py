@@ -49,7 +49,7 @@ def test_missing_dims(name: str) -> None:
 
 def test_missing_dtype() -> None:
     text = fa3.missing(FITS, jnp.float32)
-    assert text is not None and "for bfloat16, the model runs in float32. Use --dtype bfloat16" in text
+    assert text is not None and "for bfloat16, the model runs in float32. Use dtype='bfloat16'" in text
 
 
 def test_missing_gpu() -> None:

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jax_mla_cp.checkpoint import convert as converting
 
 
 def chunks(out: Path) -> dict[str, bytes]:
@@ -24,3 +29,15 @@ def flip(path: Path) -> None:
 
 def grow(path: Path) -> None:
     path.write_bytes(path.read_bytes() + b"\n")
+
+
+def stop_after(slices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ends conversions with KeyboardInterrupt after some slices."""
+    real, read = converting._Slice.read, iter(range(slices))
+
+    def stopping(self: Any, *of: Any) -> Any:
+        if next(read, None) is None:
+            raise KeyboardInterrupt
+        return real(self, *of)
+
+    monkeypatch.setattr(converting._Slice, "read", stopping)

@@ -160,9 +160,9 @@ def test_what_weights_auto_takes(checkpoints: dict[str, Path], monkeypatch: pyte
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert [kept(name) for name in ("original", "fp8", "int4")] == [False, True, True]
     assert not kept("fp8", "bf16")
-    with pytest.raises(ConfigError, match="--weights fp8: the checkpoint is not quantized"):
+    with pytest.raises(ConfigError, match="weights: 'fp8' needs a quantized checkpoint; this one is not"):
         kept("original", "fp8")
-    with pytest.raises(ConfigError, match="--weights must be auto, bf16 or fp8, got 'int8'"):
+    with pytest.raises(ConfigError, match=r"weights: must be one of auto \| bf16 \| fp8, got 'int8'"):
         kept("fp8", "int8")
 
 

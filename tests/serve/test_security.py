@@ -156,7 +156,7 @@ def test_keys_that_cant_be(tmp_path: Path, text: str, message: str) -> None:
 
 
 def test_a_key_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--api-key-file: .*No such file"):
+    with pytest.raises(ConfigError, match=r"api_key_file: .*No such file"):
         read_keys(tmp_path / "none", {})
 
 
@@ -221,9 +221,9 @@ def test_certificates_that_cant_be_used(tmp_path: Path) -> None:
     right, wrong = write(tmp_path / "right", "open\n"), write(tmp_path / "wrong", "no\n")
     assert tls_settings(chain, locked, right)["ssl_keyfile_password"] == "open"
     for cert, private_key, password, message in (
-        (tmp_path / "none", key, None, "--ssl-certfile: .*No such file"),
-        (chain, tmp_path / "none", None, "--ssl-keyfile: .*No such file"),
-        (chain, locked, tmp_path / "none", "--ssl-keyfile-password-file: .*No such file"),
+        (tmp_path / "none", key, None, "ssl_certfile: .*No such file"),
+        (chain, tmp_path / "none", None, "ssl_keyfile: .*No such file"),
+        (chain, locked, tmp_path / "none", "ssl_keyfile_password_file: .*No such file"),
         (chain, None, None, "can't be used together"),
         (chain, others, None, "can't be used together"),
         (chain, locked, None, "can't be used together"),

@@ -233,9 +233,11 @@ def test_next_tokens_need_no_collective() -> None:
 
 def test_drafts_need_the_layer() -> None:
     without = dataclasses.replace(model().build, mtp=False)
-    with pytest.raises(ConfigError, match=r"draft_tokens=1 needs the MTP layer: load the model with mtp=True"):
+    with pytest.raises(
+        ConfigError, match=r"draft_tokens: 1 needs the MTP layer, got a model without it\. Load it with mtp=True"
+    ):
         Planner.create(dataclasses.replace(model(), build=without), cache_tokens=64, draft_tokens=1)
-    with pytest.raises(ConfigError, match="draft_tokens must be 0 to 4, got 5"):
+    with pytest.raises(ConfigError, match="draft_tokens: must be 0 to 4, got 5"):
         Planner.create(model(), cache_tokens=64, draft_tokens=5)
-    with pytest.raises(ConfigError, match=r"--speculative mtp: the model has no layer for multi-token prediction"):
+    with pytest.raises(ConfigError, match=r"mtp: the model has no layer for multi-token prediction"):
         model(config=dataclasses.replace(CONFIG, num_mtp_layers=0))

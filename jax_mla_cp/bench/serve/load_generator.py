@@ -44,11 +44,12 @@ class LoadGenerator:
                 self.model = await client.choose_model(self.model)
             except RequestError as error:
                 raise ConfigError(
-                    f"--base-url {self.url}: GET /models gives no list of models ({error.kind}: {error}). Give the address of an "
-                    "OpenAI server with its /v1, like http://127.0.0.1:8000/v1, and with --api-key-env if it wants a key."
+                    "base_url",
+                    f"{self.url}: GET /models gives no list of models ({error.kind}: {error}). Give the address of an "
+                    "OpenAI server with its /v1, like http://127.0.0.1:8000/v1, and with `api_key_env` if it wants a key.",
                 ) from error
             except ModelNotFound as error:
-                raise ConfigError(f"--model: {error}") from error
+                raise ConfigError("model", str(error)) from error
             versions = await client.versions()
             tokens = await client.tokenize(self.model, text)
         return text.split() if tokens is None else tokens, versions

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from jax_mla_cp.bench.serve.options import Options, parse
+from jax_mla_cp.bench.serve.client_options import ClientOptions, make_parser, parse
 from jax_mla_cp.cli import fail
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.eval.heldout import heldout_text
@@ -26,10 +26,10 @@ def main(argv: Sequence[str]) -> int:
     try:
         return _run(options, argv)
     except ConfigError as error:
-        fail(error)
+        fail(error, make_parser())
 
 
-def _run(options: Options, argv: Sequence[str]) -> int:
+def _run(options: ClientOptions, argv: Sequence[str]) -> int:
     from jax_mla_cp.bench.serve.load_generator import LoadGenerator
     from jax_mla_cp.bench.serve.load_report import LoadReport, versions
     from jax_mla_cp.bench.serve.request_result import RequestResult
@@ -77,16 +77,16 @@ def _run(options: Options, argv: Sequence[str]) -> int:
     report = LoadReport(results, options.goodput, metadata, stopped)
     report.show(Console(width=None if sys.stdout.isatty() else 160, highlight=False))
     if options.json is not None:
-        _write("--json", options.json, report.save)
+        _write("json", options.json, report.save)
     if options.picture is not None:
         from jax_mla_cp.bench.serve.load_plot import draw_load
 
-        _write("--picture", options.picture, lambda path: draw_load(report, path))
+        _write("picture", options.picture, lambda path: draw_load(report, path))
     return 130 if stopped else int(not report.succeeded)
 
 
-def _write(flag: str, path: Path, write: Callable[[Path], None]) -> None:
+def _write(field: str, path: Path, write: Callable[[Path], None]) -> None:
     try:
         write(path)
     except OSError as error:
-        raise ConfigError(f"{flag} {path}: can't be written ({error.strerror}).") from error
+        raise ConfigError(field, f"{path} can't be written ({error.strerror}).") from error

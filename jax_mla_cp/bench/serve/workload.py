@@ -25,7 +25,7 @@ class Lengths:
     sigma: float = 0.0
 
     @classmethod
-    def parse(cls, flag: str, text: str) -> Lengths:
+    def parse(cls, field: str, text: str) -> Lengths:
         """Parses N, LOW-HIGH or lognormal:MEDIAN:SIGMA:MOST.
 
         Raises:
@@ -45,8 +45,9 @@ class Lengths:
             valid = False
         if not (valid and 1 <= found.low <= found.high <= 1 << 24):
             raise ConfigError(
-                f"{flag}: must be N, LOW-HIGH or lognormal:MEDIAN:SIGMA:MOST, from 1 token to 16M, with a sigma above 0 and at most "
-                f"4, got {text!r}. Use e.g. 512, 100-2000 or lognormal:512:0.8:4096."
+                field,
+                f"must be N, LOW-HIGH or lognormal:MEDIAN:SIGMA:MOST, from 1 token to 16M, with a sigma above 0 and at most "
+                f"4, got {text!r}. Use e.g. 512, 100-2000 or lognormal:512:0.8:4096.",
             )
         return found
 
@@ -82,7 +83,7 @@ class SharedPrefix:
             tokens = groups = 0
         if not (1 <= tokens <= 1 << 24 and 1 <= groups <= 1 << 16):
             raise ConfigError(
-                f"--shared-prefix: must be TOKENS:GROUPS, each at least 1, got {text!r}. Use e.g. 1000:8."
+                "shared_prefix", f"must be TOKENS:GROUPS, each at least 1, got {text!r}. Use e.g. 1000:8."
             )
         return cls(tokens, groups)
 

@@ -6,8 +6,8 @@ import dataclasses
 
 import jax
 
+from jax_mla_cp.launch import Runner
 from jax_mla_cp.mesh import MeshShape, mesh_shape
-from jax_mla_cp.step.runner import Runner
 from jax_mla_cp.tokenizer import Tokenizer
 from jax_mla_cp.version import package_version
 

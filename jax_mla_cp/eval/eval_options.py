@@ -1,4 +1,4 @@
-"""The evaluation's flags: one frozen `Options`, checked as far as that goes without a device or a checkpoint."""
+"""The evaluation's options and flags: one frozen `EvalOptions`, checked without a device or a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,28 +11,27 @@ from pathlib import Path
 
 from jax_mla_cp.cli import Parser, check_output, fail, path
 from jax_mla_cp.config.errors import ConfigError
-from jax_mla_cp.mesh import MeshShape
-from jax_mla_cp.serve.flags import add_model_flags
-from jax_mla_cp.serve.options import ServeConfig
+from jax_mla_cp.launch import LaunchOptions
+from jax_mla_cp.launch_flags import add_model_flags
 
 _K = 1024
 _PICTURES = (".png", ".pdf", ".svg")
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """What is asked for. A field is the flag of the same name.
+class EvalOptions:
+    """The evaluation's options. A field is the flag of the same name.
 
     Raises:
-      ConfigError: a value out of bounds, in one line that starts with the flag.
+      ConfigError: a value out of bounds.
     """
 
-    serve: ServeConfig = dataclasses.field(default_factory=ServeConfig)
-    """The flags that the server has too: what runs in process."""
+    launch: LaunchOptions = dataclasses.field(default_factory=LaunchOptions)
+    """The model that runs in process."""
     base_url: str | None = None
     """The server to ask; None: in process."""
     served_model_name: str | None = None
-    """Which of that server's models; None: the only one."""
+    """One of that server's models; None: the only one. In process: the model's name in reports."""
     tokenizer: Path | None = None
     lengths: tuple[int, ...] = (512, _K, 2 * _K, 4 * _K, 8 * _K, 16 * _K)
     depths: int = 10
@@ -45,61 +44,58 @@ class Options:
     json: Path | None = None
 
     def __post_init__(self) -> None:
-        for flag, values, low, high in (
-            ("--lengths", self.lengths, 2, 1 << 24),
-            ("--depths", (self.depths,), 2, 1000),
-            ("--perplexity-tokens", (self.perplexity_tokens,) if self.perplexity_tokens else (), 2, 1 << 24),
-            ("--seed", (self.seed,), 0, 2**63 - 1),
+        for field, values, low, high in (
+            ("lengths", self.lengths, 2, 1 << 24),
+            ("depths", (self.depths,), 2, 1000),
+            ("perplexity_tokens", (self.perplexity_tokens,) if self.perplexity_tokens else (), 2, 1 << 24),
+            ("seed", (self.seed,), 0, 2**63 - 1),
         ):
             for value in values:
                 if not low <= value <= high:
-                    raise ConfigError(f"{flag}: must be whole numbers from {low} to {high}, got {value}.")
+                    raise ConfigError(field, f"must be whole numbers from {low} to {high}, got {value}.")
         if len(set(self.lengths)) < len(self.lengths):
-            raise ConfigError(f"--lengths: each once, got {','.join(map(str, self.lengths))}.")
+            raise ConfigError("lengths", f"each once, got {','.join(map(str, self.lengths))}.")
         if not (self.lengths or self.perplexity_tokens):
-            raise ConfigError("--lengths none --perplexity-tokens 0: nothing is left to do. Leave one of them out.")
+            raise ConfigError("lengths", "none, and perplexity_tokens=0: nothing is left to do. Leave one of them out.")
         if not (math.isfinite(self.timeout) and self.timeout > 0):
-            raise ConfigError(f"--timeout: must be a number of seconds above 0, got {self.timeout}.")
+            raise ConfigError("timeout", f"must be a number of seconds above 0, got {self.timeout}.")
         if self.base_url is not None and not self.base_url.startswith(("http://", "https://")):
-            raise ConfigError(f"--base-url: must be an address like http://127.0.0.1:8000/v1, got {self.base_url!r}.")
+            raise ConfigError("base_url", f"must be an address like http://127.0.0.1:8000/v1, got {self.base_url!r}.")
         if self.tokenizer is not None and self.base_url is None:
             raise ConfigError(
-                "--tokenizer: is for --base-url; a model that runs in process brings its own. Leave it out."
+                "tokenizer", "is for `base_url`; a model that runs in process brings its own. Leave it out."
             )
         self._check_files()
 
     def _check_files(self) -> None:
         if self.tokenizer is not None and not self.tokenizer.is_dir():
-            raise ConfigError(f"--tokenizer: {self.tokenizer} is not a directory. Give the served model's.")
+            raise ConfigError("tokenizer", f"{self.tokenizer} is not a directory. Give the served model's.")
         if self.text is not None and not self.text.is_file():
-            raise ConfigError(f"--text: {self.text} is not a file. Give a text file (UTF-8).")
-        for flag, file in (("--json", self.json), ("--picture", self.picture)):
-            check_output(flag, file)
+            raise ConfigError("text", f"{self.text} is not a file. Give a text file (UTF-8).")
+        for field, file in (("json", self.json), ("picture", self.picture)):
+            check_output(field, file)
         if self.picture is not None:
             if self.picture.suffix not in _PICTURES:
-                raise ConfigError(f"--picture {self.picture}: must end in {', '.join(_PICTURES)}.")
+                raise ConfigError("picture", f"{self.picture} must end in {', '.join(_PICTURES)}.")
             if importlib.util.find_spec("matplotlib") is None:
-                raise ConfigError("--picture: matplotlib is missing. Install it with pip install 'jax-mla-cp[eval]'.")
+                raise ConfigError("picture", "matplotlib is missing. Install it with pip install 'jax-mla-cp[eval]'.")
 
 
-def parse(argv: Sequence[str] | None = None) -> Options:
-    """The flags of a command line. Ends the process with code 2 and one line if they can't work."""
-    values = vars(_parser().parse_args(argv))
-    own = {field.name for field in dataclasses.fields(Options)}
-    served = {name: values.pop(name) for name in list(values) if name not in own}
+def parse(argv: Sequence[str] | None = None) -> EvalOptions:
+    """Reads a command line. Ends the process with code 2 and one line for flags that can't work."""
+    parser = make_parser()
+    values = vars(parser.parse_args(argv))
+    own = {field.name for field in dataclasses.fields(EvalOptions)}
+    launch = {name: values.pop(name) for name in list(values) if name not in own}
     try:
-        if "base_url" in values and (local := sorted(served)):
+        if "base_url" in values and (local := sorted(launch)):
             raise ConfigError(
-                f"--{local[0].replace('_', '-')}: is for models that run in process, --base-url is the server's own "
-                "business. Leave one of them out."
+                local[0],
+                "is for models that run in process, `base_url` is the server's own business. Leave one of them out.",
             )
-        if "mesh" in served:
-            served["mesh"] = MeshShape.parse(served["mesh"])
-        if "served_model_name" in values:
-            served["served_model_name"] = values["served_model_name"]
-        return Options(serve=ServeConfig(**served), **values)
+        return EvalOptions(launch=LaunchOptions(**launch), **values)
     except ConfigError as error:
-        fail(error)
+        fail(error, parser)
 
 
 def _whole(text: str) -> int:
@@ -134,13 +130,14 @@ exit code: 0 done, whatever the score; 1 the model or the server failed; 2 a set
 """
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of `python -m jax_mla_cp.eval`: a namespace of the fields that were given."""
     p = Parser(
         prog="python -m jax_mla_cp.eval",
         description="Does a model still read its whole context? Passkey retrieval by length and depth, and perplexity.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,  # the defaults are Options' and ServeConfig's
+        argument_default=argparse.SUPPRESS,  # the defaults are EvalOptions' and LaunchOptions'
         allow_abbrev=False,
     )
     test = p.add_argument_group("test")

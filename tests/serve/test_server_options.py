@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from jax_mla_cp.serve.options import ServeConfig, parse
+from jax_mla_cp.serve.server_options import ServerOptions, parse
 
 
 def test_the_defaults_are_safe() -> None:
     config = parse([])
-    assert config == ServeConfig()
+    assert config == ServerOptions()
     assert config.host == "127.0.0.1" and not config.cors_origins and not config.log_requests
     assert config.max_queued == 1024 and config.watchdog == 600
 

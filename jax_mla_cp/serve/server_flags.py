@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from jax_mla_cp.cli import Parser, path, real_number, whole_number
-from jax_mla_cp.platform import default_compile_cache
+from jax_mla_cp.cli import Parser, choice, path, real_number, whole_number
+from jax_mla_cp.launch_flags import add_cache_flags, add_model_flags
 
 KEY_VARIABLE = "JAX_MLA_CP_API_KEY"
 """Environment variable with API keys, one per line."""
@@ -17,10 +17,6 @@ def _seconds(text: str) -> float | None:
 
 def _origins(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(","))
-
-
-def _int_or_auto(text: str) -> int | None:
-    return None if text == "auto" else whole_number(text)
 
 
 _EPILOG = """examples:
@@ -44,139 +40,25 @@ exit status:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of `python -m jax_mla_cp.serve`. Its namespace has the `ServeConfig` fields that were given."""
+    """The parser of `python -m jax_mla_cp.serve`: a namespace of the `ServerOptions` fields that were given."""
     p = Parser(
         prog="python -m jax_mla_cp.serve",
         description="OpenAI-compatible server for MLA models with prefill context parallelism.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,  # the defaults are ServeConfig's
+        argument_default=argparse.SUPPRESS,  # the defaults are ServerOptions'
         allow_abbrev=False,
     )
     add_model_flags(p)
-    _add_engine_flags(p)
+    add_cache_flags(p)
+    _add_start_flags(p)
     _add_http_flags(p)
     _add_limit_flags(p)
     _add_log_flags(p)
     return p
 
 
-def add_model_flags(p: argparse.ArgumentParser) -> None:
-    """Adds the flags of model, devices and steps, which are fields of `ServeConfig`. Other programs share them."""
-    model = p.add_argument_group("model")
-    model.add_argument(
-        "--model",
-        metavar="DIR",
-        type=path,
-        help="model directory in Hugging Face format (config.json, *.safetensors, tokenizer.json), or the "
-        "output of `python -m jax_mla_cp.checkpoint convert` (default: the small built-in model)",
-    )
-    model.add_argument(
-        "--served-model-name",
-        metavar="NAME",
-        help="model name that clients send as `model` (default: the name of the model directory)",
-    )
-    model.add_argument(
-        "--dtype",
-        metavar="{auto,float32,bfloat16}",
-        help="data type of weights, activations and KV cache; auto: float32 on CPU, bfloat16 on GPUs (default: auto)",
-    )
-    model.add_argument(
-        "--weights",
-        metavar="{auto,bf16,fp8}",
-        help="storage of a quantized checkpoint's weights; bf16: dequantize to --dtype while loading; fp8: "
-        "keep FP8 in device memory, half the size, and dequantize at each use; auto: fp8 on GPUs, "
-        "otherwise bf16 (default: auto)",
-    )
-    devices = p.add_argument_group("devices")
-    devices.add_argument(
-        "--mesh",
-        metavar="AXES",
-        help="device mesh, such as tp=8,cp=4,dp=2: tp shards the heads, cp the tokens of a step, dp the "
-        "requests; axes that are left out have size 1 (default: one device)",
-    )
-    devices.add_argument(
-        "--platform",
-        metavar="{auto,cpu,cuda}",
-        help="auto: GPUs if there are any, otherwise CPU; cpu: virtual CPU devices, as many as the mesh "
-        "needs (default: auto)",
-    )
-    devices.add_argument(
-        "--ep-axes",
-        metavar='{auto,tp,"tp,cp","tp,cp,dp"}',
-        help="mesh axes that shard the experts; auto: the fewest axes whose shards fit into memory (default: auto)",
-    )
-    devices.add_argument(
-        "--attention",
-        metavar="{auto,fa3,xla}",
-        help="attention kernel; auto: FlashAttention-3 on Hopper GPUs, otherwise XLA (default: auto)",
-    )
-    devices.add_argument(
-        "--form",
-        metavar="{auto,expanded,absorbed}",
-        help="form of MLA attention; expanded: per-head keys and values; absorbed: latents; auto: chosen "
-        "per request by its shape (default: auto)",
-    )
-    steps = p.add_argument_group("steps")
-    steps.add_argument(
-        "--page-size",
-        metavar="N",
-        type=whole_number,
-        help="tokens per KV cache page; FlashAttention-3 needs a multiple of 64 (default: 64)",
-    )
-    steps.add_argument(
-        "--prefill-chunk",
-        metavar="N",
-        type=whole_number,
-        help="maximum number of prompt tokens per step and dp group; longer prompts are prefilled in "
-        "chunks, with decoding in between (default: 2048)",
-    )
-    steps.add_argument(
-        "--compile-cache",
-        metavar="{auto,off,DIR}",
-        help=f"directory of the persistent compilation cache (default: {default_compile_cache()})",
-    )
-
-
-def _add_engine_flags(p: argparse.ArgumentParser) -> None:
-    memory = p.add_argument_group("memory and scheduling, per dp group")
-    memory.add_argument(
-        "--kv-pages",
-        metavar="N",
-        type=_int_or_auto,
-        help="number of KV cache pages; auto: as many as --memory-fraction allows (default: auto)",
-    )
-    memory.add_argument(
-        "--memory-fraction",
-        metavar="F",
-        type=real_number,
-        help="fraction of device memory for weights, temporaries and KV cache (default: 0.9 on GPUs; on "
-        "CPU 0.5 of the free RAM, which the virtual devices share)",
-    )
-    memory.add_argument(
-        "--max-model-len",
-        metavar="N",
-        type=_int_or_auto,
-        help="maximum context length: prompt plus output tokens; auto: the model's, limited by what the KV "
-        "cache holds (default: auto)",
-    )
-    memory.add_argument(
-        "--max-running", metavar="N", type=whole_number, help="maximum number of running requests (default: 32)"
-    )
-    speculation = p.add_argument_group("speculative decoding: several tokens per step, same outputs")
-    speculation.add_argument(
-        "--speculative",
-        metavar="{off,mtp}",
-        help="mtp: the checkpoint's multi-token prediction layer drafts the next tokens, and the model "
-        "verifies them in its next step (default: off)",
-    )
-    speculation.add_argument(
-        "--draft-tokens",
-        metavar="N",
-        type=whole_number,
-        help="draft tokens per request and step, 1 to 4; more than 1 pays off at high acceptance rates, "
-        "which /health reports (default: 1)",
-    )
+def _add_start_flags(p: argparse.ArgumentParser) -> None:
     start = p.add_argument_group("startup")
     start.add_argument(
         "--warmup",
@@ -281,9 +163,15 @@ def _add_log_flags(p: argparse.ArgumentParser) -> None:
     logs.add_argument(
         "--log-level",
         metavar="{debug,info,warning,error}",
+        type=choice("debug", "info", "warning", "error"),
         help="minimum level; debug includes health checks and metrics scrapes (default: info)",
     )
-    logs.add_argument("--log-format", metavar="{text,json}", help="json: one JSON object per line (default: text)")
+    logs.add_argument(
+        "--log-format",
+        metavar="{text,json}",
+        type=choice("text", "json"),
+        help="json: one JSON object per line (default: text)",
+    )
     logs.add_argument(
         "--log-requests",
         action="store_true",

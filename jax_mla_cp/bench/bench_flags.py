@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jax_mla_cp.bench.options import Command, Options, make
-from jax_mla_cp.cli import Parser, fail, mesh, path
+from jax_mla_cp.bench.bench_options import Command, Options, make
+from jax_mla_cp.cli import Parser, fail, mesh, path, platform
 from jax_mla_cp.config import presets
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.mesh import MeshShape
@@ -16,13 +16,14 @@ _K = 1024
 
 
 def parse(argv: Sequence[str] | None = None) -> Options:
-    """The flags of a command line. Ends the process with code 2 and one line if they can't work."""
-    values: dict[str, Any] = vars(_parser().parse_args(argv))
+    """Reads a command line. Ends the process with code 2 and one line for flags that can't work."""
+    parser = make_parser()
+    values: dict[str, Any] = vars(parser.parse_args(argv))
     given: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in values.items()}
     try:
         return make(**given)
     except ConfigError as error:
-        fail(error)
+        fail(error, parser, values["command"])
 
 
 def _number(text: str) -> int:
@@ -156,7 +157,8 @@ _COMMANDS: dict[Command, tuple[str, str]] = {
 _ALL = "--json --quick --samples --platform"
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of `python -m jax_mla_cp.bench`, whose commands' namespaces have the `Options` fields that were given."""
     raw = argparse.RawDescriptionHelpFormatter
     p = Parser(
         prog="python -m jax_mla_cp.bench",
@@ -209,7 +211,11 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "--json": {"metavar": "FILE", "type": path, "help": "write the rows as JSON"},
     "--quick": {"action": "store_true", "help": "fewer rows and samples"},
     "--samples": {"metavar": "N", "type": _number, "help": "samples per row"},
-    "--platform": {"metavar": "{cuda,cpu}", "help": "cpu only tries the program, with small sizes"},
+    "--platform": {
+        "metavar": "{cuda,gpu,cpu}",
+        "type": platform("cuda", "cpu"),
+        "help": "cpu only tries the program, with small sizes",
+    },
     "--attention": {"metavar": "{auto,fa3,xla}", "help": "attention kernel; auto: the fastest that runs here"},
     "--model": {"metavar": "NAME", "help": f"model whose sizes are used: {', '.join(presets.names())}"},
     "--dtype": {"metavar": "{bfloat16,float32}", "help": "dtype of weights, activations and cache"},

@@ -1,17 +1,15 @@
-"""The benchmarks' settings: one frozen `Options`, checked as far as that goes without a device, and each command's defaults."""
+"""The benchmarks' options: one frozen `Options`, checked without a device, and each command's defaults."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from jax_mla_cp.attention import Implementation
 from jax_mla_cp.cli import check_output
 from jax_mla_cp.config import presets
-from jax_mla_cp.config.errors import ConfigError
+from jax_mla_cp.config.errors import ConfigError, check_choice
 from jax_mla_cp.mesh import MeshShape
 
 Command = Literal["attention", "layer", "model", "decode", "load", "host", "scaling"]
@@ -25,10 +23,10 @@ _CPU_TOKENS = 8192
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is asked for. A field is the flag of the same name.
+    """A benchmark's options. A field is the flag of the same name.
 
     Raises:
-      ConfigError: a value out of bounds, in one line that starts with the flag.
+      ConfigError: a value out of bounds.
     """
 
     command: Command
@@ -58,36 +56,38 @@ class Options:
     scratch: Path | None = None
 
     def __post_init__(self) -> None:
-        _one_of("--platform", self.platform, ("cuda", "cpu"))
-        _one_of("--attention", self.attention, get_args(Implementation))
-        _one_of("--dtype", self.dtype, ("bfloat16", "float32"))
-        _one_of("--model", self.model, presets.names())
+        check_choice("platform", self.platform, ("cuda", "cpu"))
+        check_choice("attention", self.attention, get_args(Implementation))
+        check_choice("dtype", self.dtype, ("bfloat16", "float32"))
+        check_choice("model", self.model, presets.names())
         for form in self.forms:
-            _one_of("--forms", form, get_args(FormName))
+            check_choice("forms", form, get_args(FormName))
         for ep in self.ep_axes:
-            _one_of("--ep-axes", ep, get_args(EpName))
+            check_choice("ep_axes", ep, get_args(EpName))
         for weights in self.weights:
-            _one_of("--weights", weights, get_args(WeightsName))
-        for flag, values, low, high in (
-            ("--samples", (self.samples,), 1, 1000),
-            ("--seq", self.seq, 1, 1 << 24),
-            ("--heads", self.heads, 1, 1024),
-            ("--cp", self.cp, 2, 1024),
-            ("--layers", () if self.layers is None else (self.layers,), 1, 1000),
-            ("--long", self.long, 1, 1 << 24),
-            ("--chunk", (self.chunk,), 1, 1 << 24),
-            ("--tokens", self.tokens, 1, 64),
-            ("--gb", (self.gb,), 1, 10000),
+            check_choice("weights", weights, get_args(WeightsName))
+        for field, values, low, high in (
+            ("samples", (self.samples,), 1, 1000),
+            ("seq", self.seq, 1, 1 << 24),
+            ("heads", self.heads, 1, 1024),
+            ("cp", self.cp, 2, 1024),
+            ("layers", () if self.layers is None else (self.layers,), 1, 1000),
+            ("long", self.long, 1, 1 << 24),
+            ("chunk", (self.chunk,), 1, 1 << 24),
+            ("tokens", self.tokens, 1, 64),
+            ("gb", (self.gb,), 1, 10000),
         ):
             for value in values:
                 if not low <= value <= high:
-                    raise ConfigError(f"{flag}: must be whole numbers from {low} to {high}, got {value}.")
-        for flag, mesh in [("--mesh", self.mesh), *(("--meshes", mesh) for mesh in self.meshes)]:
+                    raise ConfigError(field, f"must be whole numbers from {low} to {high}, got {value}.")
+        for field, mesh in [("mesh", self.mesh), *(("meshes", mesh) for mesh in self.meshes)]:
             if mesh.dp != 1:
-                raise ConfigError(f"{flag} {mesh}: dp only repeats the same work. Use tp and cp alone, e.g. tp=8,cp=4.")
-        check_output("--json", self.json)
+                raise ConfigError(
+                    field, f"dp only repeats the same work, got {mesh}. Use tp and cp alone, e.g. tp=8,cp=4."
+                )
+        check_output("json", self.json)
         if self.scratch is not None and not self.scratch.is_dir():
-            raise ConfigError(f"--scratch {self.scratch}: is not a directory. Make it first.")
+            raise ConfigError("scratch", f"{self.scratch} is not a directory. Make it first.")
         if self.platform == "cpu":
             self._check_cpu()
 
@@ -97,11 +97,11 @@ class Options:
         most = max([*self.seq, *self.long, *(n * context for n, context in self.shapes)], default=0)
         if most > _CPU_TOKENS:
             raise ConfigError(
-                f"--platform cpu: it is there to try the program, and {most} tokens would take it hours. "
-                f"{_SMALL[self.command]}"
+                "platform",
+                f"cpu is there to try the program, and {most} tokens would take it hours. {_SMALL[self.command]}",
             )
         if self.command in ("layer", "model", "scaling") and self.model != "tiny":
-            raise ConfigError(f"--platform cpu: {self.model} does not fit a CPU's memory. {_SMALL[self.command]}")
+            raise ConfigError("platform", f"{self.model} does not fit a CPU's memory. {_SMALL[self.command]}")
 
 
 _SMALL: dict[Command, str] = {
@@ -155,14 +155,6 @@ def make(command: Command, *, quick: bool = False, **given: Any) -> Options:
     """
     full_only = [name for name in _FULL_ONLY if name in given]
     if command == "decode" and full_only and not given.get("full"):
-        flag = "--" + full_only[0].replace("_", "-")
-        raise ConfigError(f"{flag}: is for the whole decode step. Add --full, or leave it out.")
+        raise ConfigError(full_only[0], "is for the whole decode step. Add `full`, or leave it out.")
     defaults = _DEFAULTS[command] | (_QUICK[command] if quick else {})
     return Options(command=command, quick=quick, **(defaults | given))
-
-
-def _one_of(flag: str, value: object, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        close = difflib.get_close_matches(str(value), allowed, n=1)
-        hint = f" Did you mean {close[0]}?" if close else ""
-        raise ConfigError(f"{flag}: must be one of {' | '.join(allowed)}, got {value!r}.{hint}")

@@ -1,4 +1,4 @@
-"""The flags of `bench serve`: one frozen `Options`, checked as far as that goes without the server."""
+"""The options and flags of `bench serve`: one frozen `ClientOptions`, checked without the server."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ GOALS = ("ttft", "itl", "tpot", "e2e")
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """What is asked for. A field is the flag of the same name.
+class ClientOptions:
+    """The load and the server. A field is the flag of the same name.
 
     Raises:
-      ConfigError: a value out of bounds, in one line that starts with the flag.
+      ConfigError: a value out of bounds.
     """
 
     base_url: str
@@ -49,49 +49,52 @@ class Options:
 
     def __post_init__(self) -> None:
         if not self.base_url.startswith(("http://", "https://")):
-            raise ConfigError(f"--base-url: must be an address like http://127.0.0.1:8000/v1, got {self.base_url!r}.")
-        for flag, number in (("--rate", self.rate), ("--burstiness", self.burstiness), ("--timeout", self.timeout)):
-            if not number > 0 or (math.isinf(number) and flag != "--rate"):
-                raise ConfigError(f"{flag}: must be a number above 0, got {number:g}.")
-        for flag, count, low, high in (
-            ("--requests", self.requests, 1, 10_000_000),
-            ("--concurrency", 1 if self.concurrency is None else self.concurrency, 1, 100_000),
-            ("--seed", self.seed, 0, 2**63 - 1),
+            raise ConfigError("base_url", f"must be an address like http://127.0.0.1:8000/v1, got {self.base_url!r}.")
+        for field, number in (("rate", self.rate), ("burstiness", self.burstiness), ("timeout", self.timeout)):
+            if not number > 0 or (math.isinf(number) and field != "rate"):
+                raise ConfigError(field, f"must be a number above 0, got {number:g}.")
+        for field, count, low, high in (
+            ("requests", self.requests, 1, 10_000_000),
+            ("concurrency", 1 if self.concurrency is None else self.concurrency, 1, 100_000),
+            ("seed", self.seed, 0, 2**63 - 1),
         ):
             if not low <= count <= high:
-                raise ConfigError(f"{flag}: must be a whole number from {low} to {high}, got {count}.")
+                raise ConfigError(field, f"must be a whole number from {low} to {high}, got {count}.")
         if self.api_key_env is not None and not os.environ.get(self.api_key_env):
             raise ConfigError(
-                f"--api-key-env: the environment has no {self.api_key_env}. Set it to the server's API key."
+                "api_key_env", f"the environment has no {self.api_key_env}. Set it to the server's API key."
             )
-        for flag, file in (("--json", self.json), ("--picture", self.picture)):
-            check_output(flag, file)
+        for field, file in (("json", self.json), ("picture", self.picture)):
+            check_output(field, file)
         if self.picture is not None and self.picture.suffix not in _PICTURES:
-            raise ConfigError(f"--picture {self.picture}: must end in {', '.join(_PICTURES)}.")
+            raise ConfigError("picture", f"{self.picture} must end in {', '.join(_PICTURES)}.")
         needed = ("aiohttp", "matplotlib") if self.picture else ("aiohttp",)
         for module in needed:
             if importlib.util.find_spec(module) is None:
-                raise ConfigError(f"bench serve: {module} is missing. Install it with pip install 'jax-mla-cp[bench]'.")
+                raise ConfigError(
+                    "bench serve", f"{module} is missing. Install it with pip install 'jax-mla-cp[bench]'."
+                )
 
     @property
     def headers(self) -> dict[str, str]:
         return {"authorization": f"Bearer {os.environ[self.api_key_env]}"} if self.api_key_env else {}
 
 
-def parse(argv: Sequence[str] | None = None) -> Options:
-    """The flags of a command line. Ends the process with code 2 and one line if they can't work."""
-    values = vars(_parser().parse_args(argv))
+def parse(argv: Sequence[str] | None = None) -> ClientOptions:
+    """Reads a command line. Ends the process with code 2 and one line for flags that can't work."""
+    parser = make_parser()
+    values = vars(parser.parse_args(argv))
     try:
         for name in ("prompt_tokens", "output_tokens"):
             if name in values:
-                values[name] = Lengths.parse("--" + name.replace("_", "-"), values[name])
+                values[name] = Lengths.parse(name, values[name])
         if "shared_prefix" in values:
             values["shared_prefix"] = SharedPrefix.parse(values["shared_prefix"])
         if "goodput" in values:
             values["goodput"] = _goals(values["goodput"])
-        return Options(**values)
+        return ClientOptions(**values)
     except ConfigError as error:
-        fail(error)
+        fail(error, parser)
 
 
 def _goals(text: str) -> dict[str, float]:
@@ -106,8 +109,9 @@ def _goals(text: str) -> dict[str, float]:
             seconds = math.nan
         if name not in GOALS or name in goals or not 0 < seconds < math.inf:
             raise ConfigError(
-                f"--goodput: must be NAME:TIME,.. with {', '.join(GOALS)}, each once, and times in ms or s, got {text!r}. "
-                "Use e.g. ttft:500ms,itl:50ms."
+                "goodput",
+                f"must be NAME:TIME,.. with {', '.join(GOALS)}, each once, and times in ms or s, got {text!r}. "
+                "Use e.g. ttft:500ms,itl:50ms.",
             )
         goals[name] = seconds
     return goals
@@ -131,13 +135,14 @@ exit code: 0 done; 1 no request succeeded; 2 a setting that can't work, or no su
 """
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of `python -m jax_mla_cp.bench serve`: a namespace of the fields that were given."""
     p = Parser(
         prog="python -m jax_mla_cp.bench serve",
         description="Load on a running OpenAI server (this one, SGLang, vLLM): latencies and throughput of /v1/completions.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,  # the defaults are Options'
+        argument_default=argparse.SUPPRESS,  # the defaults are ClientOptions'
         allow_abbrev=False,
     )
     server = p.add_argument_group("server")

@@ -9,25 +9,25 @@ from pathlib import Path
 
 import pytest
 
-from jax_mla_cp.bench import flags
-from jax_mla_cp.bench.flags import parse
+from jax_mla_cp.bench import bench_flags
+from jax_mla_cp.bench.bench_flags import parse
 from jax_mla_cp.mesh import MeshShape
 
 EXAMPLES = [
     (name, line.split("jax_mla_cp.bench ")[1])
-    for name, text in flags._EPILOG.items()
+    for name, text in bench_flags._EPILOG.items()
     for line in text.splitlines()
     if line.startswith("  python -m jax_mla_cp.bench ")
 ]
 
 
 def help_of(command: str) -> str:
-    found = next(a.choices for a in flags._parser()._actions if isinstance(a, argparse._SubParsersAction))
+    found = next(a.choices for a in bench_flags.make_parser()._actions if isinstance(a, argparse._SubParsersAction))
     return " ".join(found[command].format_help().split())
 
 
 def test_every_command_has_examples() -> None:
-    assert {command for command, _ in EXAMPLES} == set(flags._COMMANDS)
+    assert {command for command, _ in EXAMPLES} == set(bench_flags._COMMANDS)
 
 
 @pytest.mark.parametrize(("command", "line"), EXAMPLES)
@@ -72,8 +72,8 @@ def test_a_list_of_meshes_goes_back_in() -> None:
         ("host --dtype float32", "--dtype: no such flag"),
         ("attention ''", "'': no such flag"),
         ("attention --seq none", "must be whole numbers"),
-        ("attention --json /", "--json /: is not a file"),
-        ("attention --json /dev/null", "--json /dev/null: is not a file"),
+        ("attention --json /", "--json: / is not a file"),
+        ("attention --json /dev/null", "--json: /dev/null is not a file"),
         ("attention --json /no/such/a.json", "the directory /no/such does not exist"),
     ],
 )
