@@ -16,8 +16,18 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
-from jax_mla_cp.batch.step_request import SamplingParams
-from jax_mla_cp.engine import EngineDead, Event, Failed, Finished, Grammar, PromptLogprobs, QueueFull, Request, Token
+from jax_mla_cp.engine import (
+    EngineDead,
+    Event,
+    Failed,
+    Finished,
+    Grammar,
+    PromptLogprobs,
+    QueueFull,
+    Request,
+    SamplingParams,
+    Token,
+)
 from jax_mla_cp.engine.logits_processor import LogitsProcessor
 from jax_mla_cp.engine.text import TextStream
 from jax_mla_cp.serve import logs
