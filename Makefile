@@ -112,7 +112,8 @@ $(VENV)/.build: pyproject.toml $(VENV)/.dependencies
 $(VENV)/.extension: pyproject.toml $(FFI) $(VENV)/.build $(MOVED)
 	$(install_extension)
 
-$(VENV)/.test: pyproject.toml | $(INSTALLED)
+# Enough for `make lint`, which reads the package where it is: an edit of ffi/ is not compiled for it.
+$(VENV)/.test: pyproject.toml | $(VENV)/.dependencies
 	@echo "Installing the tests' packages into $(VENV) (PyTorch, Transformers, lm-eval, ...): about 450 MB to download, more with a CUDA build of PyTorch"
 	@$(PIP_INSTALL) $(TORCH)
 	@$(call requirements,p["project"]["optional-dependencies"]["test"])
