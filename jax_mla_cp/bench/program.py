@@ -42,7 +42,7 @@ def is_mocked() -> bool:
 def make_build(
     config: ModelConfig, mesh: MeshShape, ep_axes: str, dtype: str, attention: Implementation, *, fp8: bool = False
 ) -> MockBuild:
-    """What the model is built with, as `load.plan_build` would; with `fp8`, of a checkpoint as DeepSeek publishes them.
+    """What the model is built with, as `launch.plan_build` would; with `fp8`, of a checkpoint as DeepSeek publishes them.
 
     Raises:
       ConfigError: the attention asked for can't run here.

@@ -61,6 +61,10 @@ def test_a_list_of_meshes_goes_back_in() -> None:
     ("line", "message"),
     [
         ("load --model tiny", "--model: no such flag"),
+        ("attention --platform cpu --seq 128K", "--platform: cpu is there to try the program, and 131072 tokens"),
+        ("attention --platform cpu --seq 128K", "Give small sizes: --seq 256 --heads 2."),
+        ("layer --platform cpu", "Give small sizes: --model tiny --seq 1024."),
+        ("decode --platform cpu", "Give small sizes: --heads 2, and --shapes like 4x128."),
         ("load --attention xla", "--attention: no such flag"),
         ("host --dtype float32", "--dtype: no such flag"),
         ("attention ''", "'': no such flag"),
