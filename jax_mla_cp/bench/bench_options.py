@@ -105,11 +105,11 @@ class Options:
 
 
 _SMALL: dict[Command, str] = {
-    "attention": "Give small sizes: --seq 256 --heads 2.",
-    "decode": "Give small sizes: --shapes 4x128 --heads 2.",
-    "layer": "Give small sizes: --model tiny --seq 1K.",
-    "model": "Give small sizes: --model tiny --seq 1K --long 4K --chunk 2K --layers 2.",
-    "scaling": "Give small sizes: --model tiny --seq 1K.",
+    "attention": "Give small sizes: seq=(256,) heads=(2,).",
+    "decode": "Give small sizes: heads=(2,), and `shapes` like 4x128.",
+    "layer": "Give small sizes: model='tiny' seq=(1024,).",
+    "model": "Give small sizes: model='tiny' seq=(1024,) long=(4096,) chunk=2048 layers=2.",
+    "scaling": "Give small sizes: model='tiny' seq=(1024,).",
 }
 
 _K = 1024

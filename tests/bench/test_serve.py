@@ -373,7 +373,7 @@ def test_ctrl_c_prints_what_there_is(fake: tuple[Fake, str], tmp_path: Path) -> 
         (["--reqests", "3"], "Did you mean --requests"),
         ([""], "'': no such flag"),
         (["=3"], "'': no such flag"),
-        (["--json", "/"], "--json /: is not a file"),
+        (["--json", "/"], "--json: / is not a file"),
     ],
 )
 def test_settings_that_cant_work(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
