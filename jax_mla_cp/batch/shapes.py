@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, TypeVar
 
+import jax
 import numpy as np
+from numpy.typing import NDArray
 
 from jax_mla_cp.batch.form import Form
 from jax_mla_cp.config.errors import ConfigError
+
+_Ids = TypeVar("_Ids", NDArray[np.signedinteger[Any]], jax.Array)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +46,10 @@ class CacheShape:
     def tokens(self) -> int:
         """Tokens that one dp group's pages hold."""
         return self.pages_per_layer * self.page_size
+
+    def slot_of(self, page: _Ids, offset: _Ids) -> _Ids:
+        """The slots, within a layer, of places in pages: NumPy arrays on the host, JAX arrays on a device."""
+        return page * self.page_size + offset
 
     def no_page(self, count: int) -> np.ndarray:
         """`count` different page ids that are in no layer."""

@@ -33,7 +33,7 @@ class Piece:
     view: View
     """From the stored layout to the parameter's; a NumPy view where that can be.
 
-    Of a quantized matrix it also takes the scales, which have fewer elements along the dimensions that `Declare.matrix` calls
+    Of a quantized matrix it also takes the scales, which have fewer elements along the dimensions that `ParamFactory.matrix` calls
     `blocks`: those it must not divide.
     """
     at: tuple[slice, ...] = ()

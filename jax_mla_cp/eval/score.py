@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from jax_mla_cp.batch.arrays import Batch
 from jax_mla_cp.batch.form import Form
 from jax_mla_cp.batch.step_request import StepRequest
-from jax_mla_cp.model.handle import Model
+from jax_mla_cp.model.loaded_model import Model
 from jax_mla_cp.step.forward import put, score
 from jax_mla_cp.step.planner import Planner
 

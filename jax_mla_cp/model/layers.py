@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from jax_mla_cp.config.rope import RopeConfig
 from jax_mla_cp.mesh import TP
-from jax_mla_cp.model.context import Declare
+from jax_mla_cp.model.params import ParamFactory
 
 
 def rms_norm(x: Float[Array, "*T D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "*T D"]:
@@ -62,11 +62,11 @@ def rotate(x: Float[Array, "T *n r"], cos: Float[Array, "T r/2"], sin: Float[Arr
 
 
 class Mlp(nnx.Module):
-    """Gated MLP, `down(silu(gate x) * up x)`, its width over tp. Returns this rank's part of the sum."""
+    """Gated MLP, `down(silu(gate x) * up x)`, its width over tp. Returns this rank's part of the sum over tp."""
 
-    def __init__(self, declare: Declare, hidden: int, width: int):
-        self.gate_up = declare.matrix(hidden, 2, width, spec=(None, None, TP), blocks=(0,))
-        self.down = declare.matrix(width, hidden, spec=(TP, None), blocks=(1,))
+    def __init__(self, param: ParamFactory, hidden: int, width: int):
+        self.gate_up = param.matrix(hidden, 2, width, spec=(None, None, TP), blocks=(0,))
+        self.down = param.matrix(width, hidden, spec=(TP, None), blocks=(1,))
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
         gate_up = jnp.einsum("td,dgf->tgf", x, self.gate_up[...])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jax_mla_cp import platform
 from jax_mla_cp.launch import load
 from jax_mla_cp.mesh import make_mesh
-from jax_mla_cp.model.handle import Model
+from jax_mla_cp.model.loaded_model import Model
 from jax_mla_cp.serve.options import ServeConfig
 from jax_mla_cp.step.runner import Runner, create_runner
 from jax_mla_cp.tokenizer import Tokenizer

@@ -1,4 +1,4 @@
-"""`Model`: a model's weights on a mesh, with everything static that a program compiled for them needs."""
+"""`Model`: a model's weights on a mesh, and the static configuration of the programs that run them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.mesh import MeshShape, spec_axes
-from jax_mla_cp.model.context import Build
+from jax_mla_cp.model.build import Build
 from jax_mla_cp.model.decoder import Decoder
 
 
