@@ -299,7 +299,7 @@ def test_products_around_the_expanded_call_need_no_copy() -> None:
 @pytest.mark.parametrize("first", ["tnh,Rnh->tnR", "tnh,Rnh->ntR"])
 @pytest.mark.parametrize("tokens", [96, 1536])  # mla_decode, mla_prefill_absorbed
 def test_products_around_the_absorbed_call_need_no_copy(tokens: int, first: str) -> None:
-    """The call takes and gives head by head; XLA writes a product of either form so."""
+    """The call takes and gives [n, T, R]; XLA writes the first product so, whichever form it has in JAX."""
     heads = 16
     rows, _, table = _changing_rows(np.random.default_rng(0))
 
