@@ -1,5 +1,5 @@
 """Attention in plain JAX, for any device: exact, and blockwise over queries and keys (flash attention,
-arXiv:2205.14135), so that its memory grows with the number of tokens and not with its square.
+arXiv:2205.14135), so that its memory grows linearly with the number of tokens.
 
 The work is a list of (row, block of queries) items, built from the rows on the device; both loops over it have dynamic
 trip counts, so that empty rows and keys past a row's end cost nothing. (Such a loop has no reverse-mode derivative.)

@@ -1,4 +1,4 @@
-"""The whole model, per device: embedding, the layers, the head."""
+"""`Decoder`, the whole model, per device: embedding, layers, head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The small parts: RMS norm, rotary embedding, and the dense MLP."""
+"""RMS norm, rotary embedding and the dense MLP."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def rms_norm(x: Float[Array, "*T D"], weight: Float[Array, " D"], eps: float) ->
 
 
 def rope_frequencies(dim: int, rope: RopeConfig) -> NDArray[np.float32]:
-    """[dim / 2] radians per position; YaRN's where asked for (arXiv:2309.00071, section 3.2).
+    """The [dim / 2] frequencies in radians per position, YaRN's if the config has it (arXiv:2309.00071, section 3.2).
 
     Frequencies that turn more than `beta_fast` times within the original context stay, those that turn less than
-    `beta_slow` times are divided by `factor`, and a linear ramp lies between. The ramp's ends are whole numbers, and at
+    `beta_slow` times are divided by `factor`, and a linear ramp is between. The ramp's ends are whole numbers, and at
     least 0.001 apart, as in DeepSeek-V3's inference/model.py (`precompute_freqs_cis`): with `beta_fast == beta_slow`
     it is a step.
     """

@@ -36,7 +36,7 @@ class Model:
 
 
 def param_specs(params: Any) -> Any:
-    """The PartitionSpec of each parameter, in a tree that stands for `params` in `shard_map`'s in_specs."""
+    """The PartitionSpec of each parameter, as a tree for `shard_map`'s in_specs."""
     return jax.tree.map(lambda p: p.get_metadata("spec"), params, is_leaf=lambda p: isinstance(p, nnx.Variable))
 
 

@@ -19,7 +19,7 @@ from jax_mla_cp.model.stack import LayerStack
 
 
 class Mtp(nnx.Module):
-    """Two norms and a projection, a layer with experts, a norm. Its latents are one more layer of the cache."""
+    """Two norms and a projection, a stack of one layer, and a norm. Its latents are the cache's last layer."""
 
     def __init__(self, build: Build):
         c = build.config
