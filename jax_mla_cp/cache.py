@@ -46,19 +46,19 @@ def write(
     pages: Float[Array, "pages page_size C"],
     latents: Float[Array, "M C"],
     slots: Int32[Array, " M"],
-    fresh: Int32[Array, " I"],
+    pages_to_zero: Int32[Array, " I"],
     layer: Int32[Array, ""],
     *,
     layers: int,
 ) -> Float[Array, "pages page_size C"]:
     """Writes latents in place: token m to slot `slots[m]` (see `CacheShape.slot_of`) of one of the cache's `layers`.
 
-    `fresh` are pages of which this step writes the first tokens, but not all: they are zeroed first. A kernel multiplies
+    `pages_to_zero` are pages of which this step writes the first tokens, but not all: they are zeroed first. A kernel multiplies
     what lies past a request's end by 0, and 0 * NaN is NaN, so memory that an earlier request left must not stay there.
     Order is free: the slots carry the permutation. Slots and pages out of range are dropped.
     """
     shape = shape_of(pages, layers)
-    pages = pages.at[fresh + layer * shape.pages_per_layer].set(0, mode="drop", unique_indices=True)
+    pages = pages.at[pages_to_zero + layer * shape.pages_per_layer].set(0, mode="drop", unique_indices=True)
     flat = pages.reshape(-1, pages.shape[2])
     flat = flat.at[slots + layer * shape.tokens].set(latents.astype(pages.dtype), mode="drop", unique_indices=True)
     return flat.reshape(pages.shape)

@@ -19,10 +19,10 @@ SHAPE = CacheShape(layers=3, pages_per_layer=5, page_size=4)
 def test_write_lands_in_its_slots_of_its_layer_only() -> None:
     before = np.random.default_rng(0).normal(size=(15, 4, 2)).astype(np.float32)
     latents = np.arange(10, dtype=np.float32).reshape(5, 2) + 100
-    slots = np.concatenate([[7, 4, 19], SHAPE.no_slot(2)]).astype(np.int32)  # the last two tokens are padding
-    fresh = np.concatenate([[4], SHAPE.no_page(1)]).astype(np.int32)
+    slots = np.concatenate([[7, 4, 19], SHAPE.unused_slots(2)]).astype(np.int32)  # the last two tokens are padding
+    pages_to_zero = np.concatenate([[4], SHAPE.unused_pages(1)]).astype(np.int32)
     for layer in range(3):
-        arrays = (jnp.asarray(x) for x in (before, latents, slots, fresh, layer))
+        arrays = (jnp.asarray(x) for x in (before, latents, slots, pages_to_zero, layer))
         after = np.asarray(cache.write(*arrays, layers=3))
         expect = before.copy().reshape(3, 5, 4, 2)
         expect[layer, 4] = 0
@@ -33,7 +33,7 @@ def test_write_lands_in_its_slots_of_its_layer_only() -> None:
 
 def test_out_of_range_reads_are_zeros_in_every_layer() -> None:
     pages = jnp.ones((15, 4, 2))
-    ids = cache.layer_pages(pages, jnp.asarray(SHAPE.no_page(3)), jnp.int32(2), layers=3)
+    ids = cache.layer_pages(pages, jnp.asarray(SHAPE.unused_pages(3)), jnp.int32(2), layers=3)
     assert not np.asarray(cache.read(pages, ids)).any()
     ids = cache.layer_pages(pages, jnp.array([4]), jnp.int32(2), layers=3)
     assert np.asarray(cache.read(pages, ids)).all()

@@ -78,7 +78,7 @@ def _row(planner: Planner, requests: int, context: int, options: Options) -> dic
     layouts, step = planner.lay_out(works)
     batch = build(layouts, shape, step)
     packed = pack(batch, options.mesh)
-    places = shape.requests * shape.samples
+    places = shape.max_requests * shape.samples
     tops = np.zeros((places, TOP_LOGPROBS), np.int32), np.zeros((places, TOP_LOGPROBS), np.float32)
     sampled = SamplerOutput(np.zeros(places, np.int32), np.zeros(places, np.float32), *tops)
     parts: dict[str, Callable[[], Any]] = {

@@ -153,9 +153,9 @@ def _write(options: Options, config: ModelConfig, seq: int) -> Callable[[], Any]
     rng = np.random.default_rng(0)
     order = rng.permutation(shape.pages_per_layer)[:, None]
     slots = jnp.asarray(shape.slot_of(order, np.arange(PAGE_SIZE)).ravel()[:seq])
-    fresh = jnp.asarray(shape.no_page(2))  # as many as layout.py's at least
+    pages_to_zero = jnp.asarray(shape.unused_pages(2))  # as many as layout.py's at least
     program = jax.jit(
-        lambda pages, latents, slots: cache.write(pages, latents, slots, fresh, jnp.int32(0), layers=shape.layers),
+        lambda pages, latents, slots: cache.write(pages, latents, slots, pages_to_zero, jnp.int32(0), layers=shape.layers),
         donate_argnums=0,
     )
     pages = normal(1, (shape.total_pages, PAGE_SIZE, config.latent_dim), options.dtype)

@@ -62,7 +62,7 @@ class Decoder(nnx.Module):
             cos=cos,
             sin=sin,
             slots=batch.slots,
-            fresh=batch.fresh,
+            pages_to_zero=batch.pages_to_zero,
             key_pages=batch.key_pages,
             num_keys=batch.num_keys,
             expanded=batch.expanded,

@@ -20,7 +20,7 @@ class LayerInputs:
     cos: Float[Array, "T r/2"]
     sin: Float[Array, "T r/2"]
     slots: Int32[Array, " cp*T"]
-    fresh: Int32[Array, " I"]
+    pages_to_zero: Int32[Array, " I"]
     key_pages: Int32[Array, " K/page"]
     num_keys: Int32[Array, " 1"]
     expanded: Rows

@@ -68,7 +68,7 @@ class Mla(nnx.Module):
         with jax.named_scope("query"):
             q_nope, q_rope = self._queries(x, inputs)
         with jax.named_scope("write"):
-            pages = cache.write(pages, latents, inputs.slots, inputs.fresh, layer, layers=layers)
+            pages = cache.write(pages, latents, inputs.slots, inputs.pages_to_zero, layer, layers=layers)
 
         out, absorbed_tokens = None, inputs.absorbed_tokens
         if inputs.key_pages.size:

@@ -59,7 +59,7 @@ def apply_logit_bias(
 
 def shapes(model: Model, shape: BatchShape) -> LogitBiasArrays:
     """The arrays as jax.ShapeDtypeStruct."""
-    places, vocabulary = shape.dp * shape.requests * shape.samples, model.config.vocab_size
+    places, vocabulary = shape.dp * shape.max_requests * shape.samples, model.config.vocab_size
     sharding = None if model.mesh is None else NamedSharding(model.mesh, PartitionSpec(TOKENS))
 
     def struct(dtype: Any, *more: int) -> jax.ShapeDtypeStruct:
@@ -97,9 +97,9 @@ class LogitBiasBuilder:
         """Arrays that change nothing."""
 
     def __call__(self, groups: Sequence[Sequence[StepRequest]]) -> LogitBiasArrays:
-        """For works that `check_works` has passed, one list per dp group."""
+        """For works that `check_requests` has passed, one list per dp group."""
         given = [
-            ((group * self._shape.requests + i) * self._shape.samples, work.logit_bias)
+            ((group * self._shape.max_requests + i) * self._shape.samples, work.logit_bias)
             for group, works in enumerate(groups)
             for i, work in enumerate(works)
             if work.logit_bias is not None

@@ -409,11 +409,11 @@ SLOTS = TABLE[np.repeat([0, 1], [8, 4]), POSITIONS // PAGE_SIZE] * PAGE_SIZE + P
 
 def _step(pages: jax.Array, q_latent: jax.Array, q_rope: jax.Array, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Layer by layer: writes the tokens' latents, then attends to the cache."""
-    fresh = jnp.asarray([CACHE[0], CACHE[0] + 1], jnp.int32)  # none: ids past the end
+    pages_to_zero = jnp.asarray([CACHE[0], CACHE[0] + 1], jnp.int32)  # none: ids past the end
 
     def layer(pages: jax.Array, xs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         i, q_latent, q_rope, latents = xs
-        pages = cache.write(pages, latents, SLOTS, fresh, i, layers=LAYERS)
+        pages = cache.write(pages, latents, SLOTS, pages_to_zero, i, layers=LAYERS)
         ids = cache.layer_pages(pages, jnp.asarray(TABLE), i, layers=LAYERS)
         return pages, fa3.mla_decode(q_latent, q_rope, pages, ids, STEP_ROWS, scale=0.05)[0]
 

@@ -209,8 +209,8 @@ def _step(pages: jax.Array, xs: Any, slots: jax.Array, table: jax.Array, rows: R
 
     def layer(pages: jax.Array, x: Any) -> tuple[jax.Array, Any]:
         i, latents, q, kv, q_latent, q_rope = x
-        fresh = jnp.asarray([CACHE[0], CACHE[0] + 1], jnp.int32)  # none: ids past the end
-        pages = cache.write(pages, latents, slots, fresh, i, layers=LAYERS)
+        pages_to_zero = jnp.asarray([CACHE[0], CACHE[0] + 1], jnp.int32)  # none: ids past the end
+        pages = cache.write(pages, latents, slots, pages_to_zero, i, layers=LAYERS)
         ids = cache.layer_pages(pages, table, i, layers=LAYERS)
         return pages, (
             fa3.mla_prefill_expanded(q, kv, rows, scale=0.1)[0],

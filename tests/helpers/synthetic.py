@@ -150,7 +150,7 @@ class Driver:
         works: list[list[StepRequest]] = [[] for _ in range(self.planner.shape.dp)]
         rows = []
         for request, tokens in news:
-            rows.append(request.group * self.planner.shape.requests + len(works[request.group]))
+            rows.append(request.group * self.planner.shape.max_requests + len(works[request.group]))
             works[request.group].append(StepRequest(list(tokens), len(request.tokens), request.pages))
             request.tokens += tokens
         logits, self.pages = self._forward(self.model, self.pages, self.planner.batch(works))

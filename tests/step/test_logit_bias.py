@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_mla_cp.batch.check import check_works
-from jax_mla_cp.batch.columns import Columns
+from jax_mla_cp.batch.check import check_requests
+from jax_mla_cp.batch.columns import RequestColumns
 from jax_mla_cp.batch.logit_bias import LogitBias
 from jax_mla_cp.batch.shapes import BatchShape, CacheShape
 from jax_mla_cp.batch.step_request import SamplingParams, StepRequest
@@ -159,9 +159,9 @@ SHAPE = BatchShape(1, 1, 4, 8, 0, CacheShape(2, 9, 8), draft_tokens=2)
     ],
 )
 def test_a_step_refuses(work: StepRequest, message: str) -> None:
-    works = Columns.of([dataclasses.replace(GOOD, pages=[5]), work], SHAPE)
+    works = RequestColumns.of([dataclasses.replace(GOOD, pages=[5]), work], SHAPE)
     with pytest.raises(ValueError, match=message):
-        check_works(works, SHAPE, CONFIG)
+        check_requests(works, SHAPE, CONFIG)
 
 
 def random_adjust(rng: np.random.Generator, count: int, mask: bool) -> LogitBias:

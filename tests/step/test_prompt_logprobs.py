@@ -105,8 +105,8 @@ def played(mesh: str | None) -> list[dict[str, StepResult]]:
     out = [
         steps.run(
             c=StepRequest(C, 0, (), DRAWN),
-            a=StepRequest(A[:21], 0, (), next_token=A[21], score=True),
-            b=StepRequest(B, 0, (), GREEDY, score=True),
+            a=StepRequest(A[:21], 0, (), next_token=A[21], prompt_logprobs=True),
+            b=StepRequest(B, 0, (), GREEDY, prompt_logprobs=True),
         )
     ]
     second = {name: out[0][name].sampled[0].token for name in ("b", "c")}
@@ -116,7 +116,7 @@ def played(mesh: str | None) -> list[dict[str, StepResult]]:
     out.append(
         steps.run(
             b=StepRequest([second["b"]], len(B), (), GREEDY, logit_bias=penalised.bias(True)),
-            a=StepRequest(A[21:], 21, (), GREEDY, score=True),
+            a=StepRequest(A[21:], 21, (), GREEDY, prompt_logprobs=True),
             c=StepRequest([second["c"]], 1, (), DRAWN, logit_bias=LogitsProcessor(C).bias(False, allowed)),
         )
     )
@@ -196,6 +196,6 @@ def test_a_step_without_scores_samples_the_same() -> None:
 
 def test_the_grid_has_a_scoring_program_for_each_bucket() -> None:
     planner = runner(None).planner
-    (step,) = planner.scored_steps
+    (step,) = planner.prompt_logprobs_steps
     assert step.scored and step not in planner.steps and dataclasses.replace(step, scored=False) == planner.steps[-1]
     assert runner(None).grid.startswith(f"{len(planner.steps) + 1} programs")
