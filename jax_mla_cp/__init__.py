@@ -12,7 +12,7 @@ with program_imports(program=starts_program()):
     from jax_mla_cp.config.model import ModelConfig
     from jax_mla_cp.launch import load
     from jax_mla_cp.mesh import MeshShape, make_mesh
-    from jax_mla_cp.model.handle import Model
+    from jax_mla_cp.model.loaded_model import Model
     from jax_mla_cp.step.forward import forward, forward_and_sample
     from jax_mla_cp.step.planner import Planner
     from jax_mla_cp.tokenizer import Tokenizer

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from jax_mla_cp.batch.shapes import CacheShape
 from jax_mla_cp.mesh import DP, mesh_shape
@@ -37,6 +37,11 @@ def page_bytes(layers: int, page_size: int, latent_dim: int, dtype: jax.typing.D
     return layers * page_size * latent_dim * jnp.dtype(dtype).itemsize
 
 
+def shape_of(pages: Float[Array, "pages page_size C"], layers: int) -> CacheShape:
+    """The shape of a device's part of a cache with that many layers."""
+    return CacheShape(layers, pages.shape[0] // layers, pages.shape[1])
+
+
 def write(
     pages: Float[Array, "pages page_size C"],
     latents: Float[Array, "M C"],
@@ -44,26 +49,41 @@ def write(
     pages_to_zero: Int32[Array, " I"],
     layer: Int32[Array, ""],
     *,
-    pages_per_layer: int,
+    layers: int,
 ) -> Float[Array, "pages page_size C"]:
-    """Writes latents in place: token m to slot `slots[m]` (page * page_size + offset) of the layer.
+    """Writes latents in place: token m to slot `slots[m]` (see `CacheShape.slot_of`) of one of the cache's `layers`.
 
     `pages_to_zero` are pages of which this step writes the first tokens, but not all: they are zeroed first. A kernel multiplies
     what lies past a request's end by 0, and 0 * NaN is NaN, so memory that an earlier request left must not stay there.
     Order is free: the slots carry the permutation. Slots and pages out of range are dropped.
     """
-    page_size, latent_dim = pages.shape[1:]
-    pages = pages.at[pages_to_zero + layer * pages_per_layer].set(0, mode="drop", unique_indices=True)
-    flat = pages.reshape(-1, latent_dim)
-    flat = flat.at[slots + layer * (pages_per_layer * page_size)].set(
-        latents.astype(pages.dtype), mode="drop", unique_indices=True
-    )
+    shape = shape_of(pages, layers)
+    pages = pages.at[pages_to_zero + layer * shape.pages_per_layer].set(0, mode="drop", unique_indices=True)
+    flat = pages.reshape(-1, pages.shape[2])
+    flat = flat.at[slots + layer * shape.tokens].set(latents.astype(pages.dtype), mode="drop", unique_indices=True)
     return flat.reshape(pages.shape)
 
 
-def table(page_table: Int32[Array, "B W"], layer: Int32[Array, ""], *, pages_per_layer: int) -> Int32[Array, "B W"]:
-    """The page ids of one layer, for an attention call that reads the pages itself."""
-    return page_table + layer * pages_per_layer
+def slots_at(
+    pages: Float[Array, "pages page_size C"],
+    page_table: Int32[Array, "I W"],
+    position: Int32[Array, " I"],
+    valid: Bool[Array, " I"],
+    *,
+    layers: int,
+) -> Int32[Array, " I"]:
+    """The slot of one position of each request; where not `valid`, a slot out of range."""
+    shape = shape_of(pages, layers)
+    column = jnp.where(valid, position // shape.page_size, 0)
+    page = jnp.take_along_axis(page_table, column[:, None], axis=1)[:, 0]
+    return jnp.where(valid, shape.slot_of(page, position % shape.page_size), shape.unused_slots(len(position)))
+
+
+def layer_pages(
+    pages: Float[Array, "pages page_size C"], page_ids: Int32[Array, "*I"], layer: Int32[Array, ""], *, layers: int
+) -> Int32[Array, "*I"]:
+    """The pages of one layer with these ids, for `read` and for attention calls that read the pages themselves."""
+    return page_ids + layer * shape_of(pages, layers).pages_per_layer
 
 
 def read(pages: Float[Array, "pages page_size C"], page_ids: Int32[Array, " K"]) -> Float[Array, "K*page_size C"]:

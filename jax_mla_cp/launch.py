@@ -31,9 +31,10 @@ from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.config.quantization import Weights
 from jax_mla_cp.default_model import DIRECTORY
 from jax_mla_cp.mesh import MeshShape, make_mesh, mesh_shape
-from jax_mla_cp.model.context import EP_CHOICES, Build
+from jax_mla_cp.model.build import EP_CHOICES, Build
 from jax_mla_cp.model.decoder import Decoder
-from jax_mla_cp.model.handle import Model, weight_bytes
+from jax_mla_cp.model.grouped_matmul import resolve_grouped_matmul
+from jax_mla_cp.model.loaded_model import Model, weight_bytes
 from jax_mla_cp.platform import Platform
 from jax_mla_cp.step.planner import MAX_DRAFT_TOKENS
 from jax_mla_cp.step.runner import Runner, create_runner
@@ -137,7 +138,16 @@ def plan_build(
     shape = None if mesh is None else mesh_shape(mesh)
     implementation = resolve_implementation(attention, config, dtype)
     builds = [
-        Build(config, shape, EP_CHOICES[name], jnp.dtype(dtype), implementation, fp8, mtp)
+        Build(
+            config,
+            shape,
+            EP_CHOICES[name],
+            jnp.dtype(dtype),
+            attention=implementation,
+            grouped_matmul=resolve_grouped_matmul(),
+            fp8=fp8,
+            mtp=mtp,
+        )
         for name in ([ep_axes] if ep_axes != "auto" else EP_CHOICES)
     ]
     available = platform.device_memory() * _WEIGHTS_FRACTION

@@ -23,7 +23,7 @@ def test_write_lands_in_its_slots_of_its_layer_only() -> None:
     pages_to_zero = np.concatenate([[4], SHAPE.unused_pages(1)]).astype(np.int32)
     for layer in range(3):
         arrays = (jnp.asarray(x) for x in (before, latents, slots, pages_to_zero, layer))
-        after = np.asarray(cache.write(*arrays, pages_per_layer=5))
+        after = np.asarray(cache.write(*arrays, layers=3))
         expect = before.copy().reshape(3, 5, 4, 2)
         expect[layer, 4] = 0
         for slot, latent in zip(slots[:3], latents, strict=False):
@@ -33,9 +33,21 @@ def test_write_lands_in_its_slots_of_its_layer_only() -> None:
 
 def test_out_of_range_reads_are_zeros_in_every_layer() -> None:
     pages = jnp.ones((15, 4, 2))
-    ids = cache.table(SHAPE.unused_pages(3), jnp.int32(2), pages_per_layer=5)
+    ids = cache.layer_pages(pages, jnp.asarray(SHAPE.unused_pages(3)), jnp.int32(2), layers=3)
     assert not np.asarray(cache.read(pages, ids)).any()
-    assert np.asarray(cache.read(pages, cache.table(jnp.array([4]), jnp.int32(2), pages_per_layer=5))).all()
+    ids = cache.layer_pages(pages, jnp.array([4]), jnp.int32(2), layers=3)
+    assert np.asarray(cache.read(pages, ids)).all()
+
+
+def test_slots_at_positions() -> None:
+    """The slot of a position in its page, as `write` takes it; where not valid, different slots of no layer."""
+    pages = jnp.zeros((15, 4, 2))
+    table = jnp.array([[3, 1, 99], [0, 2, 99], [4, 99, 99], [1, 99, 99]], jnp.int32)
+    position, valid = jnp.array([5, 3, 2, 7], jnp.int32), jnp.array([True, True, False, False])
+    slots = np.asarray(cache.slots_at(pages, table, position, valid, layers=3))
+    assert slots.dtype == np.int32
+    assert slots[:2].tolist() == [1 * 4 + 1, 0 * 4 + 3]
+    assert slots[2] != slots[3] and (slots[2:] >= 15 * 4).all()
 
 
 def test_ids_stay_int32() -> None:

@@ -1,4 +1,4 @@
-"""One seam: rows in, outputs out. Prefill, chunked prefill, decode and verification are all rows."""
+"""Causal attention behind one seam: rows in, outputs out. Prefill, chunked prefill, decode and verification are all rows."""
 
 from __future__ import annotations
 
@@ -24,11 +24,10 @@ Resolved = Literal["fa3", "xla"]
 def resolve_implementation(
     implementation: Implementation, config: ModelConfig, dtype: jax.typing.DTypeLike
 ) -> Resolved:
-    """What runs a model here for what was asked for. "auto" is FlashAttention-3 where it can run; on a GPU where it
-    can't, a warning says why.
+    """Resolves "auto": FlashAttention-3 where it runs, otherwise XLA; on a GPU a warning then says why.
 
     Raises:
-      ConfigError: "fa3", and what is missing for it.
+      ConfigError: "fa3" was asked for and can't run; the message says why.
     """
     check_choice("attention", implementation, get_args(Implementation))
     if implementation == "xla":
@@ -62,7 +61,7 @@ def attend_expanded(
       q: queries of this rank's tokens and heads.
       kv: the packed keys and values of all requests, a head's value beside its key; a row's begin at `rows.kv_start`.
       rows: which queries see which keys.
-      scale: what scores are multiplied with.
+      scale: the factor of the scores.
       implementation: "fa3" needs bfloat16 and the dims of its kernels (attention/fa3.py).
 
     Returns: outputs in q's dtype; zero for tokens that belong to no row. Softmax and sums are float32.
@@ -71,7 +70,7 @@ def attend_expanded(
 
 
 def attend_absorbed(
-    q_latent: Float[Array, "T n R"],
+    q_latent: Float[Array, "n T R"],
     q_rope: Float[Array, "T n r"],
     pages: Float[Array, "pages page_size R+r"],
     page_table: Int32[Array, "B W"],
@@ -79,17 +78,18 @@ def attend_absorbed(
     *,
     scale: float,
     implementation: Resolved = "xla",
-) -> Float[Array, "T n R"]:
+) -> Float[Array, "n T R"]:
     """Causal attention of rows over the cached latents themselves, which are keys and (their first R) values.
 
     Args:
-      q_latent: queries with the up-projection of the keys folded in (DeepSeek-V2, arXiv:2405.04434, section 2.1.2).
+      q_latent: queries with the up-projection of the keys folded in (DeepSeek-V2, arXiv:2405.04434, section 2.1.2), head
+        by head, as the batched product makes them.
       q_rope: their roped part.
       pages: the cache; page_table: each row's pages in it, in order. What the table or a page holds past a row's
         `kv_len` is never used.
       rows, scale, implementation: as in `attend_expanded`.
 
-    Returns: outputs in latent space, in q_latent's dtype; zero for tokens that belong to no row.
+    Returns: outputs in latent space, head by head, in q_latent's dtype; zero for tokens that belong to no row.
     """
     return _IMPLEMENTATIONS[implementation].attend_absorbed(q_latent, q_rope, pages, page_table, rows, scale=scale)
 

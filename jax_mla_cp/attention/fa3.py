@@ -28,18 +28,18 @@ from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.mesh import vary_like
 
 PAGE_MULTIPLE = 64
-"""Tokens of a page: the absorbed kernels load so many keys at a time, and these lie in one page (ffi/shapes.h)."""
+"""The page size is a multiple of this: the absorbed kernels load tiles of 64 keys, each from one page (ffi/shapes.h)."""
 
 DECODE_TOKENS = 256
-"""Up to so many tokens the absorbed form splits its keys: more fill the GPU without."""
+"""The largest call of the absorbed form, in tokens, whose keys are split over the GPU. More tokens fill it without."""
 
 _DIMS = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
-_MOST_SPLITS = 128  # ffi/shapes.h
+_MAX_SPLITS = 128  # ffi/shapes.h
 _PARTIAL_BYTES = 256 << 20  # of the splits' float32 outputs, which bounds their number when there are many tokens
 
 
 def missing(config: ModelConfig, dtype: jax.typing.DTypeLike) -> str | None:
-    """Why FlashAttention-3 can't run this model on this machine's devices, and what to do about it; None if it can."""
+    """The reason why FlashAttention-3 can't run this model on this machine's devices, and what to do; None if it can."""
     for name, size in _DIMS.items():
         if getattr(config, name) != size:
             return f"its kernels are for {name}={size}, the model has {getattr(config, name)}"
@@ -59,7 +59,7 @@ def missing(config: ModelConfig, dtype: jax.typing.DTypeLike) -> str | None:
 
 
 def _driver_problem(built: int, driver: int) -> str | None:
-    """Whether a driver runs what was built for a CUDA version; both as 1000 major + 10 minor."""
+    """The reason why a driver can't run a build for a CUDA version, or None; versions are 1000 major + 10 minor."""
     if not built:
         return (
             "this installation was built without CUDA. Install again with nvcc (CUDA 12.3 or newer) on the PATH and "
@@ -79,7 +79,7 @@ def _dotted(version: int) -> str:
 
 @functools.cache
 def _module() -> Any:
-    """The extension, its targets registered with JAX.
+    """Imports the extension and registers its targets with JAX.
 
     Raises:
       ConfigError: it is not installed.
@@ -161,7 +161,7 @@ def mla_decode(
     The number of splits of a row follows the work of all rows, so that the sum's rounding depends on the batch.
     """
     heads, tokens, latent = q_latent.shape
-    splits = max(1, min(_MOST_SPLITS, _PARTIAL_BYTES // (4 * heads * tokens * latent)))
+    splits = max(1, min(_MAX_SPLITS, _PARTIAL_BYTES // (4 * heads * tokens * latent)))
     operands = (q_latent, q_rope, pages, page_table, rows.cu_q, rows.kv_len)
     partial = ((splits, heads, tokens, latent), (splits, heads, tokens))
     out, lse, *_ = _call("mla_decode", operands, (heads, tokens, latent), rows, q_rope, scale, partial)
@@ -176,18 +176,17 @@ def attend_expanded(
 
 
 def attend_absorbed(
-    q_latent: Float[Array, "T n R"],
+    q_latent: Float[Array, "n T R"],
     q_rope: Float[Array, "T n r"],
     pages: Float[Array, "pages page_size R+r"],
     page_table: Int32[Array, "B W"],
     rows: Rows,
     *,
     scale: float,
-) -> Float[Array, "T n R"]:
-    """See `jax_mla_cp.attention.attend_absorbed`. XLA cancels the transposes against those of the batched products."""
+) -> Float[Array, "n T R"]:
+    """See `jax_mla_cp.attention.attend_absorbed`."""
     target = mla_decode if q_rope.shape[0] <= DECODE_TOKENS else mla_prefill_absorbed
-    out, _ = target(jnp.swapaxes(q_latent, 0, 1), q_rope, pages, page_table, rows, scale=scale)
-    return jnp.swapaxes(out, 0, 1)
+    return target(q_latent, q_rope, pages, page_table, rows, scale=scale)[0]
 
 
 def _call(

@@ -1,5 +1,5 @@
 """Attention in plain JAX, for any device: exact, and blockwise over queries and keys (flash attention,
-arXiv:2205.14135), so that its memory grows with the number of tokens and not with its square.
+arXiv:2205.14135), so that its memory grows linearly with the number of tokens.
 
 The work is a list of (row, block of queries) items, built from the rows on the device; both loops over it have dynamic
 trip counts, so that empty rows and keys past a row's end cost nothing. (Such a loop has no reverse-mode derivative.)
@@ -42,14 +42,14 @@ def attend_expanded(
 
 
 def attend_absorbed(
-    q_latent: Float[Array, "T n R"],
+    q_latent: Float[Array, "n T R"],
     q_rope: Float[Array, "T n r"],
     pages: Float[Array, "pages page_size R+r"],
     page_table: Int32[Array, "B W"],
     rows: Rows,
     *,
     scale: float,
-) -> Float[Array, "T n R"]:
+) -> Float[Array, "n T R"]:
     """See `jax_mla_cp.attention.attend_absorbed`."""
     page_size, rank = pages.shape[1], q_latent.shape[-1]
     width = page_table.shape[1]
@@ -61,8 +61,9 @@ def attend_absorbed(
         latents = read(pages, ids)
         return latents, latents[:, :rank], start + jnp.arange(pages_per_block * page_size)
 
-    q = jnp.concatenate([q_latent, q_rope], axis=-1)
-    return _blockwise(q, load, rows, rank, pages_per_block * page_size, scale, "qnd,kd->nqk", "nqk,kv->qnv")
+    q = jnp.concatenate([jnp.swapaxes(q_latent, 0, 1), q_rope], axis=-1)
+    out = _blockwise(q, load, rows, rank, pages_per_block * page_size, scale, "qnd,kd->nqk", "nqk,kv->qnv")
+    return jnp.swapaxes(out, 0, 1)
 
 
 Load = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
@@ -76,9 +77,9 @@ def _blockwise(
     row_len = jnp.diff(rows.cu_q)
     short = row_len <= _SHORT_QUERY_BLOCK
     out = vary_like(jnp.zeros((tokens, heads, v_dim), q.dtype), q, load(jnp.int32(0), jnp.int32(0)), rows)
-    for query_block, mine in ((_SHORT_QUERY_BLOCK, short), (_QUERY_BLOCK, ~short)):
+    for query_block, chosen in ((_SHORT_QUERY_BLOCK, short), (_QUERY_BLOCK, ~short)):
         size = min(query_block, tokens)
-        blocks = jnp.where(mine, -(-row_len // size), 0)
+        blocks = jnp.where(chosen, -(-row_len // size), 0)
         out = _each_query_block(out, q, load, rows, blocks, size, key_block, scale, score, mix)
     return out
 
@@ -102,26 +103,26 @@ def _each_query_block(
         row = jnp.searchsorted(done, item, side="right").astype(jnp.int32)
         first = rows.cu_q[row] + (item - (done[row] - blocks[row])) * size
         stop = jnp.minimum(first + size, rows.cu_q[row + 1])
-        at = jnp.minimum(first, tokens - size)  # the last block is moved back into the buffer; `mine` masks the rest
+        at = jnp.minimum(first, tokens - size)  # the last block is moved back into the buffer; `in_row` masks the rest
         token = at + jnp.arange(size)
-        mine = (token >= first) & (token < stop)
+        in_row = (token >= first) & (token < stop)
         unseen = rows.cu_q[row + 1] - rows.kv_len[row]
         visible = token + 1 - unseen  # keys that each query sees
         q_block = lax.dynamic_slice_in_dim(q, at, size)
 
         def key_step(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            best, total, acc = carry
+            max_score, total, acc = carry
             k, v, index = load(row, j * key_block)
-            fits = (index >= j * key_block) & (index < rows.kv_len[row])
+            exists = (index >= j * key_block) & (index < rows.kv_len[row])
             s = einsum_float32(score, q_block, k) * scale
-            s = jnp.where(fits & (index < visible[:, None]), s, _MASKED)
-            new_best = jnp.maximum(best, s.max(-1))
-            p = jnp.where(s > _MASKED, jnp.exp(s - new_best[..., None]), 0.0)
+            s = jnp.where(exists & (index < visible[:, None]), s, _MASKED)
+            new_max = jnp.maximum(max_score, s.max(-1))
+            p = jnp.where(s > _MASKED, jnp.exp(s - new_max[..., None]), 0.0)
             # What lies past the row's end may be anything, NaN too, which a probability of 0 would not remove.
-            v = jnp.where(fits.reshape(-1, *[1] * (v.ndim - 1)), v, 0)
-            shrink = jnp.exp(best - new_best)
-            acc = acc * shrink.T[..., None] + einsum_float32(mix, p.astype(v.dtype), v)
-            return new_best, total * shrink + p.sum(-1), acc
+            v = jnp.where(exists.reshape(-1, *[1] * (v.ndim - 1)), v, 0)
+            rescale = jnp.exp(max_score - new_max)
+            acc = acc * rescale.T[..., None] + einsum_float32(mix, p.astype(v.dtype), v)
+            return new_max, total * rescale + p.sum(-1), acc
 
         carry = (
             jnp.full((heads, size), _MASKED, jnp.float32),
@@ -131,7 +132,7 @@ def _each_query_block(
         carry = jax.tree.map(lambda x: vary_like(x, out), carry)
         _, total, acc = lax.fori_loop(0, -(-(stop - unseen) // key_block), key_step, carry)
         result = (acc / jnp.where(total > 0, total, 1.0).T[..., None]).astype(out.dtype)
-        result = jnp.where(mine[:, None, None], result, lax.dynamic_slice_in_dim(out, at, size))
+        result = jnp.where(in_row[:, None, None], result, lax.dynamic_slice_in_dim(out, at, size))
         return lax.dynamic_update_slice_in_dim(out, result, at, 0)
 
     return lax.fori_loop(0, done[-1], query_block, out)

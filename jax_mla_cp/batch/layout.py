@@ -167,7 +167,7 @@ def _group_batch(layout: GroupLayout, shape: BatchShape, step: StepShape) -> Bat
         positions=in_buffers(position, np.zeros(cp * tokens, np.int32)),
         num_tokens=p.rank_tokens.astype(np.int32),
         slots=in_buffers(
-            shape.cache.slot_of(page_table[request, position // page_size], position),
+            shape.cache.slot_of(page_table[request, position // page_size], position % page_size),
             shape.cache.unused_slots(cp * tokens),
         ),
         pages_to_zero=_pages_to_zero(c, page_table, shape),

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
+import jax
 import numpy as np
 from numpy.typing import NDArray
 
 from jax_mla_cp.batch.form import Form
 from jax_mla_cp.config.errors import ConfigError
+
+_Ids = TypeVar("_Ids", NDArray[np.signedinteger[Any]], jax.Array)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +48,9 @@ class CacheShape:
         """Tokens that one dp group's pages hold."""
         return self.pages_per_layer * self.page_size
 
-    def slot_of(self, page: NDArray[Any], position: NDArray[Any]) -> NDArray[Any]:
-        """Slot of a position in its page, in the first layer."""
-        return page * self.page_size + position % self.page_size
+    def slot_of(self, page: _Ids, offset: _Ids) -> _Ids:
+        """The slots, within a layer, of places in pages: NumPy arrays on the host, JAX arrays on a device."""
+        return page * self.page_size + offset
 
     def unused_pages(self, count: int) -> NDArray[np.int32]:
         """`count` different page ids that lie outside of every layer."""

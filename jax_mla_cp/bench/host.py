@@ -24,8 +24,8 @@ from jax_mla_cp.bench.timing import measure
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.default_model import DIRECTORY
 from jax_mla_cp.mesh import declared_specs, make_mesh, on_devices
-from jax_mla_cp.model.context import Build
-from jax_mla_cp.model.handle import Model
+from jax_mla_cp.model.build import Build
+from jax_mla_cp.model.loaded_model import Model
 from jax_mla_cp.step.planner import Planner
 from jax_mla_cp.step.results import read_results
 from jax_mla_cp.step.sampling import TOP_LOGPROBS, SamplerOutput

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jax_mla_cp.attention import Resolved, attend_absorbed, attend_expanded, fa3, resolve_implementation
 from jax_mla_cp.batch.form import Form
@@ -41,12 +41,7 @@ def absorbed(implementation: Resolved, scale: float, *, decode: bool = False) ->
     if implementation == "fa3":
         target = fa3.mla_decode if decode else fa3.mla_prefill_absorbed
         return lambda *operands: target(*operands, scale=scale)[0]
-
-    def run(q_latent: jax.Array, *operands: Any) -> jax.Array:
-        out = attend_absorbed(jnp.swapaxes(q_latent, 0, 1), *operands, scale=scale, implementation="xla")
-        return jnp.swapaxes(out, 0, 1)
-
-    return run
+    return functools.partial(attend_absorbed, scale=scale, implementation="xla")
 
 
 def name(implementation: Resolved, form: Form) -> str:

@@ -10,7 +10,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from jax_mla_cp.bench.bench_options import EpName, FormName, Options, WeightsName
@@ -31,9 +30,12 @@ from jax_mla_cp.bench.random_weights import favor_first_rank
 from jax_mla_cp.bench.roofline import Cost
 from jax_mla_cp.bench.table import Report
 from jax_mla_cp.config.model import ModelConfig
-from jax_mla_cp.model.context import LayerInputs
+from jax_mla_cp.mesh import TP
 from jax_mla_cp.model.decoder import Decoder
+from jax_mla_cp.model.layer_inputs import LayerInputs
 from jax_mla_cp.model.mla import Mla
+from jax_mla_cp.model.params import ParamFactory
+from jax_mla_cp.model.stack import Layer, LayerStack, scan_layers
 
 _LAYERS = 4
 _HOLD_MLA = 1.15
@@ -64,26 +66,39 @@ def run(options: Options, config: ModelConfig, report: Report) -> None:
                     clean_up()
 
 
-class MlaOnly(nnx.Module):
-    """Replaces a layer with its attention alone."""
+class MlaStack(nnx.Module):
+    """Replaces a stack of layers with their attention alone, summed over tp."""
 
-    def __init__(self, mla: Mla):
-        self.mla = mla
+    def __init__(self, stack: LayerStack):
+        self.build = stack.build
+        self.count = stack.count
+        self.mla = stack.mla
 
-    def __call__(
-        self, x: jax.Array, pages: jax.Array, layer: jax.Array, inputs: LayerInputs, pages_per_layer: int
-    ) -> tuple[jax.Array, jax.Array]:
-        with jax.named_scope("mla"):
-            return self.mla(x, pages, layer, inputs, pages_per_layer)
+    def __call__(self, x: jax.Array, pages: jax.Array, inputs: LayerInputs) -> tuple[jax.Array, jax.Array]:
+        def run(mla: Mla, x: jax.Array, pages: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+            with jax.named_scope("mla"):
+                part, pages = mla(x, pages, index, inputs)
+                return self.build.axes.psum(part, TP), pages
+
+        return scan_layers(run, Mla(ParamFactory(self.build), self.build), self.mla, x, pages, self.count)
 
 
-class NoAttention(nnx.Module):
-    """Replaces a layer's attention with zeros, so that the rest of the layer runs alone."""
+class MoeStack(nnx.Module):
+    """Replaces a stack of layers with everything but their attention."""
 
-    def __call__(
-        self, x: jax.Array, pages: jax.Array, layer: jax.Array, inputs: LayerInputs, pages_per_layer: int
-    ) -> tuple[jax.Array, jax.Array]:
-        return jnp.zeros_like(x), pages
+    def __init__(self, stack: LayerStack):
+        self.build = stack.build
+        self.count = stack.count
+        self.mlp_norm = stack.mlp_norm
+        self.mlp = stack.mlp
+
+    def __call__(self, x: jax.Array, pages: jax.Array, inputs: LayerInputs) -> tuple[jax.Array, jax.Array]:
+        def run(layer: Layer, x: jax.Array, pages: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return layer.add_mlp(x, index, inputs.valid), pages
+
+        layer = Layer(ParamFactory(self.build), self.build, experts=True)
+        del layer.attn_norm, layer.mla
+        return scan_layers(run, layer, self, x, pages, self.count)
 
 
 def _program(
@@ -100,12 +115,8 @@ def _program(
     dense = stack == "dense"
     part = with_layers(config, layers if dense else 0, 0 if dense else layers, seq)
     build = make_build(part, options.mesh, ep, options.dtype, options.attention, fp8=weights == "fp8")
-    layer: Any = getattr(Decoder(build), stack)
-    if dense:
-        layer = MlaOnly(layer.mla)
-    else:
-        layer.mla = NoAttention()
-    model, step = model_of_part(build, stack, layer)
+    decoder = Decoder(build)
+    model, step = model_of_part(build, stack, MlaStack(decoder.dense) if dense else MoeStack(decoder.moe))
     planner = make_planner(model, seq, form=form)
     return compile_program(model, planner, prompt(model, planner, seq), run=step, embeds=True)
 

@@ -35,7 +35,7 @@ from jax_mla_cp.checkpoint import SafetensorsSource, expected_shapes, load_conve
 from jax_mla_cp.checkpoint.convert import convert
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.mesh import make_mesh, mesh_shape
-from jax_mla_cp.model.context import EP_CHOICES, Build
+from jax_mla_cp.model.build import EP_CHOICES, Build
 from jax_mla_cp.model.decoder import Decoder
 
 _RAW: dict[str, Any] = {

@@ -21,6 +21,7 @@ from jax_mla_cp.bench.roofline import Cost, attention_bytes, attention_flops, ra
 from jax_mla_cp.bench.table import Report
 from jax_mla_cp.bench.timing import measure
 from jax_mla_cp.config.model import ModelConfig
+from jax_mla_cp.model.grouped_matmul import resolve_grouped_matmul
 from jax_mla_cp.model.mla import up_project
 
 
@@ -151,13 +152,12 @@ def _write(options: Options, config: ModelConfig, seq: int) -> Callable[[], Any]
     shape = CacheShape(1, -(-seq // PAGE_SIZE), PAGE_SIZE)
     latents = normal(0, (seq, config.latent_dim), options.dtype)
     rng = np.random.default_rng(0)
-    slots = jnp.asarray(
-        (rng.permutation(shape.pages_per_layer)[:, None] * PAGE_SIZE + np.arange(PAGE_SIZE)).ravel()[:seq]
-    )
+    order = rng.permutation(shape.pages_per_layer)[:, None]
+    slots = jnp.asarray(shape.slot_of(order, np.arange(PAGE_SIZE)).ravel()[:seq])
     pages_to_zero = jnp.asarray(shape.unused_pages(2))  # as many as layout.py's at least
     program = jax.jit(
         lambda pages, latents, slots: cache.write(
-            pages, latents, slots, pages_to_zero, jnp.int32(0), pages_per_layer=shape.pages_per_layer
+            pages, latents, slots, pages_to_zero, jnp.int32(0), layers=shape.layers
         ),
         donate_argnums=0,
     )
@@ -184,5 +184,6 @@ def _up_project(options: Options, config: ModelConfig, seq: int, heads: int) -> 
     latents = normal(0, (seq, c.latent_dim), options.dtype)
     w_uk = normal(1, (c.kv_lora_rank, heads, c.qk_nope_head_dim), options.dtype)
     w_uv = normal(2, (c.kv_lora_rank, heads, c.v_head_dim), options.dtype)
-    program, num_keys = jax.jit(up_project), jnp.array([seq], jnp.int32)
-    return lambda: program(latents, num_keys, w_uk, w_uv)
+    program, num_keys = jax.jit(up_project, static_argnums=4), jnp.array([seq], jnp.int32)
+    implementation = resolve_grouped_matmul()
+    return lambda: program(latents, num_keys, w_uk, w_uv, implementation)

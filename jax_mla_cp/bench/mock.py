@@ -25,7 +25,7 @@ from jax.interpreters import mlir
 
 from jax_mla_cp import platform as devices
 from jax_mla_cp.mesh import AXES, Axes, MeshShape
-from jax_mla_cp.model.context import Build
+from jax_mla_cp.model.build import Build
 
 _MOCKED = {"--xla_gpu_shard_autotuning": "false"}  # otherwise the first compilation waits for the other processes
 _PROFILED = {"--xla_gpu_enable_command_buffer": ""}

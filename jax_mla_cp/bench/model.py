@@ -29,8 +29,8 @@ from jax_mla_cp.bench.program import (
 from jax_mla_cp.bench.random_weights import favor_first_rank
 from jax_mla_cp.bench.table import Report
 from jax_mla_cp.config.model import ModelConfig
-from jax_mla_cp.model.context import EP_CHOICES, Build
-from jax_mla_cp.model.handle import Model, weight_bytes
+from jax_mla_cp.model.build import EP_CHOICES, Build
+from jax_mla_cp.model.loaded_model import Model, weight_bytes
 from jax_mla_cp.platform import device_memory
 
 _SWEEP_LAYERS = 4

@@ -18,7 +18,7 @@ from jax_mla_cp.bench.roofline import Cost
 from jax_mla_cp.bench.table import Report
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.model.experts import apply_experts
-from jax_mla_cp.model.grouped_matmul import group_alignment, grouped_matmul
+from jax_mla_cp.model.grouped_matmul import group_alignment, grouped_matmul, resolve_grouped_matmul
 from jax_mla_cp.model.moe import route
 
 _HOLD_GROUPED = 0.9
@@ -90,7 +90,8 @@ def _uneven(rows: int, experts: int) -> np.ndarray:
 
 def _grouped(options: Options, rows: int, k: int, n: int, sizes: np.ndarray) -> Callable[[], Any]:
     a, b = normal(0, (rows, k), options.dtype), normal(1, (len(sizes), k, n), options.dtype)
-    program, placed = jax.jit(grouped_matmul), jnp.asarray(sizes)
+    program = jax.jit(functools.partial(grouped_matmul, implementation=resolve_grouped_matmul()))
+    placed = jnp.asarray(sizes)
     return lambda: program(a, b, placed)
 
 
@@ -117,13 +118,14 @@ def _expert_weights(options: Options, config: ModelConfig, experts: int) -> tupl
 def _both(options: Options, config: ModelConfig, tokens: int, experts: int) -> Callable[[], Any]:
     """The experts' two matmuls, on the rows that `_apply` gives each expert, rounded up to whole tiles."""
     counts = np.bincount(_choices(config, tokens).ravel(), minlength=config.n_routed_experts)[:experts]
-    align = group_alignment(int(counts.sum()), experts)
+    implementation = resolve_grouped_matmul()
+    align = group_alignment(int(counts.sum()), experts, implementation)
     sizes = -(-counts // align) * align
     x = normal(0, (int(sizes.sum()), config.hidden_size), options.dtype)
 
     def both(x: jax.Array, gate_up: jax.Array, down: jax.Array, sizes: jax.Array) -> jax.Array:
-        gate, up = jnp.split(grouped_matmul(x, gate_up, sizes), 2, axis=-1)
-        return grouped_matmul(jax.nn.silu(gate) * up, down, sizes)
+        gate, up = jnp.split(grouped_matmul(x, gate_up, sizes, implementation=implementation), 2, axis=-1)
+        return grouped_matmul(jax.nn.silu(gate) * up, down, sizes, implementation=implementation)
 
     weights = _expert_weights(options, config, experts)
     program, placed = jax.jit(both), jnp.asarray(sizes.astype(np.int32))
@@ -136,7 +138,14 @@ def _apply(options: Options, config: ModelConfig, tokens: int, experts: int) -> 
     chosen = jnp.asarray(_choices(config, tokens))
     weight = jnp.full(chosen.shape, 1 / config.experts_per_token, jnp.float32)
     weights = _expert_weights(options, config, experts)
-    program = jax.jit(functools.partial(apply_experts, experts=experts, first=0, shares=options.mesh.tp))
+    apply = functools.partial(
+        apply_experts,
+        num_experts=experts,
+        first=0,
+        ep_size=options.mesh.tp,
+        implementation=resolve_grouped_matmul(),
+    )
+    program = jax.jit(apply)
     return lambda: program(x, chosen, weight, *weights)
 
 

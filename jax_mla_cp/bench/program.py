@@ -25,9 +25,10 @@ from jax_mla_cp.cache import PAGES_SPEC
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.config.quantization import Quantization
 from jax_mla_cp.mesh import TOKENS, TP, MeshShape, declared_specs, make_mesh
-from jax_mla_cp.model.context import EP_CHOICES
+from jax_mla_cp.model.build import EP_CHOICES
 from jax_mla_cp.model.decoder import Decoder
-from jax_mla_cp.model.handle import Model, param_specs
+from jax_mla_cp.model.grouped_matmul import resolve_grouped_matmul
+from jax_mla_cp.model.loaded_model import Model, param_specs
 from jax_mla_cp.step.forward import forward, put
 from jax_mla_cp.step.planner import Planner
 
@@ -57,6 +58,7 @@ def make_build(
         ep_axes=EP_CHOICES[ep_axes],
         dtype=jnp.dtype(dtype),
         attention=resolved,
+        grouped_matmul=resolve_grouped_matmul(),
         fp8=fp8,
     )
 
@@ -141,15 +143,15 @@ def random_cache(model: Model, planner: Planner) -> jax.Array:
     return replicated(normal(2, shape, model.build.dtype), model.mesh, PAGES_SPEC)
 
 
-def model_of_part(model_build: MockBuild, stack: str, part: nnx.Module) -> tuple[Model, Step]:
-    """Makes a model that runs `part` in place of each layer of a stack ("dense" or "moe"), and its step.
+def model_of_part(model_build: MockBuild, name: str, part: nnx.Module) -> tuple[Model, Step]:
+    """Makes a model that runs `part` in place of its stack of that name ("dense" or "moe"), and its step.
 
     The step has neither embedding nor head; it returns the last layer's output after the final norm.
     """
     assert model_build.shape is not None
     mesh = make_mesh(model_build.shape)
     decoder = Decoder(model_build)
-    setattr(decoder, stack, part)
+    setattr(decoder, name, part)
     graphdef = nnx.graphdef(decoder)
     params = random_params(decoder, mesh)
 

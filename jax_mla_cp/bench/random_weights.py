@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_mla_cp.bench.data import fill
 from jax_mla_cp.mesh import mesh_shape
-from jax_mla_cp.model.context import Build
+from jax_mla_cp.model.build import Build
 
 _FAVOR = 10.0  # above any score: sigmoids are below 1
 _FP8_SCALE = 2.0**-10  # of FP8 matrices, so that the stored values use e4m3's range as in a real checkpoint

@@ -24,7 +24,7 @@ from jax_mla_cp.bench.program import (
 from jax_mla_cp.bench.table import Report
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.mesh import make_mesh
-from jax_mla_cp.model.handle import Model
+from jax_mla_cp.model.loaded_model import Model
 
 _GpuSeconds = dict[tuple[int, FormName], float]
 """GPU-seconds (devices times seconds) of the first mesh, by tokens and form."""

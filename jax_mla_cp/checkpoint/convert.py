@@ -47,7 +47,7 @@ from jax_mla_cp.checkpoint.tensor_source import INDEX, SafetensorsSource
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.config.quantization import Weights
-from jax_mla_cp.model.context import Build
+from jax_mla_cp.model.build import Build
 from jax_mla_cp.model.decoder import Decoder
 
 _IN_FLIGHT_BYTES = 256 << 20

@@ -33,8 +33,8 @@ class TensorMapping:
     transform: Transform
     """From the checkpoint's layout to the parameter's; returns a NumPy view where possible.
 
-    For a quantized matrix it is also applied to the scales, which are smaller along the dimensions that `Declare.matrix` lists
-    in `blocks`; it must not split those dimensions.
+    For a quantized matrix it is also applied to the scales, which are smaller along the dimensions that `ParamFactory.matrix`
+    lists in `blocks`; it must not split those dimensions.
     """
     index: tuple[slice, ...] = ()
     """The part of the parameter that the tensor fills; () is all of it."""

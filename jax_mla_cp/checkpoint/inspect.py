@@ -31,9 +31,9 @@ from jax_mla_cp.checkpoint.tensor_source import SafetensorsSource
 from jax_mla_cp.config.errors import ConfigError, check_choice
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.mesh import MeshShape
-from jax_mla_cp.model.context import EP_CHOICES, Build
+from jax_mla_cp.model.build import EP_CHOICES, Build
 from jax_mla_cp.model.decoder import Decoder
-from jax_mla_cp.model.handle import weight_bytes
+from jax_mla_cp.model.loaded_model import weight_bytes
 
 T = TypeVar("T")
 

@@ -1,1 +1,1 @@
-"""The model: Flax NNX modules of per-device code, and their public handle `Model` (jax_mla_cp/model/handle.py)."""
+"""The model: Flax NNX modules of per-device code (decoder.py), and `Model`, their weights on a mesh (loaded_model.py)."""

@@ -1,4 +1,4 @@
-"""The whole model, per device: embedding, the layers, the head."""
+"""`Decoder`, the whole model, per device: embedding, layers, head."""
 
 from __future__ import annotations
 
@@ -10,27 +10,32 @@ from jaxtyping import Array, Float, Int32
 from jax_mla_cp.attention.numerics import einsum_float32
 from jax_mla_cp.batch.arrays import Batch
 from jax_mla_cp.mesh import TP, vary_like
-from jax_mla_cp.model.context import Build, Declare, LayerInputs
+from jax_mla_cp.model.build import Build
+from jax_mla_cp.model.layer_inputs import LayerInputs
 from jax_mla_cp.model.layers import rms_norm, rope_angles
 from jax_mla_cp.model.mtp import Mtp
-from jax_mla_cp.model.stack import Layer, run
+from jax_mla_cp.model.params import ParamFactory
+from jax_mla_cp.model.stack import LayerStack
 
 
 class Decoder(nnx.Module):
-    """The decoder of DeepSeek-V2, V3 and Kimi K2. The parameters are declared, not made: see `jax_mla_cp.checkpoint`."""
+    """The decoder of DeepSeek-V2, V3 and Kimi K2.
+
+    Its parameters are only declared (see `ParamFactory`). Their paths are the names of a converted checkpoint's arrays.
+    """
 
     def __init__(self, build: Build):
         c = build.config
         self.build = build
-        declare = Declare(build)
-        self.embed = declare(build.padded_vocab, c.hidden_size, spec=(TP, None))
-        self.final_norm = declare(c.hidden_size)
+        param = ParamFactory(build)
+        self.embed = param(build.padded_vocab, c.hidden_size, spec=(TP, None))
+        self.final_norm = param(c.hidden_size)
         if not c.tie_word_embeddings:
-            self.head = declare(c.hidden_size, build.padded_vocab, spec=(None, TP))
+            self.head = param(c.hidden_size, build.padded_vocab, spec=(None, TP))
         if c.num_dense_layers:
-            self.dense = Layer(build, 0, c.num_dense_layers, experts=False)
+            self.dense = LayerStack(build, 0, c.num_dense_layers, experts=False)
         if c.num_moe_layers:
-            self.moe = Layer(build, c.num_dense_layers, c.num_moe_layers, experts=True)
+            self.moe = LayerStack(build, c.num_dense_layers, c.num_moe_layers, experts=True)
         if build.mtp:
             self.mtp = Mtp(build)
 
@@ -42,17 +47,15 @@ class Decoder(nnx.Module):
         with jax.named_scope("embed"):
             x = self.embed_tokens(batch.tokens) if batch.embeds is None else batch.embeds.astype(self.build.dtype)
         inputs = self.inputs(batch)
-        pages_per_layer = pages.shape[0] // self.build.cache_layers
         x = vary_like(x, batch.tokens)
-        first = 0
-        for stack, count in (("dense", c.num_dense_layers), ("moe", c.num_moe_layers)):
-            if count:
-                x, pages = run(getattr(self, stack), x, pages, first + jnp.arange(count), inputs, pages_per_layer)
-                first += count
+        if c.num_dense_layers:
+            x, pages = self.dense(x, pages, inputs)
+        if c.num_moe_layers:
+            x, pages = self.moe(x, pages, inputs)
         return rms_norm(x, self.final_norm[...], c.rms_norm_eps), pages
 
     def inputs(self, batch: Batch) -> LayerInputs:
-        """What a batch's layers share."""
+        """The inputs that all layers share."""
         cos, sin = rope_angles(batch.positions, self.build.config.qk_rope_head_dim, self.build.config.rope)
         return LayerInputs(
             valid=jnp.arange(batch.tokens.shape[0]) < batch.num_tokens[0],
@@ -69,7 +72,7 @@ class Decoder(nnx.Module):
         )
 
     def logits(self, x: Float[Array, "I D"]) -> Float[Array, "I Vp"]:
-        """Logits in float32, gathered over tp; -inf for what only pads the vocabulary."""
+        """Logits in float32, gathered over tp; -inf for the padding of the vocabulary."""
         head = self.embed[...].T if self.build.config.tie_word_embeddings else self.head[...]
         local = einsum_float32("id,dv->iv", x, head)
         token = self.build.axes.index(TP) * local.shape[1] + jnp.arange(local.shape[1])
@@ -77,7 +80,7 @@ class Decoder(nnx.Module):
         return self.build.axes.all_gather(local, TP, dim=1)
 
     def embed_tokens(self, tokens: Int32[Array, " T"]) -> Float[Array, "T D"]:
-        """Each tp rank looks up the tokens of its part of the vocabulary."""
+        """The tokens' embeddings: each tp rank looks up those of its part of the vocabulary, and they are summed."""
         local = tokens - self.build.axes.index(TP) * self.embed.shape[0]
         found = self.embed[...].at[jnp.where(local < 0, self.embed.shape[0], local)].get(mode="fill", fill_value=0)
         return self.build.axes.psum(found, TP)

@@ -1,11 +1,11 @@
-"""Matrices that stay quantized in device memory, and the arithmetic that makes numbers of them.
+"""Matrices that stay in FP8 in device memory, and their dequantization.
 
-A matrix keeps the layout that it would have without: [inputs, ...outputs], with layers and experts in front. Its scales have
-a dimension for each of the matrix's: one scale per block along some, one per element along the others, where heads, halves
-or devices would cut blocks. So they are divided over the mesh as the matrix is.
+A matrix has the layout of an unquantized one: [inputs, ...outputs], with layers and experts in front. Its scales have the
+same dimensions: one scale per block along some, and one per element along those where heads, halves or devices would cut
+blocks. So the mesh divides the scales as it divides the matrix.
 
-Arrays hold float8_e4m3fn as its bytes, in uint8: of a float8 array that is sliced, or updated in place, XLA:CPU makes a float16
-copy first, of the whole stack of layers.
+Arrays hold the bytes of float8_e4m3fn as uint8: before XLA:CPU slices a float8 array, or updates it in place, it makes a
+float16 copy of the whole stack of layers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jax import lax
 
 
 class Fp8(nnx.Module):
-    """A matrix in FP8. `[...]` gives it in the model's dtype, as an `nnx.Param`'s does."""
+    """A matrix in FP8. `[...]` dequantizes it to the model's dtype, so that it is read as an `nnx.Param` is."""
 
     def __init__(self, q: nnx.Param[Any], scale: nnx.Param[Any], blocks: tuple[int, ...], dtype: np.dtype[Any]):
         """`blocks`: elements that share a scale, along each of a layer's own dimensions."""
@@ -34,7 +34,7 @@ class Fp8(nnx.Module):
         return dequantize(self.q[...], self.scale[...], self.blocks, self.dtype)
 
     def experts(self, first: jax.Array | int, count: int) -> jax.Array:
-        """Of experts' matrices, all layers' one after the other, `count` from number `first` on: [count, inputs, outputs]."""
+        """Dequantizes the matrices of `count` experts, from number `first` of all layers' experts on: [count, inputs, outputs]."""
         q, scale = (lax.dynamic_slice_in_dim(lax.collapse(p[...], 0, -2), first, count) for p in (self.q, self.scale))
         return dequantize(q, scale, self.blocks, self.dtype)
 
@@ -55,12 +55,12 @@ def dequantize(q: jax.Array, scale: jax.Array, blocks: tuple[int, ...], dtype: n
 
 
 def fp8_bytes(x: jax.Array) -> jax.Array:
-    """x in float8_e4m3fn, as uint8. Whole numbers from -16 to 16 are exact."""
+    """The bytes of x in float8_e4m3fn, as uint8. Whole numbers from -16 to 16 are exact."""
     return lax.bitcast_convert_type(x.astype(jnp.float8_e4m3fn), jnp.uint8)
 
 
 def unpack_int4(packed: jax.Array, dim: int) -> jax.Array:
-    """Eight numbers from -8 to 7 of each int32, lowest bits first, one after the other along `dim`; int8.
+    """Unpacks eight numbers from -8 to 7 of each int32, lowest bits first, along `dim`, to int8.
 
     The offset of 8 is that of compressed-tensors' `pack_to_int32`.
     """

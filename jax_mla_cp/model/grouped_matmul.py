@@ -1,9 +1,9 @@
-"""Rows sorted by expert, times each expert's matrix: the one place where experts multiply."""
+"""`grouped_matmul`: rows sorted by group, each times its group's matrix."""
 
 from __future__ import annotations
 
-import functools
 from types import ModuleType
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,18 @@ from jaxtyping import Array, Float, Int32
 
 from jax_mla_cp.mesh import vary_like
 
+GroupedMatmul = Literal["hopper", "blocks", "ragged"]
+"""Implementations of `grouped_matmul`."""
+
 _LARGEST_BLOCK = 128
+
+
+def resolve_grouped_matmul() -> GroupedMatmul:
+    """Returns the fastest implementation for this process's devices."""
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return "blocks"
+    return "hopper" if device.platform == "gpu" and device.compute_capability == "9.0" else "ragged"
 
 
 def grouped_matmul(
@@ -20,19 +31,24 @@ def grouped_matmul(
     weights: Float[Array, "G K N"],
     group_sizes: Int32[Array, " E"],
     first: Int32[Array, ""] | int = 0,
+    *,
+    implementation: GroupedMatmul,
 ) -> Float[Array, "M N"]:
-    """Rows `[sum(group_sizes[:e]), sum(group_sizes[:e + 1]))` times `weights[first + e]`. Rows past all groups are undefined.
+    """Multiplies rows `[sum(group_sizes[:e]), sum(group_sizes[:e + 1]))` by `weights[first + e]`.
 
-    Undefined is meant: on Hopper they are memory that nobody wrote, NaN included. Select what exists, don't multiply by 0.
+    Rows past all groups are undefined: on Hopper they are memory that nobody wrote, NaN included. Select the rows that
+    exist, don't multiply the others by 0.
 
-    On CPU a loop over blocks of rows of one expert each, with a dynamic trip count: XLA's `ragged_dot` multiplies every
-    row by every expert there. On Hopper a Pallas kernel (bfloat16, and sizes that its tiles divide). Elsewhere `lax.ragged_dot`,
-    and for a single group a plain product of all rows.
+    Args:
+      implementation: "hopper": a Pallas kernel for bfloat16 and for sizes that its tiles divide; other operands run as in
+        "ragged". "blocks", for CPUs: a loop over blocks of rows of one group each, with a dynamic trip count (XLA:CPU's
+        `ragged_dot` multiplies every row by every group's matrix). "ragged": `lax.ragged_dot`, and for a single group a
+        plain product of all rows.
     """
-    if jax.default_backend() == "cpu":
+    if implementation == "blocks":
         return _blocks(rows, weights, group_sizes, first)
-    hopper = _hopper()
-    if hopper and hopper.fits(rows, weights):
+    if implementation == "hopper" and _hopper().fits(rows, weights):
+        hopper = _hopper()
         pad = -rows.shape[0] % hopper.TILE
         padded = jnp.pad(rows, ((0, pad), (0, 0)))
         return hopper.hopper_grouped_matmul(padded, weights, group_sizes, first)[: rows.shape[0]]
@@ -43,44 +59,41 @@ def grouped_matmul(
     return lax.ragged_dot(rows, lax.dynamic_slice_in_dim(weights, first, len(group_sizes)), group_sizes)
 
 
-def group_alignment(rows: int, experts: int) -> int:
-    """Multiples of what the groups should begin at, with this many rows: a tile of rows of two experts is computed twice.
+def group_alignment(rows: int, groups: int, implementation: GroupedMatmul) -> int:
+    """Returns the number of rows that groups should begin at multiples of, when `rows` rows are in all groups.
 
-    With few rows an expert the padding would cost more than it saves.
+    The Hopper kernel computes a tile with rows of two groups twice. With few rows per group, padding would cost more.
     """
-    hopper = _hopper()
-    return hopper.TILE if hopper and rows >= experts * hopper.TILE else 1
+    return _hopper().TILE if implementation == "hopper" and rows >= groups * _hopper().TILE else 1
 
 
-@functools.cache
-def _hopper() -> ModuleType | None:
-    """The kernel's module, if the devices are Hopper GPUs: imported only there, because Pallas for GPUs is experimental."""
-    device = jax.devices()[0]
-    if device.platform != "gpu" or device.compute_capability != "9.0":
-        return None
+def _hopper() -> ModuleType:
+    """The kernel's module. It is imported only where it runs, because Pallas for GPUs is experimental."""
     from jax_mla_cp.model import hopper
 
     return hopper
 
 
 def _blocks(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, first_group: jax.Array | int) -> jax.Array:
-    count, experts = rows.shape[0], len(group_sizes)
-    # About one block per expert when the rows are spread evenly; never so small that the loop is all overhead.
-    size = min(count, max(8, min(_LARGEST_BLOCK, 1 << (count // experts).bit_length())))
+    count, groups = rows.shape[0], len(group_sizes)
+    # About one block per group when the rows are spread evenly; never so small that the loop is all overhead.
+    size = min(count, max(8, min(_LARGEST_BLOCK, 1 << (count // groups).bit_length())))
     group_end = jnp.cumsum(group_sizes)
     blocks = -(-group_sizes // size)
     block_end = jnp.cumsum(blocks)
 
     def step(i: jax.Array, out: jax.Array) -> jax.Array:
-        expert = jnp.searchsorted(block_end, i, side="right").astype(jnp.int32)
-        first = group_end[expert] - group_sizes[expert] + (i - (block_end[expert] - blocks[expert])) * size
-        at = jnp.minimum(first, count - size)  # the last block is moved back into the array; `mine` masks the rest
-        row = at + jnp.arange(size)
-        mine = (row >= first) & (row < group_end[expert])
-        weight = lax.dynamic_index_in_dim(weights, first_group + expert, keepdims=False)
-        product = lax.dynamic_slice_in_dim(rows, at, size) @ weight
-        kept = lax.dynamic_slice_in_dim(out, at, size)
-        return lax.dynamic_update_slice_in_dim(out, jnp.where(mine[:, None], product, kept), at, 0)
+        group = jnp.searchsorted(block_end, i, side="right").astype(jnp.int32)
+        first = group_end[group] - group_sizes[group] + (i - (block_end[group] - blocks[group])) * size
+        start = jnp.minimum(
+            first, count - size
+        )  # the last block is moved back into the array; `in_block` masks the rest
+        row = start + jnp.arange(size)
+        in_block = (row >= first) & (row < group_end[group])
+        weight = lax.dynamic_index_in_dim(weights, first_group + group, keepdims=False)
+        product = lax.dynamic_slice_in_dim(rows, start, size) @ weight
+        kept = lax.dynamic_slice_in_dim(out, start, size)
+        return lax.dynamic_update_slice_in_dim(out, jnp.where(in_block[:, None], product, kept), start, 0)
 
     out = vary_like(jnp.zeros((count, weights.shape[2]), rows.dtype), rows, weights, group_sizes)
     return lax.fori_loop(0, block_end[-1], step, out)

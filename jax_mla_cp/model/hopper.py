@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int32
 from jax_mla_cp.mesh import vary_like
 
 TILE = 128
-"""Rows of an output tile, and what its columns are a multiple of."""
+"""Rows of an output tile; its columns are a multiple of it."""
 STEP = 64
 """Columns of `rows` in a step of the pipeline: 128 bytes, the widest swizzle of the tensor cores' operands."""
 _SMS = 132  # H100 and H200 SXM; another number costs time only
@@ -40,7 +40,7 @@ _PATH = 8  # column tiles: the width of the path over the tiles, so that 132 til
 
 
 def fits(rows: jax.Array, weights: jax.Array) -> bool:
-    """Whether these are the kernel's dtype and sizes. The number of rows is the caller's to round up."""
+    """True if the kernel takes these dtypes and sizes. The caller rounds the number of rows up to a multiple of TILE."""
     _, k, n = weights.shape
     return rows.dtype == weights.dtype == jnp.bfloat16 and k % STEP == 0 and n % TILE == 0
 
@@ -63,8 +63,8 @@ def hopper_grouped_matmul(
         num_tiles = count_ref[0]
         wg = lax.axis_index("wg")
 
-        def place(index: jax.Array) -> tuple[jax.Array, ...]:
-            """A tile's weights, block of rows, first row in the block, number of rows, and column of tiles."""
+        def tile_at(index: jax.Array) -> tuple[jax.Array, ...]:
+            """A tile's group, block of rows, first row in the block, number of rows, and column of tiles."""
             tile, column = plgpu.planar_snake(index, (num_tiles, column_tiles), 1, _PATH)
             group, block, first, size = (tiles_ref[i * length + tile] for i in range(4))
             return group, block, first, size, column
@@ -75,7 +75,7 @@ def hopper_grouped_matmul(
 
                 @plgpu.nd_loop((num_tiles * column_tiles,), collective_axes="sm", init_carry=jnp.int32(0))
                 def loaded(loop: plgpu.NDLoopInfo, carry: jax.Array) -> jax.Array:
-                    group, block, _, _, column = place(loop.index[0])
+                    group, block, _, _, column = tile_at(loop.index[0])
 
                     def step(s: jax.Array, done: jax.Array) -> jax.Array:
                         slot = lax.rem(done, jnp.int32(in_flight))
@@ -109,7 +109,7 @@ def hopper_grouped_matmul(
 
                 @plgpu.nd_loop((num_tiles * column_tiles,), collective_axes="sm", init_carry=jnp.int32(0))
                 def _(loop: plgpu.NDLoopInfo, carry: jax.Array) -> jax.Array:
-                    _, block, first, size, column = place(loop.index[0])
+                    _, block, first, size, column = tile_at(loop.index[0])
 
                     def accumulate(acc: Any) -> jax.Array:
                         def step(s: jax.Array, done: jax.Array) -> jax.Array:
@@ -172,19 +172,19 @@ def _store(
     size: jax.Array,
     columns: Any,
 ) -> None:
-    """Writes those of a block's rows from `row` on that the group has: `size` from `first` on. The others are another's."""
-    most = staged.shape[0]
-    low = jnp.clip(first - row, 0, most)
-    size = jnp.clip(first + size - row, 0, most) - low
+    """Writes the group's rows of a block, `size` from `first` on, as far as they are in `staged`, which begins at `row`."""
+    max_rows = staged.shape[0]
+    low = jnp.clip(first - row, 0, max_rows)
+    size = jnp.clip(first + size - row, 0, max_rows) - low
 
-    @pl.when(size == most)
+    @pl.when(size == max_rows)
     def _() -> None:
-        plgpu.copy_smem_to_gmem(staged, out_ref.at[pl.ds(block_row + row, most), columns], commit_group=False)
+        plgpu.copy_smem_to_gmem(staged, out_ref.at[pl.ds(block_row + row, max_rows), columns], commit_group=False)
 
-    @pl.when(size < most)
+    @pl.when(size < max_rows)
     def _() -> None:
         at = low
-        for bit in reversed(range(int(math.log2(most)))):  # copies have static sizes: one for each bit of `size`
+        for bit in reversed(range(int(math.log2(max_rows)))):  # copies have static sizes: one for each bit of `size`
 
             @pl.when(size & (1 << bit) != 0)
             def _(at: jax.Array = at, length: int = 1 << bit) -> None:
@@ -202,7 +202,7 @@ def _store(
 def _list_tiles(
     group_sizes: Int32[Array, " E"], rows: int, first_group: Int32[Array, ""] | int
 ) -> tuple[Int32[Array, " 1"], Int32[Array, " 4*tiles"]]:
-    """How many tiles hold rows; and of each one the weights, the block of rows, the first row in it, and the number of rows."""
+    """Returns the number of tiles with rows; and each tile's group, block of rows, first row in the block, and number of rows."""
     end = jnp.cumsum(group_sizes)
     start = end - group_sizes
     first_block = start // TILE

@@ -1,4 +1,4 @@
-"""The small parts: RMS norm, rotary embedding, and the dense MLP."""
+"""RMS norm, rotary embedding and the dense MLP."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from jax_mla_cp.config.rope import RopeConfig
 from jax_mla_cp.mesh import TP
-from jax_mla_cp.model.context import Declare
+from jax_mla_cp.model.params import ParamFactory
 
 
 def rms_norm(x: Float[Array, "*T D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "*T D"]:
@@ -24,10 +24,10 @@ def rms_norm(x: Float[Array, "*T D"], weight: Float[Array, " D"], eps: float) ->
 
 
 def rope_frequencies(dim: int, rope: RopeConfig) -> NDArray[np.float32]:
-    """[dim / 2] radians per position; YaRN's where asked for (arXiv:2309.00071, section 3.2).
+    """The [dim / 2] frequencies in radians per position, YaRN's if the config has it (arXiv:2309.00071, section 3.2).
 
     Frequencies that turn more than `beta_fast` times within the original context stay, those that turn less than
-    `beta_slow` times are divided by `factor`, and a linear ramp lies between. The ramp's ends are whole numbers, and at
+    `beta_slow` times are divided by `factor`, and a linear ramp is between. The ramp's ends are whole numbers, and at
     least 0.001 apart, as in DeepSeek-V3's inference/model.py (`precompute_freqs_cis`): with `beta_fast == beta_slow`
     it is a step.
     """
@@ -62,11 +62,11 @@ def rotate(x: Float[Array, "T *n r"], cos: Float[Array, "T r/2"], sin: Float[Arr
 
 
 class Mlp(nnx.Module):
-    """Gated MLP, `down(silu(gate x) * up x)`, its width over tp. Returns this rank's part of the sum."""
+    """Gated MLP, `down(silu(gate x) * up x)`, its width over tp. Returns this rank's part of the sum over tp."""
 
-    def __init__(self, declare: Declare, hidden: int, width: int):
-        self.gate_up = declare.matrix(hidden, 2, width, spec=(None, None, TP), blocks=(0,))
-        self.down = declare.matrix(width, hidden, spec=(TP, None), blocks=(1,))
+    def __init__(self, param: ParamFactory, hidden: int, width: int):
+        self.gate_up = param.matrix(hidden, 2, width, spec=(None, None, TP), blocks=(0,))
+        self.down = param.matrix(width, hidden, spec=(TP, None), blocks=(1,))
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
         gate_up = jnp.einsum("td,dgf->tgf", x, self.gate_up[...])

@@ -18,34 +18,35 @@ from jaxtyping import Array, Float, Int32
 from jax_mla_cp import cache
 from jax_mla_cp.attention import attend_absorbed, attend_expanded
 from jax_mla_cp.mesh import CP, TP
-from jax_mla_cp.model.context import Build, Declare, LayerInputs
-from jax_mla_cp.model.grouped_matmul import grouped_matmul
+from jax_mla_cp.model.build import Build
+from jax_mla_cp.model.grouped_matmul import GroupedMatmul, grouped_matmul
+from jax_mla_cp.model.layer_inputs import LayerInputs
 from jax_mla_cp.model.layers import rms_norm, rotate
+from jax_mla_cp.model.params import ParamFactory
 
-_LORA_NORM_EPS = (
-    1e-6  # whatever rms_norm_eps says: transformers' DeepseekV3Attention builds these norms with the default
-)
-_EXPANDED_BYTES = 2 << 30  # bound of the up-projected keys and values; more heads than fit are done in groups
+# Independent of rms_norm_eps: transformers' DeepseekV3Attention builds these norms with the default.
+_LORA_NORM_EPS = 1e-6
+_EXPANDED_BYTES = 2 << 30  # bounds the up-projected keys and values; more heads than fit are done in groups
 
 
 class Mla(nnx.Module):
-    """One layer's attention, this rank's heads."""
+    """A layer's attention, this rank's heads. Returns this rank's part of the sum over tp."""
 
-    def __init__(self, declare: Declare, build: Build):
+    def __init__(self, param: ParamFactory, build: Build):
         c = build.config
         self.build = build
         q_dim = c.qk_nope_head_dim + c.qk_rope_head_dim
         if c.q_lora_rank is None:
-            self.q = declare.matrix(c.hidden_size, c.num_heads, q_dim, spec=(None, TP, None), blocks=(0,))
+            self.q = param.matrix(c.hidden_size, c.num_heads, q_dim, spec=(None, TP, None), blocks=(0,))
         else:
-            self.q_a = declare.matrix(c.hidden_size, c.q_lora_rank, blocks=(0,))
-            self.q_norm = declare(c.q_lora_rank)
-            self.q_b = declare.matrix(c.q_lora_rank, c.num_heads, q_dim, spec=(None, TP, None), blocks=(0,))
-        self.kv_a = declare.matrix(c.hidden_size, c.latent_dim, blocks=(0,))
-        self.kv_norm = declare(c.kv_lora_rank)
-        self.w_uk = declare.matrix(c.kv_lora_rank, c.num_heads, c.qk_nope_head_dim, spec=(None, TP, None), blocks=(0,))
-        self.w_uv = declare.matrix(c.kv_lora_rank, c.num_heads, c.v_head_dim, spec=(None, TP, None), blocks=(0,))
-        self.o = declare.matrix(c.num_heads, c.v_head_dim, c.hidden_size, spec=(TP, None, None), blocks=(2,))
+            self.q_a = param.matrix(c.hidden_size, c.q_lora_rank, blocks=(0,))
+            self.q_norm = param(c.q_lora_rank)
+            self.q_b = param.matrix(c.q_lora_rank, c.num_heads, q_dim, spec=(None, TP, None), blocks=(0,))
+        self.kv_a = param.matrix(c.hidden_size, c.latent_dim, blocks=(0,))
+        self.kv_norm = param(c.kv_lora_rank)
+        self.w_uk = param.matrix(c.kv_lora_rank, c.num_heads, c.qk_nope_head_dim, spec=(None, TP, None), blocks=(0,))
+        self.w_uv = param.matrix(c.kv_lora_rank, c.num_heads, c.v_head_dim, spec=(None, TP, None), blocks=(0,))
+        self.o = param.matrix(c.num_heads, c.v_head_dim, c.hidden_size, spec=(TP, None, None), blocks=(2,))
 
     def __call__(
         self,
@@ -53,31 +54,35 @@ class Mla(nnx.Module):
         pages: Float[Array, "pages page_size C"],
         layer: Int32[Array, ""],
         inputs: LayerInputs,
-        pages_per_layer: int,
     ) -> tuple[Float[Array, "T D"], Float[Array, "pages page_size C"]]:
-        """Returns the attention's output, summed over tp, and the cache with the step's latents written."""
+        """Returns this rank's part of the attention's output, and the cache with the step's latents written.
+
+        Args:
+          x: normed hidden states.
+          layer: the layer's number in the cache.
+        """
+        layers = self.build.cache_layers
         # The gather first: it needs nothing of the query projections, which hide it.
         with jax.named_scope("latent"):
             latents = self.build.axes.all_gather(self._latents(x, inputs), CP)
         with jax.named_scope("query"):
             q_nope, q_rope = self._queries(x, inputs)
         with jax.named_scope("write"):
-            pages = cache.write(
-                pages, latents, inputs.slots, inputs.pages_to_zero, layer, pages_per_layer=pages_per_layer
-            )
+            pages = cache.write(pages, latents, inputs.slots, inputs.pages_to_zero, layer, layers=layers)
 
-        out, few = None, inputs.absorbed_tokens
+        out, absorbed_tokens = None, inputs.absorbed_tokens
         if inputs.key_pages.size:
             with jax.named_scope("expanded"):
-                key_pages = cache.table(inputs.key_pages, layer, pages_per_layer=pages_per_layer)
+                key_pages = cache.layer_pages(pages, inputs.key_pages, layer, layers=layers)
                 out = self._expanded(q_nope, q_rope, pages, key_pages, inputs)
-        if few:
+        if absorbed_tokens:
             with jax.named_scope("absorbed"):
-                row_pages = cache.table(inputs.row_pages, layer, pages_per_layer=pages_per_layer)
-                absorbed = self._absorbed(q_nope[:few], q_rope[:few], pages, row_pages, inputs)
-                out = absorbed if out is None else _add_to_first(out, absorbed)  # each is zero where the other has rows
+                row_pages = cache.layer_pages(pages, inputs.row_pages, layer, layers=layers)
+                absorbed = self._absorbed(q_nope[:absorbed_tokens], q_rope[:absorbed_tokens], pages, row_pages, inputs)
+                # Each form's output is zero for the other's tokens.
+                out = absorbed if out is None else _add_to_first(out, absorbed)
         with jax.named_scope("output"):
-            return self.build.axes.psum(jnp.einsum("tnv,nvd->td", out, self.o[...]), TP), pages
+            return jnp.einsum("tnv,nvd->td", out, self.o[...]), pages
 
     def _latents(self, x: jax.Array, inputs: LayerInputs) -> Float[Array, "T C"]:
         rank = self.build.config.kv_lora_rank
@@ -97,10 +102,8 @@ class Mla(nnx.Module):
     def _absorbed(
         self, q_nope: jax.Array, q_rope: jax.Array, pages: jax.Array, row_pages: jax.Array, inputs: LayerInputs
     ) -> Float[Array, "T n v"]:
-        # Head by head, as the product comes out and the kernels take it: the transposes here and there cancel.
-        q_latent = jnp.swapaxes(jnp.einsum("tnh,Rnh->ntR", q_nope, self.w_uk[...]), 0, 1)
         out = attend_absorbed(
-            q_latent,
+            jnp.einsum("tnh,Rnh->ntR", q_nope, self.w_uk[...]),
             q_rope,
             pages,
             row_pages,
@@ -108,7 +111,7 @@ class Mla(nnx.Module):
             scale=self.build.config.softmax_scale,
             implementation=self.build.attention,
         )
-        return jnp.einsum("tnR,Rnv->tnv", out, self.w_uv[...])
+        return jnp.einsum("ntR,Rnv->tnv", out, self.w_uv[...])
 
     def _expanded(
         self, q_nope: jax.Array, q_rope: jax.Array, pages: jax.Array, key_pages: jax.Array, inputs: LayerInputs
@@ -125,7 +128,7 @@ class Mla(nnx.Module):
         def attend(group: tuple[jax.Array, ...]) -> jax.Array:
             q, w_uk, w_uv = group
             with jax.named_scope("up_project"):
-                kv = up_project(latents, inputs.num_keys, w_uk, w_uv)
+                kv = up_project(latents, inputs.num_keys, w_uk, w_uv, self.build.grouped_matmul)
             with jax.named_scope("attention"):
                 return attend_expanded(
                     q,
@@ -148,8 +151,8 @@ class Mla(nnx.Module):
         return fits[0] if fits else heads
 
 
-def _add_to_first(x: Float[Array, "T n v"], first: Float[Array, "few n v"]) -> Float[Array, "T n v"]:
-    # Of all rows, XLA:CPU's compiler (jaxlib 0.11.2) crashes on the update.
+def _add_to_first(x: Float[Array, "T n v"], first: Float[Array, "A n v"]) -> Float[Array, "T n v"]:
+    # XLA:CPU's compiler (jaxlib 0.11.2) crashes on an update of all rows.
     return x + first if len(first) == len(x) else x.at[: len(first)].add(first)
 
 
@@ -158,8 +161,9 @@ def up_project(
     num_keys: Int32[Array, " 1"],
     w_uk: Float[Array, "R n h"],
     w_uv: Float[Array, "R n v"],
+    implementation: GroupedMatmul,
 ) -> Float[Array, "K n h+r+v"]:
-    """Keys and values of the first `num_keys` latents, a head's value beside its key; the rest is undefined.
+    """Up-projects the first `num_keys` latents to keys and values, a head's value beside its key; the rest is undefined.
 
     One product makes whole keys: the roped part, which all heads share, passes through an identity block, unchanged.
     That costs 1.4 times the multiplications, and saves writing the keys, reading them and writing them again to put
@@ -167,15 +171,15 @@ def up_project(
     """
     rank, heads, nope = w_uk.shape
     rope, value = latents.shape[1] - rank, w_uv.shape[2]
-    through = jnp.broadcast_to(jnp.eye(rope, dtype=w_uk.dtype)[:, None], (rope, heads, rope))
+    identity = jnp.broadcast_to(jnp.eye(rope, dtype=w_uk.dtype)[:, None], (rope, heads, rope))
     weight = jnp.concatenate(
         [
             jnp.concatenate([w_uk, jnp.zeros((rank, heads, rope), w_uk.dtype), w_uv], axis=2),
             jnp.concatenate(
-                [jnp.zeros((rope, heads, nope), w_uk.dtype), through, jnp.zeros((rope, heads, value), w_uk.dtype)],
+                [jnp.zeros((rope, heads, nope), w_uk.dtype), identity, jnp.zeros((rope, heads, value), w_uk.dtype)],
                 axis=2,
             ),
         ]
     )
-    kv = grouped_matmul(latents, weight.reshape(1, rank + rope, -1), num_keys)
+    kv = grouped_matmul(latents, weight.reshape(1, rank + rope, -1), num_keys, implementation=implementation)
     return kv.reshape(-1, heads, nope + rope + value)

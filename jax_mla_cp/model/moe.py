@@ -16,38 +16,39 @@ from jaxtyping import Array, Bool, Float, Int32
 from jax_mla_cp.attention.numerics import einsum_float32
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.mesh import TP
-from jax_mla_cp.model.context import Build, Declare
+from jax_mla_cp.model.build import Build
 from jax_mla_cp.model.experts import apply_experts
 from jax_mla_cp.model.fp8 import Fp8
 from jax_mla_cp.model.layers import Mlp
+from jax_mla_cp.model.params import ParamFactory
 
-# At a time, gathered ones: with the windows of `apply_experts` it bounds the buffers. 32K, and what a bucket is above it.
-_MOST_TOKENS = 36 << 10
+# Gathered tokens in a slice: with the windows of `apply_experts` it bounds the buffers. 32K and a bucket's excess over it.
+_MAX_TOKENS = 36 << 10
 
 
 class Moe(nnx.Module):
     """Routed and shared experts. Returns this rank's part of the sum over tp."""
 
-    def __init__(self, declare: Declare, build: Build):
+    def __init__(self, param: ParamFactory, build: Build):
         c = build.config
         self.build = build
-        wide = jnp.dtype(jnp.float32)
-        self.router = declare(c.hidden_size, c.n_routed_experts, dtype=wide)
+        float32 = jnp.dtype(jnp.float32)
+        self.router = param(c.hidden_size, c.n_routed_experts, dtype=float32)
         if c.routing_bias:
-            self.bias = declare(c.n_routed_experts, dtype=wide)
+            self.bias = param(c.n_routed_experts, dtype=float32)
         experts = build.padded_experts
         width, spec = c.moe_intermediate_size, (build.ep_axes, None, None)
         # Gate and up lie side by side: where gate ends within a block, its scales are one per column.
         side_by_side = (1, 2) if c.quantization and width % c.quantization.block[0] == 0 else (1,)
-        self.gate_up = declare.matrix(experts, c.hidden_size, 2 * width, spec=spec, experts=True, blocks=side_by_side)
-        self.down = declare.matrix(experts, width, c.hidden_size, spec=spec, experts=True, blocks=(1, 2))
+        self.gate_up = param.matrix(experts, c.hidden_size, 2 * width, spec=spec, experts=True, blocks=side_by_side)
+        self.down = param.matrix(experts, width, c.hidden_size, spec=spec, experts=True, blocks=(1, 2))
         if c.n_shared_experts:
-            self.shared = Mlp(declare, c.hidden_size, c.n_shared_experts * c.moe_intermediate_size)
+            self.shared = Mlp(param, c.hidden_size, c.n_shared_experts * c.moe_intermediate_size)
 
     def __call__(
         self, x: Float[Array, "T D"], valid: Bool[Array, " T"], layer: Int32[Array, ""] | int = 0
     ) -> Float[Array, "T D"]:
-        """`layer`: which of a stack's layers this is; the experts' weights are the whole stack's."""
+        """`layer`: the layer's index in its stack, all of whose experts' weights this layer has (see `LayerStack`)."""
         with jax.named_scope("router"):
             bias = self.bias[...] if self.build.config.routing_bias else None
             expert, weight = route(x, self.router[...], bias, self.build.config)
@@ -63,32 +64,32 @@ class Moe(nnx.Module):
         gather_over = tuple(axis for axis in self.build.ep_axes if axis != TP)
         axes = self.build.axes
         tokens = len(x)
-        slices = -(-tokens * axes.size(gather_over) // _MOST_TOKENS)
+        slices = -(-tokens * axes.size(gather_over) // _MAX_TOKENS)
         experts = self._weights(layer)
 
-        def one(part: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        def apply(part: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
             if not gather_over:
                 return self._experts(*part, *experts)
             x, expert, weight = (axes.all_gather(p, gather_over) for p in part)
             return axes.psum_scatter(self._experts(x, expert, weight, *experts), gather_over)
 
         if slices == 1:
-            return one((x, expert, weight))
+            return apply((x, expert, weight))
         size = -(-tokens // slices)
         pad = slices * size - tokens
-        nobody = self.build.padded_experts
+        no_expert = self.build.padded_experts
 
         def split(a: jax.Array, fill: int) -> jax.Array:
             return jnp.pad(a, ((0, pad), (0, 0)), constant_values=fill).reshape(slices, size, a.shape[1])
 
-        out = lax.map(one, (split(x, 0), split(expert, nobody), split(weight, 0)))
+        out = lax.map(apply, (split(x, 0), split(expert, no_expert), split(weight, 0)))
         return out.reshape(slices * size, -1)[:tokens]
 
     def _weights(self, layer: jax.Array | int) -> tuple[Float[Array, "G D 2F"], Float[Array, "G F D"], jax.Array | int]:
         """This device's experts' `gate_up` and `down`, and the number of the layer's first expert in them.
 
-        The whole stack's, as no slice of it may be made for a kernel. Or, where they stay in FP8, the layer's, made for its
-        products: of DeepSeek-V3 at tp=8 that is 2.8 GB, which the next layer's take the place of.
+        They are the whole stack's, because XLA would copy a slice for the kernel. Weights in FP8 are dequantized, those of
+        this layer only: 2.8 GB for DeepSeek-V3 at tp=8, in a buffer that the next layer uses again.
         """
         first = layer * self._local
         if isinstance(self.gate_up, Fp8) and isinstance(self.down, Fp8):
@@ -98,7 +99,7 @@ class Moe(nnx.Module):
 
     @property
     def _local(self) -> int:
-        """Experts of a device."""
+        """The number of experts on a device."""
         return self.build.padded_experts // self.build.axes.size(self.build.ep_axes)
 
     def _experts(
@@ -110,11 +111,18 @@ class Moe(nnx.Module):
         down: Float[Array, "G F D"],
         first: jax.Array | int,
     ) -> Float[Array, "M D"]:
-        """What this device's experts add to each token."""
+        """The sum of each token's experts that are on this device."""
         ep, local = self.build.ep_axes, self._local
-        mine = expert - self.build.axes.index(ep) * local
         return apply_experts(
-            x, mine, weight, gate_up, down, experts=local, first=first, shares=self.build.axes.size(ep)
+            x,
+            expert - self.build.axes.index(ep) * local,
+            weight,
+            gate_up,
+            down,
+            num_experts=local,
+            first=first,
+            ep_size=self.build.axes.size(ep),
+            implementation=self.build.grouped_matmul,
         )
 
 
@@ -124,10 +132,10 @@ def route(
     """Each token's experts and their weights, in float32 at full precision: a rounded score is another expert.
 
     - `noaux_tc` (MoEGate of DeepSeek-V3's modeling_deepseek.py; arXiv:2412.19437, section 2.1.2): scores are sigmoids.
-      The bias only chooses: of the groups, the `topk_group` with the largest sum of two best biased scores; among
-      their experts the k best. Weights are the unbiased scores.
+      The bias takes part in the choice only: the `topk_group` groups whose two largest biased scores have the largest
+      sum, and among their experts the top k. Weights are the unbiased scores.
     - `group_limited_greedy` (MoEGate of DeepSeek-V2's; arXiv:2405.04434, section 2.2.2): scores are a softmax over all
-      experts, there is no bias, and a group is as good as its best expert.
+      experts, there is no bias, and a group's score is its largest.
     - `greedy` (DeepSeek-V2-Lite): the same without groups.
 
     Experts of other groups are masked with -inf. DeepSeek-V2's code has 0 there, which is the same: its scores are
@@ -139,11 +147,11 @@ def route(
     choice = scores if bias is None else scores + bias
     if c.n_group > 1:
         grouped = choice.reshape(*choice.shape[:-1], c.n_group, -1)
-        best = _best(grouped, 1 if bias is None else 2)
-        group_score = jnp.take_along_axis(grouped, best, axis=-1).sum(-1)
-        kept = jax.nn.one_hot(_best(group_score, c.topk_group), c.n_group, dtype=jnp.bool_).any(-2)
+        top = _top_k(grouped, 1 if bias is None else 2)
+        group_score = jnp.take_along_axis(grouped, top, axis=-1).sum(-1)
+        kept = jax.nn.one_hot(_top_k(group_score, c.topk_group), c.n_group, dtype=jnp.bool_).any(-2)
         choice = jnp.where(kept[..., None], grouped, -jnp.inf).reshape(choice.shape)
-    expert = _best(choice, c.experts_per_token)
+    expert = _top_k(choice, c.experts_per_token)
     weight = jnp.take_along_axis(scores, expert, axis=-1)
     if c.norm_topk_prob:
         weight = weight / (weight.sum(-1, keepdims=True) + 1e-20)
@@ -151,7 +159,7 @@ def route(
 
 
 def _logits(x: Float[Array, "T D"], router: Float[Array, "D E"]) -> Float[Array, "T E"]:
-    """`x @ router` as exact as in float32.
+    """`x @ router`, as exact as in float32.
 
     For a bfloat16 x each of the router's numbers is the sum of three bfloat16 ones: their products with x are exact in
     float32, and three products on the tensor cores take a fraction of the time of one in float32.
@@ -167,14 +175,14 @@ def _logits(x: Float[Array, "T D"], router: Float[Array, "D E"]) -> Float[Array,
     return einsum_float32("td,dpe->tpe", x, jnp.stack(parts, axis=1)).sum(1)
 
 
-def _best(values: Float[Array, "*T n"], k: int) -> Int32[Array, "*T k"]:
-    """Indices of the k largest, of equal ones the first: `lax.top_k`, which on GPUs sorts everything for a few of hundreds.
+def _top_k(values: Float[Array, "*T n"], k: int) -> Int32[Array, "*T k"]:
+    """The indices of the k largest values, as `lax.top_k` gives them, which on GPUs sorts all values; the first of equal ones.
 
-    At least k values must be above -inf (`ModelConfig` sees to it: the chosen groups have as many experts).
+    At least k values must be above -inf (`ModelConfig` checks that the chosen groups have k experts).
     """
     index = lax.broadcasted_iota(jnp.int32, values.shape, values.ndim - 1)
-    found = []
+    top = []
     for _ in range(k):
-        found.append(jnp.argmax(values, axis=-1).astype(jnp.int32))
-        values = jnp.where(index == found[-1][..., None], -jnp.inf, values)
-    return jnp.stack(found, axis=-1)
+        top.append(jnp.argmax(values, axis=-1).astype(jnp.int32))
+        values = jnp.where(index == top[-1][..., None], -jnp.inf, values)
+    return jnp.stack(top, axis=-1)

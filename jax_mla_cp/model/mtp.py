@@ -1,4 +1,4 @@
-"""Multi-token prediction: the layer behind the last one, which guesses one token further than the model says.
+"""Multi-token prediction: a layer after the last one, which predicts one token further than the model.
 
 DeepSeek-V3, arXiv:2412.19437, section 2.2; as its weights are run by SGLang's deepseek_nextn.py: the hidden state is the one
 after the final norm, embedding and head are the model's own, and a state that is used again is the one after this layer's
@@ -11,23 +11,25 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jax_mla_cp.model.context import Build, Declare, LayerInputs
+from jax_mla_cp.model.build import Build
+from jax_mla_cp.model.layer_inputs import LayerInputs
 from jax_mla_cp.model.layers import rms_norm
-from jax_mla_cp.model.stack import Layer, run
+from jax_mla_cp.model.params import ParamFactory
+from jax_mla_cp.model.stack import LayerStack
 
 
 class Mtp(nnx.Module):
-    """Two norms and a projection, a layer with experts, a norm. Its latents are one more layer of the cache."""
+    """Two norms and a projection, a stack of one layer, and a norm. Its latents are the cache's last layer."""
 
     def __init__(self, build: Build):
         c = build.config
-        declare = Declare(build)
+        param = ParamFactory(build)
         self.build = build
-        self.embed_norm = declare(c.hidden_size)
-        self.hidden_norm = declare(c.hidden_size)
-        self.project = declare(2 * c.hidden_size, c.hidden_size)
-        self.layer = Layer(build, c.num_layers, 1, experts=c.n_routed_experts > 0)
-        self.final_norm = declare(c.hidden_size)
+        self.embed_norm = param(c.hidden_size)
+        self.hidden_norm = param(c.hidden_size)
+        self.project = param(2 * c.hidden_size, c.hidden_size)
+        self.layer = LayerStack(build, c.num_layers, 1, experts=c.n_routed_experts > 0)
+        self.final_norm = param(c.hidden_size)
 
     def __call__(
         self,
@@ -36,7 +38,7 @@ class Mtp(nnx.Module):
         pages: Float[Array, "pages page_size C"],
         inputs: LayerInputs,
     ) -> tuple[Float[Array, "T D"], Float[Array, "pages page_size C"]]:
-        """States from which the head tells, for a token at position p, the token at p + 2; and the cache.
+        """Returns the states from which the head predicts the token at p + 2, for tokens at positions p; and the cache.
 
         Args:
           embedded: the embeddings of the *next* tokens, those at p + 1.
@@ -49,6 +51,5 @@ class Mtp(nnx.Module):
             rms_norm(hidden, self.hidden_norm[...], c.rms_norm_eps),
         ]
         x = jnp.concatenate(both, axis=-1) @ self.project[...]
-        number = jnp.full(1, c.num_layers, jnp.int32)
-        x, pages = run(self.layer, x, pages, number, inputs, pages.shape[0] // self.build.cache_layers)
+        x, pages = self.layer(x, pages, inputs)
         return rms_norm(x, self.final_norm[...], c.rms_norm_eps), pages

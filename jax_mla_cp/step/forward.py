@@ -20,7 +20,7 @@ from jax_mla_cp.batch.packing import DeviceBatch, pack
 from jax_mla_cp.cache import PAGES_SPEC
 from jax_mla_cp.mesh import CP, TOKENS, declared_specs, mesh_shape, on_devices
 from jax_mla_cp.model.decoder import Decoder
-from jax_mla_cp.model.handle import Model, param_specs
+from jax_mla_cp.model.loaded_model import Model, param_specs
 from jax_mla_cp.step.logit_bias import LogitBiasArrays
 from jax_mla_cp.step.sampling import SamplerOutput, TokenLogprobsArrays, gather_logprobs, sample
 from jax_mla_cp.step.speculation import propose

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from jax_mla_cp.batch.shapes import BatchShape
 from jax_mla_cp.batch.step_request import StepRequest
 from jax_mla_cp.mesh import TOKENS, Axes, on_devices, vary_like
-from jax_mla_cp.model.handle import Model
+from jax_mla_cp.model.loaded_model import Model
 
 _SHORTEST_LIST, _FACTOR = 256, 4
 

@@ -20,7 +20,7 @@ from jax_mla_cp.batch.shapes import BatchShape, CacheShape, StepShape
 from jax_mla_cp.batch.step_request import StepRequest
 from jax_mla_cp.config.errors import ConfigError, check_choice
 from jax_mla_cp.mesh import mesh_shape
-from jax_mla_cp.model.handle import Model
+from jax_mla_cp.model.loaded_model import Model
 from jax_mla_cp.step.forward import put
 
 _SMALLEST_BUCKET = 16

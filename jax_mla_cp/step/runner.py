@@ -22,7 +22,7 @@ from jax_mla_cp.cache import PAGES_SPEC
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.mesh import declared_specs, mesh_shape
-from jax_mla_cp.model.handle import Model, weight_bytes
+from jax_mla_cp.model.loaded_model import Model, weight_bytes
 from jax_mla_cp.platform import default_memory_fraction, device_memory
 from jax_mla_cp.step import logit_bias
 from jax_mla_cp.step.compile_progress import CompileProgress, CompileTracker

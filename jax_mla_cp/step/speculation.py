@@ -27,11 +27,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from jax_mla_cp import cache
 from jax_mla_cp.batch.arrays import Batch
 from jax_mla_cp.batch.rows import Rows
 from jax_mla_cp.mesh import CP
-from jax_mla_cp.model.context import LayerInputs
 from jax_mla_cp.model.decoder import Decoder
+from jax_mla_cp.model.layer_inputs import LayerInputs
 from jax_mla_cp.model.layers import rope_angles
 
 
@@ -64,7 +65,7 @@ def propose(
         carry: tuple[jax.Array, jax.Array, jax.Array], ahead: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array]:
         state, draft, pages = carry
-        inputs = _inputs(decoder, batch, spec.first_position + num_accepted + ahead, spec.writable_end, pages.shape)
+        inputs = _inputs(decoder, batch, spec.first_position + num_accepted + ahead, spec.writable_end, pages)
         state, pages = decoder.mtp(decoder.embed_tokens(draft), state, pages, inputs)
         draft = _greedy(decoder, state)
         return (state, draft, pages), draft
@@ -94,7 +95,7 @@ def _inputs(
     batch: Batch,
     position: Int32[Array, " I"],
     writable_end: Int32[Array, " I"],
-    shape: tuple[int, ...],
+    pages: Float[Array, "pages page_size C"],
 ) -> LayerInputs:
     """One token of each request, at `position`: each rank computes its share, all write all latents.
 
@@ -103,16 +104,14 @@ def _inputs(
     the cache, and would copy it).
     """
     c, axes = decoder.build.config, decoder.build.axes
-    total_pages, page_size, _ = shape
-    requests = len(position)
-    share = requests // axes.size(CP)
+    share = len(position) // axes.size(CP)
 
     def share_of(values: jax.Array) -> jax.Array:
         return lax.dynamic_slice_in_dim(values, axes.index(CP) * share, share)
 
-    fits = position < writable_end
-    page = jnp.take_along_axis(batch.page_table, jnp.where(fits, position // page_size, 0)[:, None], axis=1)[:, 0]
-    slots = jnp.where(fits, page * page_size + position % page_size, total_pages * page_size + jnp.arange(requests))
+    slots = cache.slots_at(
+        pages, batch.page_table, position, position < writable_end, layers=decoder.build.cache_layers
+    )
     exists = share_of(writable_end) > 0  # requests stand before places without one
     cos, sin = rope_angles(share_of(position), c.qk_rope_head_dim, c.rope)
     number = jnp.arange(share)

@@ -72,8 +72,8 @@ def test_absorbed(rng: np.random.Generator, page_size: int) -> None:
         latents.append(rng.normal(size=(keys, RANK + ROPE)).astype(np.float32))
         for t in range(keys):
             pages[table[b, t // page_size], t % page_size] = latents[b][t]
-    run = jax.jit(lambda q, *a: attend_absorbed(q[..., :RANK], q[..., RANK:], *a, scale=0.2))
-    out = np.asarray(run(q, pages, table.astype(np.int32), make_rows(0, [0] * len(ROWS))))
+    run = jax.jit(lambda q, *a: attend_absorbed(q[..., :RANK].swapaxes(0, 1), q[..., RANK:], *a, scale=0.2))
+    out = np.asarray(run(q, pages, table.astype(np.int32), make_rows(0, [0] * len(ROWS)))).swapaxes(0, 1)
     at = 0
     for (queries, keys), latent in zip(ROWS, latents, strict=True):
         shared = np.broadcast_to(latent[:, None], (keys, N, RANK + ROPE))
@@ -108,7 +108,7 @@ def test_memory_grows_linearly(form: str) -> None:
             lowered = jax.jit(lambda *a: attend_expanded(*a, scale=1.0)).lower(*args)
         else:
             args = (
-                array(tokens, 4, 512),
+                array(4, tokens, 512),
                 array(tokens, 4, 64),
                 array(tokens // 64, 64, 576),
                 array(2, tokens // 64, dtype=jnp.int32),

@@ -18,7 +18,7 @@ from jax_mla_cp.bench.program import make_build, make_model
 from jax_mla_cp.bench.random_weights import favor_first_rank
 from jax_mla_cp.config.presets import model_config
 from jax_mla_cp.mesh import CP, TP, Axes, MeshShape, make_mesh
-from jax_mla_cp.model.handle import Model
+from jax_mla_cp.model.loaded_model import Model
 from jax_mla_cp.model.moe import route
 from tests.helpers.synthetic import Driver, random_model
 

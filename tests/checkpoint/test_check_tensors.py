@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from jax_mla_cp.checkpoint import CheckpointError, expected_shapes, load_params
 from jax_mla_cp.config.model import ModelConfig
-from jax_mla_cp.model.context import Build
+from jax_mla_cp.model.build import Build
 from jax_mla_cp.model.decoder import Decoder
 from tests.helpers import hf_tensors as hf
 from tests.helpers.array_source import ArraySource

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from jax_mla_cp.checkpoint import SafetensorsSource, TensorSource, load_params
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.mesh import make_mesh, mesh_shape
-from jax_mla_cp.model.context import Build
+from jax_mla_cp.model.build import Build
 from jax_mla_cp.model.decoder import Decoder
 from tests.helpers import hf_tensors as hf
 from tests.helpers.array_source import ArraySource

@@ -43,7 +43,7 @@ from flax import nnx
 from jax_mla_cp.checkpoint import SafetensorsSource, load_converted, load_params, open_converted, orbax_loader
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.mesh import make_mesh, mesh_shape
-from jax_mla_cp.model.context import Build
+from jax_mla_cp.model.build import Build
 from jax_mla_cp.model.decoder import Decoder
 
 def anonymous():

@@ -35,7 +35,7 @@ from jax_mla_cp.checkpoint.convert import convert
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.config.quantization import FP8
 from jax_mla_cp.mesh import make_mesh, mesh_shape
-from jax_mla_cp.model.context import Build
+from jax_mla_cp.model.build import Build
 from jax_mla_cp.model.decoder import Decoder
 from tests.checkpoint import test_loader_quantized
 from tests.helpers import hf_tensors as hf

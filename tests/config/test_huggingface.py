@@ -16,8 +16,8 @@ from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.launch import plan_build
 from jax_mla_cp.mesh import MeshShape
-from jax_mla_cp.model.context import EP_CHOICES, Build
-from jax_mla_cp.model.handle import weight_bytes
+from jax_mla_cp.model.build import EP_CHOICES, Build
+from jax_mla_cp.model.loaded_model import weight_bytes
 from jax_mla_cp.step.runner import create_runner
 from tests.helpers.checkpoints import BASE, old_style
 from tests.helpers.synthetic import CONFIG, random_model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -11,11 +12,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_mla_cp.model.context import Build, Declare
+from jax_mla_cp.model.build import Build
 from jax_mla_cp.model.experts import apply_experts
-from jax_mla_cp.model.grouped_matmul import group_alignment, grouped_matmul
+from jax_mla_cp.model.grouped_matmul import (
+    GroupedMatmul,
+    group_alignment,
+    grouped_matmul,
+    resolve_grouped_matmul,
+)
 from jax_mla_cp.model.moe import Moe
+from jax_mla_cp.model.params import ParamFactory
 from tests.helpers.synthetic import CONFIG
+
+multiply = jax.jit(functools.partial(grouped_matmul, implementation="hopper"))
 
 
 def random_bfloat16(*shapes: tuple[int, ...]) -> list[jax.Array]:
@@ -31,7 +40,7 @@ def test_grouped_matmul(sizes: list[int]) -> None:
     used, ends = sum(sizes), np.cumsum(sizes)
     rows, weights = random_bfloat16((1024, 2048), (4, 2048, 1280))  # 1280: ten tiles, a path of 8 and a rest of 2
     group_sizes = jnp.array(sizes, jnp.int32)
-    out = np.asarray(jax.jit(grouped_matmul)(rows.at[used:].set(jnp.nan), weights, group_sizes)).astype(np.float64)
+    out = np.asarray(multiply(rows.at[used:].set(jnp.nan), weights, group_sizes)).astype(np.float64)
     wide, wide_weights = (np.asarray(a).astype(np.float64) for a in (rows, weights))
     for e, end in enumerate(ends):
         part = slice(end - sizes[e], end)
@@ -42,7 +51,7 @@ def test_many_groups_and_few_rows() -> None:
     """Kimi K2's 384 experts, most of them empty, and a number of rows that is no multiple of the tile's."""
     sizes = np.bincount(np.random.default_rng(3).integers(0, 384, 200), minlength=384)
     rows, weights = random_bfloat16((200, 128), (384, 128, 256))
-    out = np.asarray(jax.jit(grouped_matmul)(rows, weights, jnp.asarray(sizes, jnp.int32))).astype(np.float64)
+    out = np.asarray(multiply(rows, weights, jnp.asarray(sizes, jnp.int32))).astype(np.float64)
     expected = np.einsum(
         "mk,mkn->mn",
         np.asarray(rows).astype(np.float64),
@@ -59,19 +68,23 @@ def expert_inputs(tokens: int) -> tuple[jax.Array, ...]:
 
 
 def run(arrays: tuple[jax.Array, ...]) -> np.ndarray:
-    return np.asarray(jax.jit(lambda *a: apply_experts(*a, experts=8, first=0, shares=2))(*arrays))
+    experts = functools.partial(apply_experts, num_experts=8, first=0, ep_size=2, implementation="hopper")
+    return np.asarray(jax.jit(lambda *a: experts(*a))(*arrays))
 
 
 @pytest.mark.parametrize("tokens", [33, 2048])
 def test_windows_and_unwritten_rows_change_no_bit(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     arrays = expert_inputs(tokens)
-    assert group_alignment(arrays[1].size // 2, 8) == (128 if tokens == 2048 else 1)
+    assert group_alignment(arrays[1].size // 2, 8, "hopper") == (128 if tokens == 2048 else 1)
     whole = run(arrays)
     assert np.isfinite(whole.astype(np.float32)).all() and whole.any()
 
-    def unwritten(rows: jax.Array, weights: jax.Array, sizes: jax.Array, first: int) -> jax.Array:
+    def unwritten(
+        rows: jax.Array, weights: jax.Array, sizes: jax.Array, first: int, *, implementation: GroupedMatmul
+    ) -> jax.Array:
         used = jnp.arange(rows.shape[0]) < sizes.sum()
-        return jnp.where(used[:, None], grouped_matmul(rows, weights, sizes, first), jnp.nan)
+        out = grouped_matmul(rows, weights, sizes, first, implementation=implementation)
+        return jnp.where(used[:, None], out, jnp.nan)
 
     for size in (128, 512, 6144):
         monkeypatch.setattr("jax_mla_cp.model.experts.window_rows", lambda *_, size=size: size)
@@ -81,24 +94,25 @@ def test_windows_and_unwritten_rows_change_no_bit(tokens: int, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("tokens", [7, 1500])
-def test_moe_as_on_cpu(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_moe_as_on_cpu(tokens: int) -> None:
     config = dataclasses.replace(CONFIG, hidden_size=256, moe_intermediate_size=128)
     build = Build(config, dtype=jnp.dtype(jnp.bfloat16))
-    graph, state = nnx.split(Moe(Declare(build), build))
+    state = nnx.state(Moe(ParamFactory(build), build))
     rng = np.random.default_rng(4)
     state = jax.tree.map(lambda s: rng.normal(size=s.shape, scale=s.shape[-1] ** -0.5).astype(s.dtype), state)
     x = rng.normal(size=(tokens, 256)).astype(jnp.bfloat16)
     valid = np.arange(tokens) < tokens - 2
 
-    def layer() -> np.ndarray:
+    def layer(implementation: GroupedMatmul) -> np.ndarray:
+        built = dataclasses.replace(build, grouped_matmul=implementation)
+        graph = nnx.graphdef(Moe(ParamFactory(built), built))
         moe: Callable[..., jax.Array] = jax.jit(lambda s, *a: nnx.merge(graph, s)(*a))
         return np.asarray(moe(state, x, valid)).astype(np.float32)
 
-    on_gpu = layer()
-    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-    monkeypatch.setattr("jax_mla_cp.model.grouped_matmul._hopper", lambda: None)
+    assert resolve_grouped_matmul() == "hopper"
+    on_gpu = layer("hopper")
     with jax.default_device(jax.devices("cpu")[0]):
-        on_cpu = layer()
+        on_cpu = layer("blocks")
     error = np.linalg.norm(on_gpu - on_cpu, axis=1) / np.linalg.norm(on_cpu, axis=1)
     assert error.max() < 2**-6
     assert np.linalg.norm(on_gpu[1:] - on_cpu[:-1]) > 0.5 * np.linalg.norm(on_cpu), "another token's result is another"

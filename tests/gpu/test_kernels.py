@@ -210,8 +210,8 @@ def _step(pages: jax.Array, xs: Any, slots: jax.Array, table: jax.Array, rows: R
     def layer(pages: jax.Array, x: Any) -> tuple[jax.Array, Any]:
         i, latents, q, kv, q_latent, q_rope = x
         pages_to_zero = jnp.asarray([CACHE[0], CACHE[0] + 1], jnp.int32)  # none: ids past the end
-        pages = cache.write(pages, latents, slots, pages_to_zero, i, pages_per_layer=PAGES_PER_LAYER)
-        ids = cache.table(table, i, pages_per_layer=PAGES_PER_LAYER)
+        pages = cache.write(pages, latents, slots, pages_to_zero, i, layers=LAYERS)
+        ids = cache.layer_pages(pages, table, i, layers=LAYERS)
         return pages, (
             fa3.mla_prefill_expanded(q, kv, rows, scale=0.1)[0],
             fa3.mla_prefill_absorbed(q_latent, q_rope, pages, ids, rows, scale=0.05)[0],
@@ -299,14 +299,14 @@ def test_products_around_the_expanded_call_need_no_copy() -> None:
 @pytest.mark.parametrize("first", ["tnh,Rnh->tnR", "tnh,Rnh->ntR"])
 @pytest.mark.parametrize("tokens", [96, 1536])  # mla_decode, mla_prefill_absorbed
 def test_products_around_the_absorbed_call_need_no_copy(tokens: int, first: str) -> None:
-    """The call takes and gives head by head; the transposes of `attend_absorbed` cancel against those of the products."""
+    """The call takes and gives [n, T, R]; XLA writes the first product so, whichever form it has in JAX."""
     heads = 16
     rows, _, table = _changing_rows(np.random.default_rng(0))
 
     def attend(q: jax.Array, q_rope: jax.Array, w_uk: jax.Array, w_uv: jax.Array, pages: jax.Array) -> jax.Array:
         q_latent = jnp.einsum(first, q, w_uk)
-        q_latent = q_latent if first.endswith("tnR") else jnp.swapaxes(q_latent, 0, 1)
-        return jnp.einsum("tnR,Rnv->tnv", fa3.attend_absorbed(q_latent, q_rope, pages, table, rows, scale=0.1), w_uv)
+        q_latent = jnp.swapaxes(q_latent, 0, 1) if first.endswith("tnR") else q_latent
+        return jnp.einsum("ntR,Rnv->tnv", fa3.attend_absorbed(q_latent, q_rope, pages, table, rows, scale=0.1), w_uv)
 
     text = _text(
         attend, (tokens, heads, 128), (tokens, heads, ROPE), (LATENT, heads, 128), (LATENT, heads, VALUE), CACHE

@@ -12,9 +12,9 @@ from flax import nnx
 
 from jax_mla_cp.checkpoint import load_params
 from jax_mla_cp.config.quantization import Quantization
-from jax_mla_cp.model.context import Build
+from jax_mla_cp.model.build import Build
 from jax_mla_cp.model.decoder import Decoder
-from jax_mla_cp.model.handle import Model
+from jax_mla_cp.model.loaded_model import Model
 from jax_mla_cp.step.runner import compile_step
 from tests.helpers import quantize
 from tests.helpers.array_source import ArraySource
@@ -106,7 +106,7 @@ def test_weights_in_fp8() -> None:
     config = dataclasses.replace(REAL_DIMS_CONFIG, quantization=Quantization("fp8", (128, 128)))
 
     def logits(fp8: bool) -> np.ndarray:
-        build = Build(config, dtype=jnp.dtype(jnp.bfloat16), attention="fa3", fp8=fp8)
+        build = Build(config, dtype=jnp.dtype(jnp.bfloat16), attention="fa3", grouped_matmul="hopper", fp8=fp8)
         model = Model(load_params(ArraySource(tensors), nnx.state(Decoder(build)), config, None), build, None)
         driver = driver_of(model)
         return driver.step([(driver.request(), prompt) for prompt in PROMPTS])

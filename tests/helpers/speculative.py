@@ -21,9 +21,10 @@ from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.engine import Engine, Event, Finished, Request, SpeculationStats, Token
 from jax_mla_cp.engine.text import TextStream
 from jax_mla_cp.mesh import make_mesh, mesh_shape
-from jax_mla_cp.model.context import EP_CHOICES, Build
+from jax_mla_cp.model.build import EP_CHOICES, Build
 from jax_mla_cp.model.decoder import Decoder
-from jax_mla_cp.model.handle import Model
+from jax_mla_cp.model.grouped_matmul import resolve_grouped_matmul
+from jax_mla_cp.model.loaded_model import Model
 from jax_mla_cp.step.forward import put
 from jax_mla_cp.step.planner import Planner
 from jax_mla_cp.step.results import RunnerOutput, StepResult
@@ -83,7 +84,9 @@ def model(
     **build: object,
 ) -> Model:
     on = None if mesh is None else make_mesh(mesh)
-    built = Build(config, None if on is None else mesh_shape(on), EP_CHOICES[ep], mtp=True, **build)  # type: ignore[arg-type]
+    shape = None if on is None else mesh_shape(on)
+    build = {"grouped_matmul": resolve_grouped_matmul(), **build}
+    built = Build(config, shape, EP_CHOICES[ep], mtp=True, **build)  # type: ignore[arg-type]
     return Model(
         load_params(ArraySource(weights(config, added, noise)), nnx.state(Decoder(built)), config, on), built, on
     )

@@ -17,9 +17,10 @@ from jax_mla_cp.batch.step_request import StepRequest
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.config.rope import RopeConfig
 from jax_mla_cp.mesh import make_mesh, mesh_shape
-from jax_mla_cp.model.context import EP_CHOICES, Build
+from jax_mla_cp.model.build import EP_CHOICES, Build
 from jax_mla_cp.model.decoder import Decoder
-from jax_mla_cp.model.handle import Model
+from jax_mla_cp.model.grouped_matmul import resolve_grouped_matmul
+from jax_mla_cp.model.loaded_model import Model
 from jax_mla_cp.step.forward import forward
 from jax_mla_cp.step.planner import Planner
 
@@ -65,7 +66,9 @@ REAL_DIMS_CONFIG = dataclasses.replace(
 def random_model(mesh: str | None = None, ep: str = "tp", config: ModelConfig = CONFIG, **build: object) -> Model:
     """A model whose weights depend on the config alone: what only pads a shape for the mesh is zero."""
     on = None if mesh is None else make_mesh(mesh)
-    built = Build(config, None if on is None else mesh_shape(on), EP_CHOICES[ep], **build)  # type: ignore[arg-type]
+    shape = None if on is None else mesh_shape(on)
+    build = {"grouped_matmul": resolve_grouped_matmul(), **build}
+    built = Build(config, shape, EP_CHOICES[ep], **build)  # type: ignore[arg-type]
     real = dict(_shapes(Build(config, mtp=built.mtp)))
 
     def fill(path: tuple[object, ...], param: nnx.Param) -> nnx.Param:

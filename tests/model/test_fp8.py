@@ -20,9 +20,9 @@ from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.config.quantization import Quantization
 from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.model import moe
-from jax_mla_cp.model.context import Build
+from jax_mla_cp.model.build import Build
 from jax_mla_cp.model.decoder import Decoder
-from jax_mla_cp.model.handle import Model, weight_bytes
+from jax_mla_cp.model.loaded_model import Model, weight_bytes
 from jax_mla_cp.step.planner import Planner
 from jax_mla_cp.step.runner import compile_step
 from tests.helpers import quantize

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,10 +18,10 @@ from jax.sharding import PartitionSpec as P
 from jax_mla_cp.mesh import make_mesh
 from jax_mla_cp.model import hopper
 from jax_mla_cp.model.experts import apply_experts
-from jax_mla_cp.model.grouped_matmul import group_alignment, grouped_matmul
+from jax_mla_cp.model.grouped_matmul import group_alignment, grouped_matmul, resolve_grouped_matmul
 from jax_mla_cp.model.hopper import hopper_grouped_matmul
 
-run = jax.jit(grouped_matmul)
+run = jax.jit(functools.partial(grouped_matmul, implementation="blocks"))
 
 
 @given(st.lists(st.integers(0, 90), min_size=4, max_size=4), st.integers(0, 300))
@@ -46,14 +49,8 @@ def test_agrees_with_ragged_dot() -> None:
 GROUPS = [[70, 0, 190, 20], [0, 129, 126, 1], [0, 0, 0, 0]]
 
 
-@pytest.fixture
-def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The code's choices are a Hopper GPU's; the kernel runs interpreted, and what it doesn't write is NaN."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr("jax_mla_cp.model.grouped_matmul._hopper", lambda: hopper)
-
-
 def interpreted(function, *args):  # type: ignore[no-untyped-def]
+    """The result of a function that calls the kernel. What the kernel doesn't write is NaN."""
     with pytest.MonkeyPatch.context() as patch, force_gpu_interpret_mode(InterpretGPUParams()):
         patch.setattr(hopper, "_SMS", 4)  # the interpreter has three threads for each, and they take turns
         return np.asarray(jax.block_until_ready(function(*args)), np.float64)
@@ -76,32 +73,35 @@ def test_hopper_kernel(sizes: list[int]) -> None:
     assert np.isnan(out[used:]).all(), "rows past the groups are not written: callers must select"
 
 
-def test_hopper_pads_rows(on_hopper: None) -> None:
+def test_hopper_pads_rows() -> None:
+    multiply = functools.partial(grouped_matmul, implementation="hopper")
     rows, weights = random_bfloat16((72, 64), (3, 64, 128))
     sizes = jnp.array([30, 1, 20], jnp.int32)
-    out = interpreted(grouped_matmul, rows, weights, sizes)
+    out = interpreted(multiply, rows, weights, sizes)
     assert out.shape == (72, 128)
     np.testing.assert_allclose(out[:51], np.asarray(lax.ragged_dot(rows, weights, sizes), np.float64)[:51], rtol=2**-7)
     # Other sizes and types are XLA's to multiply.
     np.testing.assert_array_equal(
-        grouped_matmul(rows[:, :6], weights[:, :6], sizes), lax.ragged_dot(rows[:, :6], weights[:, :6], sizes)
+        multiply(rows[:, :6], weights[:, :6], sizes), lax.ragged_dot(rows[:, :6], weights[:, :6], sizes)
     )
 
 
 @pytest.mark.parametrize("tokens", [20, 150])
-def test_experts_on_hopper(tokens: int, on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_on_hopper(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups of many rows begin at tiles, groups of few do not; nothing that was not written is read."""
     x, gate_up, down = random_bfloat16((tokens, 128), (4, 128, 128), (4, 64, 128))
     rng = np.random.default_rng(2)
     expert = jnp.asarray(np.stack([rng.permutation(8)[:4] for _ in range(tokens)]) - 2, jnp.int32)
     weight = jnp.asarray(rng.uniform(0.1, 1, (tokens, 4)), jnp.float32)
-    assert group_alignment(tokens * 4, 4) == (128 if tokens == 150 else 1)
-    run = lambda: apply_experts(x, expert, weight, gate_up, down, experts=4, first=0, shares=1)  # noqa: E731
-    whole = interpreted(run)
+    assert group_alignment(tokens * 4, 4, "hopper") == (128 if tokens == 150 else 1)
+    arrays = (x, expert, weight, gate_up, down)
+    run = functools.partial(apply_experts, *arrays, num_experts=4, first=0, ep_size=1)
+    on_hopper = functools.partial(run, implementation="hopper")
+    whole = interpreted(on_hopper)
     monkeypatch.setattr("jax_mla_cp.model.experts.window_rows", lambda *_: 256)
-    np.testing.assert_array_equal(interpreted(run), whole)
+    np.testing.assert_array_equal(interpreted(on_hopper), whole)
     monkeypatch.undo()
-    plain = np.asarray(run(), np.float64)
+    plain = np.asarray(run(implementation="blocks"), np.float64)
     np.testing.assert_allclose(whole, plain, atol=2**-6 * np.abs(plain).max())
     assert np.abs(plain[::2] - whole[1::2]).max() > 0.1 * np.abs(plain).max(), "other tokens have other results"
 
@@ -126,21 +126,33 @@ def test_hopper_kernel_lowers_for_cuda(experts: int, m: int, k: int, n: int) -> 
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
-def test_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_elsewhere() -> None:
     """On devices that are neither CPUs nor Hopper GPUs: the stack's own part, in one group or in many."""
     rows, weights = random_bfloat16((40, 64), (6, 64, 128))
-    one, many = jnp.array([33], jnp.int32), jnp.array([9, 0, 24], jnp.int32)
-    expect = [np.asarray(grouped_matmul(rows, weights, sizes, jnp.int32(2)), np.float32)[:33] for sizes in (one, many)]
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    for sizes, want in zip((one, many), expect, strict=True):
-        got = np.asarray(grouped_matmul(rows, weights, sizes, jnp.int32(2)), np.float32)[:33]
+    for sizes in (jnp.array([33], jnp.int32), jnp.array([9, 0, 24], jnp.int32)):
+        got, want = (
+            np.asarray(grouped_matmul(rows, weights, sizes, jnp.int32(2), implementation=name), np.float32)[:33]
+            for name in ("ragged", "blocks")
+        )
         np.testing.assert_allclose(got, want, rtol=2**-7, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "resolved"),
+    [("cpu", None, "blocks"), ("gpu", "9.0", "hopper"), ("gpu", "8.0", "ragged"), ("tpu", None, "ragged")],
+)
+def test_resolved_from_the_device(
+    platform: str, capability: str | None, resolved: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = SimpleNamespace(platform=platform, **({} if capability is None else {"compute_capability": capability}))
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert resolve_grouped_matmul() == resolved
 
 
 def test_groups_from_the_first_on() -> None:
     """The weights of a stack of layers, of which a layer has its own."""
     rows, weights = random_bfloat16((40, 64), (6, 64, 128))
     sizes = jnp.array([9, 0, 31], jnp.int32)
-    expect = np.asarray(grouped_matmul(rows, weights[2:5], sizes), np.float32)
-    np.testing.assert_array_equal(np.asarray(grouped_matmul(rows, weights, sizes, jnp.int32(2)), np.float32), expect)
-    assert (np.asarray(grouped_matmul(rows, weights, sizes, jnp.int32(1)), np.float32) != expect).any()
+    expect = np.asarray(run(rows, weights[2:5], sizes), np.float32)
+    np.testing.assert_array_equal(np.asarray(run(rows, weights, sizes, jnp.int32(2)), np.float32), expect)
+    assert (np.asarray(run(rows, weights, sizes, jnp.int32(1)), np.float32) != expect).any()

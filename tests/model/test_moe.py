@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from jax import lax
 
 from jax_mla_cp.model.experts import apply_experts
-from jax_mla_cp.model.grouped_matmul import grouped_matmul
-from jax_mla_cp.model.moe import _best, _logits, route
+from jax_mla_cp.model.grouped_matmul import GroupedMatmul, grouped_matmul
+from jax_mla_cp.model.moe import _logits, _top_k, route
 from tests.helpers.synthetic import CONFIG, Driver, random_model
 
 TOKENS, TOP, EXPERTS, WIDTH, INNER = 200, 4, 6, 16, 8
@@ -63,7 +63,7 @@ def loop(x: jax.Array, expert: jax.Array, weight: jax.Array, gate_up: jax.Array,
 
 
 def experts(shares: int) -> Callable[..., jax.Array]:
-    return functools.partial(apply_experts, experts=EXPERTS, first=0, shares=shares)
+    return functools.partial(apply_experts, num_experts=EXPERTS, first=0, ep_size=shares, implementation="blocks")
 
 
 def run(arrays: tuple[jax.Array, ...], shares: int = 2) -> np.ndarray:
@@ -138,14 +138,17 @@ def test_rows_of_no_expert_stay_out(
     clean = run(arrays)
     seen = []
 
-    def unwritten(rows: jax.Array, weights: jax.Array, sizes: jax.Array, first: int) -> jax.Array:
+    def unwritten(
+        rows: jax.Array, weights: jax.Array, sizes: jax.Array, first: int, *, implementation: GroupedMatmul
+    ) -> jax.Array:
         used = jnp.arange(rows.shape[0]) < sizes.sum()
-        out = jnp.where(used[:, None], grouped_matmul(rows, weights, sizes, first), jnp.nan)
+        out = grouped_matmul(rows, weights, sizes, first, implementation=implementation)
+        out = jnp.where(used[:, None], out, jnp.nan)
         jax.debug.callback(lambda bad: seen.append(bool(bad)), jnp.isnan(out).any())
         return out
 
     monkeypatch.setattr("jax_mla_cp.model.experts.grouped_matmul", unwritten)
-    monkeypatch.setattr("jax_mla_cp.model.experts.group_alignment", lambda rows, experts: align)
+    monkeypatch.setattr("jax_mla_cp.model.experts.group_alignment", lambda rows, groups, implementation: align)
     if rows:
         small_windows(rows)
     dirty = run(arrays)
@@ -198,7 +201,7 @@ def test_windows_on_meshes(mesh: str | None, ep: str, replace: Callable[[str, ob
     replace("experts.window_rows", lambda even, experts, align: 48)
     np.testing.assert_allclose(logits(mesh, ep), whole, atol=1e-5 * np.abs(whole).max(), rtol=0)
 
-    def one_window_only(pred: jax.Array, one: Callable[[], jax.Array], many: Callable[[], jax.Array]) -> jax.Array:
+    def one_window_only(pred: jax.Array, one: Callable[[], jax.Array], every: Callable[[], jax.Array]) -> jax.Array:
         return one()
 
     replace("experts.lax.cond", one_window_only)
@@ -230,7 +233,7 @@ def test_slices_of_tokens_change_nothing(mesh: str | None, ep: str, replace: Cal
         return driver.step([(driver.request(), tokens)])
 
     whole = logits()
-    replace("moe._MOST_TOKENS", 20)
+    replace("moe._MAX_TOKENS", 20)
     np.testing.assert_allclose(logits(), whole, atol=1e-5 * np.abs(whole).max(), rtol=0)
 
 
@@ -263,6 +266,6 @@ def test_a_bfloat16_token_is_routed_as_in_float32() -> None:
 
 @given(st.lists(st.integers(-3, 3), min_size=6, max_size=6), st.integers(1, 6))
 @settings(deadline=None, max_examples=50)
-def test_the_best_are_those_of_top_k(values: list[int], k: int) -> None:
+def test_top_k_is_that_of_lax(values: list[int], k: int) -> None:
     x = jnp.asarray([values, values[::-1]], jnp.float32)
-    np.testing.assert_array_equal(_best(x, k), lax.top_k(x, k)[1])
+    np.testing.assert_array_equal(_top_k(x, k), lax.top_k(x, k)[1])

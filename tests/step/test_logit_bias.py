@@ -20,8 +20,8 @@ from jax_mla_cp.batch.shapes import BatchShape, CacheShape
 from jax_mla_cp.batch.step_request import SamplingParams, StepRequest
 from jax_mla_cp.engine.logits_processor import LogitsProcessor
 from jax_mla_cp.mesh import make_mesh, mesh_shape
-from jax_mla_cp.model.context import Build
-from jax_mla_cp.model.handle import Model
+from jax_mla_cp.model.build import Build
+from jax_mla_cp.model.loaded_model import Model
 from jax_mla_cp.step import logit_bias
 from jax_mla_cp.step.sampling import sample
 from tests.helpers.synthetic import CONFIG

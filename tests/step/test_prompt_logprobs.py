@@ -13,9 +13,9 @@ from jax_mla_cp.batch.step_request import SamplingParams, StepRequest
 from jax_mla_cp.checkpoint import load_params
 from jax_mla_cp.engine.logits_processor import LogitsProcessor
 from jax_mla_cp.mesh import make_mesh, mesh_shape
-from jax_mla_cp.model.context import Build
+from jax_mla_cp.model.build import Build
 from jax_mla_cp.model.decoder import Decoder
-from jax_mla_cp.model.handle import Model
+from jax_mla_cp.model.loaded_model import Model
 from jax_mla_cp.step.planner import Planner
 from jax_mla_cp.step.results import StepResult
 from jax_mla_cp.step.runner import Runner

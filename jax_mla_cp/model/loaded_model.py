@@ -1,4 +1,4 @@
-"""`Model`: a model's weights on a mesh, with everything static that a program compiled for them needs."""
+"""`Model`: a model's weights on a mesh, and the static configuration of the programs that run them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.mesh import MeshShape, spec_axes
-from jax_mla_cp.model.context import Build
+from jax_mla_cp.model.build import Build
 from jax_mla_cp.model.decoder import Decoder
 
 
@@ -36,7 +36,7 @@ class Model:
 
 
 def param_specs(params: Any) -> Any:
-    """The PartitionSpec of each parameter, in a tree that stands for `params` in `shard_map`'s in_specs."""
+    """The PartitionSpec of each parameter, as a tree for `shard_map`'s in_specs."""
     return jax.tree.map(lambda p: p.get_metadata("spec"), params, is_leaf=lambda p: isinstance(p, nnx.Variable))
 
 

@@ -1,0 +1,102 @@
+"""`Build`: the static configuration that a model is built with."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from jax_mla_cp.attention import Resolved, page_multiple
+from jax_mla_cp.config.errors import ConfigError
+from jax_mla_cp.config.model import ModelConfig
+from jax_mla_cp.mesh import CP, DP, TP, Axes, MeshShape
+from jax_mla_cp.model.grouped_matmul import GroupedMatmul
+
+EP_CHOICES: dict[str, tuple[str, ...]] = {"tp": (TP,), "tp,cp": (CP, TP), "tp,cp,dp": (DP, CP, TP)}
+"""The choices of `ep_axes`, each with the mesh axes that divide the experts, slowest first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Build:
+    """The static configuration that a model is built with: model, mesh, dtypes and implementations.
+
+    Modules read it while they are traced, and nothing else: no module asks JAX for its devices. It is hashable, because it
+    is the static part of `Model`, and with it of the key under which `jax.jit` finds a compiled program. `launch.plan_build`
+    resolves each "auto"; the defaults here run on any device.
+    """
+
+    config: ModelConfig
+    shape: MeshShape | None = None
+    """None: no mesh, one device."""
+    ep_axes: tuple[str, ...] = (TP,)
+    dtype: jnp.dtype = dataclasses.field(default_factory=lambda: jnp.dtype(jnp.float32))
+    attention: Resolved = "xla"
+    grouped_matmul: GroupedMatmul = "blocks"
+    fp8: bool = False
+    """Matrices that the checkpoint has quantized stay in FP8."""
+    mtp: bool = False
+    """With the checkpoint's first layer for multi-token prediction, which proposes drafts."""
+
+    def __post_init__(self) -> None:
+        if self.fp8 and self.config.quantization is None:
+            raise ConfigError(
+                "weights",
+                "'fp8' needs a quantized checkpoint; this one is not (its config.json has no quantization_config). "
+                "Use weights='auto'.",
+            )
+        if self.mtp and not self.config.num_mtp_layers:
+            raise ConfigError(
+                "mtp",
+                "the model has no layer for multi-token prediction (config.json's num_nextn_predict_layers). Leave it off.",
+            )
+        _check_divides(self.config, self.shape or MeshShape())
+
+    @property
+    def axes(self) -> Axes:
+        """The mesh axes' collectives, for code that runs per device."""
+        return Axes(self.shape)
+
+    @property
+    def cache_layers(self) -> int:
+        """Layers that write latents to the cache; the MTP layer's come last."""
+        return self.config.num_layers + self.mtp
+
+    @property
+    def page_multiple(self) -> int:
+        """Divides every page size that the attention can read."""
+        return page_multiple(self.attention)
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding: the vocabulary, rounded up to a multiple of tp. The logits of padding are -inf."""
+        return _round_up(self.config.vocab_size, self.axes.size(TP))
+
+    @property
+    def padded_experts(self) -> int:
+        """Experts in memory: rounded up to a multiple of the devices that divide them. The router never chooses padding."""
+        return _round_up(self.config.n_routed_experts, self.axes.size(self.ep_axes))
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _check_divides(config: ModelConfig, shape: MeshShape) -> None:
+    """Checks that tp divides the heads and the widths of the MLPs.
+
+    Raises:
+      ConfigError: it does not.
+    """
+    rules = {"num_attention_heads": config.num_heads}
+    if config.num_dense_layers:
+        rules["intermediate_size"] = config.intermediate_size
+    if config.num_moe_layers and config.n_shared_experts:
+        rules["n_shared_experts * moe_intermediate_size"] = config.n_shared_experts * config.moe_intermediate_size
+    for name, size in rules.items():
+        if size % shape.tp:
+            fits = [d for d in range(1, shape.tp) if all(s % d == 0 for s in rules.values())]
+            raise ConfigError(
+                "mesh",
+                f"tp must divide the model's {name}={size}, got tp={shape.tp}. "
+                f"Use tp={max(fits)}, and cp for the other devices.",
+            )
