@@ -19,7 +19,7 @@ def encode_text(served: ServedModel, text: str, *, add_special_tokens: bool = Tr
     try:
         return tokenizer.encode(text, add_special_tokens=add_special_tokens)
     except TokenizerError as error:
-        raise ApiError(400, f"prompt: {error}", param="prompt") from error
+        raise ApiError(400, f"prompt: {error.message}", param="prompt") from error
 
 
 def encode_messages(

@@ -62,4 +62,4 @@ class ServedModel:
         try:
             return require_tokenizer(self.tokenizer)
         except TokenizerError as error:
-            raise ApiError(400, f"{param}: {error}", param=param) from error
+            raise ApiError(400, f"{param}: {error.message}", param=param) from error
