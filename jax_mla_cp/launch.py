@@ -36,8 +36,9 @@ from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.grouped_matmul import resolve_grouped_matmul
 from jax_mla_cp.model.loaded_model import Model, weight_bytes
 from jax_mla_cp.platform import Platform
+from jax_mla_cp.step.cache_sizing import create_runner
 from jax_mla_cp.step.planner import MAX_DRAFT_TOKENS
-from jax_mla_cp.step.runner import Runner, create_runner
+from jax_mla_cp.step.runner import Runner
 from jax_mla_cp.tokenizer import Tokenizer
 
 __all__ = [
@@ -177,7 +178,7 @@ class LaunchOptions:
     kv_pages: int | None = None
     """Pages per dp group. None: what `memory_fraction` allows."""
     memory_fraction: float | None = None
-    """None: `platform.default_memory_fraction`."""
+    """None: `platform.default_memory_budget`."""
     prefill_chunk: int = 2048
     max_model_len: int | None = None
     """None: the smaller of the model's length and what the pages hold."""

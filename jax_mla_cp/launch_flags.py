@@ -114,8 +114,8 @@ def add_cache_flags(p: argparse.ArgumentParser) -> None:
         "--memory-fraction",
         metavar="F",
         type=real_number,
-        help="fraction of device memory for weights, temporaries and KV cache (default: 0.9 on GPUs; on "
-        "CPU 0.5 of the free RAM, which the virtual devices share)",
+        help="fraction of device memory for weights, temporaries and KV cache; virtual CPU devices share the RAM that "
+        "is free (default: 0.9 on GPUs; on CPU 0.5, and at most 5.5 GiB in all)",
     )
     memory.add_argument(
         "--max-model-len",

@@ -31,7 +31,7 @@ TOKENS = (DP, CP)
 
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
-    """How many ways requests (dp), tokens (cp) and heads (tp) are divided."""
+    """Sizes of the axes that divide requests (dp), tokens (cp) and heads (tp)."""
 
     dp: int = 1
     cp: int = 1

@@ -12,13 +12,16 @@ from jax_mla_cp.version import package_version
 
 Platform = Literal["auto", "cpu", "cuda"]
 
+CPU_BUDGET = 11 << 29
+"""5.5 GiB: for caches and temporaries of virtual CPU devices, which hold a copy each of what is replicated."""
+
 _FLAGS: dict[str, dict[str, str]] = {
     # XLA:CPU kills the process when a device waits this long in a collective: 40 s by default, less than a long step takes.
     "cpu": {"--xla_cpu_collective_call_terminate_timeout_seconds": "3600"},
     # Starts the gather of the latents first and waits for it where it is needed, behind the query projections.
     "cuda": {"--xla_gpu_enable_latency_hiding_scheduler": "true"},
 }
-"""What is added to XLA_FLAGS, unless the user's names the flag."""
+"""Flags added to XLA_FLAGS, unless the user's value names them."""
 
 _MEMORY_FRACTION = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")
 """The two names of the part of a GPU's memory that JAX takes at its start. Its own default leaves a quarter unused."""
@@ -89,11 +92,17 @@ def device_memory() -> int:
     return _available_ram() // jax.local_device_count()
 
 
-def default_memory_fraction() -> float:
-    """Of `device_memory`, what a server takes. A machine's RAM is not the server's alone: a cache that fills it has it killed."""
+def default_memory_budget() -> int:
+    """Bytes that a server takes of one device by default: 0.9 of a GPU's memory, less on CPU devices.
+
+    A machine's RAM is not the server's alone: on virtual CPU devices it takes at most half of what is free, and all of them
+    together no more than `CPU_BUDGET`.
+    """
     import jax
 
-    return 0.5 if jax.local_devices()[0].platform == "cpu" else 0.9
+    if jax.local_devices()[0].platform != "cpu":
+        return int(0.9 * device_memory())
+    return min(device_memory() // 2, CPU_BUDGET // jax.local_device_count())
 
 
 def _available_ram() -> int:

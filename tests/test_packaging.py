@@ -115,7 +115,7 @@ def check_contents(wheel: Path, extensions: int) -> None:
     configs = {f"jax_mla_cp/configs/{path.name}" for path in (ROOT / "configs").iterdir()}
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "jax_mla_cp").rglob("*.py*")}
     sources = {name for name in sources if name.endswith((".py", ".pyi"))}
-    data = {"jax_mla_cp/py.typed", "jax_mla_cp/eval/heldout.txt.xz"} | {
+    data = {"jax_mla_cp/py.typed", "jax_mla_cp/default_model/heldout.txt.xz"} | {
         f"jax_mla_cp/default_model/{path.name}"
         for path in DIRECTORY.iterdir()
         if path.suffix in (".json", ".md", ".safetensors")

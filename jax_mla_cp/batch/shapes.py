@@ -102,7 +102,7 @@ class StepShape:
     """Sizes of one step. Each has a program."""
 
     tokens: int
-    """Of each rank's buffer."""
+    """Tokens of each rank's buffer."""
     absorbed_tokens: int
     """Length of the buffer's head that may hold tokens of absorbed rows; only it takes that form's products."""
     expanded_keys: int

@@ -45,7 +45,7 @@ def run(options: Options, config: ModelConfig, report: Report) -> None:
         cache_tokens=most * -(-longest // PAGE_SIZE) * PAGE_SIZE,
         page_size=PAGE_SIZE,
         max_requests=most,
-        max_len=longest,
+        max_model_len=longest,
         prefill_chunk=min(8192, longest),
     )
     for requests, context in options.shapes:

@@ -175,7 +175,7 @@ def make_planner(
         cache_tokens=requests * -(-tokens // PAGE_SIZE) * PAGE_SIZE,
         page_size=PAGE_SIZE,
         max_requests=requests,
-        max_len=tokens,
+        max_model_len=tokens,
         prefill_chunk=chunk,
         form=form,
     )

@@ -89,7 +89,7 @@ class OpenAIClient:
         return name
 
     async def versions(self) -> dict[str, str]:
-        """What GET /version says; empty if the server has no such endpoint."""
+        """The answer of GET /version; empty if the server has no such endpoint."""
         answer = await self._request_if_supported("GET", "/version")
         return {key: value for key, value in answer.items() if isinstance(value, str)}
 

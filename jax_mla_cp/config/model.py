@@ -28,7 +28,7 @@ class ModelConfig:
     qk_nope_head_dim: int  # h
     v_head_dim: int  # v
     intermediate_size: int
-    first_k_dense: int  # the first so many layers have a dense MLP, the others experts
+    first_k_dense: int  # layers at the front with a dense MLP; the others have experts
     moe_intermediate_size: int
     n_routed_experts: int  # E; 0: every layer is dense
     n_shared_experts: int
@@ -41,7 +41,7 @@ class ModelConfig:
     max_position: int
     rope: RopeConfig
     topk_method: TopkMethod = "noaux_tc"
-    """How the router scores and chooses experts: `model/moe.py`, `route`."""
+    """The router's scores and choice of experts: `route` in model/moe.py."""
     tie_word_embeddings: bool = False
     num_mtp_layers: int = 0  # multi-token prediction; the first one is used, and only for speculation
     bos_token_id: int | None = None
@@ -49,7 +49,7 @@ class ModelConfig:
     weight_prefix: str = ""
     """Stands before every tensor's name in a checkpoint that holds more than this model."""
     quantization: Quantization | None = None
-    """How the checkpoint stores its matrices; None: as plain numbers."""
+    """Format of the checkpoint's matrices; None: not quantized."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -82,7 +82,7 @@ class ModelConfig:
                 raise ConfigError(
                     "config.json",
                     f"hidden_size={self.hidden_size} and moe_intermediate_size={self.moe_intermediate_size} must "
-                    f"be multiples of {packed}: so many of the experts' numbers are packed into one.",
+                    f"be multiples of {packed}, the number of expert weights packed into one element.",
                 )
 
     def _check_routing(self) -> None:

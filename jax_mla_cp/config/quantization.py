@@ -1,4 +1,4 @@
-"""How a quantized checkpoint stores its matrices: what config.json's `quantization_config` says.
+"""The format of a quantized checkpoint's matrices, from config.json's `quantization_config`.
 
 Two kinds. FP8 in blocks: DeepSeek-V3, R1 and Kimi K2 (README_WEIGHTS.md of DeepSeek-V3). 4-bit integers in groups, experts
 only: Kimi K2 Thinking and K2.5 (the `pack-quantized` format of the compressed-tensors library). In both, a matrix
@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 Weights = Literal["auto", "bf16", "fp8"]
-"""How the matrices of a quantized checkpoint are kept in device memory."""
+"""Storage of a quantized checkpoint's matrices in device memory."""
 
 Tensors = dict[str, tuple[tuple[int, ...], tuple[np.dtype[Any], ...]]]
 """By name: a tensor's shape, and the dtypes that it may have."""
@@ -50,7 +50,7 @@ class Quantization:
 
     @property
     def shape_suffix(self) -> str:
-        """Of a tensor that tells [outputs, inputs] before packing; "" if there is none."""
+        """Suffix of the tensor with [outputs, inputs] before packing; "" if there is none."""
         return "_shape" if self.kind == "int4" else ""
 
     @property
@@ -62,7 +62,7 @@ class Quantization:
         return np.dtype(ml_dtypes.bfloat16) if self.kind == "int4" else np.dtype(np.float32)
 
     def tensors(self, name: str, shape: tuple[int, ...]) -> Tensors:
-        """What the matrix `name` of [outputs, inputs] is stored as."""
+        """The tensors that store the matrix `name` of [outputs, inputs]."""
         outputs, inputs = shape
         scales = tuple(-(-size // block) for size, block in zip(shape, self.block, strict=True))
         made_of: Tensors = {
@@ -74,7 +74,7 @@ class Quantization:
         return made_of
 
     def quantizes(self, name: str, names: Set[str]) -> bool:
-        """Whether a checkpoint with the tensors `names` has the matrix `name` quantized."""
+        """True if a checkpoint with the tensors `names` has the matrix `name` quantized."""
         suffixes = (self.stored_suffix, self.scale_suffix, self.shape_suffix)
         return any(suffix and name + suffix in names for suffix in suffixes)
 

@@ -24,7 +24,7 @@ class RopeConfig:
 
     @property
     def amplitude(self) -> float:
-        """What cos and sin are multiplied with: 1 whenever `mscale == mscale_all_dim`."""
+        """Factor of cos and sin: 1 whenever `mscale == mscale_all_dim`."""
         if not self.yarn:
             return 1.0
         if self.mscale and self.mscale_all_dim:

@@ -22,11 +22,11 @@ with program_imports():
     from jax_mla_cp.cli import fail
     from jax_mla_cp.config.errors import ConfigError
     from jax_mla_cp.default_model import DIRECTORY
+    from jax_mla_cp.default_model.heldout import heldout_text
     from jax_mla_cp.eval.backend import Backend, BackendError, PromptLogprobsUnsupported
     from jax_mla_cp.eval.corpus import Corpus, PasskeyPrompt, even_depths
     from jax_mla_cp.eval.eval_options import EvalOptions, make_parser, parse
     from jax_mla_cp.eval.heatmap import draw_heatmap
-    from jax_mla_cp.eval.heldout import heldout_text
     from jax_mla_cp.eval.in_process import InProcessBackend
     from jax_mla_cp.eval.report import EvalReport
     from jax_mla_cp.launch import config_and_tokenizer
@@ -118,8 +118,8 @@ def _backend(options: EvalOptions, tokenizer: Tokenizer) -> Backend:
         from jax_mla_cp.eval.server import ServerBackend
 
         return ServerBackend(options.base_url, tokenizer, model=options.served_model_name, timeout=options.timeout)
-    max_len = max(options.lengths, default=0) + _ANSWER_TOKENS
-    return InProcessBackend(options.launch, max_len, name=options.served_model_name)
+    max_model_len = max(options.lengths, default=0) + _ANSWER_TOKENS
+    return InProcessBackend(options.launch, max_model_len, name=options.served_model_name)
 
 
 def _measure(

@@ -151,7 +151,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--depths",
         metavar="N",
         type=_whole,
-        help="so many depths, evenly from the text's start to its end (default: 10)",
+        help="number of depths, evenly spaced from the start of the text to its end (default: 10)",
     )
     test.add_argument(
         "--perplexity-tokens",

@@ -28,11 +28,11 @@ _MAX_RUNNING = 2
 class InProcessBackend:
     """A loaded model. Implements `jax_mla_cp.eval.backend.Backend`."""
 
-    def __init__(self, options: LaunchOptions, max_len: int, *, name: str | None = None):
+    def __init__(self, options: LaunchOptions, max_model_len: int, *, name: str | None = None):
         """Sets up the devices, before JAX's first use, and loads the weights.
 
         Args:
-          max_len: tokens of the longest prompt and what is generated after it.
+          max_model_len: tokens of the longest prompt and what is generated after it.
           name: the model's name in reports. Default: its directory's.
 
         Raises:
@@ -43,7 +43,7 @@ class InProcessBackend:
         self._name = name or options.model_name
         self._model, tokenizer = load_model(options)
         self._tokenizer = require_tokenizer(tokenizer)
-        self._max_len = max_len
+        self._max_len = max_model_len
 
     def metadata(self) -> dict[str, Any]:
         build = self._model.build

@@ -72,7 +72,7 @@ class Planner:
         cache_tokens: int,
         page_size: int = 64,
         max_requests: int = 1,
-        max_len: int | None = None,
+        max_model_len: int | None = None,
         prefill_chunk: int | None = None,
         form: Form = "auto",
         draft_tokens: int = 0,
@@ -83,14 +83,14 @@ class Planner:
           cache_tokens: tokens that a dp group's pages hold, rounded up to whole pages.
           page_size: tokens of a page.
           max_requests: requests in a step, per dp group.
-          max_len: maximum length of a request, prompt and output; default: what the model and the cache allow.
+          max_model_len: maximum length of a request, prompt and output; default: what the model and the cache allow.
           prefill_chunk: maximum number of new tokens in a step of a dp group, not counting those of decoding requests (one, and
-            drafts); default: `max_len`.
+            drafts); default: `max_model_len`.
           form: of attention. "auto" decides by shape; the others are for all requests but decoding ones.
           draft_tokens: drafts that a step proposes and verifies for each request, with the model's MTP layer; 0: none.
 
         Raises:
-          ConfigError: sizes that are not positive, a `max_len` beyond the model or the cache, or drafts without MTP layer.
+          ConfigError: sizes that are not positive, a `max_model_len` beyond the model or the cache, or drafts without MTP layer.
         """
         if not 0 <= draft_tokens <= MAX_DRAFT_TOKENS:
             raise ConfigError("draft_tokens", f"must be 0 to {MAX_DRAFT_TOKENS}, got {draft_tokens}.")
@@ -98,7 +98,12 @@ class Planner:
             raise ConfigError(
                 "draft_tokens", f"{draft_tokens} needs the MTP layer, got a model without it. Load it with mtp=True."
             )
-        sizes = {"cache_tokens": cache_tokens, "page_size": page_size, "max_requests": max_requests, "max_len": max_len}
+        sizes = {
+            "cache_tokens": cache_tokens,
+            "page_size": page_size,
+            "max_requests": max_requests,
+            "max_model_len": max_model_len,
+        }
         for name, value in {**sizes, "prefill_chunk": prefill_chunk}.items():
             if value is not None and value < 1:
                 raise ConfigError(name, f"must be at least 1, got {value}.")
@@ -112,22 +117,22 @@ class Planner:
         mesh = mesh_shape(model.mesh)
         cache_shape = CacheShape(model.build.cache_layers, -(-cache_tokens // page_size), page_size)
         longest = min(model.config.max_position, cache_shape.tokens)
-        max_len = longest if max_len is None else max_len
-        if max_len > longest:
+        max_model_len = longest if max_model_len is None else max_model_len
+        if max_model_len > longest:
             raise ConfigError(
-                "max_len",
-                f"must be at most {longest}, got {max_len}: the model has {model.config.max_position} positions, "
+                "max_model_len",
+                f"must be at most {longest}, got {max_model_len}: the model has {model.config.max_position} positions, "
                 f"the cache holds {cache_shape.tokens} tokens.",
             )
-        chunk = min(prefill_chunk or max_len, max_requests * max_len)
+        chunk = min(prefill_chunk or max_model_len, max_requests * max_model_len)
         # One request's keys, all of them; of several, those that fit beside the longest (the others are absorbed).
-        keys = max_len if max_requests == 1 else max_len + chunk + KEY_ALIGN
+        keys = max_model_len if max_requests == 1 else max_model_len + chunk + KEY_ALIGN
         shape = BatchShape(
             dp=mesh.dp,
             cp=mesh.cp,
             # Recycled drafts write one slot per request, and of a single slot, XLA's scatter may copy the cache.
             max_requests=-(-max(max_requests, min(draft_tokens, 2)) // mesh.cp) * mesh.cp,
-            max_pages=-(-max_len // page_size),
+            max_pages=-(-max_model_len // page_size),
             expanded_keys=0 if form == "absorbed" else packed_keys(keys, page_size),
             cache=cache_shape,
             form=form,
@@ -178,7 +183,7 @@ class Planner:
         return StepLayout(layouts, self._step(bucket, absorbed, any(layout.has_expanded for layout in layouts)))
 
     def bucket(self, tokens: int) -> int:
-        """The smallest bucket that holds so many tokens on a rank."""
+        """The smallest bucket that holds `tokens` tokens on a rank."""
         for bucket in self.buckets:
             if tokens <= bucket:
                 return bucket
@@ -214,7 +219,7 @@ class Planner:
         return dataclasses.replace(self._step(bucket, bucket, True), prompt_logprobs=True)
 
     def _step(self, bucket: int, absorbed: int, expands: bool) -> StepShape:
-        """The program for a step with so many absorbed tokens on a rank."""
+        """The program for a step with at most `absorbed` absorbed tokens on a rank."""
         if not expands or not self._may_expand(bucket):
             return StepShape(bucket, bucket, 0)
         few = min(_ABSORBED_ONLY, bucket)

@@ -50,7 +50,7 @@ class StepResult:
     drafts: list[int]
     """Drafts of the tokens that follow, for the request's next step."""
     prompt_logprobs: TokenLogprobs | None = None
-    """Of requests with `prompt_logprobs`."""
+    """Set for requests with `prompt_logprobs`."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,18 +12,14 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
-from jax_mla_cp import cache
-from jax_mla_cp.batch.form import Form
 from jax_mla_cp.batch.layout import build
 from jax_mla_cp.batch.packing import pack
 from jax_mla_cp.batch.shapes import StepShape
 from jax_mla_cp.batch.step_request import StepRequest
 from jax_mla_cp.cache import PAGES_SPEC
-from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.mesh import declared_specs, mesh_shape
-from jax_mla_cp.model.loaded_model import Model, weight_bytes
-from jax_mla_cp.platform import default_memory_fraction, device_memory
+from jax_mla_cp.model.loaded_model import Model
 from jax_mla_cp.step import logit_bias
 from jax_mla_cp.step.compile_progress import CompileProgress, CompileTracker
 from jax_mla_cp.step.forward import forward_and_sample, put
@@ -139,7 +135,7 @@ class Runner:
 
 
 def compile_step(planner: Planner, shape: StepShape) -> jax.stages.Compiled:
-    """The step of one shape, its cache donated: called with (model, pages, packed batch, adjustments)."""
+    """Compiles the step of one shape, its cache donated: called with (model, pages, batch, bias)."""
     model = planner.model
     packed = pack(planner.sample_batch(shape), mesh_shape(model.mesh))
     batch = jax.tree.map(lambda x, spec: _struct(model, x, spec), packed, declared_specs(packed))
@@ -151,96 +147,3 @@ def compile_step(planner: Planner, shape: StepShape) -> jax.stages.Compiled:
 def _struct(model: Model, x: Any, spec: Any) -> jax.ShapeDtypeStruct:
     sharding = None if model.mesh is None else NamedSharding(model.mesh, spec)
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-
-def create_runner(
-    model: Model,
-    *,
-    page_size: int,
-    kv_pages: int | None,
-    memory_fraction: float | None,
-    prefill_chunk: int,
-    max_model_len: int | None,
-    max_running: int,
-    form: Form = "auto",
-    draft_tokens: int = 0,
-) -> Runner:
-    """Sizes the cache and makes the runner.
-
-    Args:
-      kv_pages: pages per dp group; None: what `memory_fraction` of a device leaves after the weights and the largest
-        step's temporaries, but no more than `max_running` requests of the model's full length could fill.
-      memory_fraction: None: `platform.default_memory_fraction`.
-      max_model_len: None: the smaller of the model's length and what the pages hold.
-      max_running: requests at a time, per dp group.
-      draft_tokens: as in `Planner.create`.
-
-    Raises:
-      ConfigError: the pages asked for don't fit, or not even one does, or `max_model_len` is more than the pages hold.
-    """
-    if memory_fraction is None:
-        memory_fraction = default_memory_fraction()
-    longest = model.config.max_position if max_model_len is None else max_model_len
-    if longest > model.config.max_position:
-        raise ConfigError(
-            "max_model_len", f"must be at most the model's {model.config.max_position} positions, got {longest}."
-        )
-    useful = max_running * -(-longest // page_size)
-    sizes: dict[str, Any] = {
-        "page_size": page_size,
-        "max_requests": max_running,
-        "prefill_chunk": prefill_chunk,
-        "form": form,
-        "draft_tokens": draft_tokens,
-    }
-    # Told by compiling the largest steps for a cache of the smallest useful size.
-    probe = Planner.create(model, cache_tokens=longest, max_len=longest, **sizes)
-    room = _pages_that_fit(probe, memory_fraction)
-    if kv_pages is None:
-        kv_pages = min(useful, room)
-        if kv_pages < 1:
-            raise ConfigError(
-                "memory_fraction",
-                f"{memory_fraction} leaves no room for a single page of the cache on a device with "
-                f"{device_memory() / 2**30:.1f} GiB. Use a larger `mesh`, or a smaller `prefill_chunk` or `max_model_len`.",
-            )
-    elif kv_pages > room:
-        raise ConfigError(
-            "kv_pages",
-            f"must be at most {max(room, 0)}, got {kv_pages}: that many pages of {page_size} tokens fit into "
-            f"{memory_fraction:.0%} of a device's {device_memory() / 2**30:.1f} GiB beside weights and temporaries.",
-        )
-    held = kv_pages * page_size
-    if max_model_len is not None and max_model_len > held:
-        raise ConfigError(
-            "max_model_len",
-            f"must be at most {held}, got {max_model_len}: {kv_pages} pages of {page_size} hold {held} tokens. "
-            f"Use max_model_len={held}, or more `kv_pages`.",
-        )
-    longest = min(longest, held)
-    planner = Planner.create(model, cache_tokens=held, max_len=longest, **sizes)
-    return Runner(planner, prefill_chunk=prefill_chunk, max_running=max_running, max_model_len=longest)
-
-
-def _temporaries(program: jax.stages.Compiled) -> int:
-    """Bytes that a step takes on a device beside its arguments."""
-    stats: Any = program.memory_analysis()
-    return stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-
-
-def _pages_that_fit(probe: Planner, fraction: float) -> int:
-    """Pages that fit a device beside what the planner's largest steps need."""
-    model = probe.model
-    # The last has the most absorbed tokens, but only few of them take decode's kernel and its scratch (attention/fa3.py).
-    largest = [probe.prompt_logprobs_steps[-1], *(probe.steps[-2:-1] if model.build.attention == "fa3" else ())]
-    log.info(
-        "sizing the KV cache: compiling the largest %d of the programs to measure their memory (about 10 s each; the "
-        "compile cache makes later starts faster)",
-        len(largest),
-    )
-    needs = max(map(_temporaries, (compile_step(probe, shape) for shape in largest)))
-    free = device_memory() * fraction - needs - logit_bias.device_bytes(model, probe.shape)
-    if jax.local_devices()[0].platform != "cpu":  # what is free on a CPU no longer holds the weights
-        free -= weight_bytes(model.build)
-    layout = probe.shape.cache
-    return int(free // cache.page_bytes(layout.layers, layout.page_size, model.config.latent_dim, model.build.dtype))

@@ -24,7 +24,7 @@ LENGTHS = (70, 9, 1, 40)
 def play(mesh: str | None, attention: str, form: str) -> np.ndarray:
     """Logits of a prefill of several requests, then of a step that mixes a chunk, a decoding token and drafts."""
     model = tempered(random_model(mesh, config=REAL_DIMS_CONFIG, dtype=BF16, attention=attention))
-    driver = Driver(model, page_size=64, max_len=128, form=form)
+    driver = Driver(model, page_size=64, max_model_len=128, form=form)
     rng = np.random.default_rng(0)
     requests = [driver.request() for _ in LENGTHS]
     first = driver.step([(r, rng.integers(0, 250, n).tolist()) for r, n in zip(requests, LENGTHS, strict=True)])
@@ -48,7 +48,7 @@ def test_the_step_agrees_with_xla(form: str) -> None:
 def test_the_compiled_step_calls_each_form_and_copies_no_cache() -> None:
     """Once in each of the two scans. (What XLA:CPU copies beside the cache is not what a GPU does: tests/gpu.)"""
     model = random_model("tp=2,cp=2", config=REAL_DIMS_CONFIG, dtype=BF16, attention="fa3")
-    driver = Driver(model, page_size=64, max_len=512)
+    driver = Driver(model, page_size=64, max_model_len=512)
     step = next(s for s in reversed(driver.planner.steps) if s.expanded_keys and s.absorbed_tokens < s.tokens)
     text = compile_step(driver.planner, step).as_text()
     calls = re.findall(r'custom_call_target="(mla_\w+)"', text)
@@ -71,7 +71,7 @@ def test_speculation_changes_no_token() -> None:
 def test_absorbed_rows_have_their_own_part_of_a_step() -> None:
     """Few of them beside expanded ones take the form's products for 128 tokens only; many, for all; alone, no keys."""
     model = random_model(config=REAL_DIMS_CONFIG)
-    planner = Planner.create(model, cache_tokens=4096, max_requests=4, max_len=512)
+    planner = Planner.create(model, cache_tokens=4096, max_requests=4, max_model_len=512)
     largest = planner.buckets[-1]
     assert planner.steps[:1] == (StepShape(planner.buckets[0], planner.buckets[0], 0),)
     assert planner.steps[-3:] == (

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import doctest
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_mla_cp import mesh
-from jax_mla_cp.batch import columns
 from jax_mla_cp.batch.arrays import Batch
 from jax_mla_cp.batch.check import check_requests
 from jax_mla_cp.batch.columns import RequestColumns
@@ -21,7 +18,6 @@ from jax_mla_cp.batch.shapes import BatchShape, CacheShape, StepShape
 from jax_mla_cp.batch.step_request import SamplingParams, StepRequest
 from jax_mla_cp.batch.zigzag import plan
 from jax_mla_cp.config.presets import model_config
-from jax_mla_cp.step import planner
 from jax_mla_cp.step.planner import _buckets
 from tests.helpers.synthetic import CONFIG
 
@@ -225,12 +221,6 @@ def test_the_largest_bucket_holds_any_step(cp: int, chunk: int, lengths: list[in
             taken.append(count)
     new = taken + [decoded] * (running - len(taken))
     assert plan(new, [0] * len(new), cp=cp).rank_tokens.max() <= _buckets(chunk, running, cp, decoded)[-1]
-
-
-def test_doctest() -> None:
-    assert doctest.testmod(planner).failed == 0
-    assert doctest.testmod(columns).failed == 0
-    assert doctest.testmod(mesh).failed == 0
 
 
 def test_default_grids_are_small() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import random
 
 import numpy as np
@@ -42,10 +41,6 @@ def visible(p: Plan, prefixes: list[int]) -> dict[tuple[int, int], int]:
                 at += 1
         assert at == p.rank_start[k + 1], "a rank's rows cover its tokens without gaps"
     return seen
-
-
-def test_doctest() -> None:
-    assert doctest.testmod(zigzag).failed == 0
 
 
 @given(requests, cps)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from jax_mla_cp.default_model import DIRECTORY
-from jax_mla_cp.eval.heldout import heldout_text
+from jax_mla_cp.default_model.heldout import heldout_text
 from jax_mla_cp.eval.passkey import Passkey
 from tests.helpers.live import Live
 

@@ -18,7 +18,7 @@ from jax_mla_cp.launch import plan_build
 from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.model.build import EP_CHOICES, Build
 from jax_mla_cp.model.loaded_model import weight_bytes
-from jax_mla_cp.step.runner import create_runner
+from jax_mla_cp.step.cache_sizing import create_runner
 from tests.helpers.checkpoints import BASE, old_style
 from tests.helpers.synthetic import CONFIG, random_model
 
@@ -219,7 +219,7 @@ def test_the_cache_is_sized_by_memory_and_by_use(monkeypatch: pytest.MonkeyPatch
     runner = create_runner(model, **RUNNER)
     assert (runner.pages_per_group, runner.max_model_len) == (2 * 512 // 16, 512), "no more than could be used"
     page = 3 * 16 * 40 * 4
-    monkeypatch.setattr("jax_mla_cp.step.runner.device_memory", lambda: 3_000_000)
+    monkeypatch.setattr("jax_mla_cp.platform.device_memory", lambda: 3_000_000)
     small = create_runner(model, **RUNNER)
     assert small.pages_per_group * page < 0.9 * 3_000_000
     with pytest.raises(ConfigError, match=r"kv_pages: must be at most \d+, got 5000: that many pages of 16 tokens"):
@@ -227,6 +227,6 @@ def test_the_cache_is_sized_by_memory_and_by_use(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ConfigError, match="3 pages of 16 hold 48 tokens"):
         create_runner(model, **RUNNER | {"kv_pages": 3, "max_model_len": 49})
     assert create_runner(model, **RUNNER | {"kv_pages": 3}).max_model_len == 48
-    monkeypatch.setattr("jax_mla_cp.step.runner.device_memory", lambda: 1000)
+    monkeypatch.setattr("jax_mla_cp.platform.device_memory", lambda: 1000)
     with pytest.raises(ConfigError, match="no room for a single page"):
         create_runner(model, **RUNNER)

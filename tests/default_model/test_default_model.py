@@ -19,7 +19,7 @@ FILLER = "The file is opened for reading. If it does not exist, an exception is 
 @pytest.fixture(scope="module")
 def drivers() -> dict[str | None, Driver]:
     return {
-        mesh: Driver(mla.load(mesh=mesh and mla.make_mesh(mesh))[0], page_size=64, max_len=1024)
+        mesh: Driver(mla.load(mesh=mesh and mla.make_mesh(mesh))[0], page_size=64, max_model_len=1024)
         for mesh in (None, "tp=2,cp=2")
     }
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.default_model import DIRECTORY
+from jax_mla_cp.default_model.heldout import heldout_text
 from jax_mla_cp.eval.corpus import WINDOW, Corpus, PasskeyPrompt, even_depths
-from jax_mla_cp.eval.heldout import heldout_text
 from jax_mla_cp.eval.passkey import Passkey
 from jax_mla_cp.tokenizer import Tokenizer, require_tokenizer
 

@@ -31,7 +31,7 @@ def logprobs(checkpoint: Checkpoints) -> Callable[..., list[np.ndarray]]:
     def get(mesh: str | None, form: str = "auto") -> list[np.ndarray]:
         model, _ = load(checkpoint("v3")[1], mesh=make_mesh(mesh) if mesh else None)
         sizes: dict[str, Any] = {"cache_tokens": 320, "page_size": 16, "max_requests": 2, "form": form}
-        planner = Planner.create(model, max_len=150, prefill_chunk=50, **sizes)
+        planner = Planner.create(model, max_model_len=150, prefill_chunk=50, **sizes)
         steps = runner.Runner(planner, prefill_chunk=50, max_running=2, max_model_len=150)
         done: list[None] = []
         found = prompt_logprobs(steps, WINDOWS, lambda: done.append(None))

@@ -58,7 +58,7 @@ def test_prompts_that_dont_fit_the_devices_are_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(platform, "setup", lambda *_: "cpu")
-    monkeypatch.setattr("jax_mla_cp.step.runner.device_memory", lambda: 2**20)
+    monkeypatch.setattr("jax_mla_cp.platform.device_memory", lambda: 2**20)
     with pytest.raises(SystemExit, match="2"):
         main(["--lengths", "512", "--depths", "2", "--perplexity-tokens", "0", "--compile-cache", "off"])
     assert "--lengths: a prompt and answer of 519 tokens can't be run on these devices" in capsys.readouterr().err

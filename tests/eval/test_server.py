@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from jax_mla_cp.default_model import DIRECTORY
+from jax_mla_cp.default_model.heldout import heldout_text
 from jax_mla_cp.engine import Engine
 from jax_mla_cp.eval.__main__ import main
-from jax_mla_cp.eval.heldout import heldout_text
 from jax_mla_cp.serve.served_model import ServedModel
 from jax_mla_cp.tokenizer import Tokenizer, require_tokenizer
 from tests.helpers.fake_server import FakeServer, refuse, running

@@ -23,7 +23,7 @@ def driver(mesh: str | None, ep: str = "tp", form: str = "auto") -> Driver:
     if mesh and MeshShape.parse(mesh).devices > jax.device_count():
         pytest.skip(f"{mesh} needs {MeshShape.parse(mesh).devices} GPUs, there are {jax.device_count()}")
     model = random_model(mesh, ep, config=REAL_DIMS_CONFIG, dtype=jnp.dtype(jnp.bfloat16), attention="fa3")
-    return Driver(tempered(model), form=form, page_size=64, max_requests=5, max_len=448, spare=21, chunk=512)
+    return Driver(tempered(model), form=form, page_size=64, max_requests=5, max_model_len=448, spare=21, chunk=512)
 
 
 def decode(driver: Driver, prompts: list[list[int]], chosen: np.ndarray | None = None) -> np.ndarray:

@@ -31,7 +31,7 @@ STEPS = 32
 
 def driver_of(model: Model, form: str = "auto") -> Driver:
     """With odd numbers of requests and of pages, so that few of a step's arrays fill a multiple of the kernels' alignment."""
-    return Driver(model, form=form, page_size=64, max_requests=5, max_len=448, chunk=512)
+    return Driver(model, form=form, page_size=64, max_requests=5, max_model_len=448, chunk=512)
 
 
 def in_float32(model: Model) -> Model:
@@ -80,7 +80,7 @@ def test_greedy_decoding(form: str) -> None:
 def test_the_compiled_step_copies_nothing_around_the_calls() -> None:
     """Neither the cache, nor queries, keys, values or outputs of either form, nor the experts' stacked weights."""
     model = random_model(config=REAL_DIMS_CONFIG, dtype=jnp.dtype(jnp.bfloat16), attention="fa3")
-    driver = Driver(model, page_size=64, max_len=512)
+    driver = Driver(model, page_size=64, max_model_len=512)
     step = next(s for s in reversed(driver.planner.steps) if s.expanded_keys and s.absorbed_tokens < s.tokens)
     text = compile_step(driver.planner, step).as_text()
     heads, few = REAL_DIMS_CONFIG.num_heads, step.absorbed_tokens

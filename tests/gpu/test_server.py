@@ -11,8 +11,8 @@ import pytest
 
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.default_model import DIRECTORY
+from jax_mla_cp.default_model.heldout import heldout_text
 from jax_mla_cp.eval.corpus import Corpus
-from jax_mla_cp.eval.heldout import heldout_text
 from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.tokenizer import Tokenizer, require_tokenizer
 from tests.helpers.live import serving

@@ -16,7 +16,10 @@ COUNTS = [60, 100, 90, 40, 3, 70]
 def test_tokens_are_the_same(draft_tokens: int) -> None:
     """Rows of up to 5 queries in decode's kernel, pages that begin within drafts, drafts made from drafts."""
     built = model(attention="fa3", **REAL_DIMS)
-    plain, steps = OneBucket(built, 0, page=64, max_len=256), OneBucket(built, draft_tokens, page=64, max_len=256)
+    plain, steps = (
+        OneBucket(built, 0, page=64, max_model_len=256),
+        OneBucket(built, draft_tokens, page=64, max_model_len=256),
+    )
     plain.poison()
     steps.poison()
     want, got = generate(plain, PROMPTS, COUNTS), generate(steps, PROMPTS, COUNTS)

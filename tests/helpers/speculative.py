@@ -96,20 +96,20 @@ class OneBucket(Runner):
     """A runner whose steps are of one size and can be looked into."""
 
     def __init__(
-        self, model: Model, draft_tokens: int, *, page: int = PAGE, max_len: int = 64, form: Form = "absorbed"
+        self, model: Model, draft_tokens: int, *, page: int = PAGE, max_model_len: int = 64, form: Form = "absorbed"
     ):
         made = Planner.create(
             model,
-            cache_tokens=RUNNING * max_len,
+            cache_tokens=RUNNING * max_model_len,
             page_size=page,
             max_requests=RUNNING,
-            max_len=max_len,
+            max_model_len=max_model_len,
             prefill_chunk=CHUNK,
             form=form,
             draft_tokens=draft_tokens,
         )
         made = dataclasses.replace(made, buckets=made.buckets[-1:])
-        super().__init__(made, prefill_chunk=CHUNK, max_running=RUNNING, max_model_len=max_len)
+        super().__init__(made, prefill_chunk=CHUNK, max_running=RUNNING, max_model_len=max_model_len)
 
     @property
     def program(self) -> jax.stages.Compiled:

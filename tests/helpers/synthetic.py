@@ -128,20 +128,20 @@ class Driver:
         *,
         page_size: int = 16,
         max_requests: int = 4,
-        max_len: int = 256,
+        max_model_len: int = 256,
         form: str = "auto",
         spare: int = 3,
         chunk: int | None = None,
         seed: int = 0,
     ):
-        width = -(-max_len // page_size)
+        width = -(-max_model_len // page_size)
         self.model = model
         self.planner = Planner.create(
             model,
             cache_tokens=(width * max_requests + spare) * page_size,
             page_size=page_size,
             max_requests=max_requests,
-            max_len=max_len,
+            max_model_len=max_model_len,
             prefill_chunk=chunk,
             form=form,  # type: ignore[arg-type]
         )

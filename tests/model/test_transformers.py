@@ -195,7 +195,7 @@ def test_greedy_continuations(
     texts = prompts(config["vocab_size"], tuple(range(1, 100, 5)), seed=11)
     want = hf_generate(transformers_model("v3"), texts, 64)
     model, _ = mla.load(path, mesh=mla.make_mesh(mesh) if mesh else None, dtype="float32")
-    driver = Driver(model, max_requests=20, max_len=192, chunk=1000)
+    driver = Driver(model, max_requests=20, max_model_len=192, chunk=1000)
     requests = [driver.request(i % driver.planner.shape.dp) for i in range(len(texts))]
     news = texts
     got: list[list[int]] = [[] for _ in texts]

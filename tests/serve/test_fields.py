@@ -17,7 +17,7 @@ from jax_mla_cp.engine import Engine
 from jax_mla_cp.launch import load
 from jax_mla_cp.mesh import MeshShape, make_mesh
 from jax_mla_cp.serve.served_model import ServedModel
-from jax_mla_cp.step.runner import create_runner
+from jax_mla_cp.step.cache_sizing import create_runner
 from tests.helpers.engine_requests import is_idle
 from tests.helpers.in_process import client_of, serving
 from tests.helpers.waiting import until

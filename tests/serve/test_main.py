@@ -18,7 +18,7 @@ import pytest
 
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.default_model import DIRECTORY
-from jax_mla_cp.eval.heldout import heldout_text
+from jax_mla_cp.default_model.heldout import heldout_text
 from jax_mla_cp.eval.passkey import Passkey
 from jax_mla_cp.serve.token_texts import TokenTexts
 from jax_mla_cp.tokenizer import Tokenizer

@@ -72,7 +72,7 @@ class OneBucket(Runner):
             cache_tokens=40 * PAGE,
             page_size=PAGE,
             max_requests=4,
-            max_len=64,
+            max_model_len=64,
             prefill_chunk=CHUNK,
             form="expanded",
         )

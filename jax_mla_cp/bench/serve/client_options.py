@@ -176,7 +176,7 @@ def make_parser() -> argparse.ArgumentParser:
     load.add_argument(
         "--shared-prefix",
         metavar="TOKENS:GROUPS",
-        help="prompts start with one of so many texts of so many tokens, before their own (default: none)",
+        help="shared prefixes: each prompt starts with one of GROUPS texts of TOKENS tokens (default: none)",
     )
     load.add_argument("--seed", metavar="N", type=whole_number, help="of times, lengths and prompts (default: 0)")
     out = p.add_argument_group("results")

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from jax_mla_cp.bench.serve.client_options import ClientOptions, make_parser, parse
 from jax_mla_cp.cli import fail
 from jax_mla_cp.config.errors import ConfigError
-from jax_mla_cp.eval.heldout import heldout_text
+from jax_mla_cp.default_model.heldout import heldout_text
 
 _POOL_CHARACTERS = 200_000
 """Length of the text that prompts are cut from: some 50K tokens, which any server tokenizes quickly."""

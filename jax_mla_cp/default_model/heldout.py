@@ -8,5 +8,5 @@ from importlib import resources
 
 def heldout_text() -> str:
     """Returns 430 KB of plain technical English."""
-    packed = resources.files("jax_mla_cp.eval") / "heldout.txt.xz"
+    packed = resources.files("jax_mla_cp.default_model") / "heldout.txt.xz"
     return lzma.decompress(packed.read_bytes()).decode()
