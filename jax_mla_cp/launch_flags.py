@@ -115,7 +115,7 @@ def add_cache_flags(p: argparse.ArgumentParser) -> None:
         metavar="F",
         type=real_number,
         help="fraction of device memory for weights, temporaries and KV cache; virtual CPU devices share the RAM that "
-        "is free (default: 0.9 on GPUs; on CPU 0.5, and at most 5.5 GiB in all)",
+        "is free (default: 0.9 on GPUs; on CPU 0.5, and at most 4.5 GiB in all)",
     )
     memory.add_argument(
         "--max-model-len",

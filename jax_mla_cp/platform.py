@@ -12,8 +12,8 @@ from jax_mla_cp.version import package_version
 
 Platform = Literal["auto", "cpu", "cuda"]
 
-CPU_BUDGET = 11 << 29
-"""5.5 GiB: for caches and temporaries of virtual CPU devices, which hold a copy each of what is replicated."""
+CPU_BUDGET = 9 << 29
+"""4.5 GiB, for caches and temporaries of virtual CPU devices, which hold a copy each of what is replicated."""
 
 _FLAGS: dict[str, dict[str, str]] = {
     # XLA:CPU kills the process when a device waits this long in a collective: 40 s by default, less than a long step takes.
