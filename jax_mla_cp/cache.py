@@ -1,8 +1,8 @@
 """The paged latent cache: the only file that knows where a page lives.
 
 One array `pages [dp * layers * pages_per_layer, page_size, R + r]`, sharded over dp and equal on every cp and tp rank.
-It is flat over layers and carried through the layers' scan with an offset, because XLA updates this form in place; a
-stacked `[layers, ...]` array, scanned over, is copied whole (asserted in tests/test_cache.py).
+It is flat over layers and carried through the layers' scan with an offset, because XLA updates this form in place (asserted on the
+compiled step); a stacked `[layers, ...]` array, scanned over, is copied whole (tests/test_cache.py shows it).
 
 A page holds `page_size` consecutive latents of one request, the same page id in every layer. A latent is a token's
 normed compressed KV (`R`), then its roped shared key (`r`).
@@ -45,22 +45,24 @@ def shape_of(pages: Float[Array, "pages page_size C"], layers: int) -> CacheShap
 def write(
     pages: Float[Array, "pages page_size C"],
     latents: Float[Array, "M C"],
-    slots: Int32[Array, " M"],
-    pages_to_zero: Int32[Array, " I"],
+    slot_mapping: Int32[Array, " M"],
+    pages_to_zero: Int32[Array, " Z"],
     layer: Int32[Array, ""],
     *,
     layers: int,
 ) -> Float[Array, "pages page_size C"]:
-    """Writes latents in place: token m to slot `slots[m]` (see `CacheShape.slot_of`) of one of the cache's `layers`.
+    """Writes latents in place: token m to slot `slot_mapping[m]` (see `CacheShape.slot_of`) of one of the cache's `layers`.
 
     `pages_to_zero` are pages of which this step writes the first tokens, but not all: they are zeroed first. A kernel multiplies
     what lies past a request's end by 0, and 0 * NaN is NaN, so memory that an earlier request left must not stay there.
-    Order is free: the slots carry the permutation. Slots and pages out of range are dropped.
+    Order is free: the slot mapping carries the permutation. Slots and pages out of range are dropped.
     """
     shape = shape_of(pages, layers)
     pages = pages.at[pages_to_zero + layer * shape.pages_per_layer].set(0, mode="drop", unique_indices=True)
     flat = pages.reshape(-1, pages.shape[2])
-    flat = flat.at[slots + layer * shape.tokens].set(latents.astype(pages.dtype), mode="drop", unique_indices=True)
+    flat = flat.at[slot_mapping + layer * shape.tokens].set(
+        latents.astype(pages.dtype), mode="drop", unique_indices=True
+    )
     return flat.reshape(pages.shape)
 
 

@@ -32,7 +32,7 @@ def resolve_implementation(
     check_choice("attention", implementation, get_args(Implementation))
     if implementation == "xla":
         return "xla"
-    problem = fa3.missing(config, dtype)
+    problem = fa3.unsupported_reason(config, dtype)
     if problem is None:
         return "fa3"
     if implementation == "fa3":

@@ -38,7 +38,7 @@ _MAX_SPLITS = 128  # ffi/shapes.h
 _PARTIAL_BYTES = 256 << 20  # of the splits' float32 outputs, which bounds their number when there are many tokens
 
 
-def missing(config: ModelConfig, dtype: jax.typing.DTypeLike) -> str | None:
+def unsupported_reason(config: ModelConfig, dtype: jax.typing.DTypeLike) -> str | None:
     """The reason why FlashAttention-3 can't run this model on this machine's devices, and what to do; None if it can."""
     for name, size in _DIMS.items():
         if getattr(config, name) != size:

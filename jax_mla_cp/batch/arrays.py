@@ -30,7 +30,7 @@ _PER_GROUP = {"spec": PartitionSpec(DP)}
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingArrays:
-    """`SamplingParams` of the `J` places of a device's `I / cp` requests."""
+    """`SamplingParams` of a device's places: `J` is `(1 + d) I / cp` here, for its share of the requests."""
 
     temperature: Float32[Array, " J"]
     """0: the most likely token, and where nothing is sampled."""
@@ -72,8 +72,8 @@ class Batch:
     positions: Int32[Array, " T"] = field(metadata=_PER_RANK)
     num_tokens: Int32[Array, " 1"] = field(metadata=_PER_RANK)
     """Tokens of the rank; the rest of its buffer is padding."""
-    slots: Int32[Array, " cp*T"] = field(metadata=_PER_GROUP)
-    """Slot mapping: where each rank's latents go in the cache."""
+    slot_mapping: Int32[Array, " cp*T"] = field(metadata=_PER_GROUP)
+    """The cache slot of each token's latent, rank after rank."""
     pages_to_zero: Int32[Array, " Z"] = field(metadata=_PER_GROUP)
     """Pages that the step begins and does not fill (`BatchShape.max_pages_to_zero` of each request)."""
     page_table: Int32[Array, "I W"] = field(metadata=_PER_GROUP)

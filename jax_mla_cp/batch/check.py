@@ -34,7 +34,7 @@ def check_requests(c: RequestColumns, shape: BatchShape, config: ModelConfig) ->
     _check_drafts(c, shape)
     for i, request in enumerate(c.requests):
         if request.logit_bias is not None:
-            _check_logit_bias(i, request.logit_bias, bool(c.samples[i]), int(c.num_drafts[i]), config.vocab_size)
+            _check_logit_bias(i, request.logit_bias, bool(c.needs_sampling[i]), int(c.num_drafts[i]), config.vocab_size)
 
 
 def _first(bad: NDArray[np.bool_]) -> int | None:
@@ -97,7 +97,7 @@ def _check_drafts(c: RequestColumns, shape: BatchShape) -> None:
             f"request {i}: drafts must be 0 to {allowed[i]} (the planner's draft_tokens, and fewer than the tokens), "
             f"got {c.num_drafts[i]}."
         )
-    if (i := _first((c.num_drafts > 0) & ~c.samples)) is not None:
+    if (i := _first((c.num_drafts > 0) & ~c.needs_sampling)) is not None:
         raise ValueError(f"request {i}: drafts are verified by sampling; give sampling too.")
 
 

@@ -27,7 +27,7 @@ class RequestColumns:
     """[I]"""
     num_drafts: Ints
     """[I]"""
-    samples: NDArray[np.bool_]
+    needs_sampling: NDArray[np.bool_]
     """[I]: a token is sampled after the request's tokens."""
     next_token: Ints
     """[I]; -1: not given."""
@@ -55,7 +55,8 @@ class RequestColumns:
         """[M]: the token after each; -1 where the step samples it, also where a draft follows."""
         following = np.append(self.tokens, -1)[1:]
         following[
-            within(self.num_new_tokens) >= np.repeat(self.num_new_tokens - 1 - self.num_drafts, self.num_new_tokens)
+            ragged_arange(self.num_new_tokens)
+            >= np.repeat(self.num_new_tokens - 1 - self.num_drafts, self.num_new_tokens)
         ] = -1
         following[self.start[1:] - 1] = self.next_token
         return following
@@ -78,7 +79,7 @@ class RequestColumns:
             )
             for r in requests
         ]
-        num_new_tokens, num_computed_tokens, num_drafts, samples, next_token, num_pages = (
+        num_new_tokens, num_computed_tokens, num_drafts, needs_sampling, next_token, num_pages = (
             np.array(facts, np.int64).reshape(-1, 6).T
         )
         if not num_new_tokens.all():
@@ -86,14 +87,14 @@ class RequestColumns:
         end, page_size = num_computed_tokens + num_new_tokens, shape.cache.page_size
         slots = np.minimum(num_pages, shape.max_pages) * page_size
         recycled_end = np.minimum(end + max(shape.draft_tokens - 1, 0), slots)
-        writable_end = np.where(samples, np.maximum(end, recycled_end), end)
+        writable_end = np.where(needs_sampling, np.maximum(end, recycled_end), end)
         used = np.clip(-(-writable_end // page_size), 0, num_pages)
         return cls(
             requests=requests,
             num_new_tokens=num_new_tokens,
             num_computed_tokens=num_computed_tokens,
             num_drafts=num_drafts,
-            samples=samples.astype(bool),
+            needs_sampling=needs_sampling.astype(bool),
             next_token=next_token,
             tokens=_joined("tokens must be a list of token ids", [r.tokens for r in requests]),
             start=np.concatenate([[0], np.cumsum(num_new_tokens)]),
@@ -102,14 +103,14 @@ class RequestColumns:
                 "pages must be a list of page ids", [r.pages[:n] for r, n in zip(requests, used.tolist(), strict=True)]
             ),
             page_request=np.repeat(np.arange(len(requests)), used),
-            page_column=within(used),
+            page_column=ragged_arange(used),
         )
 
 
-def within(counts: Ints) -> Ints:
+def ragged_arange(counts: Ints) -> Ints:
     """0 to counts[0], 0 to counts[1], and so on.
 
-    >>> within(np.array([2, 0, 3])).tolist()
+    >>> ragged_arange(np.array([2, 0, 3])).tolist()
     [0, 1, 0, 1, 2]
     """
     return np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -1,6 +1,6 @@
 """A step's requests laid out over the ranks, and the arrays that follow, on the host (NumPy).
 
-`lay_out` chooses each request's form of attention and plans the zigzag over the cp ranks; `build` makes the arrays, with the
+`lay_out` chooses each request's form of attention and plans the zigzag over the cp ranks; `build_batch` makes the arrays, with the
 slot that each token's latent goes to. `jax_mla_cp.batch.check` has checked the requests before.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jax_mla_cp.batch.arrays import Batch, SamplingArrays, SpeculationArrays
-from jax_mla_cp.batch.columns import Ints, RequestColumns, within
+from jax_mla_cp.batch.columns import Ints, RequestColumns, ragged_arange
 from jax_mla_cp.batch.form import use_expanded
 from jax_mla_cp.batch.rows import Rows
 from jax_mla_cp.batch.shapes import BatchShape, StepShape
@@ -77,16 +77,10 @@ class StepLayout:
 
     groups: Sequence[GroupLayout]
     step: StepShape
-
-    @property
-    def rank_tokens(self) -> Ints:
-        """[cp]: new tokens of each cp rank, summed over the dp groups."""
-        return np.sum([group.plan.rank_tokens for group in self.groups], axis=0, dtype=np.int64)
-
-    @property
-    def rank_pairs(self) -> Ints:
-        """[cp]: query-key pairs of each cp rank, what its attention costs, summed over the dp groups."""
-        return np.sum([group.plan.rank_pairs() for group in self.groups], axis=0, dtype=np.int64)
+    rank_tokens: Ints
+    """[cp]: new tokens of each cp rank, summed over the dp groups."""
+    rank_pairs: Ints
+    """[cp]: query-key pairs of each cp rank, the cost of its attention, summed over the dp groups."""
 
 
 def lay_out(c: RequestColumns, shape: BatchShape, config: ModelConfig, *, expand: bool = True) -> GroupLayout:
@@ -108,7 +102,7 @@ def lay_out(c: RequestColumns, shape: BatchShape, config: ModelConfig, *, expand
     return GroupLayout(c, order, len(order) - int(expanded.sum()), zigzag)
 
 
-def build(layout: StepLayout, shape: BatchShape) -> Batch:
+def build_batch(layout: StepLayout, shape: BatchShape) -> Batch:
     """The arrays of a step, all devices' one after the other.
 
     Raises:
@@ -158,7 +152,7 @@ def _group_batch(layout: GroupLayout, shape: BatchShape, step: StepShape) -> Bat
     )  # which of the request's samples follows the token
     last = sample >= 0
     rank, index_on_rank = np.divmod(index[last], tokens)
-    last_index = np.full((cp, shape.max_requests, shape.samples), tokens, np.int32)
+    last_index = np.full((cp, shape.max_requests, shape.samples_per_request), tokens, np.int32)
     last_index[rank, request[last], sample[last]] = index_on_rank
     return Batch(
         tokens=in_buffers(c.tokens[token], np.zeros(cp * tokens, np.int32)),
@@ -166,7 +160,7 @@ def _group_batch(layout: GroupLayout, shape: BatchShape, step: StepShape) -> Bat
         embeds=None,
         positions=in_buffers(position, np.zeros(cp * tokens, np.int32)),
         num_tokens=p.rank_tokens.astype(np.int32),
-        slots=in_buffers(
+        slot_mapping=in_buffers(
             shape.cache.slot_of(page_table[request, position // page_size], position % page_size),
             shape.cache.unused_slots(cp * tokens),
         ),
@@ -222,7 +216,7 @@ def _pack_keys(
     keys = layout.columns.end[expanded]
     packed, num_pages = packed_keys(keys, page_size), -(-keys // page_size)
     start[expanded] = np.cumsum(packed) - packed
-    request, column = np.repeat(expanded, num_pages), within(num_pages)
+    request, column = np.repeat(expanded, num_pages), ragged_arange(num_pages)
     key_pages[start[request] // page_size + column] = page_table[request, column]
     return key_pages, start, np.array([packed.sum()], np.int32)
 
@@ -232,7 +226,7 @@ def _rows(layout: GroupLayout, shape: BatchShape, key_start: NDArray[np.int32], 
     p, max_rows = layout.plan, 2 * shape.max_requests
     selected = np.flatnonzero((p.row_request >= layout.num_absorbed) == expanded)
     rank = p.row_rank[selected]
-    row = within(np.bincount(rank, minlength=shape.cp))
+    row = ragged_arange(np.bincount(rank, minlength=shape.cp))
     cu_q = np.zeros((shape.cp, max_rows + 1), np.int32)
     cu_q[rank, row + 1] = p.row_len[selected]
     if expanded:
@@ -253,18 +247,18 @@ def _sampling(c: RequestColumns, shape: BatchShape) -> SamplingArrays:
         for s in (request.sampling for request in c.requests)
         if s is not None
     ]
-    sampling = np.flatnonzero(c.samples)
-    row, sample = np.nonzero(np.arange(shape.samples) <= c.num_drafts[sampling, None])
+    sampling = np.flatnonzero(c.needs_sampling)
+    row, sample = np.nonzero(np.arange(shape.samples_per_request) <= c.num_drafts[sampling, None])
     request = sampling[row]
 
     def at_places(values: NDArray[Any], off: float, dtype: Any) -> NDArray[Any]:
-        out = np.full((shape.max_requests, shape.samples, *values.shape[1:]), off, dtype)
+        out = np.full((shape.max_requests, shape.samples_per_request, *values.shape[1:]), off, dtype)
         out[request, sample] = values[row]
         return out.reshape(-1, *values.shape[1:])
 
     # float64 holds each exactly, the halves of a seed too.
     temperature, top_p, top_k, min_p, *seed = np.array(params, np.float64).reshape(-1, 6).T
-    position = np.zeros((shape.max_requests, shape.samples), np.int32)
+    position = np.zeros((shape.max_requests, shape.samples_per_request), np.int32)
     position[request, sample] = (c.end - c.num_drafts)[request] + sample
     return SamplingArrays(
         temperature=at_places(np.where(temperature >= _GREEDY_BELOW, temperature, 0), 0, np.float32),
@@ -279,7 +273,7 @@ def _sampling(c: RequestColumns, shape: BatchShape) -> SamplingArrays:
 def _speculation(c: RequestColumns, shape: BatchShape) -> SpeculationArrays:
     count = len(c.num_new_tokens)
     drafts = np.full((shape.max_requests, shape.draft_tokens), -1, np.int32)
-    request, column = np.repeat(np.arange(count), c.num_drafts), within(c.num_drafts)
+    request, column = np.repeat(np.arange(count), c.num_drafts), ragged_arange(c.num_drafts)
     drafts[request, column] = c.tokens[(c.start[1:] - c.num_drafts)[request] + column]
     first_position, writable_end = np.zeros((2, shape.max_requests), np.int32)
     first_position[:count] = c.end - c.num_drafts - 1

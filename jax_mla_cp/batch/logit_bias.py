@@ -30,10 +30,10 @@ class LogitBias:
         never = self.tokens[self.add == -np.inf]
         if self.mask is None:
             return len(never) < vocab_size
-        return bool(without(self.mask, never, vocab_size).any())
+        return bool(clear_bits(self.mask, never, vocab_size).any())
 
 
-def without(mask: NDArray[np.uint32], tokens: NDArray[np.int32], size: int) -> NDArray[np.uint32]:
+def clear_bits(mask: NDArray[np.uint32], tokens: NDArray[np.int32], size: int) -> NDArray[np.uint32]:
     """The mask's words with the bits of these tokens cleared, and those from `size` on."""
     left = mask.copy()
     np.bitwise_and.at(left, tokens // 32, ~(np.uint32(1) << (tokens % 32).astype(np.uint32)))

@@ -79,8 +79,8 @@ class BatchShape:
     """Drafts of a request, and how many the step proposes; 0: no speculation."""
 
     @property
-    def samples(self) -> int:
-        """Places for sampled tokens, per request."""
+    def samples_per_request(self) -> int:
+        """Places for a request's sampled tokens."""
         return 1 + self.draft_tokens
 
     @property

@@ -214,7 +214,7 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "--platform": {
         "metavar": "{cuda,gpu,cpu}",
         "type": platform("cuda", "cpu"),
-        "help": "cpu only tries the program, with small sizes",
+        "help": "cpu: smoke test with small sizes",
     },
     "--attention": {"metavar": "{auto,fa3,xla}", "help": "attention kernel; auto: the fastest that runs here"},
     "--model": {"metavar": "NAME", "help": f"model whose sizes are used: {', '.join(presets.names())}"},

@@ -17,7 +17,7 @@ _BLOCK = 1 << 26  # elements at a time, which bounds the float32 intermediates
 def fill(out: jax.Array, key: jax.Array, scale: float = 1.0) -> jax.Array:
     """Fills `out` with N(0, scale^2), a block of rows at a time. Traceable; donate `out` to keep a single copy.
 
-    uint8 stands for float8_e4m3fn, as in model/quantized.py.
+    uint8 stands for float8_e4m3fn, as in model/fp8.py.
     """
     rows, width = math.prod(out.shape[:-1]), out.shape[-1]
     block = max(1, min(rows, _BLOCK // width))

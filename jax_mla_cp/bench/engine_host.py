@@ -19,7 +19,7 @@ from jax_mla_cp.step.results import RunnerOutput, SampledToken, StepResult
 from jax_mla_cp.tokenizer import Tokenizer
 
 
-class NoModel:
+class NullRunner:
     """A runner whose steps cost nothing and always sample the same token.
 
     Implements `jax_mla_cp.engine.step_runner.StepRunner`.
@@ -74,7 +74,7 @@ def host_seconds(
     """Measures the engine's own time per decode step.
 
     Args:
-      runner: a stand-in (`NoModel`) or a real runner, whose own time does not count.
+      runner: a stand-in (`NullRunner`) or a real runner, whose own time does not count.
       requests: the number that the runner can run, over all dp groups, each with `prompt_tokens + steps` tokens.
       steps: tokens that each request generates.
       tokenizer: detokenizes the output; None: no text is made.

@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_mla_cp.batch.layout import build
+from jax_mla_cp.batch.layout import build_batch
 from jax_mla_cp.batch.packing import pack
 from jax_mla_cp.batch.step_request import SamplingParams, StepRequest
 from jax_mla_cp.bench.bench_options import Options
-from jax_mla_cp.bench.engine_host import NoModel, host_seconds
+from jax_mla_cp.bench.engine_host import NullRunner, host_seconds
 from jax_mla_cp.bench.program import PAGE_SIZE
 from jax_mla_cp.bench.table import Report
 from jax_mla_cp.bench.timing import measure
@@ -75,9 +75,9 @@ def _row(planner: Planner, requests: int, context: int, options: Options) -> dic
     pages = np.random.default_rng(0).permutation(shape.cache.pages_per_layer)[: requests * each].reshape(requests, each)
     groups = [[StepRequest([1], context - 1, pages[i].tolist(), SamplingParams(seed=i)) for i in range(requests)]]
     layout = planner.lay_out(groups)
-    batch = build(layout, shape)
+    batch = build_batch(layout, shape)
     packed = pack(batch, options.mesh)
-    places = shape.max_requests * shape.samples
+    places = shape.max_requests * shape.samples_per_request
     tops = np.zeros((places, TOP_LOGPROBS), np.int32), np.zeros((places, TOP_LOGPROBS), np.float32)
     sampled = SamplerOutput(np.zeros(places, np.int32), np.zeros(places, np.float32), *tops)
     parts: dict[str, Callable[[], Any]] = {
@@ -88,7 +88,7 @@ def _row(planner: Planner, requests: int, context: int, options: Options) -> dic
     }
     taken = {name: measure(call, samples=options.samples) for name, call in parts.items()}
     ms = {name: timing.seconds * 1e3 for name, timing in taken.items()}
-    idle = NoModel(max_running=requests, prefill_chunk=8192, pages_per_group=64 * requests, page_size=PAGE_SIZE)
+    idle = NullRunner(max_running=requests, prefill_chunk=8192, pages_per_group=64 * requests, page_size=PAGE_SIZE)
     tokenizer = Tokenizer.from_dir(DIRECTORY, ModelConfig.from_dir(DIRECTORY).vocab_size)
     steps = host_seconds(idle, requests=requests, steps=_ENGINE_STEPS, tokenizer=tokenizer)
     ms["engine_ms"] = float(np.median(steps)) * 1e3

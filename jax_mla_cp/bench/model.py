@@ -62,7 +62,7 @@ class _Bench:
         self.options, self.config, self.report = options, config, report
 
     def facts(self, seq: int, form: FormName, ep: EpName) -> dict[str, Any]:
-        """RequestColumns that every row has."""
+        """Columns that every row has."""
         o = self.options
         return {"seq": seq, "form": form, "mesh": str(o.mesh), "ep_axes": ep, "dtype": o.dtype}
 
@@ -221,7 +221,7 @@ class _Bench:
         clean_up()
 
     def _ttft(self, seq: int, ep: EpName, compute: float, program: Program | None) -> dict[str, Any]:
-        """RequestColumns of the whole model's compute, communication, and memory per GPU."""
+        """Columns of the whole model's compute, communication, and memory per GPU."""
         c, o = self.config, self.options
         assert self.report.ceilings
         takes = communication(c, o.mesh, ep, seq, jnp.dtype(o.dtype).itemsize)

@@ -29,7 +29,7 @@ from jax_mla_cp.model.build import EP_CHOICES
 from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.grouped_matmul import resolve_grouped_matmul
 from jax_mla_cp.model.loaded_model import Model, param_specs
-from jax_mla_cp.step.forward import forward, put
+from jax_mla_cp.step.forward import forward, to_devices
 from jax_mla_cp.step.planner import Planner
 
 PAGE_SIZE = 64
@@ -126,7 +126,7 @@ def compile_program(
       embeds: start from random activations instead of tokens, which skips the embedding.
     """
     host = planner.host_batch([requests])
-    batch, tokens = put(model, host), len(host.tokens)
+    batch, tokens = to_devices(model, host), len(host.tokens)
     if embeds:
         assert model.mesh is not None
         local = normal(1, (tokens // planner.shape.cp, model.config.hidden_size), model.build.dtype)

@@ -63,7 +63,7 @@ class Cost:
         return max(self.flops / ceilings.matmul, self.moved / ceilings.copy + self.read / ceilings.read)
 
     def row(self, seconds: float, ceilings: Ceilings) -> dict[str, float]:
-        """RequestColumns of a table's row, for a measured time."""
+        """Columns of a table's row, for a measured time."""
         out = {"roof_ms": self.seconds(ceilings) * 1e3, "fraction": self.seconds(ceilings) / seconds}
         if self.flops:
             out |= {"tflops": self.flops / seconds / 1e12}

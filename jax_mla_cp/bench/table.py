@@ -104,7 +104,7 @@ class Report:
         return None if "error" in row else row
 
     def beside_roof(self, cost: Cost, seconds: float) -> dict[str, float]:
-        """RequestColumns that compare a measured time with its roofline, at the ceilings of this run."""
+        """Columns that compare a measured time with its roofline, at the ceilings of this run."""
         if self.ceilings is None:
             raise RuntimeError("the ceilings must be measured before the rows.")
         return cost.row(seconds, self.ceilings)

@@ -34,7 +34,7 @@ class Timing:
     """(slowest - fastest sample) / median."""
 
     def row(self) -> dict[str, Any]:
-        """RequestColumns of a table's row."""
+        """Columns of a table's row."""
         return {"ms": self.seconds * 1e3, "n": self.samples, "calls": self.calls, "spread": self.spread}
 
 

@@ -72,12 +72,12 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 _EPILOG = """examples:
-  python -m jax_mla_cp.checkpoint inspect DeepSeek-V3 --mesh tp=8,cp=4     what is in it, and what each device would hold
-  python -m jax_mla_cp.checkpoint convert DeepSeek-V3 DeepSeek-V3-orbax    to Orbax; Ctrl-C and again: it goes on
-  python -m jax_mla_cp.checkpoint inspect DeepSeek-V3-orbax --verify       reads every byte and checks its checksums
+  python -m jax_mla_cp.checkpoint inspect DeepSeek-V3 --mesh tp=8,cp=4     contents, and the share of each device
+  python -m jax_mla_cp.checkpoint convert DeepSeek-V3 DeepSeek-V3-orbax    convert to Orbax; rerun to resume
+  python -m jax_mla_cp.checkpoint inspect DeepSeek-V3-orbax --verify       read every byte and verify checksums
   python -m jax_mla_cp.serve --model DeepSeek-V3-orbax --mesh tp=8,cp=4
 
-exit codes: 0; 1 for a checkpoint that isn't sound; 2 for a setting that can't work; 130 after Ctrl-C."""
+exit codes: 0; 1 invalid checkpoint; 2 invalid option; 130 Ctrl-C."""
 
 _CONVERT = """Converts a Hugging Face directory to an Orbax checkpoint that loads on any mesh, with a checksum for every
 part. OUT gets everything that a server needs: the weights in the checkpoint's own dtypes, config.json, the tokenizer."""
@@ -89,8 +89,8 @@ writes files that are missing or of the wrong size, and copies config.json and t
 layout of OUT: config.json and the tokenizer; jax_mla_cp.json, the manifest; weights/, an Orbax checkpoint of the model's
 parameters (orbax.checkpoint.v1.load reads it)."""
 
-_INSPECT = """Tells what a checkpoint holds, Hugging Face's or converted: parameters and bytes by dtype and by part of the
-model, whether all is there, and what each device of a mesh would keep. Reads headers only, unless --verify."""
+_INSPECT = """Summarizes a Hugging Face or converted checkpoint: parameters and bytes by dtype and by part of the model, missing
+or damaged parts, and the bytes of each device of a mesh. Reads headers only, unless --verify."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -98,7 +98,7 @@ def make_parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     p = Parser(
         prog="python -m jax_mla_cp.checkpoint",
-        description="Checkpoints: Hugging Face directories (safetensors), and what convert makes of them (Orbax).",
+        description="Converts Hugging Face checkpoints (safetensors) to Orbax, and inspects either kind.",
         epilog=_EPILOG,
         formatter_class=raw,
         allow_abbrev=False,
@@ -106,21 +106,23 @@ def make_parser() -> argparse.ArgumentParser:
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     convert = commands.add_parser(
         "convert",
-        help="a Hugging Face directory to an Orbax checkpoint",
+        help="convert a Hugging Face directory to an Orbax checkpoint",
         description=_CONVERT,
         epilog=_CONVERT_EPILOG,
         formatter_class=raw,
         allow_abbrev=False,
     )
-    convert.add_argument("model", metavar="HF_DIR", type=path, help="config.json and *.safetensors")
-    convert.add_argument("out", metavar="OUT", type=path, help="new, empty, or begun by an earlier run")
+    convert.add_argument("model", metavar="HF_DIR", type=path, help="directory with config.json and *.safetensors")
+    convert.add_argument(
+        "out", metavar="OUT", type=path, help="directory to write: new, empty, or from an interrupted run"
+    )
     convert.add_argument(
         "--weights",
         choices=get_args(Weights),
         default="auto",
-        help="of a quantized checkpoint: fp8 (as auto) keeps its matrices in FP8, bf16 dequantizes them",
+        help="storage of a quantized checkpoint: fp8 (also auto) keeps FP8, bf16 dequantizes (default: auto)",
     )
-    convert.add_argument("--overwrite", action="store_true", help="throw away what an earlier conversion left in OUT")
+    convert.add_argument("--overwrite", action="store_true", help="delete an earlier conversion in OUT first")
     inspect = commands.add_parser(
         "inspect",
         help="what a checkpoint holds, and whether it is sound",

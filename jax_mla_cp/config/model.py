@@ -93,7 +93,7 @@ class ModelConfig:
         if self.topk_method == "greedy" and self.n_group != 1:
             raise ConfigError(
                 "config.json",
-                f"topk_method='greedy' knows no groups: n_group must be 1, got {self.n_group}. "
+                f"topk_method='greedy' does not use expert groups: n_group must be 1, got {self.n_group}. "
                 "With groups it is 'group_limited_greedy'.",
             )
         if not 1 <= self.topk_group <= self.n_group:

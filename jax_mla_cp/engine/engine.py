@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from jax_mla_cp.batch.step_request import StepRequest
 from jax_mla_cp.engine.deadlines import Deadlines
 from jax_mla_cp.engine.group_scheduler import ScheduledRequest
-from jax_mla_cp.engine.observer import Observer, Reporter, StepReport, describe
+from jax_mla_cp.engine.observer import Observer, Reporter, describe
 from jax_mla_cp.engine.output_processor import process_output
 from jax_mla_cp.engine.request import Failed, FailedKind, Finished, GrammarError, Request, Token
 from jax_mla_cp.engine.scheduler import Scheduler
@@ -76,7 +76,6 @@ class Engine:
         self._deadlines = Deadlines()
         self._step_began: float | None = None
         self._steps = 0
-        self._last_step: StepReport | None = None
         self._speculation = SpeculationStats() if runner.draft_tokens else None
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
@@ -105,7 +104,6 @@ class Engine:
             prefix_hits=stats.prefix_hits,
             preemptions=stats.preemptions,
             steps=self._steps,
-            last_step=self._last_step,
             speculation=self._speculation,
             compiling=self._runner.compiling,
         )
@@ -237,8 +235,8 @@ class Engine:
                 self._update(scheduled, result, ended)
         self._steps += 1
         seconds = time.monotonic() - began
-        self._last_step = dataclasses.replace(report, seconds=seconds, host_seconds=seconds - (ended - dispatched))
-        self._reporter.step(self._last_step)
+        report = dataclasses.replace(report, seconds=seconds, host_seconds=seconds - (ended - dispatched))
+        self._reporter.step(report)
 
     def _step_requests(self, group: Sequence[ScheduledRequest]) -> list[tuple[ScheduledRequest, StepRequest]]:
         """The runner's input. A request whose grammar fails is dropped; the others are not affected."""

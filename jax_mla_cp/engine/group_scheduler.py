@@ -20,7 +20,7 @@ class ScheduledRequest:
     num_tokens: int
 
     @property
-    def samples(self) -> bool:
+    def needs_sampling(self) -> bool:
         """True if the step samples a token: these are the last known tokens, and more may be sampled."""
         r = self.request
         return self.num_tokens == r.num_uncomputed_tokens and r.num_remaining_tokens > 0
@@ -34,7 +34,7 @@ class ScheduledRequest:
         r = self.request
         end = r.num_computed_tokens + self.num_tokens
         tokens = r.tokens[r.num_computed_tokens : end]
-        if not self.samples:
+        if not self.needs_sampling:
             following = r.tokens[end] if end < len(r.tokens) else None
             return StepRequest(
                 tokens, r.num_computed_tokens, r.pages, next_token=following, prompt_logprobs=r.needs_prompt_logprobs
@@ -155,7 +155,7 @@ class GroupScheduler:
         """
         for scheduled in self.scheduled:
             request = scheduled.request
-            if not (self._draft_tokens and scheduled.samples):
+            if not (self._draft_tokens and scheduled.needs_sampling):
                 continue
             end = request.num_computed_tokens + scheduled.num_tokens
             # The step also writes the latents of the drafts it proposes.

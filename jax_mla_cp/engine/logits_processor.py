@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from jax_mla_cp.batch.logit_bias import LogitBias, without
+from jax_mla_cp.batch.logit_bias import LogitBias, clear_bits
 
 _FLOAT32 = np.finfo(np.float32)
 
@@ -78,7 +78,7 @@ class LogitsProcessor:
         """
         add = self._bias - self._frequency * self._count - self._presence * (self._count > 0)
         scale = np.where(self._seen, self._repetition, 1.0)
-        if ban and (mask is None or without(mask, self._banned, 32 * len(mask)).any()):
+        if ban and (mask is None or clear_bits(mask, self._banned, 32 * len(mask)).any()):
             add[np.searchsorted(self._tokens, self._banned)] = -np.inf
         changed = (add != 0) | (scale != 1)
         if mask is None and not changed.any():

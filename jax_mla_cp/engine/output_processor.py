@@ -26,7 +26,7 @@ def process_output(scheduled: ScheduledRequest, result: StepResult) -> list[Even
         if end == len(request.prompt):
             events.append(_prompt_logprobs(request))
             request.needs_prompt_logprobs, request.prompt_logprobs_chunks = False, []
-    if not scheduled.samples:
+    if not scheduled.needs_sampling:
         request.num_computed_tokens = end
         if end == len(request.tokens):  # max_tokens is 0
             events.append(Finished("length", "", request.cached_tokens))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from jax_mla_cp.engine.observer import StepReport
 from jax_mla_cp.step.compile_progress import CompileProgress
 
 
@@ -45,7 +44,6 @@ class EngineStatus:
     preemptions: int
     steps: int
     """Steps that succeeded."""
-    last_step: StepReport | None
     speculation: SpeculationStats | None
     """None: the engine runs without speculation."""
     compiling: CompileProgress | None = None

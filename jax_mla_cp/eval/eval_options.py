@@ -54,22 +54,24 @@ class EvalOptions:
                 if not low <= value <= high:
                     raise ConfigError(field, f"must be whole numbers from {low} to {high}, got {value}.")
         if len(set(self.lengths)) < len(self.lengths):
-            raise ConfigError("lengths", f"each once, got {','.join(map(str, self.lengths))}.")
+            raise ConfigError("lengths", f"must be unique, got {','.join(map(str, self.lengths))}.")
         if not (self.lengths or self.perplexity_tokens):
-            raise ConfigError("lengths", "none, and perplexity_tokens=0: nothing is left to do. Leave one of them out.")
+            raise ConfigError("lengths", "none and perplexity_tokens=0 leave nothing to run. Leave one of them out.")
         if not (math.isfinite(self.timeout) and self.timeout > 0):
             raise ConfigError("timeout", f"must be a number of seconds above 0, got {self.timeout}.")
         if self.base_url is not None and not self.base_url.startswith(("http://", "https://")):
             raise ConfigError("base_url", f"must be an address like http://127.0.0.1:8000/v1, got {self.base_url!r}.")
         if self.tokenizer is not None and self.base_url is None:
             raise ConfigError(
-                "tokenizer", "is for `base_url`; a model that runs in process brings its own. Leave it out."
+                "tokenizer", "is used with `base_url` only; a local model brings its own tokenizer. Leave it out."
             )
         self._check_files()
 
     def _check_files(self) -> None:
         if self.tokenizer is not None and not self.tokenizer.is_dir():
-            raise ConfigError("tokenizer", f"{self.tokenizer} is not a directory. Give the served model's.")
+            raise ConfigError(
+                "tokenizer", f"{self.tokenizer} is not a directory. Give the model directory that is served."
+            )
         if self.text is not None and not self.text.is_file():
             raise ConfigError("text", f"{self.text} is not a file. Give a text file (UTF-8).")
         for field, file in (("json", self.json), ("picture", self.picture)):
@@ -91,7 +93,7 @@ def parse(argv: Sequence[str] | None = None) -> EvalOptions:
         if "base_url" in values and (local := sorted(launch)):
             raise ConfigError(
                 local[0],
-                "is for models that run in process, `base_url` is the server's own business. Leave one of them out.",
+                "can't be combined with `base_url`: the server sets it. Leave one of them out.",
             )
         return EvalOptions(launch=LaunchOptions(**launch), **values)
     except ConfigError as error:
@@ -118,15 +120,15 @@ def _seconds(text: str) -> float:
 
 
 _EPILOG = """examples:
-  python -m jax_mla_cp.eval                                         the built-in model, in process
-  python -m jax_mla_cp.eval --mesh tp=8,cp=4 --picture map.png      on 32: GPUs, or virtual CPU devices made for it
+  python -m jax_mla_cp.eval                                         the built-in model, in this process
+  python -m jax_mla_cp.eval --mesh tp=8,cp=4 --picture map.png      on 32 GPUs, or 32 virtual CPU devices
   python -m jax_mla_cp.eval --model DIR --lengths 4K,32K,128K --text book.txt --json out.json
   python -m jax_mla_cp.eval --base-url http://127.0.0.1:8000/v1     a running server: this one, vLLM, SGLang
 
-A passkey (5 digits, with a name) is hidden in a text and asked for at its end, once for each length and depth: greedy
-answers, correct if their first number is the key. Perplexity is over windows of 2048 tokens of the same text.
+A passkey (5 digits, with a name) is hidden in a text and asked for at its end, once for each length and depth. An answer is
+greedy, and correct if its first number is the key. Perplexity is measured on windows of 2048 tokens of the same text.
 
-exit code: 0 done, whatever the score; 1 the model or the server failed; 2 a setting that can't work; 130 Ctrl-C
+exit code: 0 done, whatever the score; 1 the model or the server failed; 2 invalid option; 130 Ctrl-C
 """
 
 
@@ -134,7 +136,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of `python -m jax_mla_cp.eval`: a namespace of the fields that were given."""
     p = Parser(
         prog="python -m jax_mla_cp.eval",
-        description="Does a model still read its whole context? Passkey retrieval by length and depth, and perplexity.",
+        description="Tests whether a model reads its whole context: passkey retrieval by length and depth, and perplexity.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,  # the defaults are EvalOptions' and LaunchOptions'
@@ -145,7 +147,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--lengths",
         metavar="N,N,...",
         type=_lengths,
-        help="tokens of the prompts, or none (default: 512,1K,2K,4K,8K,16K)",
+        help="prompt lengths in tokens, or none (default: 512,1K,2K,4K,8K,16K)",
     )
     test.add_argument(
         "--depths",
@@ -157,28 +159,30 @@ def make_parser() -> argparse.ArgumentParser:
         "--perplexity-tokens",
         metavar="N",
         type=_whole,
-        help="tokens that the perplexity is measured on; 0: none (default: 8K)",
+        help="number of tokens to measure perplexity on; 0: none (default: 8K)",
     )
     test.add_argument(
         "--text",
         metavar="FILE",
         type=path,
-        help="what passkeys are hidden in (default: documentation that comes with the program)",
+        help="text to hide passkeys in, UTF-8 (default: documentation that comes with the program)",
     )
-    test.add_argument("--seed", metavar="N", type=_whole, help="of passkeys and places in the text (default: 0)")
+    test.add_argument(
+        "--seed", metavar="N", type=_whole, help="random seed for passkeys and positions in the text (default: 0)"
+    )
     out = p.add_argument_group("results")
-    out.add_argument("--json", metavar="FILE", type=path, help="scores and every answer, as JSON")
-    out.add_argument("--picture", metavar="FILE", type=path, help="a heat map, length x depth: .png, .pdf or .svg")
+    out.add_argument("--json", metavar="FILE", type=path, help="write scores and every answer as JSON")
+    out.add_argument("--picture", metavar="FILE", type=path, help="draw a heat map, length x depth: .png, .pdf or .svg")
     server = p.add_argument_group("a running server")
     server.add_argument(
-        "--base-url", metavar="URL", help="of an OpenAI completions server, in place of a model in process"
+        "--base-url", metavar="URL", help="evaluate an OpenAI-compatible server instead of a local model"
     )
     server.add_argument(
         "--tokenizer",
         metavar="DIR",
         type=path,
-        help="the model whose tokenizer counts the prompts' tokens (default: the built-in model's)",
+        help="model directory whose tokenizer counts prompt tokens (default: the built-in model's)",
     )
-    server.add_argument("--timeout", metavar="S", type=_seconds, help="seconds for one prompt (default: 600)")
+    server.add_argument("--timeout", metavar="S", type=_seconds, help="timeout per prompt in seconds (default: 600)")
     add_model_flags(p)
     return p

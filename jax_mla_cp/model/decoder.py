@@ -61,13 +61,13 @@ class Decoder(nnx.Module):
             valid=jnp.arange(batch.tokens.shape[0]) < batch.num_tokens[0],
             cos=cos,
             sin=sin,
-            slots=batch.slots,
+            slot_mapping=batch.slot_mapping,
             pages_to_zero=batch.pages_to_zero,
             key_pages=batch.key_pages,
             num_keys=batch.num_keys,
             expanded=batch.expanded,
             absorbed=batch.absorbed,
-            row_pages=batch.page_table[batch.absorbed.request],
+            row_page_table=batch.page_table[batch.absorbed.request],
             absorbed_tokens=batch.absorbed_tokens,
         )
 

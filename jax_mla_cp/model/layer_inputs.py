@@ -19,13 +19,13 @@ class LayerInputs:
     """False for padding."""
     cos: Float[Array, "T r/2"]
     sin: Float[Array, "T r/2"]
-    slots: Int32[Array, " cp*T"]
-    pages_to_zero: Int32[Array, " I"]
+    slot_mapping: Int32[Array, " cp*T"]
+    pages_to_zero: Int32[Array, " Z"]
     key_pages: Int32[Array, " K/page"]
     num_keys: Int32[Array, " 1"]
     expanded: Rows
     absorbed: Rows
-    row_pages: Int32[Array, "B W"]
+    row_page_table: Int32[Array, "B W"]
     """The page table of each row of `absorbed`."""
     absorbed_tokens: int = dataclasses.field(metadata={"static": True})
     """Tokens of absorbed rows are among the first `absorbed_tokens` of the buffer."""

@@ -68,7 +68,7 @@ class Mla(nnx.Module):
         with jax.named_scope("query"):
             q_nope, q_rope = self._queries(x, inputs)
         with jax.named_scope("write"):
-            pages = cache.write(pages, latents, inputs.slots, inputs.pages_to_zero, layer, layers=layers)
+            pages = cache.write(pages, latents, inputs.slot_mapping, inputs.pages_to_zero, layer, layers=layers)
 
         out, absorbed_tokens = None, inputs.absorbed_tokens
         if inputs.key_pages.size:
@@ -77,8 +77,10 @@ class Mla(nnx.Module):
                 out = self._expanded(q_nope, q_rope, pages, key_pages, inputs)
         if absorbed_tokens:
             with jax.named_scope("absorbed"):
-                row_pages = cache.layer_pages(pages, inputs.row_pages, layer, layers=layers)
-                absorbed = self._absorbed(q_nope[:absorbed_tokens], q_rope[:absorbed_tokens], pages, row_pages, inputs)
+                row_page_table = cache.layer_pages(pages, inputs.row_page_table, layer, layers=layers)
+                absorbed = self._absorbed(
+                    q_nope[:absorbed_tokens], q_rope[:absorbed_tokens], pages, row_page_table, inputs
+                )
                 # Each form's output is zero for the other's tokens.
                 out = absorbed if out is None else _add_to_first(out, absorbed)
         with jax.named_scope("output"):
@@ -100,13 +102,13 @@ class Mla(nnx.Module):
         return q[..., :nope], rotate(q[..., nope:], inputs.cos, inputs.sin)
 
     def _absorbed(
-        self, q_nope: jax.Array, q_rope: jax.Array, pages: jax.Array, row_pages: jax.Array, inputs: LayerInputs
+        self, q_nope: jax.Array, q_rope: jax.Array, pages: jax.Array, row_page_table: jax.Array, inputs: LayerInputs
     ) -> Float[Array, "T n v"]:
         out = attend_absorbed(
             jnp.einsum("tnh,Rnh->ntR", q_nope, self.w_uk[...]),
             q_rope,
             pages,
-            row_pages,
+            row_page_table,
             inputs.absorbed,
             scale=self.build.config.softmax_scale,
             implementation=self.build.attention,

@@ -129,7 +129,7 @@ class Moe(nnx.Module):
 def route(
     x: Float[Array, "T D"], router: Float[Array, "D E"], bias: Float[Array, " E"] | None, config: ModelConfig
 ) -> tuple[Int32[Array, "T k"], Float[Array, "T k"]]:
-    """Each token's experts and their weights, in float32 at full precision: a rounded score is another expert.
+    """Each token's experts and their weights, in float32 at full precision: rounding could change which expert is selected.
 
     - `noaux_tc` (MoEGate of DeepSeek-V3's modeling_deepseek.py; arXiv:2412.19437, section 2.1.2): scores are sigmoids.
       The bias takes part in the choice only: the `topk_group` groups whose two largest biased scores have the largest

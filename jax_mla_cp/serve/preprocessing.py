@@ -14,7 +14,7 @@ from jax_mla_cp.tokenizer import TokenizerError
 
 
 def encode_text(served: ServedModel, text: str, *, add_special_tokens: bool = True) -> list[int]:
-    """Tokenizes a prompt; `wrap` adds BOS and EOS as the tokenizer does. Raises 400 if the tokenizer rejects the text."""
+    """Tokenizes a prompt; `add_special_tokens` adds BOS and EOS as the tokenizer does. Raises 400 if the tokenizer rejects the text."""
     tokenizer = served.require_tokenizer("prompt")
     try:
         return tokenizer.encode(text, add_special_tokens=add_special_tokens)

@@ -170,4 +170,4 @@ def _read(file: Path, field: str) -> str:
         return file.read_text()
     except (OSError, UnicodeDecodeError) as error:
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "not a text file"
-        raise ConfigError(field, f"{file} can't be read ({reason}). Give a file of this user's.") from error
+        raise ConfigError(field, f"{file} can't be read ({reason}). Use a file that this user can read.") from error

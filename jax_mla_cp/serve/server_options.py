@@ -38,7 +38,7 @@ class ServerOptions(LaunchOptions):
     """Its private key. None: it is in `ssl_certfile` too."""
     ssl_keyfile_password_file: Path | None = None
     api_key_file: Path | None = None
-    """Keys, one a line. `JAX_MLA_CP_API_KEY` in the environment adds to them; with neither, anyone may ask."""
+    """Keys, one a line. `JAX_MLA_CP_API_KEY` in the environment adds to them; with neither, the server needs no key."""
     cors_origins: tuple[str, ...] = ()
     """Origins whose web pages may call the server, or only "*"."""
     max_body_mb: int = 16
@@ -46,7 +46,7 @@ class ServerOptions(LaunchOptions):
     max_queued: int = 1024
     """Requests that may wait to run, over all dp groups."""
     queue_timeout: float | None = None
-    """Seconds that a request may wait to run; None: no limit. So too the next two."""
+    """Seconds that a request may wait to run; None: no limit. The same holds for the next two fields."""
     request_timeout: float | None = None
     watchdog: float | None = 600.0
     drain_timeout: float = 30.0

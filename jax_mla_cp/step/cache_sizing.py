@@ -106,7 +106,7 @@ def _pages_that_fit(probe: Planner, budget: int) -> int:
     """Pages that fit the budget beside the temporaries of the planner's largest steps, which are compiled to know them."""
     model = probe.model
     # The last has the most absorbed tokens, but only few of them take decode's kernel and its scratch (attention/fa3.py).
-    largest = [probe.prompt_logprobs_steps[-1], *(probe.steps[-2:-1] if model.build.attention == "fa3" else ())]
+    largest = [probe.prompt_logprobs_shapes[-1], *(probe.step_shapes[-2:-1] if model.build.attention == "fa3" else ())]
     log.info(
         "sizing the KV cache: compiling the largest %d of the programs to measure their memory (about 10 s each; the "
         "compile cache makes later starts faster)",

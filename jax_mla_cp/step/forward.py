@@ -1,4 +1,4 @@
-"""The step: one `shard_map` around the model and, behind it, the head and the sampler.
+"""The step: one `shard_map` around the model, followed by the head and the sampler.
 
 `forward` is what a notebook jits, `forward_and_sample` what the server runs. Both are plain functions of (model, pages, batch).
 """
@@ -83,7 +83,7 @@ def forward_and_sample(
     return _run(run, (PartitionSpec(TOKENS), PAGES_SPEC), model, pages, batch, *([] if bias is None else [bias]))
 
 
-def put(model: Model, batch: Batch) -> DeviceBatch:
+def to_devices(model: Model, batch: Batch) -> DeviceBatch:
     """Places a host batch on this process's devices of the model's mesh. Every process must pass the same one."""
     packed = pack(batch, mesh_shape(model.mesh))
     return on_devices(packed, declared_specs(packed), model.mesh)

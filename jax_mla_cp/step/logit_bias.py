@@ -59,7 +59,7 @@ def apply_logit_bias(
 
 def shapes(model: Model, shape: BatchShape) -> LogitBiasArrays:
     """The arrays as jax.ShapeDtypeStruct."""
-    places, vocabulary = shape.dp * shape.max_requests * shape.samples, model.config.vocab_size
+    places, vocabulary = shape.dp * shape.max_requests * shape.samples_per_request, model.config.vocab_size
     sharding = None if model.mesh is None else NamedSharding(model.mesh, PartitionSpec(TOKENS))
 
     def struct(dtype: Any, *more: int) -> jax.ShapeDtypeStruct:
@@ -99,7 +99,7 @@ class LogitBiasBuilder:
     def __call__(self, groups: Sequence[Sequence[StepRequest]]) -> LogitBiasArrays:
         """The arrays for requests that `check_requests` has passed, one list per dp group."""
         biases = [
-            ((group * self._shape.max_requests + i) * self._shape.samples, request.logit_bias)
+            ((group * self._shape.max_requests + i) * self._shape.samples_per_request, request.logit_bias)
             for group, requests in enumerate(groups)
             for i, request in enumerate(requests)
             if request.logit_bias is not None

@@ -1,4 +1,4 @@
-"""The grid of programs, and batches that fit it: it turns `StepRequest`s into arrays whose shapes repeat."""
+"""The grid of programs, and batches that fit it: it turns `StepRequest`s into arrays with a fixed set of shapes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import get_args
 
 import jax
+import numpy as np
 
 from jax_mla_cp import cache
 from jax_mla_cp.batch import zigzag
@@ -14,14 +15,14 @@ from jax_mla_cp.batch.arrays import Batch
 from jax_mla_cp.batch.check import check_requests
 from jax_mla_cp.batch.columns import RequestColumns
 from jax_mla_cp.batch.form import Form
-from jax_mla_cp.batch.layout import KEY_ALIGN, StepLayout, build, lay_out, packed_keys
+from jax_mla_cp.batch.layout import KEY_ALIGN, StepLayout, build_batch, lay_out, packed_keys
 from jax_mla_cp.batch.packing import DeviceBatch
 from jax_mla_cp.batch.shapes import BatchShape, CacheShape, StepShape
 from jax_mla_cp.batch.step_request import StepRequest
 from jax_mla_cp.config.errors import ConfigError, check_choice
 from jax_mla_cp.mesh import mesh_shape
 from jax_mla_cp.model.loaded_model import Model
-from jax_mla_cp.step.forward import put
+from jax_mla_cp.step.forward import to_devices
 
 _SMALLEST_BUCKET = 16
 _FINE_FROM = 4096
@@ -138,7 +139,7 @@ class Planner:
             form=form,
             draft_tokens=draft_tokens,
         )
-        return cls(model, shape, _buckets(chunk, max_requests, mesh.cp, shape.samples))
+        return cls(model, shape, _buckets(chunk, max_requests, mesh.cp, shape.samples_per_request))
 
     def new_cache(self) -> jax.Array:
         """An empty cache of the planned size."""
@@ -156,11 +157,11 @@ class Planner:
         """
         groups = [requests] if not requests or isinstance(requests[0], StepRequest) else requests
         # mypy does not conclude from the first item what the others are
-        return put(self.model, self.host_batch(groups))  # type: ignore[arg-type]
+        return to_devices(self.model, self.host_batch(groups))  # type: ignore[arg-type]
 
     def host_batch(self, groups: Sequence[Sequence[StepRequest]]) -> Batch:
         """`batch` before it goes to the devices: NumPy arrays, all devices' one after the other."""
-        return build(self.lay_out(groups), self.shape)
+        return build_batch(self.lay_out(groups), self.shape)
 
     def lay_out(self, groups: Sequence[Sequence[StepRequest]]) -> StepLayout:
         """A step's requests, one list per dp group: checked, divided over the ranks, and the program that they need.
@@ -175,12 +176,15 @@ class Planner:
             check_requests(c, self.shape, self.model.config)
         # The zigzag gives every rank the same tokens in any order of the requests, so their forms don't change the bucket.
         loads = [zigzag.loads(c.num_new_tokens, c.num_computed_tokens, cp=self.shape.cp) for c in columns]
-        bucket = self.bucket(max(int(rank_tokens.max()) for rank_tokens, _ in loads))
+        rank_tokens, rank_pairs = (np.array(load) for load in zip(*loads, strict=True))
+        bucket = self.bucket(int(rank_tokens.max()))
         layouts = [lay_out(c, self.shape, self.model.config, expand=self._may_expand(bucket)) for c in columns]
         if any(request.prompt_logprobs for requests in groups for request in requests):
-            return StepLayout(layouts, self._prompt_logprobs_step(bucket))
-        absorbed = max(layout.absorbed_tokens for layout in layouts)
-        return StepLayout(layouts, self._step(bucket, absorbed, any(layout.has_expanded for layout in layouts)))
+            step = self._prompt_logprobs_step(bucket)
+        else:
+            absorbed = max(layout.absorbed_tokens for layout in layouts)
+            step = self._step(bucket, absorbed, any(layout.has_expanded for layout in layouts))
+        return StepLayout(layouts, step, rank_tokens.sum(0), rank_pairs.sum(0))
 
     def bucket(self, tokens: int) -> int:
         """The smallest bucket that holds `tokens` tokens on a rank."""
@@ -192,24 +196,25 @@ class Planner:
         )
 
     @property
-    def steps(self) -> tuple[StepShape, ...]:
+    def step_shapes(self) -> tuple[StepShape, ...]:
         """The shapes of all programs, rising in tokens; the last one is the largest."""
-        steps = [
+        shapes = [
             self._step(bucket, absorbed, expands)
             for bucket in self.buckets
             for absorbed, expands in ((0, False), (0, True), (bucket, True))
         ]
-        return tuple(dict.fromkeys(steps))
+        return tuple(dict.fromkeys(shapes))
 
     @property
-    def prompt_logprobs_steps(self) -> tuple[StepShape, ...]:
+    def prompt_logprobs_shapes(self) -> tuple[StepShape, ...]:
         """The shapes of the programs that return prompt log-probabilities, one for each bucket: they are rare."""
         return tuple(self._prompt_logprobs_step(bucket) for bucket in self.buckets)
 
-    def sample_batch(self, step: StepShape) -> Batch:
+    def dummy_batch(self, step: StepShape) -> Batch:
         """A batch of the shape without a request, on the host: to compile for."""
         empty = lay_out(RequestColumns.of([], self.shape), self.shape, self.model.config)
-        return build(StepLayout([empty] * self.shape.dp, step), self.shape)
+        idle = np.zeros(self.shape.cp, np.int64)
+        return build_batch(StepLayout([empty] * self.shape.dp, step, idle, idle), self.shape)
 
     def _may_expand(self, bucket: int) -> bool:
         return self.shape.expanded_keys > 0 and (self.shape.form == "expanded" or bucket > _ABSORBED_ONLY)

@@ -79,7 +79,7 @@ def read_results(arrays: SamplerOutput, layout: StepLayout, shape: BatchShape) -
     def result(place: int, request: StepRequest, prompt_logprobs: TokenLogprobs | None) -> StepResult:
         if request.sampling is None:
             return StepResult([], [], prompt_logprobs)
-        first, num_accepted = place * shape.samples, 0
+        first, num_accepted = place * shape.samples_per_request, 0
         if request.drafts:
             proposed = request.tokens[len(request.tokens) - request.drafts :]
             num_accepted = next((n for n, d in enumerate(proposed) if d != tokens[first + n]), request.drafts)

@@ -12,17 +12,16 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
-from jax_mla_cp.batch.layout import build
+from jax_mla_cp.batch.layout import build_batch
 from jax_mla_cp.batch.packing import pack
 from jax_mla_cp.batch.shapes import StepShape
 from jax_mla_cp.batch.step_request import StepRequest
 from jax_mla_cp.cache import PAGES_SPEC
-from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.mesh import declared_specs, mesh_shape
 from jax_mla_cp.model.loaded_model import Model
 from jax_mla_cp.step import logit_bias
 from jax_mla_cp.step.compile_progress import CompileProgress, CompileTracker
-from jax_mla_cp.step.forward import forward_and_sample, put
+from jax_mla_cp.step.forward import forward_and_sample, to_devices
 from jax_mla_cp.step.planner import Planner
 from jax_mla_cp.step.results import RunnerOutput, read_results
 
@@ -47,10 +46,6 @@ class Runner:
         self._compile_tracker = CompileTracker(len(self._shapes))
         self._pages = planner.new_cache()
         self._bias_builder = logit_bias.LogitBiasBuilder(planner.model, planner.shape)
-
-    @property
-    def config(self) -> ModelConfig:
-        return self.planner.model.config
 
     @property
     def dp(self) -> int:
@@ -97,7 +92,7 @@ class Runner:
         """
         planner, model = self.planner, self.planner.model
         layout = planner.lay_out(groups)
-        batch = put(model, build(layout, planner.shape))
+        batch = to_devices(model, build_batch(layout, planner.shape))
         program = self._program(layout.step)
         output, self._pages = program(model, self._pages, batch, self._bias_builder(groups))
         return read_results(jax.device_get(output), layout, planner.shape)
@@ -109,13 +104,13 @@ class Runner:
 
     @property
     def grid(self) -> str:
-        """The programs, for people: tokens per step of a dp group."""
+        """Summary of the programs for the log: tokens per step of a dp group."""
         cp = self.planner.shape.cp
         sizes = " ".join(str(bucket * cp) for bucket in self.planner.buckets)
         return f"{len(self._shapes)} programs, tokens per step: {sizes}"
 
     def warmup(self, progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda done, total: done) -> None:
-        """Compiles all programs, several at a time. `progress` wraps what yields once for each, as rich.progress.track does."""
+        """Compiles all programs, several at a time. `progress` wraps an iterable that yields once per program, as rich.progress.track does."""
         self._bias_builder.warmup()
         with ThreadPoolExecutor(_COMPILERS) as pool:
             for _ in progress(pool.map(self._program, self._shapes), len(self._shapes)):
@@ -123,7 +118,7 @@ class Runner:
 
     @property
     def _shapes(self) -> tuple[StepShape, ...]:
-        return self.planner.steps + self.planner.prompt_logprobs_steps
+        return self.planner.step_shapes + self.planner.prompt_logprobs_shapes
 
     def _program(self, shape: StepShape) -> jax.stages.Compiled:
         if shape not in self._programs:
@@ -137,7 +132,7 @@ class Runner:
 def compile_step(planner: Planner, shape: StepShape) -> jax.stages.Compiled:
     """Compiles the step of one shape, its cache donated: called with (model, pages, batch, bias)."""
     model = planner.model
-    packed = pack(planner.sample_batch(shape), mesh_shape(model.mesh))
+    packed = pack(planner.dummy_batch(shape), mesh_shape(model.mesh))
     batch = jax.tree.map(lambda x, spec: _struct(model, x, spec), packed, declared_specs(packed))
     pages = _struct(model, jax.eval_shape(planner.new_cache), PAGES_SPEC)
     program = jax.jit(functools.partial(forward_and_sample, prompt_logprobs=shape.prompt_logprobs), donate_argnums=1)

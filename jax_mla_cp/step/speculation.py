@@ -126,10 +126,10 @@ def _inputs(
         valid=exists,
         cos=cos,
         sin=sin,
-        slots=slots,
+        slot_mapping=slots,
         pages_to_zero=batch.pages_to_zero[:0],
         key_pages=batch.key_pages[:0],
         absorbed=rows,
-        row_pages=share_of(batch.page_table),
+        row_page_table=share_of(batch.page_table),
         absorbed_tokens=share,
     )

@@ -49,7 +49,7 @@ def test_the_compiled_step_calls_each_form_and_copies_no_cache() -> None:
     """Once in each of the two scans. (What XLA:CPU copies beside the cache is not what a GPU does: tests/gpu.)"""
     model = random_model("tp=2,cp=2", config=REAL_DIMS_CONFIG, dtype=BF16, attention="fa3")
     driver = Driver(model, page_size=64, max_model_len=512)
-    step = next(s for s in reversed(driver.planner.steps) if s.expanded_keys and s.absorbed_tokens < s.tokens)
+    step = next(s for s in reversed(driver.planner.step_shapes) if s.expanded_keys and s.absorbed_tokens < s.tokens)
     text = compile_step(driver.planner, step).as_text()
     calls = re.findall(r'custom_call_target="(mla_\w+)"', text)
     assert sorted(calls) == ["mla_decode"] * 2 + ["mla_prefill_expanded"] * 2
@@ -73,14 +73,14 @@ def test_absorbed_rows_have_their_own_part_of_a_step() -> None:
     model = random_model(config=REAL_DIMS_CONFIG)
     planner = Planner.create(model, cache_tokens=4096, max_requests=4, max_model_len=512)
     largest = planner.buckets[-1]
-    assert planner.steps[:1] == (StepShape(planner.buckets[0], planner.buckets[0], 0),)
-    assert planner.steps[-3:] == (
+    assert planner.step_shapes[:1] == (StepShape(planner.buckets[0], planner.buckets[0], 0),)
+    assert planner.step_shapes[-3:] == (
         StepShape(largest, largest, 0),
         StepShape(largest, 128, 1152),
         StepShape(largest, largest, 1152),
     )
-    for step in planner.steps:
-        assert step_of(planner, planner.sample_batch(step)) == step
+    for step in planner.step_shapes:
+        assert step_of(planner, planner.dummy_batch(step)) == step
 
 
 def test_a_page_is_a_multiple_of_the_kernels_tile() -> None:

@@ -13,13 +13,13 @@ from jax_mla_cp.batch.arrays import Batch
 from jax_mla_cp.batch.check import check_requests
 from jax_mla_cp.batch.columns import RequestColumns
 from jax_mla_cp.batch.form import use_expanded
-from jax_mla_cp.batch.layout import GroupLayout, StepLayout, build, lay_out
+from jax_mla_cp.batch.layout import GroupLayout, build_batch, lay_out
 from jax_mla_cp.batch.shapes import BatchShape, CacheShape, StepShape
 from jax_mla_cp.batch.step_request import SamplingParams, StepRequest
 from jax_mla_cp.batch.zigzag import plan
 from jax_mla_cp.config.presets import model_config
 from jax_mla_cp.step.planner import _buckets
-from tests.helpers.synthetic import CONFIG
+from tests.helpers.synthetic import CONFIG, step_layout
 
 PAGE = 8
 
@@ -54,11 +54,11 @@ def test_every_token_is_in_its_place(lengths: list[tuple[int, int]], cp: int, fo
     requests, at = make_requests(lengths), shape(cp, len(lengths), form)
     layout = lay_out(RequestColumns.of(requests, at), at, CONFIG)
     size = layout.max_tokens + 3
-    batch = build(StepLayout([layout], fit(layout, at, spare=3)), at)
+    batch = build_batch(step_layout([layout], fit(layout, at, spare=3)), at)
     seen = set()
     for k in range(cp):
         mine = slice(k * size, (k + 1) * size)
-        tokens, positions, slots = batch.tokens[mine], batch.positions[mine], batch.slots[mine]
+        tokens, positions, slots = batch.tokens[mine], batch.positions[mine], batch.slot_mapping[mine]
         count = int(batch.num_tokens[k])
         assert (slots[count:] >= at.cache.total_slots).all(), "padding is written nowhere, in any layer"
         covered = 0
@@ -96,7 +96,7 @@ def test_packed_keys_share_no_tile(lengths: list[tuple[int, int]], cp: int) -> N
     """128 keys from any request's start belong to it or are gaps, which read as zeros."""
     requests, at = make_requests(lengths), shape(cp, len(lengths), "expanded")
     layout = lay_out(RequestColumns.of(requests, at), at, CONFIG)
-    batch = build(StepLayout([layout], fit(layout, at)), at)
+    batch = build_batch(step_layout([layout], fit(layout, at)), at)
     owner = {page: i for i, request in enumerate(requests) for page in request.pages}
     rows = batch.expanded
     for b in np.flatnonzero(rows.kv_len):
@@ -108,8 +108,8 @@ def test_packed_keys_share_no_tile(lengths: list[tuple[int, int]], cp: int) -> N
 def test_pages_to_zero_are_those_that_the_step_begins_and_does_not_fill() -> None:
     at = shape(2, 4)
     requests = make_requests([(9, 0), (8, 0), (3, 2), (1, 8)])  # begins page 1; fills page 0; goes on; begins page 1
-    batch = build(
-        StepLayout([lay_out(RequestColumns.of(requests, at), at, CONFIG)], StepShape(16, 16, at.expanded_keys)), at
+    batch = build_batch(
+        step_layout([lay_out(RequestColumns.of(requests, at), at, CONFIG)], StepShape(16, 16, at.expanded_keys)), at
     )
     to_zero = [int(page) for page in batch.pages_to_zero if page < at.cache.total_pages]
     assert to_zero == [requests[0].pages[1], requests[3].pages[1]]
@@ -119,8 +119,8 @@ def test_sampling_goes_with_its_request() -> None:
     at = shape(2, 4)
     requests = make_requests([(1, 4), (30, 0), (2, 2)])
     requests[2] = dataclasses.replace(requests[2], sampling=None)
-    batch: Batch = build(
-        StepLayout([lay_out(RequestColumns.of(requests, at), at, CONFIG)], StepShape(32, 32, at.expanded_keys)), at
+    batch: Batch = build_batch(
+        step_layout([lay_out(RequestColumns.of(requests, at), at, CONFIG)], StepShape(32, 32, at.expanded_keys)), at
     )
     assert batch.sampling.position.tolist() == [5, 30, 0, 0]
     assert batch.sampling.seed[:2, 0].tolist() == [0, 1]
@@ -151,12 +151,12 @@ def test_every_token_goes_with_its_next_one(case: tuple[list[StepRequest], int],
     check_requests(RequestColumns.of(requests, at), at, CONFIG)
     layout = lay_out(RequestColumns.of(requests, at), at, CONFIG)
     size = layout.max_tokens + 2
-    batch = build(StepLayout([layout], fit(layout, at, spare=2)), at)
+    batch = build_batch(step_layout([layout], fit(layout, at, spare=2)), at)
     owner = {page: i for i, request in enumerate(requests) for page in request.pages}
     seen = 0
     for k in range(cp):
         for t in range(k * size, k * size + int(batch.num_tokens[k])):
-            request = requests[owner[int(batch.slots[t]) // PAGE]]
+            request = requests[owner[int(batch.slot_mapping[t]) // PAGE]]
             offset = int(batch.positions[t]) - request.num_computed_tokens
             known = len(request.tokens) - 1 - request.drafts
             end = -1 if request.next_token is None else request.next_token
@@ -190,8 +190,8 @@ def test_recycled_drafts_may_be_written_as_far_as_the_request_has_pages() -> Non
     requests[2] = dataclasses.replace(requests[2], pages=requests[2].pages[:2])
     requests[3] = dataclasses.replace(requests[3], sampling=None, next_token=5)
     check_requests(RequestColumns.of(requests, at), at, CONFIG)
-    batch = build(
-        StepLayout([lay_out(RequestColumns.of(requests, at), at, CONFIG)], StepShape(32, 32, at.expanded_keys)), at
+    batch = build_batch(
+        step_layout([lay_out(RequestColumns.of(requests, at), at, CONFIG)], StepShape(32, 32, at.expanded_keys)), at
     )
     assert batch.speculation is not None
     assert batch.speculation.writable_end.tolist() == [10, 11, 16, 8]
@@ -237,14 +237,14 @@ def test_a_step_that_is_too_small_is_refused() -> None:
     at = shape(2, 4, "expanded")
     layout = lay_out(RequestColumns.of(make_requests([(24, 0), (1, 30)]), at), at, CONFIG)
     assert (layout.max_tokens, layout.absorbed_tokens) == (13, 1)
-    build(StepLayout([layout], StepShape(13, 1, 128)), at)
+    build_batch(step_layout([layout], StepShape(13, 1, 128)), at)
     for step, message in (
         (StepShape(12, 1, 128), "a rank has 13 tokens, the step has room for 12"),
         (StepShape(13, 0, 128), "a rank has 1 tokens of absorbed rows, the step has room for 0"),
         (StepShape(13, 1, 0), "a rank has 128 expanded keys, the step has room for 0"),
     ):
         with pytest.raises(ValueError, match=message):
-            build(StepLayout([layout], step), at)
+            build_batch(step_layout([layout], step), at)
 
 
 GOOD = StepRequest([1, 2, 3], 6, [4, 5])

@@ -12,19 +12,19 @@ from hypothesis import strategies as st
 
 from jax_mla_cp.batch.arrays import Batch
 from jax_mla_cp.batch.columns import RequestColumns
-from jax_mla_cp.batch.layout import StepLayout, build, lay_out
+from jax_mla_cp.batch.layout import build_batch, lay_out
 from jax_mla_cp.batch.packing import DeviceBatch, pack
 from jax_mla_cp.batch.shapes import BatchShape, CacheShape, StepShape
 from jax_mla_cp.batch.step_request import SamplingParams, StepRequest
 from jax_mla_cp.mesh import MeshShape, declared_specs, make_mesh, on_devices
-from tests.helpers.synthetic import CONFIG
+from tests.helpers.synthetic import CONFIG, step_layout
 
 
 def batch(dp: int, cp: int, drafts: int, seed: int) -> Batch:
     """A step's arrays, filled with random bits: NaNs, infinities and negative zeros too."""
     shape = BatchShape(dp, cp, 2 * cp, 3, 16, CacheShape(2, 9, 8), draft_tokens=drafts)
     columns = RequestColumns.of([StepRequest([1, 2, 3], 4, [5], SamplingParams(seed=7))], shape)
-    made = build(StepLayout([lay_out(columns, shape, CONFIG)] * dp, StepShape(5, 5, 0)), shape)
+    made = build_batch(step_layout([lay_out(columns, shape, CONFIG)] * dp, StepShape(5, 5, 0)), shape)
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: rng.integers(0, 2**32, x.shape, np.uint32).view(x.dtype), made)
 
@@ -44,7 +44,7 @@ def test_each_device_unpacks_its_own(dp: int, cp: int, drafts: int, seed: int) -
         for ours, whole, spec in zip(
             jax.tree.leaves(got), jax.tree.leaves(host), jax.tree.leaves(declared_specs(host)), strict=True
         ):
-            ways, number = (dp, rank // cp) if spec == declared_specs(host).slots else (dp * cp, rank)
+            ways, number = (dp, rank // cp) if spec == declared_specs(host).slot_mapping else (dp * cp, rank)
             want = np.split(whole, ways)[number]
             assert ours.dtype == want.dtype
             np.testing.assert_array_equal(np.asarray(ours).view(np.int32), want.view(np.int32))

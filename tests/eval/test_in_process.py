@@ -75,14 +75,14 @@ def test_they_are_the_same_on_every_mesh(logprobs: Callable[..., list[np.ndarray
 def test_a_wrong_plan_is_noticed(logprobs: Callable[..., list[np.ndarray]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: with the ranks' first rows seeing one key less, the same run gives other numbers."""
     want = logprobs(None)
-    put = runner.put
+    to_devices = runner.to_devices
 
     def wrong(model: Any, batch: Batch) -> Batch:
         for rows in (batch.expanded, batch.absorbed):
             rows.kv_len[rows.kv_len > 1] -= 1
-        return put(model, batch)
+        return to_devices(model, batch)
 
-    monkeypatch.setattr(runner, "put", wrong)
+    monkeypatch.setattr(runner, "to_devices", wrong)
     logprobs.cache_clear()  # type: ignore[attr-defined]
     assert furthest(logprobs("tp=2,cp=2"), want) > 1e-3
     logprobs.cache_clear()  # type: ignore[attr-defined]

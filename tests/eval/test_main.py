@@ -67,7 +67,7 @@ def test_prompts_that_dont_fit_the_devices_are_refused(
 BAD = [
     (["--lengths", "1"], "--lengths: must be whole numbers from 2 to"),
     (["--lengths", "30"], "--lengths: fact and question take"),
-    (["--lengths", "512,512"], "--lengths: each once"),
+    (["--lengths", "512,512"], "--lengths: must be unique"),
     (["--lengths", "5x"], "--lengths: must be whole numbers (K may follow), got '5x'"),
     (["--lengths", "900K"], "positions, of which the answer takes 7. Use lengths of at most"),
     (["--depths", "1"], "--depths: must be whole numbers from 2 to 1000, got 1."),

@@ -44,18 +44,21 @@ def test_cuda_versions() -> None:
 @pytest.mark.parametrize("name", ["kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"])
 def test_missing_dims(name: str) -> None:
     config = dataclasses.replace(FITS, **{name: 32})
-    assert fa3.missing(config, jnp.bfloat16) == f"its kernels are for {name}={getattr(FITS, name)}, the model has 32"
+    assert (
+        fa3.unsupported_reason(config, jnp.bfloat16)
+        == f"its kernels are for {name}={getattr(FITS, name)}, the model has 32"
+    )
 
 
 def test_missing_dtype() -> None:
-    text = fa3.missing(FITS, jnp.float32)
+    text = fa3.unsupported_reason(FITS, jnp.float32)
     assert text is not None and "for bfloat16, the model runs in float32. Use dtype='bfloat16'" in text
 
 
 def test_missing_gpu() -> None:
     if jax.default_backend() != "cpu":
         pytest.skip("JAX runs on an accelerator")
-    text = fa3.missing(FITS, jnp.bfloat16)
+    text = fa3.unsupported_reason(FITS, jnp.bfloat16)
     assert text is not None and "need a Hopper GPU, JAX runs on cpu. Install with the extra cuda13 or cuda12" in text
 
 
@@ -70,7 +73,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, capability: str, built: int = 13000
 @pytest.mark.parametrize("capability", ["8.0", "9.0", "10.0"])
 def test_missing_capability(monkeypatch: pytest.MonkeyPatch, capability: str) -> None:
     pretend(monkeypatch, capability)
-    text: Any = fa3.missing(FITS, jnp.bfloat16)
+    text: Any = fa3.unsupported_reason(FITS, jnp.bfloat16)
     if capability == "9.0":
         assert text is None
     else:
@@ -79,13 +82,13 @@ def test_missing_capability(monkeypatch: pytest.MonkeyPatch, capability: str) ->
 
 def test_missing_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, "9.0", built=0, driver=0)
-    text: Any = fa3.missing(FITS, jnp.bfloat16)
+    text: Any = fa3.unsupported_reason(FITS, jnp.bfloat16)
     assert "built without CUDA" in text and "nvcc (CUDA 12.3 or newer)" in text and "JAX_MLA_CP_CUDA=1" in text
 
 
 def test_missing_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, "9.0", built=13000, driver=12080)
-    text: Any = fa3.missing(FITS, jnp.bfloat16)
+    text: Any = fa3.unsupported_reason(FITS, jnp.bfloat16)
     assert "built for CUDA 13.0, this machine's NVIDIA driver runs CUDA 12.8" in text
     assert "Update the driver, or install again with the nvcc of CUDA 12" in text
 
@@ -112,7 +115,7 @@ def test_missing_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jax_mla_cp._ffi", None)
     monkeypatch.delattr(jax_mla_cp, "_ffi")
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(platform="gpu", compute_capability="9.0")])
-    text: Any = fa3.missing(FITS, jnp.bfloat16)
+    text: Any = fa3.unsupported_reason(FITS, jnp.bfloat16)
     assert "the extension jax_mla_cp._ffi can't be loaded" in text and "C++ compiler" in text
     with pytest.raises(ConfigError, match="can't be loaded"):
         fa3.mla_prefill_expanded(jnp.zeros((1, 1, QUERY)), jnp.zeros((1, 1, QUERY + VALUE)), rows_of(1), scale=1.0)

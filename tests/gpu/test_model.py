@@ -81,7 +81,7 @@ def test_the_compiled_step_copies_nothing_around_the_calls() -> None:
     """Neither the cache, nor queries, keys, values or outputs of either form, nor the experts' stacked weights."""
     model = random_model(config=REAL_DIMS_CONFIG, dtype=jnp.dtype(jnp.bfloat16), attention="fa3")
     driver = Driver(model, page_size=64, max_model_len=512)
-    step = next(s for s in reversed(driver.planner.steps) if s.expanded_keys and s.absorbed_tokens < s.tokens)
+    step = next(s for s in reversed(driver.planner.step_shapes) if s.expanded_keys and s.absorbed_tokens < s.tokens)
     text = compile_step(driver.planner, step).as_text()
     heads, few = REAL_DIMS_CONFIG.num_heads, step.absorbed_tokens
     experts = (

@@ -25,7 +25,7 @@ from jax_mla_cp.model.build import EP_CHOICES, Build
 from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.grouped_matmul import resolve_grouped_matmul
 from jax_mla_cp.model.loaded_model import Model
-from jax_mla_cp.step.forward import put
+from jax_mla_cp.step.forward import to_devices
 from jax_mla_cp.step.planner import Planner
 from jax_mla_cp.step.results import RunnerOutput, StepResult
 from jax_mla_cp.step.runner import Runner
@@ -114,13 +114,13 @@ class OneBucket(Runner):
     @property
     def program(self) -> jax.stages.Compiled:
         """The largest: all of them with `form="absorbed"`, with "expanded" that with keys."""
-        return self._program(self.planner.steps[-1])
+        return self._program(self.planner.step_shapes[-1])
 
     def propose(self, batch: Batch) -> np.ndarray:
         """Runs a batch as it is: drafts [dp, I, d]."""
         model = self.planner.model
         program = self._program(step_of(self.planner, batch))
-        sampled, self._pages = program(model, self._pages, put(model, batch), self._bias_builder.neutral)
+        sampled, self._pages = program(model, self._pages, to_devices(model, batch), self._bias_builder.neutral)
         return np.asarray(sampled.drafts).reshape(self.dp, -1, self.draft_tokens)
 
     def poison(self) -> None:

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from jax_mla_cp.batch.arrays import Batch
+from jax_mla_cp.batch.layout import GroupLayout, StepLayout
 from jax_mla_cp.batch.shapes import StepShape
 from jax_mla_cp.batch.step_request import StepRequest
 from jax_mla_cp.config.model import ModelConfig
@@ -100,6 +101,12 @@ def tempered(model: Model) -> Model:
 def _shapes(build: Build) -> list[tuple[str, tuple[int, ...]]]:
     flat = jax.tree_util.tree_leaves_with_path(nnx.state(Decoder(build)), is_leaf=lambda p: isinstance(p, nnx.Param))
     return [(jax.tree_util.keystr(path), param.get_value().shape) for path, param in flat]
+
+
+def step_layout(groups: Sequence[GroupLayout], step: StepShape) -> StepLayout:
+    """A step of these groups, with the load of their plans."""
+    plans = [group.plan for group in groups]
+    return StepLayout(groups, step, sum(p.rank_tokens for p in plans), sum(p.rank_pairs() for p in plans))
 
 
 def step_of(planner: Planner, batch: Batch) -> StepShape:

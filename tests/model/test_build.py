@@ -15,7 +15,7 @@ from tests.helpers.synthetic import CONFIG, Driver, random_model
 
 def test_nothing_asks_for_the_devices_while_tracing(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = Driver(random_model(dtype=jnp.dtype(jnp.bfloat16)))
-    batch = driver.planner.sample_batch(driver.planner.steps[-1])
+    batch = driver.planner.dummy_batch(driver.planner.step_shapes[-1])
 
     def asked(*args: Any) -> Any:
         raise AssertionError("a module asked for the devices")

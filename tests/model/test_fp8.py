@@ -202,7 +202,7 @@ def test_the_step_dequantizes_a_layer_at_a_time() -> None:
     build = Build(c, fp8=True)
     model = Model(nnx.state(Decoder(build)), build, None)  # shapes are enough to compile for
     planner = Planner.create(model, cache_tokens=32, page_size=16)
-    program = compile_step(planner, planner.steps[-1])
+    program = compile_step(planner, planner.step_shapes[-1])
     stats: Any = program.memory_analysis()
     experts = 4 * c.n_routed_experts * 3 * c.hidden_size * c.moe_intermediate_size  # of a layer, in float32
     assert experts < stats.temp_size_in_bytes < 3 * experts, "of 8 layers"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jax_mla_cp.batch.step_request import StepRequest
-from jax_mla_cp.step.forward import forward, put
+from jax_mla_cp.step.forward import forward, to_devices
 from jax_mla_cp.step.runner import compile_step
 from tests.helpers.synthetic import CONFIG, Driver, random_model
 from tests.test_cache import copies_of
@@ -78,7 +78,7 @@ def test_a_wrong_plan_is_noticed(expected: list[np.ndarray]) -> None:
     batch = driver.planner.host_batch([[step_request]])
     for rows in (batch.expanded, batch.absorbed):
         rows.kv_len[rows.kv_len > 1] -= 1
-    logits, _ = forward(driver.model, driver.pages, put(driver.model, batch))
+    logits, _ = forward(driver.model, driver.pages, to_devices(driver.model, batch))
     assert np.abs(np.asarray(logits)[0, : CONFIG.vocab_size] - expected[0][0]).max() > 1e-3 * np.abs(expected[0]).max()
 
 
@@ -129,7 +129,7 @@ def test_a_neighbor_with_nan_latents_changes_nothing() -> None:
 @pytest.mark.parametrize("form", ["expanded", "absorbed"])
 def test_the_compiled_step_copies_no_cache(form: str) -> None:
     driver = Driver(random_model("tp=2,cp=2"), form=form)
-    program = compile_step(driver.planner, driver.planner.steps[-1])
+    program = compile_step(driver.planner, driver.planner.step_shapes[-1])
     shape = driver.pages.shape
     assert not copies_of(program.as_text(), shape)
     stats = program.memory_analysis()
@@ -139,8 +139,8 @@ def test_the_compiled_step_copies_no_cache(form: str) -> None:
 def test_no_layer_slices_the_experts_weights() -> None:
     """The scan over layers slices every other parameter of a layer; a kernel would be given a copy of such a slice."""
     driver = Driver(random_model())
-    batch = driver.planner.sample_batch(driver.planner.steps[-1])
-    text = jax.jit(forward).lower(driver.model, driver.pages, put(driver.model, batch)).as_text()
+    batch = driver.planner.dummy_batch(driver.planner.step_shapes[-1])
+    text = jax.jit(forward).lower(driver.model, driver.pages, to_devices(driver.model, batch)).as_text()
     c = CONFIG
 
     def slices(*shape: int) -> int:
@@ -154,7 +154,7 @@ def test_no_layer_slices_the_experts_weights() -> None:
 def test_collectives_are_the_ones_designed() -> None:
     """Per layer: one all-gather (the latents, over cp) and all-reduces over tp; nothing else grows with the tokens."""
     driver = Driver(random_model("tp=2,cp=2"), form="expanded")
-    step = driver.planner.steps[-1]
+    step = driver.planner.step_shapes[-1]
     text = compile_step(driver.planner, step).as_text()
     gathers = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather(?:-start)?\(", text)
     latents = f"{2 * step.tokens},{CONFIG.latent_dim}"

@@ -194,7 +194,7 @@ def test_each_device_gets_its_places(mesh: str | None, drafts: int) -> None:
             for i, bias in enumerate(mine):
                 if bias is None:
                     continue
-                place = (group * 4 + i) * shape.samples
+                place = (group * 4 + i) * shape.samples_per_request
                 want[0][place, bias.tokens], want[1][place, bias.tokens] = bias.add, bias.scale
                 want[2][place] = 0xFFFFFFFF if bias.mask is None else bias.mask
                 want[3][place] = True

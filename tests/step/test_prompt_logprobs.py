@@ -197,6 +197,10 @@ def test_a_step_without_scores_samples_the_same() -> None:
 
 def test_the_grid_has_a_scoring_program_for_each_bucket() -> None:
     planner = runner(None).planner
-    (step,) = planner.prompt_logprobs_steps
-    assert step.scored and step not in planner.steps and dataclasses.replace(step, scored=False) == planner.steps[-1]
-    assert runner(None).grid.startswith(f"{len(planner.steps) + 1} programs")
+    (step,) = planner.prompt_logprobs_shapes
+    assert (
+        step.scored
+        and step not in planner.step_shapes
+        and dataclasses.replace(step, scored=False) == planner.step_shapes[-1]
+    )
+    assert runner(None).grid.startswith(f"{len(planner.step_shapes) + 1} programs")

@@ -103,7 +103,7 @@ def chunks(steps: OneBucket, *, shift: int = 0) -> tuple[np.ndarray, list[list[i
 def test_latents_and_drafts_are_the_references(mesh: str | None, ep: str, draft_tokens: int, form: Form) -> None:
     """On every device. The latents of recycled states follow from the layer's whole output."""
     steps = runner(mesh, ep, draft_tokens, form)
-    assert (steps.planner.steps[-1].expanded_keys > 0) == (form == "expanded")
+    assert (steps.planner.step_shapes[-1].expanded_keys > 0) == (form == "expanded")
     drafts, pages = chunks(steps)
     compare(steps, steps.dp - 1, pages[1], PROMPTS[1], drafts[0])
     compare(steps, steps.dp - 1, pages[0], PROMPTS[0][:15], drafts[1])
@@ -224,10 +224,10 @@ def test_next_tokens_need_no_collective() -> None:
     tokens = 3 * steps.planner.buckets[-1]
     latents = [f"f32[{tokens},{c.latent_dim}]"] * 2 + [f"f32[{shape.max_requests},{c.latent_dim}]"]
     share = shape.max_requests // 3
-    logits = [f"f32[{n},{c.vocab_size}]" for n in (share * shape.samples, share, share)]
-    assert sorted(gathers) == sorted([*latents, *logits, f"s32[{shape.max_requests},{shape.samples}]"])
+    logits = [f"f32[{n},{c.vocab_size}]" for n in (share * shape.samples_per_request, share, share)]
+    assert sorted(gathers) == sorted([*latents, *logits, f"s32[{shape.max_requests},{shape.samples_per_request}]"])
     scatters = re.findall(r"= (\w+\[[\d,]*\])\S* reduce-scatter\(", text)
-    assert sorted(scatters) == sorted([f"f32[{n},{c.hidden_size}]" for n in (share, share * shape.samples)])
+    assert sorted(scatters) == sorted([f"f32[{n},{c.hidden_size}]" for n in (share, share * shape.samples_per_request)])
     assert not re.search(r"all-to-all|collective-permute", text)
 
 

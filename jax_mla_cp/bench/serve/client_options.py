@@ -123,15 +123,15 @@ _EPILOG = """examples:
     --prompt-tokens lognormal:512:0.8:4096 --output-tokens 16-256 --goodput ttft:2s,itl:100ms --picture load.png
 
 method: times of sending, lengths and prompts follow from --seed before the first request is sent, and no answer delays a
-later request. Every time counts from the moment at which a request was to be sent: waiting for --concurrency, or for a client
-that can't keep up, is part of its TTFT (`sent late` tells how much). Prompts are cut from documentation as token ids, made by
+later request. All latencies are measured from the planned send time: waiting for --concurrency, or for a client that
+can't keep up, is part of TTFT (`sent late` reports it). Prompts are cut from documentation as token ids, made by
 the server's own /tokenize, and as words where it has none. Every request is greedy, streams, goes over a connection of its own,
-and asks for its output tokens whatever the model says (ignore_eos). ITL are the gaps between the chunks that carry tokens.
+and generates all of its output tokens (ignore_eos). ITL are the gaps between the chunks that carry tokens.
 
-goodput: requests that kept every bound, and how many of those a second: ttft and e2e from the planned time, tpot the mean gap,
-itl the longest gap of the request. A request that failed kept none.
+goodput: requests that meet every SLO, in all and per second: ttft and e2e from the planned time, tpot the mean gap, itl the
+longest gap of the request. A failed request meets none.
 
-exit code: 0 done; 1 no request succeeded; 2 a setting that can't work, or no such server; 130 Ctrl-C, after the tables
+exit code: 0 done; 1 no request succeeded; 2 invalid option, or no such server; 130 Ctrl-C, after the tables
 """
 
 
@@ -139,23 +139,25 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of `python -m jax_mla_cp.bench serve`: a namespace of the fields that were given."""
     p = Parser(
         prog="python -m jax_mla_cp.bench serve",
-        description="Load on a running OpenAI server (this one, SGLang, vLLM): latencies and throughput of /v1/completions.",
+        description="Load test of a running OpenAI server (this one, SGLang, vLLM): latencies and throughput of /v1/completions.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,  # the defaults are ClientOptions'
         allow_abbrev=False,
     )
     server = p.add_argument_group("server")
-    server.add_argument("--base-url", metavar="URL", required=True, help="with its /v1")
-    server.add_argument("--model", metavar="NAME", help="one of the server's models (default: its only one)")
+    server.add_argument("--base-url", metavar="URL", required=True, help="base URL of the server, with /v1")
+    server.add_argument("--model", metavar="NAME", help="model to use (default: the server's only one)")
     server.add_argument(
         "--api-key-env",
         metavar="NAME",
-        help="the environment variable that holds the API key (default: no key is sent)",
+        help="environment variable with the API key (default: no key is sent)",
     )
-    server.add_argument("--timeout", metavar="S", type=real_number, help="seconds for one answer (default: 600)")
+    server.add_argument(
+        "--timeout", metavar="S", type=real_number, help="timeout per request in seconds (default: 600)"
+    )
     load = p.add_argument_group("load")
-    load.add_argument("--requests", metavar="N", type=whole_number, help="default: 100")
+    load.add_argument("--requests", metavar="N", type=whole_number, help="number of requests (default: 100)")
     load.add_argument(
         "--rate", metavar="R", type=real_number, help="requests per second, or inf: all at once (default: 1)"
     )
@@ -167,24 +169,31 @@ def make_parser() -> argparse.ArgumentParser:
         "(default: 1)",
     )
     load.add_argument(
-        "--concurrency", metavar="N", type=whole_number, help="most requests at a time (default: no limit)"
+        "--concurrency",
+        metavar="N",
+        type=whole_number,
+        help="maximum number of concurrent requests (default: no limit)",
     )
     load.add_argument(
-        "--prompt-tokens", metavar="DIST", help="N, LOW-HIGH or lognormal:MEDIAN:SIGMA:MOST (default: 512)"
+        "--prompt-tokens",
+        metavar="DIST",
+        help="prompt lengths: N, LOW-HIGH or lognormal:MEDIAN:SIGMA:MAX (default: 512)",
     )
-    load.add_argument("--output-tokens", metavar="DIST", help="the same, of the answers (default: 64)")
+    load.add_argument("--output-tokens", metavar="DIST", help="output lengths, as --prompt-tokens (default: 64)")
     load.add_argument(
         "--shared-prefix",
         metavar="TOKENS:GROUPS",
         help="shared prefixes: each prompt starts with one of GROUPS texts of TOKENS tokens (default: none)",
     )
-    load.add_argument("--seed", metavar="N", type=whole_number, help="of times, lengths and prompts (default: 0)")
+    load.add_argument(
+        "--seed", metavar="N", type=whole_number, help="random seed for times, lengths and prompts (default: 0)"
+    )
     out = p.add_argument_group("results")
     out.add_argument(
-        "--goodput", metavar="NAME:TIME,..", help=f"count the requests that keep bounds on {', '.join(GOALS)}"
+        "--goodput", metavar="NAME:TIME,..", help=f"count the requests that meet these SLOs: {', '.join(GOALS)}"
     )
-    out.add_argument("--json", metavar="FILE", type=path, help="the tables, and every request, as JSON")
+    out.add_argument("--json", metavar="FILE", type=path, help="write the tables and every request as JSON")
     out.add_argument(
-        "--picture", metavar="FILE", type=path, help="latencies and requests in flight: .png, .pdf or .svg"
+        "--picture", metavar="FILE", type=path, help="draw latencies and requests in flight: .png, .pdf or .svg"
     )
     return p

@@ -26,7 +26,7 @@ class Lengths:
 
     @classmethod
     def parse(cls, field: str, text: str) -> Lengths:
-        """Parses N, LOW-HIGH or lognormal:MEDIAN:SIGMA:MOST.
+        """Parses N, LOW-HIGH or lognormal:MEDIAN:SIGMA:MAX.
 
         Raises:
           ConfigError: it is none of these.
@@ -46,7 +46,7 @@ class Lengths:
         if not (valid and 1 <= found.low <= found.high <= 1 << 24):
             raise ConfigError(
                 field,
-                f"must be N, LOW-HIGH or lognormal:MEDIAN:SIGMA:MOST, from 1 token to 16M, with a sigma above 0 and at most "
+                f"must be N, LOW-HIGH or lognormal:MEDIAN:SIGMA:MAX, from 1 token to 16M, with a sigma above 0 and at most "
                 f"4, got {text!r}. Use e.g. 512, 100-2000 or lognormal:512:0.8:4096.",
             )
         return found
