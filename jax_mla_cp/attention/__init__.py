@@ -1,4 +1,4 @@
-"""Causal attention behind one seam: rows in, outputs out. Prefill, chunked prefill, decode and verification are all rows."""
+"""Causal attention: one interface over FlashAttention-3 and XLA. Prefill, chunked prefill, decode and verification are all rows."""
 
 from __future__ import annotations
 
