@@ -57,7 +57,7 @@ def setup(platform: Platform, devices: int) -> Literal["cpu", "cuda"]:
     except RuntimeError as error:
         raise ConfigError(
             "platform",
-            f"JAX finds no GPU ({str(error).splitlines()[0]}). "
+            f"cuda needs a GPU, and JAX finds none ({str(error).splitlines()[0]}). "
             "Install jax-mla-cp[cuda13] or [cuda12], or use platform='cpu'.",
         ) from error
     return "cuda"

@@ -63,7 +63,7 @@ def test_speculation_changes_no_token() -> None:
     steps = OneBucket(speculative("tp=2,cp=2", attention="fa3", **REAL_DIMS), 2, page=64)
     got = generate(steps, prompts, 9)
     assert got.tokens == want.tokens
-    assert got.speculation is not None and 0 < got.speculation.accepted < got.speculation.drafted
+    assert got.speculation is not None and 0 < got.speculation.num_accepted < got.speculation.num_drafts
     calls = re.findall(r'custom_call_target="(mla_\w+)"', steps.program.as_text())
     assert calls == ["mla_decode"] * 3
 

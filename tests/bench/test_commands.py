@@ -250,7 +250,7 @@ def test_as_a_user_runs_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["attention"], "--platform cuda: JAX finds no GPU"),
+        (["attention"], "--platform: cuda needs a GPU, and JAX finds none"),
         (["model", "--platform", "cpu"], "--model tiny"),
         (["attention", "--seq", "1G"], "must be whole numbers"),
         (["decode", "--shapes", "64"], "REQUESTSxCONTEXT"),

@@ -230,6 +230,6 @@ def test_quantized_checkpoints_and_the_mtp_layer(tmp_path: Path, kind: str, weig
     assert convert(tmp_path / "hf", out, progress=False).skipped > 0, "it resumes with the same choice"
     other: Literal["bf16", "fp8"] = "bf16" if kept == "fp8" else "fp8"
     with pytest.raises(
-        mla.ConfigError, match=f"--weights {other}: .* was converted with {kept} weights.*--weights {other}"
+        mla.ConfigError, match=f"weights: .* was converted with {kept} weights, got '{other}'.*--weights {other}"
     ):
         mla.load(out, weights=other)

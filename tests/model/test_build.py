@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import pytest
 
 from jax_mla_cp.launch import plan_build
-from jax_mla_cp.step.forward import forward
+from jax_mla_cp.step.forward import forward, to_devices
 from tests.helpers.synthetic import CONFIG, Driver, random_model
 
 
 def test_nothing_asks_for_the_devices_while_tracing(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = Driver(random_model(dtype=jnp.dtype(jnp.bfloat16)))
-    batch = driver.planner.dummy_batch(driver.planner.step_shapes[-1])
+    batch = to_devices(driver.model, driver.planner.dummy_batch(driver.planner.step_shapes[-1]))
 
     def asked(*args: Any) -> Any:
         raise AssertionError("a module asked for the devices")
