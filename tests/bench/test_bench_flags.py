@@ -42,7 +42,7 @@ def test_examples_can_be_typed(command: str, line: str, monkeypatch: pytest.Monk
     [
         ("attention", "--samples N samples per row (default: 10)"),
         ("load", "--samples N samples per row (default: 3)"),
-        ("host", "cpu only tries the program, with small sizes (default: cpu)"),
+        ("host", "cpu: smoke test with small sizes (default: cpu)"),
         ("scaling", "tiny (default: deepseek_v2_lite)"),
         ("scaling", "(default: tp=1,cp=1 tp=1,cp=2 tp=2,cp=1)"),
         ("scaling", "expanded,absorbed (default: expanded)"),

@@ -106,7 +106,7 @@ def test_deepseek_v2_routes_by_its_own_keys() -> None:
         ModelConfig.from_hf(v2 | {"num_experts_per_tok": 5})
     singles = ModelConfig.from_hf(v2 | {"n_group": 8, "topk_group": 3})  # a group's score is one expert's
     assert singles.n_group == singles.n_routed_experts
-    with pytest.raises(ConfigError, match="topk_method='greedy' knows no groups: n_group must be 1, got 4"):
+    with pytest.raises(ConfigError, match="topk_method='greedy' does not use expert groups: n_group must be 1, got 4"):
         dataclasses.replace(read, topk_method="greedy")
 
 

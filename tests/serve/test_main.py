@@ -184,7 +184,7 @@ BAD = [
     (["--max-model-len", "30000"], "20480 positions"),
     (["--max-model-len", "500", "--kv-pages", "2"], "2 pages of 64 hold 128 tokens"),
     (["--attention", "fa3"], "--attention: fa3 can't run: its kernels are for bfloat16, the model runs in float32"),
-    (["--platform", "cuda"], "finds no GPU"),
+    (["--platform", "cuda"], "cuda needs a GPU"),
     (["--ep-axes", "cp"], "--ep-axes"),
     (["--dtype", "float16"], "--dtype"),
     (["--weights", "int8"], "--weights: must be one of auto | bf16 | fp8"),

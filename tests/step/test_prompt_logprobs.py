@@ -186,7 +186,7 @@ def test_a_step_without_scores_samples_the_same() -> None:
         c=StepRequest(C, 0, (), DRAWN), a=StepRequest(A[:21], 0, (), next_token=A[21]), b=StepRequest(B, 0, (), GREEDY)
     )
     for name, outcome in plain.items():
-        assert outcome.scored is None
+        assert outcome.prompt_logprobs is None
         assert [s.token for s in outcome.sampled] == [s.token for s in played(None)[0][name].sampled]
         for ours, theirs in zip(outcome.sampled, played(None)[0][name].sampled, strict=True):
             np.testing.assert_allclose(ours.logprob, theirs.logprob, atol=1e-6)
@@ -199,8 +199,8 @@ def test_the_grid_has_a_scoring_program_for_each_bucket() -> None:
     planner = runner(None).planner
     (step,) = planner.prompt_logprobs_shapes
     assert (
-        step.scored
+        step.prompt_logprobs
         and step not in planner.step_shapes
-        and dataclasses.replace(step, scored=False) == planner.step_shapes[-1]
+        and dataclasses.replace(step, prompt_logprobs=False) == planner.step_shapes[-1]
     )
     assert runner(None).grid.startswith(f"{len(planner.step_shapes) + 1} programs")
