@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from jax_mla_cp import launch
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.launch import LaunchOptions
 
@@ -41,3 +42,13 @@ def test_speculation_drafts_one_token_by_default() -> None:
 def test_a_model_is_named_after_its_directory() -> None:
     assert LaunchOptions().model_name == "jax-mla-cp-tiny"
     assert LaunchOptions(model=Path("/models/Deep Seek V3")).model_name == "Deep-Seek-V3"
+
+
+def test_a_model_without_the_layer_is_told_in_the_options_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: Any, **given: Any) -> None:
+        assert given["mtp"]
+        raise ConfigError("mtp", "the model has no layer for multi-token prediction.")
+
+    monkeypatch.setattr(launch, "load", load)
+    with pytest.raises(ConfigError, match=r"speculative: the model has no layer for multi-token prediction\."):
+        launch.load_model(LaunchOptions(speculative="mtp"))
