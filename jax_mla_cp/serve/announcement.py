@@ -18,7 +18,7 @@ def announcement(
 
     Args:
       host: the address that the server listens on.
-      seconds: since the process started.
+      seconds: that starting the devices and loading the model took.
       needs_key: clients must send an API key.
       key_file: where the keys are; None: in the environment.
     """
@@ -46,4 +46,4 @@ def _shell_key(key_file: Path | None) -> str:
     """A shell expression for the first key, inside double quotes: the key itself is never printed."""
     if key_file is None:
         return f"${KEY_VARIABLE}"
-    return f"$(grep -m1 '^[^#]' {shlex.quote(str(key_file))})"
+    return f"$(grep -m1 '^[[:space:]]*[^#[:space:]]' {shlex.quote(str(key_file))} | tr -d '[:space:]')"

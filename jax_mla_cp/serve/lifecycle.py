@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from jax_mla_cp.serve.connection import Connection
 from jax_mla_cp.serve.errors import unavailable
 from jax_mla_cp.serve.limits import MAX_HEADER_BYTES
-from jax_mla_cp.serve.security import OPEN_PATHS
+from jax_mla_cp.serve.security import is_open
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,10 @@ class DrainState:
         self.draining = False
 
 
+_WATCHED = frozenset({"/metrics", "/status"})
+"""Monitoring, which is answered during the drain too."""
+
+
 class RejectWhileDraining:
     """ASGI middleware: answers 503 during the drain, so that load balancers use another server."""
 
@@ -60,7 +64,7 @@ class RejectWhileDraining:
         self._drain = drain
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exempt = scope["type"] != "http" or scope["path"] in OPEN_PATHS or scope["path"] == "/metrics"
+        exempt = scope["type"] != "http" or is_open(scope["path"]) or scope["path"] in _WATCHED
         if self._drain.draining and not exempt:
             error = unavailable("The server is shutting down and accepts no new requests.", "stopping")
             await error.response()(scope, receive, send)

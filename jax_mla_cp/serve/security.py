@@ -21,10 +21,8 @@ from jax_mla_cp.serve.server_flags import KEY_VARIABLE
 
 log = logging.getLogger(__name__)
 
-OPEN_PATHS = frozenset({"/", "/health", "/ready", "/version"})
-"""Paths that need no key: what load balancers poll, and the status page without its data."""
-
-OPEN_FOLDER = "/page/"
+_OPEN_PATHS = frozenset({"/", "/health", "/ready", "/version"})
+_OPEN_FOLDER = "/page/"
 """The status page's scripts and styles, the same in every installation."""
 
 _SHORTEST_KEY = 16
@@ -69,7 +67,7 @@ def read_keys(file: Path | None, environment: Mapping[str, str]) -> ApiKeys | No
         return None
     keys: set[str] = set()
     for source, text in sources:
-        found = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+        found = [key for line in text.splitlines() if (key := line.strip()) and not key.startswith("#")]
         if not found:
             raise ConfigError(source, f"has no key. {_MAKE_ONE}")
         for number, key in enumerate(found, 1):
@@ -83,8 +81,13 @@ def read_keys(file: Path | None, environment: Mapping[str, str]) -> ApiKeys | No
     return ApiKeys(keys)
 
 
+def is_open(path: str) -> bool:
+    """True for paths that need no key: what load balancers poll, and the status page without its data."""
+    return path in _OPEN_PATHS or path.startswith(_OPEN_FOLDER)
+
+
 class RequireApiKey:
-    """ASGI middleware: rejects requests without a valid key, except for `OPEN_PATHS`, `OPEN_FOLDER` and CORS preflights."""
+    """ASGI middleware: rejects requests without a valid key, except for open paths (`is_open`) and CORS preflights."""
 
     def __init__(self, app: ASGIApp, keys: ApiKeys):
         self._app = app
@@ -92,8 +95,7 @@ class RequireApiKey:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "")
-        is_open = path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
-        if scope["type"] != "http" or scope["method"] == "OPTIONS" or is_open:
+        if scope["type"] != "http" or scope["method"] == "OPTIONS" or is_open(path):
             await self._app(scope, receive, send)
             return
         given = [value for name, value in scope["headers"] if name == b"authorization"]

@@ -17,7 +17,7 @@ from jax_mla_cp.serve.middleware import MiddlewareStack
 from jax_mla_cp.serve.security import read_keys, tls_settings
 from tests.helpers.echo_server import running, write
 
-KEYS = "# ours\n\n  first-key-0123456789\nsecond-key-0123456789\n"
+KEYS = "# ours\n  # indented\n   \n  first-key-0123456789\nsecond-key-0123456789\n"
 
 
 def command(text: str) -> str:

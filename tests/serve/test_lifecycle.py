@@ -88,7 +88,7 @@ def test_a_drain_finishes_what_runs_and_refuses_what_is_new() -> None:
         reader, texts = streaming(server)
         server.server.begin_drain()
         assert httpx.get(f"{server.url}/ready").status_code == 503
-        for path in ("/health", "/version", "/metrics"):
+        for path in ("/health", "/version", "/metrics", "/status", "/", "/page/main.js", "/page/style.css"):
             assert httpx.get(server.url + path).status_code == 200, "nobody should kill it now, and it is watched"
         assert httpx.get(f"{server.url}/v1/models").status_code == 503
         refused = httpx.post(f"{server.url}/v1/completions", json=BODY)

@@ -126,7 +126,7 @@ def test_a_preflight_needs_no_key_and_only_known_origins_pass(guarded: Running) 
 
 
 def test_keys_from_file_and_environment(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    file = write(tmp_path / "keys", f"# ours\n{KEYS[0]}\n\n  {KEYS[1]}\r\n")
+    file = write(tmp_path / "keys", f"# ours\n  # indented\n{KEYS[0]}\n\n  {KEYS[1]}\r\n")
     keys = read_keys(file, {"JAX_MLA_CP_API_KEY": f"{KEYS[2]}\n{KEYS[0]}"})
     assert keys is not None and len(keys) == 3
     assert all(keys.allow(key.encode()) for key in KEYS) and not keys.allow(b"# ours")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from importlib import resources
 
@@ -32,7 +33,7 @@ class StaticFile:
     body: bytes
     content_type: str
 
-    @property
+    @functools.cached_property
     def etag(self) -> str:
         return f'"{hashlib.sha256(self.body).hexdigest()[:32]}"'
 
