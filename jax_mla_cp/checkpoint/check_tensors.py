@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from jax_mla_cp.checkpoint.errors import CheckpointError
-from jax_mla_cp.checkpoint.huggingface import expected_shapes
+from jax_mla_cp.checkpoint.huggingface import expected_shapes, mtp_marker
 from jax_mla_cp.checkpoint.parameter import Parameter
 from jax_mla_cp.checkpoint.tensor_source import TensorSource
 from jax_mla_cp.config.model import ModelConfig
@@ -111,7 +111,7 @@ def _unused(names: set[str], config: ModelConfig) -> set[str]:
     error.
     """
     layer, prefix = config.num_layers, config.weight_prefix
-    while f"{prefix}model.layers.{layer}.eh_proj.weight" in names:
+    while mtp_marker(config, layer) in names:
         layer += 1
     extra = {
         name

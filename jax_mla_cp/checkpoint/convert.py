@@ -31,7 +31,7 @@ from orbax.checkpoint import v1 as ocp
 from jax_mla_cp.checkpoint.check_tensors import check_tensors
 from jax_mla_cp.checkpoint.directories import alone, check_directories, check_room, check_same
 from jax_mla_cp.checkpoint.errors import CheckpointError
-from jax_mla_cp.checkpoint.huggingface import mtp_marker
+from jax_mla_cp.checkpoint.huggingface import has_mtp
 from jax_mla_cp.checkpoint.orbax import (
     MANIFEST,
     WEIGHTS,
@@ -117,7 +117,7 @@ def _plan(
 ) -> tuple[list[Parameter], dict[str, StoredArray]]:
     """The parameters without a mesh, and their stored form, in the dtypes of the checkpoint's tensors; bfloat16 if dequantized."""
     fp8 = weights == "fp8" or (weights == "auto" and config.quantization is not None)
-    mtp = bool(config.num_mtp_layers) and mtp_marker(config) in set(tensors.names())
+    mtp = has_mtp(config, set(tensors.names()))
     declared = dict(
         nnx.to_flat_state(nnx.state(Decoder(Build(config, dtype=jnp.dtype(jnp.bfloat16), fp8=fp8, mtp=mtp))))
     )

@@ -7,7 +7,7 @@ layers and experts are stacked.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import numpy as np
@@ -77,9 +77,14 @@ def _mtp(c: ModelConfig) -> dict[str, tuple[TensorMapping, ...]]:
     } | {f"mtp.layer.{path}": mappings for path, mappings in (_attention(c) | mlp).items()}
 
 
-def mtp_marker(config: ModelConfig) -> str:
-    """The name of a tensor that only the (first) MTP layer has."""
-    return f"{config.weight_prefix}model.layers.{config.num_layers}.eh_proj.weight"
+def mtp_marker(config: ModelConfig, layer: int) -> str:
+    """The name of a tensor that a layer has only if it is an MTP layer."""
+    return f"{config.weight_prefix}model.layers.{layer}.eh_proj.weight"
+
+
+def has_mtp(config: ModelConfig, names: Container[str]) -> bool:
+    """True if a checkpoint with these tensors has the MTP layer that its config names."""
+    return config.num_mtp_layers > 0 and mtp_marker(config, config.num_layers) in names
 
 
 def _attention(c: ModelConfig) -> dict[str, tuple[TensorMapping, ...]]:

@@ -24,6 +24,7 @@ from rich.table import Column, Table
 
 from jax_mla_cp.checkpoint.check_tensors import check_tensors
 from jax_mla_cp.checkpoint.errors import CheckpointError
+from jax_mla_cp.checkpoint.huggingface import has_mtp
 from jax_mla_cp.checkpoint.orbax import ConvertedCheckpoint, is_converted
 from jax_mla_cp.checkpoint.parameter import Parameter
 from jax_mla_cp.checkpoint.progress_bar import progress_bar
@@ -100,7 +101,7 @@ def inspect(
         tensors = [_Tensor(name, source.shape(name), source.dtype(name)) for name in source.names()]
         files = len(source.files)
         if config:
-            variables = nnx.to_flat_state(nnx.state(Decoder(Build(config))))
+            variables = nnx.to_flat_state(nnx.state(Decoder(Build(config, mtp=has_mtp(config, set(source.names()))))))
             parameters = [Parameter.from_variable(path, variable, config, None) for path, variable in variables]
             _collect(problems, lambda: check_tensors(hf, config, parameters))
     report: dict[str, Any] = {

@@ -16,6 +16,7 @@ import jax_mla_cp as mla
 from jax_mla_cp.checkpoint import CheckpointError, ConvertedCheckpoint
 from jax_mla_cp.checkpoint.__main__ import main
 from jax_mla_cp.checkpoint.convert import convert
+from jax_mla_cp.default_model import DIRECTORY
 from jax_mla_cp.launch import config_and_tokenizer
 from tests.helpers.converted import chunks, flip, stop_after
 
@@ -47,6 +48,18 @@ def test_inspect_finds_damage(out: Path, capsys: pytest.CaptureFixture[str]) -> 
     (out / "jax_mla_cp.json").unlink()
     assert main(["inspect", str(out)]) == 1
     assert "jax_mla_cp.json: missing" in capsys.readouterr().err
+
+
+def test_inspect_checks_the_mtp_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = Path(shutil.copytree(DIRECTORY, tmp_path / "bad"))
+    assert inspect(str(bad), capsys=capsys)[0] == 0
+    for shard in bad.glob("*.safetensors"):
+        tensors = load_file(shard)
+        for name in [name for name in tensors if name.endswith("hnorm.weight")]:
+            tensors[name] = tensors[name][:-1].contiguous()
+            save_file(tensors, shard)
+    code, report = inspect(str(bad), capsys=capsys)
+    assert code == 1 and len(report["problems"]) == 1 and "hnorm.weight" in report["problems"][0]
 
 
 def test_inspect_finds_numbers_that_are_none(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
