@@ -161,8 +161,8 @@ class LaunchOptions:
     """Model, devices, cache and schedule: the options that the programs share. A field is the flag of the same name.
 
     Raises:
-      ConfigError: a number out of bounds, or options that exclude each other. The functions that take named choices check
-        them: `load`, `Planner.create`, `platform.setup`.
+      ConfigError: a number out of bounds, or options that exclude each other. The functions that take the other named choices
+        check them: `load`, `Planner.create`, `platform.setup`.
     """
 
     model: Path | None = None
@@ -191,6 +191,7 @@ class LaunchOptions:
     """A directory, "auto" (`platform.default_compile_cache`) or "off"."""
 
     def __post_init__(self) -> None:
+        check_choice("speculative", self.speculative, get_args(Speculative))
         check_whole("page_size", self.page_size, 1, 65536)
         check_whole("prefill_chunk", self.prefill_chunk, 1, _INT32_MAX)
         check_whole("max_running", self.max_running, 1, 4096)

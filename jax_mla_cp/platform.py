@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
-from jax_mla_cp.config.errors import ConfigError
+from jax_mla_cp.config.errors import ConfigError, check_choice
 from jax_mla_cp.version import package_version
 
 Platform = Literal["auto", "cpu", "cuda"]
@@ -34,11 +34,12 @@ def setup(platform: Platform, devices: int) -> Literal["cpu", "cuda"]:
     the memory fraction. README.md lists what is set.
 
     Raises:
-      ConfigError: JAX has started already, or "cuda" on a machine without a GPU that JAX can use.
+      ConfigError: another platform, JAX has started already, or "cuda" on a machine without a GPU that JAX can use.
     """
     import jax
     from jax._src import xla_bridge
 
+    check_choice("platform", platform, get_args(Platform))
     if xla_bridge.backends_are_initialized():
         raise ConfigError("platform", "JAX has started already; set up the platform before its first use.")
     if platform == "auto":

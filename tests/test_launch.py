@@ -20,6 +20,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"memory_fraction": 1.5}, "memory_fraction: must be above 0 and at most 1, got 1.5"),
     ({"memory_fraction": float("nan")}, "memory_fraction: must be above 0"),
     ({"compile_cache": ""}, "compile_cache: must be a directory"),
+    ({"speculative": "mpt"}, "speculative: must be one of off | mtp, got 'mpt'. Did you mean mtp?"),
     ({"draft_tokens": 2}, "draft_tokens: without speculation there are no drafts. Add speculative='mtp'."),
     ({"draft_tokens": 5, "speculative": "mtp"}, "draft_tokens: must be a whole number from 1 to 4, got 5"),
     ({"draft_tokens": 0, "speculative": "mtp"}, "draft_tokens: must be a whole number from 1 to 4, got 0"),

@@ -9,6 +9,7 @@ import pytest
 from jax._src import xla_bridge
 
 from jax_mla_cp import platform
+from jax_mla_cp.config.errors import ConfigError
 
 HIDING = "--xla_gpu_enable_latency_hiding_scheduler"
 
@@ -45,3 +46,9 @@ def test_cpu(fresh: dict[str, object]) -> None:
     assert platform.setup("cpu", 8) == "cpu"
     assert os.environ["XLA_FLAGS"] == "--xla_cpu_collective_call_terminate_timeout_seconds=3600"
     assert fresh == {"jax_platforms": "cpu", "jax_num_cpu_devices": 8}
+
+
+def test_an_unknown_platform(fresh: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=r"platform: must be one of auto \| cpu \| cuda, got 'tpu'"):
+        platform.setup("tpu", 1)  # type: ignore[arg-type]
+    assert not fresh
