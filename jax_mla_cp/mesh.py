@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import numpy as np
@@ -21,7 +21,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_mla_cp.config.errors import ConfigError
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 T = TypeVar("T")
+D = TypeVar("D", bound="DataclassInstance")
 
 DP, CP, TP = "dp", "cp", "tp"
 AXES = (DP, CP, TP)
@@ -175,7 +179,7 @@ def vary_like(x: T, *like: Any) -> T:
     return jax.tree.map(cast, x)
 
 
-def declared_specs(x: T) -> T:
+def declared_specs(x: D) -> D:
     """The PartitionSpec of each array of a dataclass, as its fields declare them in their metadata ("spec").
 
     A field's spec is that of all arrays in it; a field that is None stays None.
@@ -183,9 +187,9 @@ def declared_specs(x: T) -> T:
     Raises:
       KeyError: a field that is not static declares none.
     """
-    fields = [field for field in dataclasses.fields(x) if not field.metadata.get("static")]  # type: ignore[arg-type]
+    fields = [field for field in dataclasses.fields(x) if not field.metadata.get("static")]
     specs = {f.name: jax.tree.map(lambda _, spec=f.metadata["spec"]: spec, getattr(x, f.name)) for f in fields}
-    return dataclasses.replace(x, **specs)  # type: ignore[type-var]
+    return dataclasses.replace(x, **specs)
 
 
 def spec_axes(spec: PartitionSpec) -> set[str]:

@@ -66,8 +66,7 @@ class Plan:
 
     def rank_pairs(self) -> np.ndarray:
         """[cp] int64: query-key pairs of each rank, what its attention costs."""
-        n, kv = self.row_len.astype(np.int64), self.row_kv_len.astype(np.int64)
-        pairs = n * kv - n * (n - 1) // 2
+        pairs = _pairs(self.row_len.astype(np.int64), self.row_kv_len.astype(np.int64))
         return np.bincount(self.row_rank, weights=pairs, minlength=self.cp).astype(np.int64)
 
 
@@ -123,9 +122,14 @@ def loads(
     """
     length, computed = np.asarray(num_new_tokens, np.int64), np.asarray(num_computed_tokens, np.int64)
     rank, request, start, stop = _rows(length, computed, cp)
-    n, kv = stop - start, computed[request] + stop
-    pairs = np.bincount(rank, weights=n * kv - n * (n - 1) // 2, minlength=cp)
-    return np.bincount(rank, weights=n, minlength=cp).astype(np.int64), pairs.astype(np.int64)
+    row_len = stop - start
+    pairs = np.bincount(rank, weights=_pairs(row_len, computed[request] + stop), minlength=cp)
+    return np.bincount(rank, weights=row_len, minlength=cp).astype(np.int64), pairs.astype(np.int64)
+
+
+def _pairs(row_len: np.ndarray, row_kv_len: np.ndarray) -> np.ndarray:
+    """Query-key pairs of rows: the last query sees all keys, each before it one less."""
+    return row_len * row_kv_len - row_len * (row_len - 1) // 2
 
 
 def _rows(length: np.ndarray, computed: np.ndarray, cp: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -142,13 +146,13 @@ def _rows(length: np.ndarray, computed: np.ndarray, cp: int) -> tuple[np.ndarray
     # the size of the step's buffer, which every rank pays for.
     count, end = stop - start, computed[split, None] + stop
     tokens = np.bincount(ranks.ravel(), weights=count.ravel(), minlength=cp)
-    pairs = np.bincount(ranks.ravel(), weights=(count * end - count * (count - 1) // 2).ravel(), minlength=cp)
+    pairs = np.bincount(ranks.ravel(), weights=_pairs(count, end).ravel(), minlength=cp)
     heap = [(int(tokens[k]), int(pairs[k]), k) for k in range(cp)]
     heapq.heapify(heap)
     chosen = np.zeros(len(length), np.int64)
     order = whole[np.lexsort((-computed[whole], -length[whole]))] if cp > 1 else whole[:0]
-    size, kv = length[order], computed[order] + length[order]
-    cost = size * kv - size * (size - 1) // 2
+    size = length[order]
+    cost = _pairs(size, computed[order] + size)
     owners = []
     for more_tokens, more_pairs in zip(size.tolist(), cost.tolist(), strict=True):
         n, work, k = heap[0]

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32, UInt32
 from numpy.typing import NDArray
 
 from jax_mla_cp.batch.shapes import BatchShape
@@ -34,10 +34,12 @@ _SHORTEST_LIST, _FACTOR = 256, 4
 class LogitBiasArrays:
     """`LogitBias` of each of a device's `J` places; all P(("dp", "cp"))."""
 
-    add: Any  # float32 [J, V]
-    scale: Any  # float32 [J, V]
-    mask: Any  # uint32 [J, ceil(V / 32)]
-    biased: Any  # bool [J]: the place has a bias
+    add: Float32[Any, "J V"]
+    scale: Float32[Any, "J V"]
+    mask: UInt32[Any, "J V/32"]
+    """A word for each 32 tokens, rounded up."""
+    biased: Bool[Any, " J"]
+    """The place has a bias."""
 
 
 def apply_logit_bias(

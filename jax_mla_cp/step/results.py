@@ -92,11 +92,11 @@ def read_results(arrays: SamplerOutput, layout: StepLayout, shape: BatchShape) -
     results = []
     for g, group in enumerate(layout.groups):
         requests = group.columns.requests
-        scored: Sequence[TokenLogprobs | None] = [None] * len(requests)
+        prompt_logprobs: Sequence[TokenLogprobs | None] = [None] * len(requests)
         if arrays.prompt_logprobs is not None:
-            scored = list(_token_logprobs(arrays.prompt_logprobs, g, group, layout.step.tokens))
+            prompt_logprobs = list(_token_logprobs(arrays.prompt_logprobs, g, group, layout.step.tokens))
         places = range(g * shape.max_requests, g * shape.max_requests + len(requests))
-        results.append([result(*args) for args in zip(places, requests, scored, strict=True)])
+        results.append([result(*args) for args in zip(places, requests, prompt_logprobs, strict=True)])
     return RunnerOutput(results, layout.rank_tokens, layout.rank_pairs)
 
 
