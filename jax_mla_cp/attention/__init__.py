@@ -13,7 +13,14 @@ from jax_mla_cp.batch.rows import Rows
 from jax_mla_cp.config.errors import ConfigError, check_choice
 from jax_mla_cp.config.model import ModelConfig
 
-__all__ = ["Resolved", "Rows", "attend_absorbed", "attend_expanded", "page_multiple", "resolve_implementation"]
+__all__ = [
+    "Implementation",
+    "Resolved",
+    "attend_absorbed",
+    "attend_expanded",
+    "page_multiple",
+    "resolve_implementation",
+]
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_mla_cp.attention import Resolved, Rows
+from jax_mla_cp.attention import Resolved
+from jax_mla_cp.batch.rows import Rows
 from jax_mla_cp.bench import kernels
 from jax_mla_cp.bench.bench_options import FormName, Options
 from jax_mla_cp.bench.data import normal

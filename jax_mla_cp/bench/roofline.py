@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_mla_cp.attention import Rows
 from jax_mla_cp.batch.form import Form
+from jax_mla_cp.batch.rows import Rows
 from jax_mla_cp.batch.zigzag import plan
 from jax_mla_cp.bench.data import normal
 from jax_mla_cp.bench.timing import measure

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_mla_cp.attention import Rows, attend_absorbed, attend_expanded, resolve_implementation
+from jax_mla_cp.attention import attend_absorbed, attend_expanded, resolve_implementation
+from jax_mla_cp.batch.rows import Rows
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.config.presets import model_config
 
