@@ -51,7 +51,11 @@ IN_FLAGS = [
     ),
     ("compile_cache", "compile_cache='/a b'", "--compile-cache: --compile-cache '/a b'"),
     # What is not a parameter of the program stays.
-    ("config.json", "topk_method='greedy' knows no groups", "config.json: topk_method='greedy' knows no groups"),
+    (
+        "config.json",
+        "topk_method='greedy' does not use expert groups",
+        "config.json: topk_method='greedy' does not use expert groups",
+    ),
     ("config.json", "quantization_config.weights='int4'", "config.json: quantization_config.weights='int4'"),
     ("mtp", "load it with mtp=True, `Planner`", "mtp: load it with mtp=True, `Planner`"),
     ("host", "got 'port=3', and it can't be 'page_size=4'", "--host: got 'port=3', and it can't be 'page_size=4'"),

@@ -84,7 +84,7 @@ class PageModel:
         self.max_running, self.prefill_chunk = max_running, prefill_chunk
         self.draft_tokens = draft_tokens
         self.accepted: collections.Counter[tuple[int, int]] = collections.Counter()
-        """How often a number of drafts was verified and a number of them accepted: (drafts, accepted) -> times."""
+        """Histogram of verifications: (drafts, accepted drafts) -> times."""
         self.fail_next = 0
         self.refused: int | None = None
         """A token: requests with it are invalid."""

@@ -20,7 +20,7 @@ from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.config.quantization import Quantization
 from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.model import moe
-from jax_mla_cp.model.build import Build
+from jax_mla_cp.model.build import EP_CHOICES, Build
 from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.loaded_model import Model, weight_bytes
 from jax_mla_cp.step.planner import Planner
@@ -176,17 +176,23 @@ def test_weight_bytes_are_those_of_the_arrays(checkpoints: dict[str, Path]) -> N
 
 
 def test_memory_of_deepseek_v3() -> None:
-    """The table of docs/checkpoints.md, in GB of a device at tp=8."""
+    """The table of docs/checkpoints.md, in GB of a device."""
 
-    def size(name: str, quantization: Quantization | None, fp8: bool) -> float:
+    def size(name: str, quantization: Quantization | None, fp8: bool, cp: int = 1) -> float:
         config = dataclasses.replace(presets.model_config(name), quantization=quantization)
-        return weight_bytes(Build(config, MeshShape(tp=8), dtype=jnp.dtype(jnp.bfloat16), fp8=fp8)) / 1e9
+        ep = EP_CHOICES["tp" if cp == 1 else "tp,cp"]
+        return weight_bytes(Build(config, MeshShape(cp=cp, tp=8), ep, dtype=jnp.dtype(jnp.bfloat16), fp8=fp8)) / 1e9
 
     blocks, groups = Quantization("fp8", (128, 128)), Quantization("int4", (1, 32))
     assert size("deepseek_v3", blocks, True) == pytest.approx(85.4, abs=0.05)
     assert size("deepseek_v3", blocks, False) == size("deepseek_v3", None, False) == pytest.approx(169.8, abs=0.05)
     assert size("kimi_k2", groups, True) == pytest.approx(139.9, abs=0.05)
     assert size("kimi_k2", groups, False) == pytest.approx(258.8, abs=0.05)
+    assert size("kimi_k2", blocks, True) == pytest.approx(130.1, abs=0.05)
+    assert size("deepseek_v3", blocks, True, cp=4) == pytest.approx(24.1, abs=0.05)
+    assert size("deepseek_v3", blocks, False, cp=4) == pytest.approx(47.2, abs=0.05)
+    assert size("kimi_k2", groups, True, cp=4) == pytest.approx(38.9, abs=0.05)
+    assert size("kimi_k2", groups, False, cp=4) == pytest.approx(68.6, abs=0.05)
 
 
 def test_the_step_dequantizes_a_layer_at_a_time() -> None:
