@@ -28,13 +28,27 @@ _MEMORY_FRACTION = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")
 
 
 def setup(platform: Platform, devices: int) -> Literal["cpu", "cuda"]:
-    """Chooses the platform and, on CPU, makes `devices` virtual devices. Call it before JAX's first use.
+    """Chooses the platform, and starts it with as many devices as are needed. Call it before JAX's first use.
+
+    Args:
+      devices: virtual devices, on CPU. GPUs are all used.
+
+    Raises:
+      ConfigError: as `choose` and `start`.
+    """
+    used = choose(platform)
+    start(used, devices)
+    return used
+
+
+def choose(platform: Platform) -> Literal["cpu", "cuda"]:
+    """Chooses the platform, without starting it.
 
     Environment variables that the user has set win: flags that XLA_FLAGS names, JAX_PLATFORMS,
     the memory fraction. README.md lists what is set.
 
     Raises:
-      ConfigError: another platform, JAX has started already, or "cuda" on a machine without a GPU that JAX can use.
+      ConfigError: another platform, or JAX has started already.
     """
     import jax
     from jax._src import xla_bridge
@@ -48,11 +62,24 @@ def setup(platform: Platform, devices: int) -> Literal["cpu", "cuda"]:
     add_xla_flags(_FLAGS[platform])
     if platform == "cpu":
         jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", devices)
         return "cpu"
     if not any(name in os.environ for name in _MEMORY_FRACTION):
         os.environ[_MEMORY_FRACTION[0]] = "0.92"
     jax.config.update("jax_platforms", "cuda,cpu")
+    return "cuda"
+
+
+def start(platform: Literal["cpu", "cuda"], devices: int) -> None:
+    """Starts a chosen platform; on CPU, with `devices` virtual devices.
+
+    Raises:
+      ConfigError: "cuda" on a machine without a GPU that JAX can use.
+    """
+    import jax
+
+    if platform == "cpu":
+        jax.config.update("jax_num_cpu_devices", devices)
+        return
     try:
         jax.devices("cuda")
     except RuntimeError as error:
@@ -61,7 +88,6 @@ def setup(platform: Platform, devices: int) -> Literal["cpu", "cuda"]:
             f"cuda needs a GPU, and JAX finds none ({str(error).splitlines()[0]}). "
             "Install jax-mla-cp[cuda13] or [cuda12], or use platform='cpu'.",
         ) from error
-    return "cuda"
 
 
 def add_xla_flags(flags: dict[str, str]) -> None:
@@ -82,7 +108,7 @@ def _has_gpu() -> bool:
 def device_memory() -> int:
     """Bytes that one device of this process may use: a GPU's own, or its share of the memory that is free now.
 
-    Virtual CPU devices share the machine's RAM, and hold a copy each of what is replicated.
+    Virtual CPU devices, also those of other processes, share the machine's RAM, and hold a copy each of what is replicated.
     """
     import jax
 
@@ -90,7 +116,7 @@ def device_memory() -> int:
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])
-    return _available_ram() // jax.local_device_count()
+    return _available_ram() // jax.device_count()
 
 
 def default_memory_budget() -> int:
@@ -103,7 +129,7 @@ def default_memory_budget() -> int:
 
     if jax.local_devices()[0].platform != "cpu":
         return int(0.9 * device_memory())
-    return min(device_memory() // 2, CPU_BUDGET // jax.local_device_count())
+    return min(device_memory() // 2, CPU_BUDGET // jax.device_count())
 
 
 def _available_ram() -> int:
@@ -117,8 +143,8 @@ def _available_ram() -> int:
     return int(available)
 
 
-def enable_compile_cache(directory: str | Path) -> None:
-    """Keeps compiled programs on disk, so that the next start need not compile them.
+def enable_compile_cache(directory: str | Path) -> Path:
+    """Keeps compiled programs on disk, so that the next start need not compile them. Returns the directory, which is made.
 
     Raises:
       ConfigError: the directory can't be written.
@@ -139,6 +165,7 @@ def enable_compile_cache(directory: str | Path) -> None:
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+    return path
 
 
 def versions() -> dict[str, str]:

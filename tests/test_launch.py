@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from jax_mla_cp import launch
 from jax_mla_cp.config.errors import ConfigError
-from jax_mla_cp.launch import LaunchOptions
+from jax_mla_cp.launch import Devices, LaunchOptions
+from jax_mla_cp.mesh import make_mesh
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"page_size": 0}, "page_size: must be a whole number from 1"),
@@ -50,6 +52,6 @@ def test_a_model_without_the_layer_is_told_in_the_options_words(monkeypatch: pyt
         assert given["mtp"]
         raise ConfigError("mtp", "the model has no layer for multi-token prediction.")
 
-    monkeypatch.setattr(launch, "load", load)
+    monkeypatch.setattr(launch.model, "load", load)
     with pytest.raises(ConfigError, match=r"speculative: the model has no layer for multi-token prediction\."):
-        launch.load_model(LaunchOptions(speculative="mtp"))
+        launch.load_model(LaunchOptions(speculative="mtp"), Devices("cpu", make_mesh("tp=1", jax.devices()[:1]), None))

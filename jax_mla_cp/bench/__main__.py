@@ -27,6 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return serve(argv[1:])
     options = parse(argv)
+    if options.cluster.is_cluster:
+        from jax_mla_cp.bench.together import run_together
+
+        run_together(options, argv)
     from jax_mla_cp.bench import mock
 
     try:

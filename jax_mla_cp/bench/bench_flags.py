@@ -10,6 +10,7 @@ from jax_mla_cp.bench.bench_options import Command, Options, make
 from jax_mla_cp.cli import Parser, fail, mesh, path, platform
 from jax_mla_cp.config import presets
 from jax_mla_cp.config.errors import ConfigError
+from jax_mla_cp.launch.flags import add_cluster_flags
 from jax_mla_cp.mesh import MeshShape
 
 _K = 1024
@@ -105,14 +106,26 @@ A program calls the kernel on different regions of the cache in turn, as layers 
 
 Needs as many GPUs as the largest mesh; tp=1 is one GPU. Weights are random: deepseek_v2_lite's 31 GB fit one GPU of 80 GB.
 
+On several hosts, start the same command on each, with its own --process-id (or, under Slurm, with --distributed alone):
+  python -m jax_mla_cp.bench scaling --meshes tp=8,cp=4 tp=4,cp=8 --coordinator 10.0.0.1:8476 --num-processes 4 --process-id 0
+Every mesh must then use all GPUs of all processes. Process 0 reports; a sample's time is that of the slowest process. A row
+that fails, or a process that is lost, ends all of them: what was measured before is in --json.
+
 {_METHOD}""",
     "host": """examples:
   python -m jax_mla_cp.bench host --json host.json
   python -m jax_mla_cp.bench host --mesh tp=8,cp=1 --shapes 64x1K,64x128K
+  python -m jax_mla_cp.bench host --processes 2  # what it costs to lead another process
 
 method: the host's part of a decode step, as in the server: arrays are made for a planner sized for the largest of --shapes, and
 results are read from arrays of zeros. No model runs. Only the transfer (put, a column of its own) uses devices, as many as the
-mesh has; on a CPU they are virtual. The median of --samples samples is reported, each of at least 20 ms of calls.""",
+mesh has; on a CPU they are virtual. The median of --samples samples is reported, each of at least 20 ms of calls.
+
+With --processes N, process 0 of a cluster is measured: it sends each step to N - 1 real processes over loopback, which receive,
+check, decode and echo it as followers do, but have no devices. send: making, encoding and sending the message, on the thread that
+steps; ms includes it. echo: processor time of the threads that handle the echoes, while a server's stepping thread waits for its
+devices. send masks: as send, when every request's tokens are restricted by a mask, as by a JSON schema. Medians of 200 steps, some
+milliseconds apart, as in a server: processors and their caches have done other work in between.""",
     "load": """examples:
   python -m jax_mla_cp.bench load --platform cpu --json load.json
   python -m jax_mla_cp.bench load --gb 40 --scratch /mnt/nvme
@@ -145,12 +158,12 @@ _COMMANDS: dict[Command, tuple[str, str]] = {
         "--dtype --gb --scratch --mesh",
     ),
     "scaling": (
-        "Prefill of a whole model on several meshes of this host's GPUs, with real collectives.",
+        "Prefill of a whole model on several meshes of this host's GPUs, or of several hosts', with real collectives.",
         "--attention --model --dtype --meshes --seq --ep-axes --forms --layers",
     ),
     "host": (
         "The host's part of a decode step: scheduling, making arrays, transferring them, reading results.",
-        "--model --shapes --mesh",
+        "--model --shapes --mesh --processes",
     ),
 }
 """Each command's description, and its flags besides `_ALL`."""
@@ -184,6 +197,8 @@ def make_parser() -> argparse.ArgumentParser:
             default = _as_flag(getattr(defaults, flag.removeprefix("--").replace("-", "_")))
             known = _FLAGS[flag]
             sub.add_argument(flag, **known | {"help": known["help"] + (f" (default: {default})" if default else "")})
+        if name == "scaling":
+            add_cluster_flags(sub)
     # Listed here, run by bench/serve: __main__ hands it over before this parser sees it.
     commands.add_parser(
         "serve", help="Load test of a running OpenAI server: latencies, throughput, goodput.", add_help=False
@@ -268,6 +283,11 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "metavar": "DIR",
         "type": path,
         "help": "directory for two copies of the checkpoint (default: the system's temporary directory)",
+    },
+    "--processes": {
+        "metavar": "N",
+        "type": _number,
+        "help": "processes that share the mesh, all on this host; those but the first only receive and echo the steps",
     },
     "--full": {"action": "store_true", "help": "also run the model's whole decode step, as one GPU of --mesh"},
 }

@@ -10,6 +10,7 @@ from jax_mla_cp.attention import Implementation
 from jax_mla_cp.cli import check_output
 from jax_mla_cp.config import presets
 from jax_mla_cp.config.errors import ConfigError, check_choice
+from jax_mla_cp.distributed.cluster_options import ClusterOptions
 from jax_mla_cp.mesh import MeshShape
 
 Command = Literal["attention", "layer", "model", "decode", "load", "host", "scaling"]
@@ -54,6 +55,10 @@ class Options:
     profile: Path | None = None
     gb: int = 4
     scratch: Path | None = None
+    processes: int = 1
+    """Processes on this host that `host` sends a step to, with this one."""
+    cluster: ClusterOptions = dataclasses.field(default_factory=ClusterOptions)
+    """The processes that `scaling` runs as. Its fields are flags too."""
 
     def __post_init__(self) -> None:
         check_choice("platform", self.platform, ("cuda", "cpu"))
@@ -76,6 +81,7 @@ class Options:
             ("chunk", (self.chunk,), 1, 1 << 24),
             ("tokens", self.tokens, 1, 64),
             ("gb", (self.gb,), 1, 10000),
+            ("processes", (self.processes,), 1, 64),
         ):
             for value in values:
                 if not low <= value <= high:
@@ -143,16 +149,19 @@ _QUICK: dict[Command, dict[str, Any]] = {
     "scaling": {"seq": (32 * _K,), "samples": 3},
 }
 
+_CLUSTER = frozenset(field.name for field in dataclasses.fields(ClusterOptions))
 _FULL_ONLY = ("mesh", "ep_axes", "layers")
 """Settings of `decode` that only `--full` uses."""
 
 
 def make(command: Command, *, quick: bool = False, **given: Any) -> Options:
-    """A command's options: what was given, else its defaults.
+    """A command's options: what was given, else its defaults. The fields of `ClusterOptions` may be given too.
 
     Raises:
-      ConfigError: as `Options`.
+      ConfigError: as `Options` and `ClusterOptions`.
     """
+    if cluster := {name: given.pop(name) for name in _CLUSTER & given.keys()}:
+        given["cluster"] = ClusterOptions(**cluster)
     full_only = [name for name in _FULL_ONLY if name in given]
     if command == "decode" and full_only and not given.get("full"):
         raise ConfigError(full_only[0], "is for the whole decode step. Add `full`, or leave it out.")

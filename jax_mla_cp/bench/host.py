@@ -1,11 +1,12 @@
 """`host`: the host's part of a decode step: scheduling and text in the engine, making arrays, transferring them, reading results.
 
 All requests decode, one token each after a context of its own. There is no model: the devices only receive the arrays of a
-real step.
+real step. With several processes, the others' connections and messages are real too (bench/followers.py).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -14,66 +15,82 @@ import jax
 import numpy as np
 
 from jax_mla_cp.batch.layout import build_batch
-from jax_mla_cp.batch.packing import pack
-from jax_mla_cp.batch.step_request import SamplingParams, StepRequest
+from jax_mla_cp.batch.packing import DeviceBatch, pack
 from jax_mla_cp.bench.bench_options import Options
 from jax_mla_cp.bench.engine_host import NullRunner, host_seconds
+from jax_mla_cp.bench.followers import leading
+from jax_mla_cp.bench.host_step import decoding, make_planner
 from jax_mla_cp.bench.program import PAGE_SIZE
+from jax_mla_cp.bench.send import message_bytes, time_sends
 from jax_mla_cp.bench.table import Report
 from jax_mla_cp.bench.timing import measure
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.default_model import DIRECTORY
+from jax_mla_cp.distributed.leader import Leader
 from jax_mla_cp.mesh import declared_specs, make_mesh, on_devices
-from jax_mla_cp.model.build import Build
-from jax_mla_cp.model.loaded_model import Model
+from jax_mla_cp.step.inputs import StepInputs
+from jax_mla_cp.step.logit_bias import HostBias
 from jax_mla_cp.step.planner import Planner
 from jax_mla_cp.step.results import read_results
 from jax_mla_cp.step.sampling import TOP_LOGPROBS, SamplerOutput
 from jax_mla_cp.tokenizer import Tokenizer
 
 _HOLD_MS = {64: 2.0}
+_HOLD_MORE_MS = {64: 0.3}
+"""Several processes, more than one."""
+_HOLD_HEADER_BYTES = 4096
 _ENGINE_STEPS = 300
 
 
 def run(options: Options, config: ModelConfig, report: Report) -> None:
-    """Adds a row for each number of requests and context length."""
-    mesh = make_mesh(options.mesh)
-    model = Model({}, Build(config, options.mesh), mesh)
-    most, longest = (max(sizes) for sizes in zip(*options.shapes, strict=True))
-    planner = Planner.create(
-        model,
-        cache_tokens=most * -(-longest // PAGE_SIZE) * PAGE_SIZE,
-        page_size=PAGE_SIZE,
-        max_requests=most,
-        max_model_len=longest,
-        prefill_chunk=min(8192, longest),
-    )
-    for requests, context in options.shapes:
-        row = report.row(
-            "host time of a decode step",
-            "host time",
-            functools.partial(_row, planner, requests, context, options),
-            requests=requests,
-            context=context,
-            mesh=str(options.mesh),
-        )
+    """Adds a row for each number of requests and context length.
+
+    Raises:
+      RuntimeError: another process did not start.
+    """
+    planner = make_planner(options, config, make_mesh(options.mesh))
+    with leading(options) as leader:
+        rows = {
+            (requests, context): report.row(
+                "host time of a decode step",
+                "host time",
+                functools.partial(_row, planner, requests, context, options, leader),
+                requests=requests,
+                context=context,
+                mesh=str(options.mesh),
+                processes=options.processes,
+            )
+            for requests, context in options.shapes
+        }
+    for (requests, _), row in rows.items():
         if requests in _HOLD_MS:
             report.hold(
                 f"{requests} requests: host ms per step, without the transfer",
                 row["ms"] if row else None,
                 at_most=_HOLD_MS[requests],
             )
+        if requests in _HOLD_MORE_MS and leader is not None:
+            report.hold(
+                f"{requests} requests: host ms that other processes add, send + echo",
+                row["send_ms"] + row["echo_ms"] if row else None,
+                at_most=_HOLD_MORE_MS[requests],
+            )
     report.notes.append(
         "ms: engine + arrays + pack + outcomes. engine: scheduling, detokenizing, events, metrics. arrays: checking the requests, laying "
         "them out over the ranks, making arrays. outcomes: reading the results. put: transferring two arrays to every device."
     )
+    if leader is not None:
+        headers = [row["message_bytes"] - row["arrays_bytes"] for row in rows.values() if row]
+        report.hold("bytes of a message beside its arrays", max(headers, default=None), at_most=_HOLD_HEADER_BYTES)
+        report.notes.append(
+            "send: making, encoding and sending the message; ms includes it. echo: processor time of the threads that handle the echoes, "
+            "while the devices work. send masks: as send, when every request has a mask. The other processes share this host's processors."
+        )
 
 
-def _row(planner: Planner, requests: int, context: int, options: Options) -> dict[str, Any]:
+def _row(planner: Planner, requests: int, context: int, options: Options, leader: Leader | None) -> dict[str, Any]:
     shape, model = planner.shape, planner.model
-    each = -(-context // PAGE_SIZE)
-    pages = np.random.default_rng(0).permutation(shape.cache.pages_per_layer)[: requests * each].reshape(requests, each)
-    groups = [[StepRequest([1], context - 1, pages[i].tolist(), SamplingParams(seed=i)) for i in range(requests)]]
+    groups = decoding(planner, requests, context)
     layout = planner.lay_out(groups)
     batch = build_batch(layout, shape)
     packed = pack(batch, options.mesh)
@@ -92,5 +109,26 @@ def _row(planner: Planner, requests: int, context: int, options: Options) -> dic
     tokenizer = Tokenizer.from_dir(DIRECTORY, ModelConfig.from_dir(DIRECTORY).vocab_size)
     steps = host_seconds(idle, requests=requests, steps=_ENGINE_STEPS, tokenizer=tokenizer)
     ms["engine_ms"] = float(np.median(steps)) * 1e3
-    whole = sum(ms[name] for name in ("engine_ms", "arrays_ms", "pack_ms", "outcomes_ms"))
-    return taken["arrays_ms"].row() | ms | {"ms": whole}
+    sent = {} if leader is None else _sent(leader, StepInputs(layout.step, packed, None), planner, requests)
+    whole = sum((ms | sent).get(name, 0.0) for name in ("engine_ms", "arrays_ms", "pack_ms", "outcomes_ms", "send_ms"))
+    return taken["arrays_ms"].row() | ms | sent | {"ms": whole}
+
+
+def _sent(leader: Leader, inputs: StepInputs, planner: Planner, requests: int) -> dict[str, float]:
+    """Columns of what the other processes add."""
+    shape = planner.shape
+    places = shape.dp * shape.max_requests * shape.samples_per_request
+    mask = np.full((places, -(-planner.model.config.vocab_size // 32)), 0xFFFFFFFF, np.uint32)
+    masked = dataclasses.replace(inputs, bias=HostBias(np.arange(places) < requests, mask, None))
+    time, masked_time = time_sends(leader, inputs), time_sends(leader, masked)
+    return {
+        "send_ms": time.send * 1e3,
+        "echo_ms": time.echo * 1e3,
+        "send_masks_ms": masked_time.send * 1e3,
+        "message_bytes": message_bytes(inputs),
+        "arrays_bytes": _bytes(inputs.batch),
+    }
+
+
+def _bytes(batch: DeviceBatch) -> int:
+    return sum(array.nbytes for array in jax.tree.leaves(batch))

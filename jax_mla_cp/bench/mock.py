@@ -49,6 +49,11 @@ def start(platform: str, topology: MeshShape | None, *, profile: bool = False) -
     devices.setup("cpu" if platform == "cpu" else "cuda", topology.devices if topology else 1)
 
 
+def is_mocked() -> bool:
+    """True if this process runs as one device of a mocked topology. On CPU all devices run, and collectives are real."""
+    return jax.local_device_count() < jax.device_count() and not jax.distributed.is_initialized()
+
+
 @dataclasses.dataclass(frozen=True)
 class MockAxes(Axes):
     """Collectives that return stand-ins, of the real results' types, on the devices before number `real_from`."""

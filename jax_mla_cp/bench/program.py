@@ -11,16 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from jax_mla_cp.attention import Implementation, resolve_implementation
 from jax_mla_cp.batch.form import Form
 from jax_mla_cp.batch.packing import DeviceBatch
 from jax_mla_cp.batch.step_request import StepRequest
 from jax_mla_cp.bench.data import normal
-from jax_mla_cp.bench.mock import MockBuild, mock_build
+from jax_mla_cp.bench.mock import MockBuild, is_mocked, mock_build
 from jax_mla_cp.bench.random_weights import random_params, replicated
-from jax_mla_cp.bench.timing import Timing, measure
+from jax_mla_cp.bench.timing import Agree, Timing, alone, measure
 from jax_mla_cp.cache import PAGES_SPEC
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.config.quantization import Quantization
@@ -33,11 +33,6 @@ from jax_mla_cp.step.forward import forward, to_devices
 from jax_mla_cp.step.planner import Planner
 
 PAGE_SIZE = 64
-
-
-def is_mocked() -> bool:
-    """True if this process runs as one device of a mocked topology. On CPU all devices run, and collectives are real."""
-    return jax.local_device_count() < jax.device_count()
 
 
 def make_build(
@@ -63,10 +58,10 @@ def make_build(
     )
 
 
-def make_model(build: MockBuild) -> Model:
-    """Makes a model with random weights."""
+def make_model(build: MockBuild, mesh: Mesh | None = None) -> Model:
+    """Makes a model with random weights. None: on the first devices."""
     assert build.shape is not None
-    mesh = make_mesh(build.shape)
+    mesh = mesh or make_mesh(build.shape)
     return Model(random_params(Decoder(build), mesh), build, mesh)
 
 
@@ -97,9 +92,9 @@ class Program:
         out, self.pages = self.compiled(self.model, self.pages, self.batch)
         return out
 
-    def time(self, samples: int) -> Timing:
+    def time(self, samples: int, agree: Agree = alone) -> Timing:
         """Measures the time of a call."""
-        return measure(self, samples=samples)
+        return measure(self, samples=samples, agree=agree)
 
     def set_requests(self, planner: Planner, requests: Sequence[StepRequest]) -> None:
         """Replaces the batch with another of the same shape."""

@@ -18,6 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from jax_mla_cp.bench.mock import is_mocked
 from jax_mla_cp.bench.roofline import Ceilings, Cost
 from jax_mla_cp.platform import versions
 
@@ -131,6 +132,7 @@ class Report:
             "device": device.device_kind,
             "platform": device.platform,
             "devices": {"local": jax.local_device_count(), "all": jax.device_count()},
+            "processes": 1 if is_mocked() else jax.process_count(),
             "versions": versions(),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "argv": self.argv,
@@ -152,7 +154,8 @@ class Report:
         """Prints the tables to stdout."""
         console = console or Console(width=None if sys.stdout.isatty() else 220, highlight=False)
         device = jax.local_devices()[0]
-        mocked = "" if jax.device_count() == jax.local_device_count() else f" as 1 of {jax.device_count()} (mocked)"
+        many = "" if jax.device_count() == jax.local_device_count() else f", {jax.process_count()} processes"
+        mocked = f" as 1 of {jax.device_count()} (mocked)" if is_mocked() else many
         console.print(f"{device.device_kind}{mocked}, {', '.join(f'{k} {v}' for k, v in versions().items())}")
         if self.ceilings:
             c = self.ceilings

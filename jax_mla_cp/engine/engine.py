@@ -18,11 +18,14 @@ from jax_mla_cp.engine.request import Failed, FailedKind, Finished, GrammarError
 from jax_mla_cp.engine.scheduler import Scheduler
 from jax_mla_cp.engine.status import EngineStatus, SpeculationStats
 from jax_mla_cp.engine.step_runner import StepRunner
+from jax_mla_cp.step.errors import RunnerFailed
 from jax_mla_cp.step.results import StepResult
 
 log = logging.getLogger(__name__)
 
 _MAX_FAILURES_IN_A_ROW = 3
+_ABANDON_SECONDS = 1.0
+"""Time for the loop to end by itself when it is abandoned."""
 
 
 class EngineDead(RuntimeError):
@@ -171,6 +174,17 @@ class Engine:
         if self._thread.is_alive():
             self._thread.join(timeout)
 
+    def abandon(self, reason: str) -> None:
+        """Gives up at once: all requests fail with the reason, even if the step in progress never ends. For a process that is
+        about to exit."""
+        with self._lock:
+            self._dead, self._stopping = self._dead or reason, True
+            self._lock.notify_all()
+        if self._thread.is_alive():
+            self._thread.join(_ABANDON_SECONDS)
+        if self._thread.is_alive():
+            self._fail_all()
+
     def _loop(self) -> None:
         try:
             while self._receive():
@@ -217,6 +231,9 @@ class Engine:
         self._step_began = dispatched = time.monotonic()
         try:
             output = self._runner.step([[step_request for _, step_request in group] for group in step])
+        except RunnerFailed as error:
+            self._dead = self._dead or str(error)
+            return
         except Exception as error:
             log.exception("a step failed")
             # The runner rejects invalid requests before it runs any: the others have lost nothing.
@@ -228,6 +245,8 @@ class Engine:
             return
         finally:
             self._step_began, ended = None, time.monotonic()
+        if self._dead:  # abandoned, and all requests have failed
+            return
         self._failures = 0
         report = describe(step, output)
         for group, results in zip(step, output.results, strict=True):
@@ -310,7 +329,8 @@ class Engine:
             self._submitted = []
         for request in list(self._scheduler.requests):
             if self._dead:
-                self._fail(request, f"The engine has stopped: {self._dead}", "dead")
+                lost: FailedKind = "dead" if request.start_time is None else "step"
+                self._fail(request, f"The engine has stopped: {self._dead}", lost)
             else:
                 self._fail(request, "The server is stopping.", "stopping")
 

@@ -47,6 +47,7 @@ class StepRunner(Protocol):
 
         Raises:
           ValueError: a request can't be run. No request has run then.
+          RunnerFailed: no step can be run any more, and `reset` doesn't help.
         """
         ...
 

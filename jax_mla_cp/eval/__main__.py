@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -19,17 +20,18 @@ with program_imports():
         TimeRemainingColumn,
     )
 
-    from jax_mla_cp.cli import fail
+    from jax_mla_cp.cli import print_error
     from jax_mla_cp.config.errors import ConfigError
     from jax_mla_cp.default_model import DIRECTORY
     from jax_mla_cp.default_model.heldout import heldout_text
+    from jax_mla_cp.distributed.exit import exit_now
     from jax_mla_cp.eval.backend import Backend, BackendError, PromptLogprobsUnsupported
     from jax_mla_cp.eval.corpus import Corpus, PasskeyPrompt, even_depths
     from jax_mla_cp.eval.eval_options import EvalOptions, make_parser, parse
     from jax_mla_cp.eval.heatmap import draw_heatmap
     from jax_mla_cp.eval.in_process import InProcessBackend
     from jax_mla_cp.eval.report import EvalReport
-    from jax_mla_cp.launch import config_and_tokenizer
+    from jax_mla_cp.launch import config_and_tokenizer, detect
     from jax_mla_cp.tokenizer import Tokenizer, require_tokenizer
 
 _ANSWER_TOKENS = 7
@@ -42,12 +44,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the evaluation. Exit code 0; 1 if the model or the server failed; 2 for a setting that can't work; 130 after Ctrl-C."""
     options = parse(argv)
     try:
-        return _run(options, sys.argv[1:] if argv is None else argv)
+        options = dataclasses.replace(options, launch=detect(options.launch))
+        code = _run(options, sys.argv[1:] if argv is None else argv)
     except ConfigError as error:
-        fail(error, make_parser())
+        print_error(error, make_parser())
+        if options.launch.is_cluster:
+            exit_now(2)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped.", file=sys.stderr)
-        return 130
+        code = 130
+    if options.launch.is_cluster:
+        exit_now(code)
+    return code
 
 
 def _run(options: EvalOptions, argv: Sequence[str]) -> int:
@@ -60,7 +69,10 @@ def _run(options: EvalOptions, argv: Sequence[str]) -> int:
         for depth in even_depths(options.depths)
     ]
     windows = corpus.windows(options.perplexity_tokens, longest)
-    backend = _backend(options, tokenizer)
+    max_model_len = max([*(length + _ANSWER_TOKENS for length in options.lengths), *map(len, windows)])
+    backend = _backend(options, tokenizer, max_model_len)
+    if isinstance(backend, InProcessBackend):
+        backend.follow()
     report = EvalReport(prompts, argv)
     report.metadata = {
         **backend.metadata(),
@@ -79,6 +91,8 @@ def _run(options: EvalOptions, argv: Sequence[str]) -> int:
         report.save(options.json)
     if options.picture is not None:
         draw_heatmap(report, options.picture)
+    if isinstance(backend, InProcessBackend):
+        backend.close()
     return code
 
 
@@ -111,14 +125,13 @@ def _read(options: EvalOptions) -> str:
         raise ConfigError("text", f"{options.text} can't be read as UTF-8 text: {error}") from error
 
 
-def _backend(options: EvalOptions, tokenizer: Tokenizer) -> Backend:
+def _backend(options: EvalOptions, tokenizer: Tokenizer, max_model_len: int) -> Backend:
     if options.base_url is not None:
         if importlib.util.find_spec("aiohttp") is None:
             raise ConfigError("base_url", "aiohttp is missing. Install it with pip install 'jax-mla-cp[eval]'.")
         from jax_mla_cp.eval.server import ServerBackend
 
         return ServerBackend(options.base_url, tokenizer, model=options.served_model_name, timeout=options.timeout)
-    max_model_len = max(options.lengths, default=0) + _ANSWER_TOKENS
     return InProcessBackend(options.launch, max_model_len, name=options.served_model_name)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from jax_mla_cp.cli import Parser, check_output, fail, path
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.launch import LaunchOptions
-from jax_mla_cp.launch_flags import add_model_flags
+from jax_mla_cp.launch.flags import add_cluster_flags, add_model_flags
 
 _K = 1024
 _PICTURES = (".png", ".pdf", ".svg")
@@ -185,4 +185,5 @@ def make_parser() -> argparse.ArgumentParser:
     )
     server.add_argument("--timeout", metavar="S", type=_seconds, help="timeout per prompt in seconds (default: 600)")
     add_model_flags(p)
+    add_cluster_flags(p)
     return p

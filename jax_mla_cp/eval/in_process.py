@@ -13,11 +13,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jax_mla_cp.config.errors import ConfigError
+from jax_mla_cp.distributed.follower import Follower
+from jax_mla_cp.distributed.leader import Leader
+from jax_mla_cp.distributed.leading_runner import LeadingRunner
 from jax_mla_cp.engine import Engine, Event, Failed, Finished, PromptLogprobs, Request, SamplingParams, Token
+from jax_mla_cp.engine.step_runner import StepRunner
 from jax_mla_cp.engine.text import TextStream
 from jax_mla_cp.eval.backend import BackendError
 from jax_mla_cp.eval.corpus import PasskeyPrompt
-from jax_mla_cp.launch import LaunchOptions, Runner, load_model, make_runner, set_up_devices
+from jax_mla_cp.launch import (
+    LaunchOptions,
+    agree_on_programs,
+    agree_on_settings,
+    load_model,
+    make_runner,
+    set_up_devices,
+)
 from jax_mla_cp.platform import versions
 from jax_mla_cp.tokenizer import require_tokenizer
 
@@ -26,24 +37,45 @@ _MAX_RUNNING = 2
 
 
 class InProcessBackend:
-    """A loaded model. Implements `jax_mla_cp.eval.backend.Backend`."""
+    """A loaded model. Implements `jax_mla_cp.eval.backend.Backend`. As several processes, process 0 evaluates and the others follow."""
 
     def __init__(self, options: LaunchOptions, max_model_len: int, *, name: str | None = None):
         """Sets up the devices, before JAX's first use, and loads the weights.
 
         Args:
-          max_model_len: tokens of the longest prompt and what is generated after it.
+          max_model_len: tokens of the longest text, and what is generated after it.
           name: the model's name in reports. Default: its directory's.
 
         Raises:
-          ConfigError: as `set_up_devices` and `load_model`.
+          ConfigError: as `set_up_devices`, `load_model` and `agree_on_programs`, or the devices can't run so long a text.
         """
-        set_up_devices(options)
+        devices = set_up_devices(options)
+        agree_on_settings(options, devices)
         self._options = options
         self._name = name or options.model_name
-        self._model, tokenizer = load_model(options)
+        self._model, tokenizer = load_model(options, devices)
         self._tokenizer = require_tokenizer(tokenizer)
-        self._max_len = max_model_len
+        sizes = dataclasses.replace(options, max_model_len=max_model_len, max_running=_MAX_RUNNING)
+        try:
+            self._runner = make_runner(self._model, sizes, devices)
+        except ConfigError as error:
+            raise ConfigError(
+                "lengths",
+                f"a prompt and answer of {max_model_len} tokens can't be run on these devices. Use shorter ones, "
+                f"or more devices. ({error})",
+            ) from error
+        agree_on_programs(self._runner, devices)
+        self._member = devices.member
+
+    def follow(self) -> None:
+        """Executes process 0's steps until it ends this process. Returns at once in process 0, or in a process that is alone."""
+        if isinstance(self._member, Follower):
+            self._member.run(self._runner)
+
+    def close(self) -> None:
+        """Ends the processes that follow."""
+        if isinstance(self._member, Leader):
+            self._member.stop()
 
     def metadata(self) -> dict[str, Any]:
         build = self._model.build
@@ -82,28 +114,18 @@ class InProcessBackend:
                 emit=emit,
             )
 
-        try:
-            runner = self._runner(self._max_len)
-        except ConfigError as error:
-            raise ConfigError(
-                "lengths",
-                f"a prompt and answer of {self._max_len} tokens can't be run on these devices. Use shorter ones, "
-                f"or more devices. ({error})",
-            ) from error
-        _run(runner, len(prompts), request, on_event)
+        _run(self._stepper(), len(prompts), request, on_event)
 
     def prompt_logprobs(self, windows: Sequence[Sequence[int]], on_done: Callable[[], None]) -> list[float]:
-        scored = prompt_logprobs(self._runner(max(map(len, windows))), windows, on_done)
+        scored = prompt_logprobs(self._stepper(), windows, on_done)
         return [float(value) for values in scored for value in values]
 
-    def _runner(self, max_model_len: int) -> Runner:
-        return make_runner(
-            self._model, dataclasses.replace(self._options, max_model_len=max_model_len, max_running=_MAX_RUNNING)
-        )
+    def _stepper(self) -> StepRunner:
+        return LeadingRunner(self._runner, self._member) if isinstance(self._member, Leader) else self._runner
 
 
 def prompt_logprobs(
-    runner: Runner, windows: Sequence[Sequence[int]], on_done: Callable[[], None]
+    runner: StepRunner, windows: Sequence[Sequence[int]], on_done: Callable[[], None]
 ) -> list[NDArray[np.float32]]:
     """Scores token sequences with the engine's `prompt_logprobs`: nothing is generated.
 
@@ -141,7 +163,7 @@ def prompt_logprobs(
 
 
 def _run(
-    runner: Runner,
+    runner: StepRunner,
     count: int,
     request: Callable[[int, Callable[[Event], None]], Request],
     on_event: Callable[[int, Event], None],

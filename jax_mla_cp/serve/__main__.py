@@ -9,7 +9,6 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -17,34 +16,35 @@ from jax_mla_cp.version import program_imports
 
 with program_imports():
     from rich.console import Console
-    from rich.filesize import decimal
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from jax_mla_cp.cli import fail
+    from jax_mla_cp.cli import print_error
     from jax_mla_cp.config.errors import ConfigError
-    from jax_mla_cp.default_model import DIRECTORY
+    from jax_mla_cp.distributed.exit import exit_now
+    from jax_mla_cp.distributed.leading_runner import LeadingRunner
     from jax_mla_cp.engine import Engine
-    from jax_mla_cp.launch import Runner, load_model, make_runner, set_up_devices
+    from jax_mla_cp.engine.step_runner import StepRunner
+    from jax_mla_cp.launch import detect, set_up_devices
     from jax_mla_cp.serve import logs, security
     from jax_mla_cp.serve.announcement import announcement
     from jax_mla_cp.serve.app import create_app
     from jax_mla_cp.serve.lifecycle import Server, uvicorn_config
+    from jax_mla_cp.serve.loading import load
     from jax_mla_cp.serve.middleware import MiddlewareStack
     from jax_mla_cp.serve.served_model import ServedModel
     from jax_mla_cp.serve.server_flags import make_parser
     from jax_mla_cp.serve.server_options import ServerOptions, parse
+    from jax_mla_cp.serve.several_hosts import follow, lead, serve_together
     from jax_mla_cp.serve.status import Telemetry, server_info
 
 log = logging.getLogger("jax_mla_cp.serve")
-
-_ATTENTION = {"fa3": "FlashAttention-3", "xla": "XLA"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the server until it is stopped.
 
     Returns:
-      The exit code: 0; 1 if running requests were cut off.
+      The exit code: 0; 1 if running requests were cut off. As one of several processes, it ends the process instead, with 1 also
+      if another one was lost.
 
     Raises:
       SystemExit: with code 2, for a setting that can't work.
@@ -54,14 +54,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse(argv)
     try:
         with logs.to_stderr(config.log_level, config.log_format):
+            config = detect(config)
+            if config.process_id:
+                follow(config)
             keys = security.read_keys(config.api_key_file, os.environ)
             tls = security.tls_settings(config.ssl_certfile, config.ssl_keyfile, config.ssl_keyfile_password_file)
             security.warn_if_open(config.host, keys, tls=bool(tls))
             middleware = MiddlewareStack(keys, config.cors_origins, config.max_body_mb << 20, config.log_requests)
             with _listen(config) as listener:
-                return _serve(config, listener, middleware, tls)
+                code = _serve(config, listener, middleware, tls)
     except ConfigError as error:
-        fail(error, make_parser())
+        print_error(error, make_parser())
+        if config.is_cluster:
+            exit_now(2)
+        sys.exit(2)
+    if config.is_cluster:
+        exit_now(code)
+    return code
 
 
 def _exit_while_loading(number: int, frame: FrameType | None) -> None:
@@ -95,40 +104,22 @@ def _listen(config: ServerOptions) -> socket.socket:
 def _serve(config: ServerOptions, listener: socket.socket, middleware: MiddlewareStack, tls: dict[str, Any]) -> int:
     started = time.perf_counter()
     log.info("starting JAX: mesh %s, %d devices", config.mesh, config.mesh.devices)
-    used = set_up_devices(config)
-    log.info("running on %d %s devices", config.mesh.devices, used)
-    directory = config.model or DIRECTORY
-    log.info("reading weights: %s from %s", decimal(_bytes_on_disk(directory)), directory)
-    model, tokenizer = load_model(config)
-    log.info(
-        "loaded %s: %s%s, experts sharded over %s, attention kernel %s (%.1f s)",
-        config.model or "the built-in model (a small demo: it finds pass keys and continues technical English)",
-        model.build.dtype,
-        ", weights in FP8" if model.build.fp8 else "",
-        ",".join(model.build.ep_axes),
-        _ATTENTION[model.build.attention],
-        time.perf_counter() - started,
+    devices = set_up_devices(config)
+    log.info("running on %d %s devices", config.mesh.devices, devices.platform)
+    leader = lead(devices)
+    loaded = load(config, devices)
+    runner, tokenizer, model = loaded.runner, loaded.tokenizer, loaded.runner.planner.model
+    stepper: StepRunner = runner
+    if leader is not None:
+        leader.cluster.wait_for_all("ready")
+        stepper = LeadingRunner(runner, leader)
+    telemetry = Telemetry(
+        server_info(config.served_model_name, runner, tokenizer),
+        None if leader is None else lambda: leader.processes,
     )
-    runner = make_runner(model, config)
-    log.info(
-        "KV cache: %d pages of %d tokens per dp group; max_model_len %d; up to %d running requests",
-        runner.pages_per_group,
-        runner.page_size,
-        runner.max_model_len,
-        runner.max_running * runner.dp,
-    )
-    log.info(runner.grid)
-    if config.warmup or (config.warmup is None and used == "cuda"):
-        log.info(
-            "warmup: compiling all programs (8 to 16 s each on a GPU; the compile cache makes later starts faster)"
-        )
-        _warm_up(runner)
-    else:
-        log.info(
-            "no warmup: each program is compiled at its first use, while requests wait (--warmup compiles all now)"
-        )
-    telemetry = Telemetry(server_info(config.served_model_name, runner, tokenizer))
-    engine = Engine(runner, max_queued=config.max_queued, observer=telemetry, watchdog_seconds=config.watchdog)
+    # The cluster has a watchdog of its own, which knows the programs' first runs.
+    watchdog = config.watchdog_seconds if leader is None else None
+    engine = Engine(stepper, max_queued=config.max_queued, observer=telemetry, watchdog_seconds=watchdog)
     served = ServedModel(
         config.served_model_name,
         engine,
@@ -142,6 +133,8 @@ def _serve(config: ServerOptions, listener: socket.socket, middleware: Middlewar
     )
     app = create_app(served, middleware, telemetry)
     server = Server(uvicorn_config(app, tls), engine, middleware.drain, config.drain_timeout)
+    if leader is not None:
+        serve_together(leader, engine, server, config.watchdog_seconds)
     engine.start()
     try:
         listener.listen(1024)
@@ -158,18 +151,10 @@ def _serve(config: ServerOptions, listener: socket.socket, middleware: Middlewar
         server.run(sockets=[listener])
     finally:
         engine.stop(timeout=60)
+        if leader is not None:
+            leader.stop()
         log.info("stopped")
     return int(server.cut_off)
-
-
-def _warm_up(runner: Runner) -> None:
-    columns = (TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        runner.warmup(progress.track)
-
-
-def _bytes_on_disk(directory: Path) -> int:
-    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
 
 
 if __name__ == "__main__":

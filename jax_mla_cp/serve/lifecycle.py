@@ -88,6 +88,7 @@ class Server(uvicorn.Server):
         self._engine = engine
         self._drain = drain
         self._drain_seconds = drain_seconds
+        self._signaled = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
         self.cut_off = False
@@ -99,13 +100,16 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """uvicorn's handler of SIGINT and SIGTERM. Runs on the main thread, between any two instructions."""
-        if self._drain.draining:
+        if self._signaled:
             os.write(2, b"\nstopped by a second signal: running requests were cut off.\n")
             os._exit(1)
+        self._signaled = True
         self.begin_drain()
 
     def begin_drain(self) -> None:
-        """Starts the drain and returns at once. Thread-safe."""
+        """Starts the drain and returns at once; does nothing if it has begun. Thread-safe."""
+        if self._drain.draining:
+            return
         self._drain.draining = True
         if self._loop is None:  # not serving yet: nothing to finish
             self.should_exit = True

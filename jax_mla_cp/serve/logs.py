@@ -32,6 +32,7 @@ _POLLED = frozenset({"/health", "/ready", "/metrics", "/status"})
 _VALID_ID = re.compile(rb"[A-Za-z0-9_.\-]{1,64}")
 _MAX_QUEUED = 10_000
 """Maximum number of queued lines; further lines are dropped and counted."""
+_FLUSH_SECONDS = 1.0
 
 
 @dataclasses.dataclass
@@ -172,6 +173,12 @@ class _Queue(logging.handlers.QueueHandler):
             self.queue.put_nowait(record)
         except queue.Full:
             self.dropped += 1
+
+    def flush(self) -> None:
+        """Waits until the other thread has written what is queued, for a moment at most."""
+        until = time.monotonic() + _FLUSH_SECONDS
+        while self.queue.unfinished_tasks and time.monotonic() < until:
+            time.sleep(0.01)
 
 
 class _Text(logging.Formatter):

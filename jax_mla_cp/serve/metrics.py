@@ -6,13 +6,14 @@ is read from the engine at each scrape. Buckets are vLLM's (vllm/v1/metrics/logg
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.openmetrics import exposition as openmetrics
 
+from jax_mla_cp.distributed.leader import ProcessStatus
 from jax_mla_cp.engine import EngineStatus
 from jax_mla_cp.engine.observer import Observer, RequestReport, StepReport
 
@@ -219,6 +220,10 @@ class Metrics(Observer):
         """Adds the gauges and counters of the engine's status; `status` is called at every scrape."""
         self._registry.register(_StatusCollector(self._model, status))
 
+    def add_processes(self, processes: Callable[[], Sequence[ProcessStatus]]) -> None:
+        """Adds the gauges of several processes; `processes` is called at every scrape."""
+        self._registry.register(_ProcessCollector(self._model, processes))
+
     def render(self, accept: str) -> tuple[bytes, str]:
         """Returns (body, content type): OpenMetrics if the Accept header asks for it, otherwise Prometheus's text format.
 
@@ -272,4 +277,28 @@ class _StatusCollector:
     def _counter(self, name: str, text: str, value: float) -> Metric:
         family = CounterMetricFamily(PREFIX + name, text, labels=("model_name",))
         family.add_metric((self._model,), value)
+        return family
+
+
+class _ProcessCollector:
+    def __init__(self, model: str, processes: Callable[[], Sequence[ProcessStatus]]):
+        self._model = model
+        self._processes = processes
+
+    def collect(self) -> Iterable[Metric]:
+        now = self._processes()
+        yield self._gauge(
+            "process_heartbeat_age_seconds",
+            "Time since a process's last message; 0 for process 0.",
+            [(p, p.heartbeat_age) for p in now],
+        )
+        yield self._gauge("process_step", "A process's last step.", [(p, p.step) for p in now])
+        yield self._gauge(
+            "process_step_seconds", "Duration of a process's last step.", [(p, p.step_seconds) for p in now]
+        )
+
+    def _gauge(self, name: str, text: str, values: Iterable[tuple[ProcessStatus, float]]) -> Metric:
+        family = GaugeMetricFamily(PREFIX + name, text, labels=("model_name", "process", "host"))
+        for process, value in values:
+            family.add_metric((self._model, str(process.process), process.host), value)
         return family

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from jax_mla_cp.cli import Parser, choice, path, real_number, whole_number
-from jax_mla_cp.launch_flags import add_cache_flags, add_model_flags
+from jax_mla_cp.launch.flags import add_cache_flags, add_cluster_flags, add_model_flags
 
 KEY_VARIABLE = "JAX_MLA_CP_API_KEY"
 """Environment variable with API keys, one per line."""
@@ -24,6 +24,11 @@ _EPILOG = """examples:
   python -m jax_mla_cp.serve --mesh tp=8,cp=4                the built-in model on 32 GPUs or virtual CPU devices
   python -m jax_mla_cp.serve --mesh tp=8,cp=4 --model DIR    a DeepSeek-V3-style checkpoint
 
+several hosts, such as four with 8 GPUs each: the same command on each, with its own K from 0 to 3; clients talk to
+process 0 (docs/several-hosts.md):
+  python -m jax_mla_cp.serve --mesh tp=8,cp=4 --model DIR --coordinator 10.0.0.1:8476 --num-processes 4 --process-id K
+  srun --nodes=4 --ntasks-per-node=1 python -m jax_mla_cp.serve --mesh tp=8,cp=4 --model DIR --distributed
+
 endpoints:
   POST /v1/completions, /v1/chat/completions, /tokenize, /detokenize
   GET  /v1/models, /tokenizer_info, /health, /ready, /version
@@ -35,7 +40,8 @@ access from other machines, with an API key and TLS:
   python -m jax_mla_cp.serve --host 0.0.0.0 --api-key-file keys.txt --ssl-certfile cert.pem --ssl-keyfile key.pem
 
 exit status:
-  0 stopped after all requests finished; 1 requests were cut off by the drain timeout or a second signal; 2 invalid setting
+  0 stopped after all requests finished; 1 requests were cut off by the drain timeout or a second signal, or another of
+  several processes was lost; 2 invalid setting
 """
 
 
@@ -51,6 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add_model_flags(p)
     add_cache_flags(p)
+    add_cluster_flags(p)
     _add_start_flags(p)
     _add_http_flags(p)
     _add_limit_flags(p)
@@ -147,7 +154,8 @@ def _add_limit_flags(p: argparse.ArgumentParser) -> None:
         type=_seconds,
         help="maximum duration of a step; while a step takes longer, /health returns 503 so that a "
         "supervisor can restart the server. Compilation counts: with --no-warmup a step's first use "
-        "may take minutes (default: 600)",
+        "may take minutes. With several processes a step that takes longer ends all of them, and a program's "
+        "first use does not count (default: 600, with several processes 60)",
     )
     limits.add_argument(
         "--drain-timeout",

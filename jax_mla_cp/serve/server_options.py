@@ -48,7 +48,8 @@ class ServerOptions(LaunchOptions):
     queue_timeout: float | None = None
     """Seconds that a request may wait to run; None: no limit. The same holds for the next two fields."""
     request_timeout: float | None = None
-    watchdog: float | None = 600.0
+    watchdog: float | Literal["auto"] | None = "auto"
+    """As in `watchdog_seconds`."""
     drain_timeout: float = 30.0
     """Seconds."""
     log_level: LogLevel = "info"
@@ -79,6 +80,12 @@ class ServerOptions(LaunchOptions):
                 "served_model_name", f"must be at most 256 printable characters without spaces, got {name!r}."
             )
 
+    @property
+    def watchdog_seconds(self) -> float | None:
+        """Seconds that a step may take; None: any time. By default 600, of which a compilation is part; 60 with several processes,
+        where a program's first run is exempt."""
+        return self.watchdog if self.watchdog != "auto" else 60.0 if self.is_cluster else 600.0
+
 
 _WHOLE: dict[str, tuple[int, int]] = {
     "port": (0, 65535),
@@ -89,8 +96,8 @@ _SECONDS: dict[str, float] = {"queue_timeout": 0.001, "request_timeout": 0.001, 
 _WEEK = 7 * 24 * 3600.0
 
 
-def _seconds(name: str, value: float | None, low: float) -> None:
-    if value is None and name != "drain_timeout":
+def _seconds(name: str, value: float | str | None, low: float) -> None:
+    if (value is None and name != "drain_timeout") or (value == "auto" and name == "watchdog"):
         return
     if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= _WEEK:
         raise ConfigError(name, f"must be seconds from {low:g} to {_WEEK:.0f} (a week), got {value!r}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,6 +35,7 @@ def create_runner(
     max_running: int,
     form: Form = "auto",
     draft_tokens: int = 0,
+    smallest_budget: Callable[[int], int] | None = None,
 ) -> Runner:
     """Sizes the cache and makes the runner.
 
@@ -44,6 +46,7 @@ def create_runner(
       max_model_len: None: the model's, or what the budget and the pages hold.
       max_running: requests at a time, per dp group.
       draft_tokens: as in `Planner.create`.
+      smallest_budget: from a device's budget to the smallest of all processes' budgets, whose caches must be equal; None: this process is alone.
 
     Raises:
       ConfigError: the pages asked for don't fit, or not even one does, or `max_model_len` is more than the pages hold.
@@ -53,6 +56,8 @@ def create_runner(
     )
     if jax.local_devices()[0].platform != "cpu":  # what is free on a CPU no longer holds the weights
         budget -= weight_bytes(model.build)
+    if smallest_budget is not None:
+        budget = smallest_budget(budget)
     longest = model.config.max_position if max_model_len is None else max_model_len
     if max_model_len is None:
         held = _tokens_that_fit(model.build, budget) if kv_pages is None else kv_pages * page_size

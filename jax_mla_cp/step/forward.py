@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jax_mla_cp.batch.arrays import Batch
@@ -63,6 +63,10 @@ def forward_and_sample(
     Args:
       bias: changes to the logits that tokens are sampled by.
       prompt_logprobs: also return the log-probability of the token after each token.
+
+    Returns:
+      The sampler's output, sharded P(("dp", "cp")), and the cache. On a mesh of several processes the output is replicated,
+      so that each process can read all of it.
     """
 
     def run(
@@ -80,12 +84,21 @@ def forward_and_sample(
             sampled = dataclasses.replace(sampled, prompt_logprobs=_prompt_logprobs(decoder, hidden, batch))
         return sampled, pages
 
-    return _run(run, (PartitionSpec(TOKENS), PAGES_SPEC), model, pages, batch, *([] if bias is None else [bias]))
+    output, pages = _run(
+        run, (PartitionSpec(TOKENS), PAGES_SPEC), model, pages, batch, *([] if bias is None else [bias])
+    )
+    if model.mesh is not None and model.mesh.is_multi_process:
+        output = lax.with_sharding_constraint(output, NamedSharding(model.mesh, PartitionSpec()))
+    return output, pages
 
 
 def to_devices(model: Model, batch: Batch) -> DeviceBatch:
-    """Places a host batch on this process's devices of the model's mesh. Every process must pass the same one."""
-    packed = pack(batch, mesh_shape(model.mesh))
+    """Packs a host batch and places it on this process's devices of the model's mesh."""
+    return place(model, pack(batch, mesh_shape(model.mesh)))
+
+
+def place(model: Model, packed: DeviceBatch) -> DeviceBatch:
+    """Places a packed host batch on this process's devices of the model's mesh. Every process must pass the same one."""
     return on_devices(packed, declared_specs(packed), model.mesh)
 
 

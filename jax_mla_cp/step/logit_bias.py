@@ -78,6 +78,19 @@ def device_bytes(model: Model, shape: BatchShape) -> int:
     return 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes(model, shape))) // (shape.dp * shape.cp)
 
 
+@dataclasses.dataclass(frozen=True)
+class HostBias:
+    """A step's logit biases on the host, for all places: what `LogitBiasBuilder.place` makes the device's arrays of."""
+
+    biased: Bool[np.ndarray, " J"]
+    """The place has a bias."""
+    mask: UInt32[np.ndarray, "J V/32"] | None
+    """None: no place has a mask."""
+    entries: Int32[np.ndarray, "4 N"] | None
+    """Place, token, add and scale of each listed token, floats by their bits; filled up with places that no device has. None:
+    no token is listed."""
+
+
 class LogitBiasBuilder:
     """Makes a step's `LogitBiasArrays`."""
 
@@ -98,8 +111,8 @@ class LogitBiasBuilder:
         self.neutral: LogitBiasArrays = jax.jit(neutral, out_shardings=shardings)()
         """Arrays that change no logit."""
 
-    def __call__(self, groups: Sequence[Sequence[StepRequest]]) -> LogitBiasArrays:
-        """The arrays for requests that `check_requests` has passed, one list per dp group."""
+    def collect(self, groups: Sequence[Sequence[StepRequest]]) -> HostBias | None:
+        """The biases of requests that `check_requests` has passed, one list per dp group. None: there are none."""
         biases = [
             ((group * self._shape.max_requests + i) * self._shape.samples_per_request, request.logit_bias)
             for group, requests in enumerate(groups)
@@ -107,24 +120,33 @@ class LogitBiasBuilder:
             if request.logit_bias is not None
         ]
         if not biases:
-            return self.neutral
+            return None
         rows = np.array([row for row, _ in biases])
-        arrays: dict[str, Any] = {"biased": np.zeros(self.neutral.biased.shape, np.bool_)}
-        arrays["biased"][rows] = True
+        biased = np.zeros(self.neutral.biased.shape, np.bool_)
+        biased[rows] = True
+        mask = entries = None
         masks = [(row, bias.mask) for row, bias in biases if bias.mask is not None]
         if masks:
-            arrays["mask"] = np.full(self.neutral.mask.shape, 0xFFFFFFFF, np.uint32)
-            arrays["mask"][[row for row, _ in masks]] = [mask for _, mask in masks]
-        specs = {name: PartitionSpec(TOKENS) for name in arrays}
-        arrays, mesh = on_devices(arrays, specs, self._model.mesh), self._model.mesh
+            mask = np.full(self.neutral.mask.shape, 0xFFFFFFFF, np.uint32)
+            mask[[row for row, _ in masks]] = [words for _, words in masks]
         counts = np.array([len(bias.tokens) for _, bias in biases])
         if counts.any():
             entries = self._entries(
                 np.repeat(rows, counts),
                 *(np.concatenate([getattr(a, name) for _, a in biases]) for name in ("tokens", "add", "scale")),
             )
-            program = self._program(entries.shape[1])
-            arrays["add"], arrays["scale"] = program(on_devices(entries, PartitionSpec(), mesh))
+        return HostBias(biased, mask, entries)
+
+    def place(self, bias: HostBias | None) -> LogitBiasArrays:
+        """The arrays on this process's devices. Every process must pass the same biases."""
+        if bias is None:
+            return self.neutral
+        mesh = self._model.mesh
+        arrays: dict[str, Any] = {"biased": bias.biased} | ({} if bias.mask is None else {"mask": bias.mask})
+        arrays = on_devices(arrays, {name: PartitionSpec(TOKENS) for name in arrays}, mesh)
+        if bias.entries is not None:
+            program = self._program(bias.entries.shape[1])
+            arrays["add"], arrays["scale"] = program(on_devices(bias.entries, PartitionSpec(), mesh))
         return dataclasses.replace(self.neutral, **arrays)
 
     def warmup(self) -> None:
@@ -138,7 +160,7 @@ class LogitBiasBuilder:
     def _entries(
         self, row: NDArray[Any], token: NDArray[Any], add: NDArray[Any], scale: NDArray[Any]
     ) -> NDArray[np.int32]:
-        """[4, N]: the list, floats by their bits, filled up with rows that no device has."""
+        """`HostBias.entries`, of one of few lengths."""
         length = _SHORTEST_LIST
         while length < len(row):
             length *= _FACTOR

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
-from jax_mla_cp.batch.layout import build_batch
+from jax_mla_cp.batch.layout import StepLayout, build_batch
 from jax_mla_cp.batch.packing import pack
 from jax_mla_cp.batch.shapes import StepShape
 from jax_mla_cp.batch.step_request import StepRequest
@@ -21,9 +22,11 @@ from jax_mla_cp.mesh import declared_specs, mesh_shape
 from jax_mla_cp.model.loaded_model import Model
 from jax_mla_cp.step import logit_bias
 from jax_mla_cp.step.compile_progress import CompileProgress, CompileTracker
-from jax_mla_cp.step.forward import forward_and_sample, to_devices
+from jax_mla_cp.step.forward import forward_and_sample, place
+from jax_mla_cp.step.inputs import StepInputs
 from jax_mla_cp.step.planner import Planner
 from jax_mla_cp.step.results import RunnerOutput, read_results
+from jax_mla_cp.step.sampling import SamplerOutput
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +46,7 @@ class Runner:
         self.max_running = max_running
         self.max_model_len = max_model_len
         self._programs: dict[StepShape, jax.stages.Compiled] = {}
+        self._fingerprints: dict[StepShape, str] = {}
         self._compile_tracker = CompileTracker(len(self._shapes))
         self._pages = planner.new_cache()
         self._bias_builder = logit_bias.LogitBiasBuilder(planner.model, planner.shape)
@@ -90,12 +94,37 @@ class Runner:
         Raises:
           ValueError: a request that doesn't fit; nothing has run then.
         """
-        planner, model = self.planner, self.planner.model
-        layout = planner.lay_out(groups)
-        batch = to_devices(model, build_batch(layout, planner.shape))
-        program = self._program(layout.step)
-        output, self._pages = program(model, self._pages, batch, self._bias_builder(groups))
-        return read_results(jax.device_get(output), layout, planner.shape)
+        layout, inputs = self.prepare(groups)
+        return read_results(self.execute(inputs), layout, self.planner.shape)
+
+    def prepare(self, groups: Sequence[Sequence[StepRequest]]) -> tuple[StepLayout, StepInputs]:
+        """Lays out a step on the host.
+
+        Raises:
+          ValueError: as `step`.
+        """
+        layout = self.planner.lay_out(groups)
+        packed = pack(build_batch(layout, self.planner.shape), mesh_shape(self.planner.model.mesh))
+        return layout, StepInputs(layout.step, packed, self._bias_builder.collect(groups))
+
+    def execute(self, inputs: StepInputs) -> SamplerOutput:
+        """Runs a step on the devices and waits for its output, as NumPy arrays. On a mesh of several processes, all of them must
+        execute the same inputs in the same order."""
+        model = self.planner.model
+        program = self._program(inputs.shape)
+        batch, bias = place(model, inputs.batch), self._bias_builder.place(inputs.bias)
+        output, self._pages = program(model, self._pages, batch, bias)
+        on_host: SamplerOutput = jax.device_get(output)
+        return on_host
+
+    def is_compiled(self, shape: StepShape) -> bool:
+        return shape in self._programs
+
+    def fingerprint(self, shape: StepShape) -> str:
+        """Hash of a program before XLA compiles it, equal in processes that run the same. Compiles it if it is new. The mesh must
+        be of several processes."""
+        self._program(shape)
+        return self._fingerprints[shape]
 
     @property
     def compiling(self) -> CompileProgress | None:
@@ -117,6 +146,11 @@ class Runner:
                 pass
 
     @property
+    def _is_multi_process(self) -> bool:
+        mesh = self.planner.model.mesh
+        return mesh is not None and mesh.is_multi_process
+
+    @property
     def _shapes(self) -> tuple[StepShape, ...]:
         return self.planner.step_shapes + self.planner.prompt_logprobs_shapes
 
@@ -124,19 +158,27 @@ class Runner:
         if shape not in self._programs:
             with self._compile_tracker.compiling(shape.tokens * self.cp) as progress:
                 log.info("%s", progress)
-                self._programs[shape] = compile_step(self.planner, shape)
+                lowered = lower_step(self.planner, shape)
+                if self._is_multi_process:
+                    self._fingerprints[shape] = hashlib.sha256(lowered.as_text().encode()).hexdigest()[:16]
+                self._programs[shape] = lowered.compile()
             log.debug("compiled %s in %.1f s", shape, time.monotonic() - progress.since)
         return self._programs[shape]
 
 
 def compile_step(planner: Planner, shape: StepShape) -> jax.stages.Compiled:
     """Compiles the step of one shape, its cache donated: called with (model, pages, batch, bias)."""
+    return lower_step(planner, shape).compile()
+
+
+def lower_step(planner: Planner, shape: StepShape) -> jax.stages.Lowered:
+    """`compile_step` before XLA compiles."""
     model = planner.model
     packed = pack(planner.dummy_batch(shape), mesh_shape(model.mesh))
     batch = jax.tree.map(lambda x, spec: _struct(model, x, spec), packed, declared_specs(packed))
     pages = _struct(model, jax.eval_shape(planner.new_cache), PAGES_SPEC)
     program = jax.jit(functools.partial(forward_and_sample, prompt_logprobs=shape.prompt_logprobs), donate_argnums=1)
-    return program.lower(model, pages, batch, logit_bias.shapes(model, planner.shape)).compile()
+    return program.lower(model, pages, batch, logit_bias.shapes(model, planner.shape))
 
 
 def _struct(model: Model, x: Any, spec: Any) -> jax.ShapeDtypeStruct:

@@ -11,6 +11,7 @@ import pytest
 
 from jax_mla_cp.bench import bench_flags
 from jax_mla_cp.bench.bench_flags import parse
+from jax_mla_cp.distributed.cluster_options import ClusterOptions
 from jax_mla_cp.mesh import MeshShape
 
 EXAMPLES = [
@@ -47,6 +48,8 @@ def test_examples_can_be_typed(command: str, line: str, monkeypatch: pytest.Monk
         ("scaling", "(default: tp=1,cp=1 tp=1,cp=2 tp=2,cp=1)"),
         ("scaling", "expanded,absorbed (default: expanded)"),
         ("model", "(default: 256K,512K,1M)"),
+        ("host", "only receive and echo the steps (default: 1)"),
+        ("scaling", "--coordinator HOST:PORT address of process 0"),
         ("decode", "context length, e.g. 64x8K,8x128K (default: 64x8K,8x128K,256x2K,16x32K,1x128K)"),
     ],
 )
@@ -59,6 +62,17 @@ def test_a_list_of_meshes_goes_back_in() -> None:
     assert told
     assert parse(["scaling", "--meshes", *told[1].split()]) == parse(["scaling"])
     assert parse(["scaling"]).meshes == (MeshShape(), MeshShape(cp=2), MeshShape(tp=2))
+
+
+def test_flags_of_several_processes() -> None:
+    line = (
+        "scaling --coordinator 10.0.0.1:8476 --num-processes 4 --process-id 3 --local-devices 0,1 --heartbeat-timeout 5"
+    )
+    options = parse(line.split())
+    cluster = ClusterOptions("10.0.0.1:8476", 4, 3, local_devices=(0, 1), heartbeat_timeout=5)
+    assert options.cluster == cluster and options.cluster.is_cluster
+    assert not parse(["scaling"]).cluster.is_cluster
+    assert parse(["host", "--processes", "3"]).processes == 3
 
 
 @pytest.mark.parametrize(
@@ -74,6 +88,13 @@ def test_a_list_of_meshes_goes_back_in() -> None:
         ("decode --platform cpu", "Give small sizes: --heads 2, and --shapes like 4x128."),
         ("load --attention xla", "--attention: no such flag"),
         ("host --dtype float32", "--dtype: no such flag"),
+        ("host --processes 0", "--processes: must be whole numbers from 1 to 64, got 0"),
+        ("host --coordinator a:1", "--coordinator: no such flag"),
+        ("scaling --processes 2", "--processes: no such flag"),
+        ("scaling --coordinator a:1", "--num-processes: is missing beside --coordinator"),
+        ("scaling --coordinator a --num-processes 2 --process-id 0", "--coordinator: must be HOST:PORT"),
+        ("scaling --distributed --process-id 1", "--process-id: excludes --distributed"),
+        ("scaling --local-devices 0", "--local-devices: needs several processes"),
         ("attention ''", "'': no such flag"),
         ("attention --seq none", "must be whole numbers"),
         ("attention --json /", "--json: / is not a file"),

@@ -201,10 +201,10 @@ def test_scaling_compares_with_the_first_mesh(monkeypatch: pytest.MonkeyPatch) -
 
     real = scaling.make_model
 
-    def no_room_on_one(build: Any) -> Any:
+    def no_room_on_one(build: Any, mesh: Any) -> Any:
         if build.shape.devices == 1:
             raise MemoryError("no room")
-        return real(build)
+        return real(build, mesh)
 
     monkeypatch.setattr(scaling, "make_model", no_room_on_one)
     options, report = scale()

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jax_mla_cp.batch.arrays import Batch
+from jax_mla_cp.batch.packing import DeviceBatch
 from jax_mla_cp.eval.in_process import prompt_logprobs
 from jax_mla_cp.launch import load
 from jax_mla_cp.mesh import make_mesh
@@ -75,14 +76,14 @@ def test_they_are_the_same_on_every_mesh(logprobs: Callable[..., list[np.ndarray
 def test_a_wrong_plan_is_noticed(logprobs: Callable[..., list[np.ndarray]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: with the ranks' first rows seeing one key less, the same run gives other numbers."""
     want = logprobs(None)
-    to_devices = runner.to_devices
+    pack = runner.pack
 
-    def wrong(model: Any, batch: Batch) -> Batch:
+    def wrong(batch: Batch, mesh: Any) -> DeviceBatch:
         for rows in (batch.expanded, batch.absorbed):
             rows.kv_len[rows.kv_len > 1] -= 1
-        return to_devices(model, batch)
+        return pack(batch, mesh)
 
-    monkeypatch.setattr(runner, "to_devices", wrong)
+    monkeypatch.setattr(runner, "pack", wrong)
     logprobs.cache_clear()  # type: ignore[attr-defined]
     assert furthest(logprobs("tp=2,cp=2"), want) > 1e-3
     logprobs.cache_clear()  # type: ignore[attr-defined]

@@ -24,6 +24,12 @@ class Sizes:
     """Tokens of the prompt that is prefilled beside running requests."""
     pressing: int
     """Requests that do not fit the pages together."""
+    rounds: int
+    """Of all failures of a server of two processes; 0: a few of them, once."""
+    questions: int
+    """Of each kind, that a server of several processes answers as one process does; 0: tests/distributed asks enough."""
+    answer: int
+    """Tokens of each answer."""
 
 
 SMALL = Sizes(
@@ -36,6 +42,9 @@ SMALL = Sizes(
     prefix=640,
     interrupting=2048,
     pressing=6,
+    rounds=0,
+    questions=0,
+    answer=0,
 )
 FULL = Sizes(
     requests=1000,
@@ -47,4 +56,7 @@ FULL = Sizes(
     prefix=3000,
     interrupting=8192,
     pressing=24,
+    rounds=20,
+    questions=20,
+    answer=64,
 )

@@ -31,5 +31,5 @@ def test_implementations_are_resolved_when_a_build_is_planned(monkeypatch: pytes
         return plan_build(CONFIG, None, dtype="float32", ep_axes="tp", attention="xla").grouped_matmul
 
     assert planned() == "blocks"
-    monkeypatch.setattr("jax_mla_cp.launch.resolve_grouped_matmul", lambda: "ragged")
+    monkeypatch.setattr("jax_mla_cp.launch.model.resolve_grouped_matmul", lambda: "ragged")
     assert planned() == "ragged"

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as open_metrics
 from prometheus_client.parser import text_string_to_metric_families as plain
 
+from jax_mla_cp.distributed.leader import ProcessStatus
 from jax_mla_cp.engine import CompileProgress, Engine, PrefillReport, RequestReport, StepReport
 from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.serve.app import create_app
@@ -34,13 +35,15 @@ from tests.helpers.standin import PageModel
 from tests.helpers.waiting import until
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "observability.md"
+PROCESSES = [ProcessStatus(0, "a", 0.0, 7, 0.5), ProcessStatus(1, "b", 1.5, 6, 0.25)]
 BODY = {"model": "tiny", "max_tokens": 6, "ignore_eos": True}
 
 
 class Observed:
-    def __init__(self, pages: int = 40, **model: int) -> None:
+    def __init__(self, pages: int = 40, processes: list[ProcessStatus] | None = None, **model: int) -> None:
         self.model = PageModel(pages=pages, cp=2, **model)
-        telemetry = Telemetry(ServerInfo("tiny", 100, False, MeshShape(cp=2, tp=3), {"version": "0.0"}))
+        info = ServerInfo("tiny", 100, False, MeshShape(cp=2, tp=3), {"version": "0.0"})
+        telemetry = Telemetry(info, None if processes is None else lambda: processes)
         self.engine = Engine(self.model, observer=telemetry)
         served = ServedModel("tiny", self.engine, byte_tokenizer(), 259, 100, (3,), None)
         self.client = TestClient(create_app(served, telemetry=telemetry))
@@ -217,13 +220,38 @@ def test_two_servers_share_nothing(observed: Observed) -> None:
 
 
 def test_the_document_has_every_metric_and_no_other() -> None:
-    drafting = Observed(draft_tokens=2)
+    drafting = Observed(draft_tokens=2, processes=PROCESSES)
     try:
         names = {family.name for family in plain(drafting.client.get("/metrics").text)}
     finally:
         drafting.engine.stop(5)
     documented = set(re.findall(r"^\| `([a-z0-9_]+)", DOCUMENT.read_text(), re.M))
     assert {name.removeprefix("jax_mla_cp:") for name in names} == {name.removesuffix("_total") for name in documented}
+
+
+def test_every_process_is_shown() -> None:
+    several = Observed(processes=PROCESSES)
+    try:
+        status = Status.model_validate_json(several.client.get("/status").text)
+        families = {family.name: family for family in plain(several.client.get("/metrics").text)}
+    finally:
+        several.engine.stop(5)
+    assert status.processes is not None and [p.model_dump() for p in status.processes] == [
+        {"process": 0, "host": "a", "heartbeat_age": 0.0, "step": 7, "step_seconds": 0.5},
+        {"process": 1, "host": "b", "heartbeat_age": 1.5, "step": 6, "step_seconds": 0.25},
+    ]
+    for name, values in (
+        ("process_heartbeat_age_seconds", (0.0, 1.5)),
+        ("process_step", (7, 6)),
+        ("process_step_seconds", (0.5, 0.25)),
+    ):
+        found = [(s.labels["process"], s.labels["host"], s.value) for s in families[f"jax_mla_cp:{name}"].samples]
+        assert found == [("0", "a", values[0]), ("1", "b", values[1])]
+
+
+def test_a_process_that_is_alone_shows_none(observed: Observed) -> None:
+    assert observed.client.get("/status").json()["processes"] is None
+    assert "process_heartbeat" not in observed.client.get("/metrics").text
 
 
 def test_status_shows_the_zigzag(observed: Observed) -> None:

@@ -13,7 +13,14 @@ def test_the_defaults_are_safe() -> None:
     config = parse([])
     assert config == ServerOptions()
     assert config.host == "127.0.0.1" and not config.cors_origins and not config.log_requests
-    assert config.max_queued == 1024 and config.watchdog == 600
+    assert config.max_queued == 1024 and config.watchdog_seconds == 600
+
+
+def test_several_processes_notice_a_stuck_step_sooner() -> None:
+    cluster = {"coordinator": "10.0.0.1:8476", "num_processes": 2, "process_id": 0}
+    assert ServerOptions(**cluster).watchdog_seconds == 60  # type: ignore[arg-type]
+    assert ServerOptions(**cluster, watchdog=5.0).watchdog_seconds == 5  # type: ignore[arg-type]
+    assert ServerOptions(**cluster, watchdog=None).watchdog_seconds is None  # type: ignore[arg-type]
 
 
 def test_every_setting_of_access_limits_and_logs() -> None:

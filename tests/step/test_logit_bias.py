@@ -184,11 +184,12 @@ def test_each_device_gets_its_places(mesh: str | None, drafts: int) -> None:
     shape = BatchShape(at.dp, at.cp, 4, 8, 0, CacheShape(2, 64, 8), draft_tokens=drafts)
     builder, rng = logit_bias.LogitBiasBuilder(model, shape), np.random.default_rng(0)
     plain = [[GOOD] * 3] * at.dp
-    assert builder(plain) is builder.neutral
+    assert builder.place(builder.collect(plain)) is builder.neutral
     for counts, masks in (((5, 200, 0), (False, True, True)), ((240, 40, 1), (False,) * 3), ((0, 0, 0), (True,) * 3)):
         biases = [[random_bias(rng, n, m) for n, m in zip(counts, masks, strict=True)] for _ in range(at.dp)]
         biases[-1][0] = None  # type: ignore[call-overload]
-        got = builder([[dataclasses.replace(GOOD, logit_bias=bias) for bias in group] for group in biases])
+        groups = [[dataclasses.replace(GOOD, logit_bias=bias) for bias in group] for group in biases]
+        got = builder.place(builder.collect(groups))
         want = [np.array(x) for x in jax.tree.leaves(builder.neutral)]
         for group, mine in enumerate(biases):
             for i, bias in enumerate(mine):

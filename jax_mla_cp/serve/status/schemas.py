@@ -89,6 +89,16 @@ class Speculation(BaseModel):
     accepted: int
 
 
+class Process(BaseModel):
+    """One of several processes that share the mesh. Process 0 is this server."""
+
+    process: int
+    host: str
+    heartbeat_age: float = Field(description="Seconds since its last message; 0 for process 0.")
+    step: int = Field(description="Its last step; 0 before the first.")
+    step_seconds: float = Field(description="Duration of that step.")
+
+
 class Status(BaseModel):
     healthy: bool
     reason: str | None = Field(default=None, description="Why the server is not healthy.")
@@ -96,6 +106,7 @@ class Status(BaseModel):
     compiling: Compiling | None = Field(default=None, description="null if no program is being compiled.")
     model: Model
     mesh: MeshSize
+    processes: list[Process] | None = Field(default=None, description="null if this process has the mesh alone.")
     running: int = Field(description="Running requests.")
     waiting: int = Field(description="Requests in the waiting queue.")
     steps: int

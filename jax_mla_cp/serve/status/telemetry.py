@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from collections.abc import Callable, Sequence
 
+from jax_mla_cp.distributed.leader import ProcessStatus
 from jax_mla_cp.engine import CompileProgress, Engine
 from jax_mla_cp.engine.observer import Observer, RequestReport, StepReport
 from jax_mla_cp.serve.metrics import Metrics, balance
@@ -16,6 +19,7 @@ from jax_mla_cp.serve.status.schemas import (
     Pages,
     Percentiles,
     Prefill,
+    Process,
     Speculation,
     Status,
 )
@@ -24,12 +28,18 @@ from jax_mla_cp.serve.status.sliding_window import LatencyWindow, RateWindow
 
 
 class Telemetry(Observer):
-    """Observes an engine. The observer's methods run on the engine's thread; `status` may be called from any thread."""
+    """Observes an engine. The observer's methods run on the engine's thread; `status` may be called from any thread.
 
-    def __init__(self, info: ServerInfo):
-        self._info = info
+    Args:
+      processes: tells of the processes that execute the engine's steps; None: this process is alone.
+    """
+
+    def __init__(self, info: ServerInfo, processes: Callable[[], Sequence[ProcessStatus]] | None = None):
+        self._info, self._processes = info, processes
         mesh = {"dp": str(info.mesh.dp), "cp": str(info.mesh.cp), "tp": str(info.mesh.tp)}
         self.metrics = Metrics(info.model_name, info.max_model_len, mesh | info.facts)
+        if processes is not None:
+            self.metrics.add_processes(processes)
         self._started = time.monotonic()
         self._ttft, self._itl, self._step_time = LatencyWindow(), LatencyWindow(), LatencyWindow()
         self._prompt_rate, self._token_rate = RateWindow(), RateWindow()
@@ -70,6 +80,9 @@ class Telemetry(Observer):
             compiling=_compiling(now.compiling),
             model=Model(name=info.model_name, max_model_len=info.max_model_len, chat=info.chat, facts=info.facts),
             mesh=MeshSize(dp=info.mesh.dp, cp=info.mesh.cp, tp=info.mesh.tp),
+            processes=None
+            if self._processes is None
+            else [Process(**dataclasses.asdict(process)) for process in self._processes()],
             running=now.running,
             waiting=now.waiting,
             steps=now.steps,

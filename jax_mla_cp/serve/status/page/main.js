@@ -70,6 +70,15 @@ function drawPages({ total, used, cached, free }) {
   text("pages-free", count(free));
 }
 
+function drawProcesses(processes) {
+  byId("processes-card").hidden = !processes;
+  if (!processes) return;
+  text("processes-size", `${count(processes.length)} processes`);
+  byId("processes").replaceChildren(...processes.map((p) => element("tr", {}, ...[
+    p.process, p.host, p.process ? `${duration(p.heartbeat_age)} ago` : "this server", count(p.step), p.step ? duration(p.step_seconds) : "–",
+  ].map((value) => element("td", {}, String(value))))));
+}
+
 function drawMeshCard(mesh) {
   drawMesh(byId("mesh"), mesh);
   text("mesh-size", `dp ${mesh.dp} × cp ${mesh.cp} × tp ${mesh.tp} = ${mesh.dp * mesh.cp * mesh.tp} devices`);
@@ -105,6 +114,7 @@ function draw(status) {
   drawCompiling(status.compiling);
   drawTiles(status);
   drawPages(status.pages);
+  drawProcesses(status.processes);
   drawPrefill(status);
   drawLatencies(status);
 }

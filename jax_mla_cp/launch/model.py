@@ -1,14 +1,9 @@
-"""From a model directory (or the built-in model) to a runner: weights on the mesh, tokenizer, cache and compiled steps.
-
-`load` is the library's entry. `LaunchOptions` and the functions that take it are what the programs share.
-"""
+"""From a model directory to weights on a mesh, and a tokenizer."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +12,6 @@ from jax.sharding import Mesh
 
 from jax_mla_cp import platform
 from jax_mla_cp.attention import Implementation, resolve_implementation
-from jax_mla_cp.batch.form import Form
 from jax_mla_cp.checkpoint import (
     ConvertedCheckpoint,
     SafetensorsSource,
@@ -26,43 +20,21 @@ from jax_mla_cp.checkpoint import (
     load_params,
     open_converted,
 )
-from jax_mla_cp.config.errors import ConfigError, check_choice, check_whole
+from jax_mla_cp.config.errors import ConfigError, check_choice
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.config.quantization import Weights
 from jax_mla_cp.default_model import DIRECTORY
-from jax_mla_cp.mesh import MeshShape, make_mesh, mesh_shape
+from jax_mla_cp.launch.devices import Devices
+from jax_mla_cp.launch.options import Dtype, EpAxes, LaunchOptions
+from jax_mla_cp.mesh import mesh_shape
 from jax_mla_cp.model.build import EP_CHOICES, Build
 from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.grouped_matmul import resolve_grouped_matmul
 from jax_mla_cp.model.loaded_model import Model, weight_bytes
-from jax_mla_cp.platform import Platform
-from jax_mla_cp.step.cache_sizing import create_runner
-from jax_mla_cp.step.planner import MAX_DRAFT_TOKENS
-from jax_mla_cp.step.runner import Runner
 from jax_mla_cp.tokenizer import Tokenizer
-
-__all__ = [
-    "Dtype",
-    "EpAxes",
-    "LaunchOptions",
-    "Runner",
-    "Speculative",
-    "config_and_tokenizer",
-    "load",
-    "load_model",
-    "make_runner",
-    "plan_build",
-    "set_up_devices",
-]
-
-EpAxes = Literal["auto", "tp", "tp,cp", "tp,cp,dp"]
-Dtype = Literal["auto", "float32", "bfloat16"]
-Speculative = Literal["off", "mtp"]
 
 _WEIGHTS_FRACTION = 0.7
 """The share of a device's memory at which `ep_axes="auto"` stops trying to keep the experts on fewer axes."""
-_INT32_MAX = 2**31 - 1
-"""Token and page counts are int32 on the device."""
 
 
 def load(
@@ -156,83 +128,6 @@ def plan_build(
     return fitting[0] if fitting else builds[-1]
 
 
-@dataclasses.dataclass(frozen=True)
-class LaunchOptions:
-    """Model, devices, cache and schedule: the options that the programs share. A field is the flag of the same name.
-
-    Raises:
-      ConfigError: a number out of bounds, or options that exclude each other. The functions that take the other named choices
-        check them: `load`, `Planner.create`, `platform.setup`.
-    """
-
-    model: Path | None = None
-    """Model directory. None: the built-in model."""
-    mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
-    platform: Platform = "auto"
-    dtype: Dtype = "auto"
-    weights: Weights = "auto"
-    ep_axes: EpAxes = "auto"
-    attention: Implementation = "auto"
-    form: Form = "auto"
-    page_size: int = 64
-    kv_pages: int | None = None
-    """Pages per dp group. None: what `memory_fraction` allows."""
-    memory_fraction: float | None = None
-    """None: `platform.default_memory_budget`."""
-    prefill_chunk: int = 2048
-    max_model_len: int | None = None
-    """None: the smaller of the model's length and what the pages hold."""
-    max_running: int = 32
-    speculative: Speculative = "off"
-    draft_tokens: int | None = None
-    """None: 1 with speculation. DeepSeek-V3's layer is trained to guess one token, and 85 to 90% of these are right
-    (arXiv:2412.19437, section 5.4.3); those after it are right less often, and each costs a pass of the layer."""
-    compile_cache: str = "auto"
-    """A directory, "auto" (`platform.default_compile_cache`) or "off"."""
-
-    def __post_init__(self) -> None:
-        check_choice("speculative", self.speculative, get_args(Speculative))
-        check_whole("page_size", self.page_size, 1, 65536)
-        check_whole("prefill_chunk", self.prefill_chunk, 1, _INT32_MAX)
-        check_whole("max_running", self.max_running, 1, 4096)
-        if self.kv_pages is not None:
-            check_whole("kv_pages", self.kv_pages, 1, _INT32_MAX)
-        if self.max_model_len is not None:
-            check_whole("max_model_len", self.max_model_len, 2, _INT32_MAX)  # a prompt token and a sampled one
-        fraction = self.memory_fraction
-        if fraction is not None and not (math.isfinite(fraction) and 0 < fraction <= 1):
-            raise ConfigError("memory_fraction", f"must be above 0 and at most 1, got {fraction}. Try 0.9.")
-        if not self.compile_cache:
-            raise ConfigError("compile_cache", "must be a directory, auto or off, got ''.")
-        if self.draft_tokens is not None:
-            if self.speculative == "off":
-                raise ConfigError("draft_tokens", "without speculation there are no drafts. Add speculative='mtp'.")
-            check_whole("draft_tokens", self.draft_tokens, 1, MAX_DRAFT_TOKENS)
-        elif self.speculative == "mtp":
-            object.__setattr__(self, "draft_tokens", 1)
-
-    @property
-    def model_name(self) -> str:
-        """The model directory's name, without spaces."""
-        name = "" if self.model is None else "-".join(self.model.resolve().name.split())
-        return name or "jax-mla-cp-tiny"
-
-
-def set_up_devices(options: LaunchOptions) -> Literal["cpu", "cuda"]:
-    """Starts the platform with as many devices as the mesh needs, and the compile cache. Call it before JAX's first use.
-
-    Returns: the platform.
-
-    Raises:
-      ConfigError: as `platform.setup` and `platform.enable_compile_cache`.
-    """
-    used = platform.setup(options.platform, options.mesh.devices)
-    if options.compile_cache != "off":
-        auto = options.compile_cache == "auto"
-        platform.enable_compile_cache(platform.default_compile_cache() if auto else options.compile_cache)
-    return used
-
-
 def config_and_tokenizer(model: Path | None) -> tuple[ModelConfig, Tokenizer | None]:
     """Reads a model directory's config and tokenizer, without its weights. The tokenizer is None if there is none.
 
@@ -243,8 +138,8 @@ def config_and_tokenizer(model: Path | None) -> tuple[ModelConfig, Tokenizer | N
     return config, tokenizer
 
 
-def load_model(options: LaunchOptions) -> tuple[Model, Tokenizer | None]:
-    """Loads the weights onto the mesh, after `set_up_devices`.
+def load_model(options: LaunchOptions, devices: Devices) -> tuple[Model, Tokenizer | None]:
+    """Loads the weights onto the mesh of `set_up_devices`.
 
     Raises:
       ConfigError: as `load`.
@@ -252,7 +147,7 @@ def load_model(options: LaunchOptions) -> tuple[Model, Tokenizer | None]:
     try:
         return load(
             options.model,
-            mesh=make_mesh(options.mesh),
+            mesh=devices.mesh,
             dtype=options.dtype,
             weights=options.weights,
             ep_axes=options.ep_axes,
@@ -263,22 +158,3 @@ def load_model(options: LaunchOptions) -> tuple[Model, Tokenizer | None]:
         if error.field == "mtp":
             raise ConfigError("speculative", error.message) from error
         raise
-
-
-def make_runner(model: Model, options: LaunchOptions) -> Runner:
-    """Makes the cache and the runner for a model of `load_model`.
-
-    Raises:
-      ConfigError: as `create_runner`.
-    """
-    return create_runner(
-        model,
-        page_size=options.page_size,
-        kv_pages=options.kv_pages,
-        memory_fraction=options.memory_fraction,
-        prefill_chunk=options.prefill_chunk,
-        max_model_len=options.max_model_len,
-        max_running=options.max_running,
-        form=options.form,
-        draft_tokens=options.draft_tokens or 0,
-    )

@@ -9,12 +9,17 @@ from jax_mla_cp.attention import Implementation
 from jax_mla_cp.batch.form import Form
 from jax_mla_cp.cli import choice, mesh, path, platform, real_number, whole_number
 from jax_mla_cp.config.quantization import Weights
-from jax_mla_cp.launch import Dtype, EpAxes, Speculative
+from jax_mla_cp.distributed.handshake import KEY_VARIABLE
+from jax_mla_cp.launch.options import Dtype, EpAxes, Speculative
 from jax_mla_cp.platform import Platform, default_compile_cache
 
 
 def _int_or_auto(text: str) -> int | None:
     return None if text == "auto" else whole_number(text)
+
+
+def _devices(text: str) -> tuple[int, ...]:
+    return tuple(whole_number(part) for part in text.split(","))
 
 
 def add_model_flags(p: argparse.ArgumentParser) -> None:
@@ -141,4 +146,52 @@ def add_cache_flags(p: argparse.ArgumentParser) -> None:
         type=whole_number,
         help="draft tokens per request and step, 1 to 4; more than 1 pays off at high acceptance rates, "
         "which /health reports (default: 1)",
+    )
+
+
+def add_cluster_flags(p: argparse.ArgumentParser) -> None:
+    """Adds the flags of a program that runs as several processes."""
+    cluster = p.add_argument_group(
+        "several hosts: one process per host, the same command on each (docs/several-hosts.md)"
+    )
+    cluster.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="address of process 0, where the processes find each other (default: this process is alone)",
+    )
+    cluster.add_argument("--num-processes", metavar="N", type=whole_number, help="number of processes")
+    cluster.add_argument(
+        "--process-id",
+        metavar="K",
+        type=whole_number,
+        help="number of this process, 0 to N - 1; process 0 runs on the coordinator's host and leads",
+    )
+    cluster.add_argument(
+        "--distributed",
+        action="store_true",
+        help="take these three from Slurm, Open MPI or Kubernetes, as JAX detects them",
+    )
+    cluster.add_argument(
+        "--local-devices",
+        metavar="N,N,...",
+        type=_devices,
+        help="GPUs of this host that this process uses, such as 0,1 (default: all)",
+    )
+    cluster.add_argument(
+        "--cluster-key-file",
+        metavar="FILE",
+        type=path,
+        help=f"file whose first line is a key that all processes share; also {KEY_VARIABLE} in the environment (default: "
+        "process 0 makes one, and passes it through JAX's coordination service)",
+    )
+    cluster.add_argument(
+        "--heartbeat-timeout",
+        metavar="S",
+        type=real_number,
+        help="seconds of silence after which a process counts as lost, which ends all (default: 10)",
+    )
+    cluster.add_argument(
+        "--allow-tp-across-hosts",
+        action="store_true",
+        help="accept a mesh whose tp axis crosses hosts: every layer's all-reduce then takes the network",
     )

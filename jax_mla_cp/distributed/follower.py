@@ -1,0 +1,133 @@
+"""The side of the other processes: executes the steps that process 0 sends, and echoes them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+from jax_mla_cp.config.errors import ConfigError
+from jax_mla_cp.distributed import handshake
+from jax_mla_cp.distributed.cluster import Cluster
+from jax_mla_cp.distributed.exit import exit_now
+from jax_mla_cp.distributed.leader import ECHO
+from jax_mla_cp.distributed.link import Link
+from jax_mla_cp.distributed.step_message import StepDecoder
+from jax_mla_cp.distributed.wire import CorruptMessage, Kind, Wire
+from jax_mla_cp.step.runner import Runner
+
+log = logging.getLogger(__name__)
+
+_CONNECT_SECONDS = 60.0
+_POLL = 0.2
+_LEADER_SECONDS = 15.0
+"""Time for process 0 to end before this process, when a failure ends all."""
+
+
+class Follower:
+    """The connection to process 0. It ends this process when process 0 does, in whatever this process is doing.
+
+    Raises:
+      ConfigError: process 0 can't be reached, or has another key.
+    """
+
+    def __init__(self, cluster: Cluster, key: bytes):
+        self.cluster = cluster
+        self._timeout = cluster.options.heartbeat_timeout
+        self._messages: queue.SimpleQueue[tuple[Kind, memoryview, int]] = queue.SimpleQueue()
+        """Steps and programs, in order."""
+        self._last_step = 0
+        self._closing = threading.Event()
+        self._link = Link(Wire(self._connect(key)), self._timeout, self._on_message, self._on_lost)
+        self._link.start()
+        threading.Thread(target=self._watch, name="cluster-watch", daemon=True).start()
+
+    def run(self, runner: Runner) -> None:
+        """Executes steps until process 0 ends this process."""
+        decoder = StepDecoder(runner.planner)
+        while True:
+            kind, payload, crc = self._messages.get()
+            began = time.monotonic()
+            try:
+                if kind is Kind.COMPILE:
+                    runner.fingerprint(decoder.decode_shape(payload))
+                    continue
+                message = decoder.decode(payload)
+                number = message.number
+                if number != self._last_step + 1:
+                    raise CorruptMessage(f"step {number} after step {self._last_step}.")
+                if (mine := runner.fingerprint(message.inputs.shape)) != message.program:
+                    raise CorruptMessage(f"step {number} needs the program {message.program}, this process has {mine}.")
+                runner.execute(message.inputs)
+            except Exception as error:
+                log.exception("step %d failed", self._last_step + 1)
+                self._link.send(Kind.FAILED, f"step {self._last_step + 1} failed: {error}".encode())
+                self._exit_after_leader()
+            self._last_step = number
+            self._link.send(Kind.ECHO, ECHO.pack(number, crc, time.monotonic() - began))
+
+    def drain(self) -> None:
+        """Asks process 0 to end all processes when the requests have ended. May be called by a signal handler."""
+        threading.Thread(target=self._link.send, args=(Kind.DRAIN,), daemon=True).start()
+
+    @contextlib.contextmanager
+    def expect_exit(self) -> Iterator[None]:
+        """A block in which all processes may end for a reason that each of them finds itself. If it raises, they do."""
+        self._closing.set()
+        yield
+        self._closing.clear()
+
+    def _connect(self, key: bytes) -> socket.socket:
+        host, port = self.cluster.coordinator_host, int(self.cluster.store.read("leader", 0))
+        try:
+            connection = socket.create_connection((host, port), _CONNECT_SECONDS)
+            handshake.connect(connection, key, self.cluster.process_id)
+        except handshake.Refused as error:
+            raise ConfigError(
+                "cluster_key_file", f"process 0 at {host}:{port}: {error} All processes must have the same key."
+            ) from error
+        except OSError as error:
+            raise ConfigError(
+                "coordinator", f"process 0 can't be reached at {host}:{port}: {error}. Is the port open to this host?"
+            ) from error
+        return connection
+
+    def _on_message(self, kind: Kind, payload: memoryview, crc: int) -> None:
+        if kind in (Kind.STEP, Kind.COMPILE):
+            self._messages.put((kind, payload, crc))
+        elif kind is Kind.STOP:
+            log.info("stopped: process 0 has ended, after step %d", self._last_step)
+            exit_now(0)
+        elif kind is Kind.FAILED:
+            # It answers its clients first. A process that is started again sooner would meet its coordination service.
+            self._closing.set()
+            log.error("the cluster ends: %s", bytes(payload).decode(errors="replace"))
+            threading.Thread(target=self._exit_after_leader, daemon=True).start()
+        else:
+            raise CorruptMessage(f"a {kind.name} message, which process 0 does not send.")
+
+    def _on_lost(self, reason: str) -> None:
+        self._end(f"{self.cluster.name(0)} {reason}")
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(_POLL)
+            if self._link.silence > self._timeout:
+                self._end(
+                    f"{self.cluster.name(0)} has been silent for {self._link.silence:.0f} s (--heartbeat-timeout {self._timeout:g})."
+                )
+
+    def _exit_after_leader(self) -> None:
+        self._link.wait_closed(_LEADER_SECONDS)
+        exit_now(1)
+
+    def _end(self, reason: str) -> None:
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        log.error("this process ends, after step %d: %s", self._last_step, reason)
+        exit_now(1)

@@ -1,0 +1,29 @@
+"""From loaded weights to a runner."""
+
+from __future__ import annotations
+
+from jax_mla_cp.launch.devices import Devices
+from jax_mla_cp.launch.options import LaunchOptions
+from jax_mla_cp.model.loaded_model import Model
+from jax_mla_cp.step.cache_sizing import create_runner
+from jax_mla_cp.step.runner import Runner
+
+
+def make_runner(model: Model, options: LaunchOptions, devices: Devices) -> Runner:
+    """Makes the cache and the runner for a model of `load_model`. Several processes' smallest device decides their caches' size.
+
+    Raises:
+      ConfigError: as `create_runner`.
+    """
+    return create_runner(
+        model,
+        page_size=options.page_size,
+        kv_pages=options.kv_pages,
+        memory_fraction=options.memory_fraction,
+        prefill_chunk=options.prefill_chunk,
+        max_model_len=options.max_model_len,
+        max_running=options.max_running,
+        form=options.form,
+        draft_tokens=options.draft_tokens or 0,
+        smallest_budget=None if devices.member is None else devices.member.cluster.smallest_budget,
+    )

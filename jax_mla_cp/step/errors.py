@@ -1,0 +1,7 @@
+"""Failures of steps that the engine tells apart."""
+
+from __future__ import annotations
+
+
+class RunnerFailed(RuntimeError):
+    """The runner can run no further step, and can't be reset."""
