@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import cast
 
 from jax.sharding import AbstractMesh
 
@@ -23,7 +22,6 @@ from jax_mla_cp.distributed.handshake import KEY_VARIABLE
 from jax_mla_cp.mesh import AXES
 from jax_mla_cp.step.inputs import StepInputs
 from jax_mla_cp.step.planner import Planner
-from jax_mla_cp.step.runner import Runner
 
 
 class NullRunner:
@@ -40,7 +38,7 @@ class NullRunner:
 
 
 class _StandardInput:
-    """Stands in for the client of JAX's coordination service: the only value that is asked for, the leader's port, comes there."""
+    """Stands in for the client of JAX's coordination service. The only value that is asked for is the leader's port."""
 
     def blocking_key_value_get(self, name: str, timeout_ms: int) -> str:
         return sys.stdin.readline().strip()
@@ -55,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
     print(READY, flush=True)
     cluster = loopback_cluster(int(process_id), int(processes), _StandardInput())
     follower = Follower(cluster, os.environ[KEY_VARIABLE].encode())
-    follower.run(cast(Runner, NullRunner(planner)))
+    follower.run(NullRunner(planner))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Stand-ins for the other processes of a cluster, on this host: real connections, messages and echoes; their steps do nothing."""
+"""Stand-ins for the other processes of a cluster, on this host.
+
+Their connections, messages and echoes are real; their steps do nothing.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jax_mla_cp.bench.bench_options import Options
+from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.distributed.cluster import Cluster
 from jax_mla_cp.distributed.cluster_options import ClusterOptions
 from jax_mla_cp.distributed.handshake import KEY_VARIABLE
@@ -33,11 +37,11 @@ def loopback_cluster(process_id: int, processes: int, client: Any) -> Cluster:
 
 @contextlib.contextmanager
 def leading(options: Options) -> Iterator[Leader | None]:
-    """Starts `options.processes` - 1 followers (bench/echo_process.py) for the steps of `host`, and connects them with this process.
-    They end with the block, or with this process. Gives None for a process that is alone.
+    """Starts `options.processes` - 1 followers (bench/echo_process.py) for the steps of `host`, and connects them with this
+    process. They end with the block, or with this process. Gives None for a process that is alone.
 
     Raises:
-      RuntimeError: a follower did not start; its standard error, which is this process's, says why.
+      ConfigError: a follower did not start; its standard error, which is this process's, says why.
     """
     if options.processes == 1:
         yield None
@@ -48,7 +52,7 @@ def leading(options: Options) -> Iterator[Leader | None]:
         for i, child in enumerate(children, 1):
             assert child.stdout is not None
             if child.stdout.readline().strip() != READY:
-                raise RuntimeError(f"process {i} did not start. The lines above say why.")
+                raise ConfigError("processes", f"process {i} did not start. The lines above say why.")
         leader = Leader(loopback_cluster(0, options.processes, _Announcer(children)), key.encode())
         leader.on_failure = lambda reason: None  # the next step raises it, and its row fails
         try:

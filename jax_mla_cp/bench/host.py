@@ -46,12 +46,13 @@ def run(options: Options, config: ModelConfig, report: Report) -> None:
     """Adds a row for each number of requests and context length.
 
     Raises:
-      RuntimeError: another process did not start.
+      ConfigError: another process did not start.
     """
     planner = make_planner(options, config, make_mesh(options.mesh))
+    headers: list[int] = []
     with leading(options) as leader:
-        rows = {
-            (requests, context): report.row(
+        for requests, context in options.shapes:
+            row = report.row(
                 "host time of a decode step",
                 "host time",
                 functools.partial(_row, planner, requests, context, options, leader),
@@ -60,27 +61,25 @@ def run(options: Options, config: ModelConfig, report: Report) -> None:
                 mesh=str(options.mesh),
                 processes=options.processes,
             )
-            for requests, context in options.shapes
-        }
-    for (requests, _), row in rows.items():
-        if requests in _HOLD_MS:
-            report.hold(
-                f"{requests} requests: host ms per step, without the transfer",
-                row["ms"] if row else None,
-                at_most=_HOLD_MS[requests],
-            )
-        if requests in _HOLD_MORE_MS and leader is not None:
-            report.hold(
-                f"{requests} requests: host ms that other processes add, send + echo",
-                row["send_ms"] + row["echo_ms"] if row else None,
-                at_most=_HOLD_MORE_MS[requests],
-            )
+            if requests in _HOLD_MS:
+                report.hold(
+                    f"{requests} requests: host ms per step, without the transfer",
+                    row["ms"] if row else None,
+                    at_most=_HOLD_MS[requests],
+                )
+            if requests in _HOLD_MORE_MS and leader is not None:
+                report.hold(
+                    f"{requests} requests: host ms that other processes add, send + echo",
+                    row["send_ms"] + row["echo_ms"] if row else None,
+                    at_most=_HOLD_MORE_MS[requests],
+                )
+            if row and leader is not None:
+                headers.append(row["message_bytes"] - row["arrays_bytes"])
     report.notes.append(
         "ms: engine + arrays + pack + outcomes. engine: scheduling, detokenizing, events, metrics. arrays: checking the requests, laying "
         "them out over the ranks, making arrays. outcomes: reading the results. put: transferring two arrays to every device."
     )
     if leader is not None:
-        headers = [row["message_bytes"] - row["arrays_bytes"] for row in rows.values() if row]
         report.hold("bytes of a message beside its arrays", max(headers, default=None), at_most=_HOLD_HEADER_BYTES)
         report.notes.append(
             "send: making, encoding and sending the message; ms includes it. echo: processor time of the threads that handle the echoes, "

@@ -22,7 +22,7 @@ from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.config.presets import model_config
 from jax_mla_cp.distributed.agreement import agree
 from jax_mla_cp.distributed.connect import Member
-from jax_mla_cp.distributed.exit import exit_now
+from jax_mla_cp.distributed.exit import SAME_ERROR_SECONDS, exit_now
 from jax_mla_cp.distributed.follower import Follower
 from jax_mla_cp.distributed.leader import Leader
 from jax_mla_cp.launch import LaunchOptions, detect, set_up_devices
@@ -38,16 +38,13 @@ _TELL_SECONDS = 0.5
 
 
 def run_together(options: Options, argv: Sequence[str]) -> NoReturn:
-    """Runs the benchmark and ends this process, with the exit codes of the program; 1 also tells that another process was lost."""
+    """Runs the benchmark and ends this process, with the program's exit codes; 1 also tells that another process was lost."""
     with logs.to_stderr("info", "text"):
         try:
             code = _run(options, argv)
         except ConfigError as error:
             print_error(error, make_parser(), options.command)
-            code = 2
-            time.sleep(
-                _TELL_SECONDS
-            )  # process 0 holds JAX's coordination service, which the others need to find the same
+            exit_now(2, after=SAME_ERROR_SECONDS)
         except KeyboardInterrupt:
             code = 130
         except ProcessFailed:  # which has been logged
@@ -105,11 +102,8 @@ def _measure(options: Options, report: Report, member: Member) -> None:
     try:
         scaling.run(options, model_config(options.model), report, Processes(member), begin)
     except ProcessFailed as error:
-        if isinstance(member, Follower):
-            log.error("a row failed: %s", error)
-            raise
-        member.fail(f"a row failed on {member.cluster.name(0)}: {error}")
-        threading.Event().wait()  # until `lost` has ended this process
+        member.fail(f"a row failed on {member.cluster.name(member.cluster.process_id)}: {error}")
+        threading.Event().wait()  # in process 0, until `lost` has ended it
 
 
 def _show(options: Options, report: Report) -> None:

@@ -9,16 +9,19 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from typing import NoReturn, Protocol
 
+from jax_mla_cp.batch.shapes import StepShape
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.distributed import handshake
 from jax_mla_cp.distributed.cluster import Cluster
 from jax_mla_cp.distributed.exit import exit_now
-from jax_mla_cp.distributed.leader import ECHO
+from jax_mla_cp.distributed.leader import ECHO, OWN_REASON_SECONDS
 from jax_mla_cp.distributed.link import Link
 from jax_mla_cp.distributed.step_message import StepDecoder
 from jax_mla_cp.distributed.wire import CorruptMessage, Kind, Wire
-from jax_mla_cp.step.runner import Runner
+from jax_mla_cp.step.inputs import StepInputs
+from jax_mla_cp.step.planner import Planner
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +29,16 @@ _CONNECT_SECONDS = 60.0
 _POLL = 0.2
 _LEADER_SECONDS = 15.0
 """Time for process 0 to end before this process, when a failure ends all."""
+
+
+class Executor(Protocol):
+    """The part of `jax_mla_cp.step.runner.Runner` that a follower needs."""
+
+    planner: Planner
+
+    def fingerprint(self, shape: StepShape, /) -> str: ...
+
+    def execute(self, inputs: StepInputs, /) -> object: ...
 
 
 class Follower:
@@ -42,11 +55,12 @@ class Follower:
         """Steps and programs, in order."""
         self._last_step = 0
         self._closing = threading.Event()
+        self._expecting = threading.Event()
         self._link = Link(Wire(self._connect(key)), self._timeout, self._on_message, self._on_lost)
         self._link.start()
         threading.Thread(target=self._watch, name="cluster-watch", daemon=True).start()
 
-    def run(self, runner: Runner) -> None:
+    def run(self, runner: Executor) -> None:
         """Executes steps until process 0 ends this process."""
         decoder = StepDecoder(runner.planner)
         while True:
@@ -65,10 +79,26 @@ class Follower:
                 runner.execute(message.inputs)
             except Exception as error:
                 log.exception("step %d failed", self._last_step + 1)
-                self._link.send(Kind.FAILED, f"step {self._last_step + 1} failed: {error}".encode())
-                self._exit_after_leader()
+                self.fail(f"step {self._last_step + 1} failed: {error}")
             self._last_step = number
             self._link.send(Kind.ECHO, ECHO.pack(number, crc, time.monotonic() - began))
+
+    def fail(self, reason: str) -> NoReturn:
+        """Ends all processes, and this one last."""
+        self._closing.set()
+        self._link.send(Kind.FAILED, reason.encode())
+        self._exit_after_leader()
+
+    @contextlib.contextmanager
+    def failing_all(self) -> Iterator[None]:
+        """A block whose `ConfigError` ends all processes and is told to process 0, unless all of them find it themselves."""
+        try:
+            yield
+        except ConfigError as error:
+            if not self._expecting.is_set():
+                log.error("%s", error)
+                self.fail(str(error))
+            raise
 
     def drain(self) -> None:
         """Asks process 0 to end all processes when the requests have ended. May be called by a signal handler."""
@@ -76,10 +106,10 @@ class Follower:
 
     @contextlib.contextmanager
     def expect_exit(self) -> Iterator[None]:
-        """A block in which all processes may end for a reason that each of them finds itself. If it raises, they do."""
-        self._closing.set()
+        """A block in which all processes may end for a reason that each of them finds itself. If it raises, this one does."""
+        self._expecting.set()
         yield
-        self._closing.clear()
+        self._expecting.clear()
 
     def _connect(self, key: bytes) -> socket.socket:
         host, port = self.cluster.coordinator_host, int(self.cluster.store.read("leader", 0))
@@ -111,17 +141,19 @@ class Follower:
             raise CorruptMessage(f"a {kind.name} message, which process 0 does not send.")
 
     def _on_lost(self, reason: str) -> None:
+        if self._expecting.is_set():
+            time.sleep(OWN_REASON_SECONDS)
         self._end(f"{self.cluster.name(0)} {reason}")
 
     def _watch(self) -> None:
         while True:
             time.sleep(_POLL)
-            if self._link.silence > self._timeout:
+            if self._link.silence > self._timeout and not self._link.is_closed:
                 self._end(
                     f"{self.cluster.name(0)} has been silent for {self._link.silence:.0f} s (--heartbeat-timeout {self._timeout:g})."
                 )
 
-    def _exit_after_leader(self) -> None:
+    def _exit_after_leader(self) -> NoReturn:
         self._link.wait_closed(_LEADER_SECONDS)
         exit_now(1)
 

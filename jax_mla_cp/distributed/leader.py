@@ -27,6 +27,8 @@ ECHO = struct.Struct("<QId")
 """Step number, CRC of the received payload, seconds that the step took."""
 _POLL = 0.2
 _STOP_SECONDS = 10.0
+OWN_REASON_SECONDS = 3.0
+"""Time for a process to find a reason itself for which all others end."""
 _FIRST_RUN = 10
 """Times the watchdog that the first run of a program may take, which compiles it."""
 _CULPRIT_SECONDS = 2.0
@@ -87,6 +89,7 @@ class Leader:
         self._failure: str | None = None
         self._failed = threading.Event()
         self._closing = threading.Event()
+        self._expecting = threading.Event()
         self._sent: dict[int, _SentStep] = {}
         self._progress = [_Progress() for _ in range(cluster.num_processes)]
         self.on_failure: Callable[[str], None] = _exit_on_failure
@@ -158,10 +161,10 @@ class Leader:
 
     @contextlib.contextmanager
     def expect_exit(self) -> Iterator[None]:
-        """A block in which all processes may end for a reason that each of them finds itself. If it raises, they do."""
-        self._closing.set()
+        """A block in which all processes may end for a reason that each of them finds itself. If it raises, this one does."""
+        self._expecting.set()
         yield
-        self._closing.clear()
+        self._expecting.clear()
 
     def stop(self) -> None:
         """Tells all followers that the steps are over, and waits for them to end."""
@@ -192,6 +195,8 @@ class Leader:
             self._on_message(process, kind, payload)
 
         def on_lost(reason: str) -> None:
+            if self._expecting.is_set():
+                time.sleep(OWN_REASON_SECONDS)
             step = self._progress[process].step
             self.fail(f"{self.cluster.name(process)} {reason} Its last step was {step}.")
 
@@ -225,7 +230,7 @@ class Leader:
         """Looks for silent and stuck processes."""
         while not self._failed.wait(_POLL):
             for process, link in self._links.items():
-                if link.silence > self._timeout:
+                if link.silence > self._timeout and not link.is_closed:
                     self.fail(
                         f"{self.cluster.name(process)} has been silent for {link.silence:.0f} s (--heartbeat-timeout "
                         f"{self._timeout:g}). Its last step was {self._progress[process].step}."

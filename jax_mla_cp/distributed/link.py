@@ -52,6 +52,10 @@ class Link:
         except OSError:
             self._wire.close()
 
+    @property
+    def is_closed(self) -> bool:
+        return self._ended.is_set()
+
     def wait_closed(self, seconds: float) -> bool:
         """Waits until the other side has closed the connection. Returns False if it has not."""
         return self._ended.wait(seconds)

@@ -57,9 +57,11 @@ class Wire:
           OSError: the connection is closed.
         """
         header = _HEADER.pack(_MAGIC, kind, zlib.crc32(payload) if crc is None else crc, len(payload))
+        header += _HEADER_CRC.pack(zlib.crc32(header))
         with self._sending:
-            self._socket.sendall(header + _HEADER_CRC.pack(zlib.crc32(header)))
-            self._socket.sendall(payload)
+            sent = self._socket.sendmsg((header, payload))
+            if sent < len(header) + len(payload):
+                self._socket.sendall(memoryview(b"".join((header, payload)))[sent:])
 
     def receive(self) -> tuple[Kind, memoryview, int]:
         """Waits for a message: its kind, its payload, and the payload's CRC-32.

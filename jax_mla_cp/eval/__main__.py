@@ -24,7 +24,7 @@ with program_imports():
     from jax_mla_cp.config.errors import ConfigError
     from jax_mla_cp.default_model import DIRECTORY
     from jax_mla_cp.default_model.heldout import heldout_text
-    from jax_mla_cp.distributed.exit import exit_now
+    from jax_mla_cp.distributed.exit import SAME_ERROR_SECONDS, exit_now
     from jax_mla_cp.eval.backend import Backend, BackendError, PromptLogprobsUnsupported
     from jax_mla_cp.eval.corpus import Corpus, PasskeyPrompt, even_depths
     from jax_mla_cp.eval.eval_options import EvalOptions, make_parser, parse
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print_error(error, make_parser())
         if options.launch.is_cluster:
-            exit_now(2)
+            exit_now(2, after=SAME_ERROR_SECONDS)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped.", file=sys.stderr)

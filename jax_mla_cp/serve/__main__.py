@@ -19,7 +19,7 @@ with program_imports():
 
     from jax_mla_cp.cli import print_error
     from jax_mla_cp.config.errors import ConfigError
-    from jax_mla_cp.distributed.exit import exit_now
+    from jax_mla_cp.distributed.exit import SAME_ERROR_SECONDS, exit_now
     from jax_mla_cp.distributed.leading_runner import LeadingRunner
     from jax_mla_cp.engine import Engine
     from jax_mla_cp.engine.step_runner import StepRunner
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print_error(error, make_parser())
         if config.is_cluster:
-            exit_now(2)
+            exit_now(2, after=SAME_ERROR_SECONDS)
         sys.exit(2)
     if config.is_cluster:
         exit_now(code)

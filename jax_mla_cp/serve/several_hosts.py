@@ -70,7 +70,8 @@ def follow(config: ServerOptions) -> None:
 
     for number in _SIGNALS:
         signal.signal(number, drain)
-    loaded = load(config, devices)
+    with follower.failing_all():
+        loaded = load(config, devices)
     follower.cluster.wait_for_all("ready")
     log.info("ready: following %s", follower.cluster.name(0))
     follower.run(loaded.runner)

@@ -20,6 +20,7 @@ from jax_mla_cp.bench.bench_options import make
 from jax_mla_cp.bench.echo_process import NullRunner
 from jax_mla_cp.bench.host_step import decoding, make_planner
 from jax_mla_cp.bench.table import Report
+from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.config.presets import model_config
 from jax_mla_cp.distributed.step_message import StepDecoder, StepMessage, encode
 from jax_mla_cp.mesh import AXES, MeshShape, make_mesh
@@ -29,18 +30,20 @@ from tests.helpers.processes import started
 SMALL = {"model": "tiny", "mesh": MeshShape(tp=2, cp=2), "shapes": ((1, 100), (6, 300)), "samples": 1}
 
 
-def test_host_with_another_process() -> None:
-    options = make("host", processes=2, **SMALL)
+def test_host_with_other_processes() -> None:
+    options = make("host", processes=3, **SMALL | {"shapes": ((1, 100), (64, 20))})
     report = Report("host", [], quiet=True)
     host.run(options, model_config("tiny"), report)
     report.show()
     assert not report.failed, [row["error"] for row in report.rows if "error" in row]
     for row in report.rows:
-        assert row["processes"] == 2
+        assert row["processes"] == 3
         parts = [row[f"{name}_ms"] for name in ("engine", "arrays", "pack", "outcomes", "send")]
         assert row["ms"] == pytest.approx(sum(parts))
         assert min(row["send_ms"], row["send_masks_ms"]) > 0 and row["echo_ms"] >= 0
         assert row["arrays_bytes"] < row["message_bytes"] <= row["arrays_bytes"] + 4096
+    (more,) = (hold for hold in report.holds if "other processes add" in hold.what)
+    assert more.bound == 0.3 and more.seen == row["send_ms"] + row["echo_ms"], "of the row with 64 requests"
     (size,) = (hold for hold in report.holds if hold.what == "bytes of a message beside its arrays")
     assert size.ok and size.bound == 4096
 
@@ -49,15 +52,6 @@ def test_host_alone_has_no_columns_of_other_processes() -> None:
     report = Report("host", [], quiet=True)
     host.run(make("host", **SMALL), model_config("tiny"), report)
     assert not report.failed and not any("send_ms" in row or "message_bytes" in row for row in report.rows)
-
-
-def test_the_300_us_are_held_for_64_requests() -> None:
-    options = make("host", processes=3, **SMALL | {"shapes": ((64, 20),)})
-    report = Report("host", [], quiet=True)
-    host.run(options, model_config("tiny"), report)
-    (row,) = report.rows
-    (more,) = (hold for hold in report.holds if "other processes add" in hold.what)
-    assert more.bound == 0.3 and more.seen == row["send_ms"] + row["echo_ms"]
 
 
 def test_a_follower_that_is_killed_fails_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +79,7 @@ def test_a_follower_that_is_killed_fails_the_rows(monkeypatch: pytest.MonkeyPatc
 def test_a_follower_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(followers.sys, "executable", "/bin/false")
     with (
-        pytest.raises(RuntimeError, match="process 1 did not start"),
+        pytest.raises(ConfigError, match="process 1 did not start"),
         followers.leading(make("host", processes=2, **SMALL)),
     ):
         pass

@@ -124,7 +124,7 @@ def facts(monkeypatch: pytest.MonkeyPatch) -> Any:
     return of
 
 
-AT = {"coordinator": "10.0.0.1:8476", "num_processes": 2}
+AT: dict[str, Any] = {"coordinator": "10.0.0.1:8476", "num_processes": 2}
 CHANGED: dict[str, Any] = {
     "mesh": MeshShape(tp=2),
     "platform": "cpu",
@@ -153,7 +153,7 @@ def test_each_flag_that_matters_is_compared(field: str, facts: Any) -> None:
 
 def test_what_is_each_processs_own_is_not_compared(facts: Any, tmp_path: Path) -> None:
     plain = LaunchOptions(**AT, process_id=0)
-    own = {"process_id": 1, "local_devices": (1,), "cluster_key_file": tmp_path, "compile_cache": "off"}
+    own: dict[str, Any] = {"process_id": 1, "local_devices": (1,), "cluster_key_file": tmp_path, "compile_cache": "off"}
     changed = dataclasses.replace(plain, **own, coordinator="node0:8476", memory_fraction=0.5)
     assert facts(plain) == facts(changed)
 

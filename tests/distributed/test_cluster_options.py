@@ -14,7 +14,7 @@ from jax_mla_cp.distributed.cluster_options import ClusterOptions, split_address
 from jax_mla_cp.eval import eval_options
 from jax_mla_cp.serve import server_options
 
-AT = {"coordinator": "10.0.0.1:8476", "num_processes": 4, "process_id": 1}
+AT: dict[str, Any] = {"coordinator": "10.0.0.1:8476", "num_processes": 4, "process_id": 1}
 FLAGS = "--coordinator 10.0.0.1:8476 --num-processes 4 --process-id 1"
 
 BAD: list[tuple[dict[str, Any], str]] = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import queue
 import socket
 import threading
 import time
@@ -15,6 +16,7 @@ import pytest
 from jax_mla_cp.batch.shapes import StepShape
 from jax_mla_cp.batch.step_request import SamplingParams, StepRequest
 from jax_mla_cp.config.errors import ConfigError
+from jax_mla_cp.distributed import follower as follower_module
 from jax_mla_cp.distributed import handshake
 from jax_mla_cp.distributed.follower import Follower
 from jax_mla_cp.distributed.leader import ECHO
@@ -25,6 +27,7 @@ from jax_mla_cp.step.planner import Planner
 from jax_mla_cp.step.runner import Runner
 from tests.helpers.fake_cluster import KEY, Coordination, Peer, cluster, following
 from tests.helpers.synthetic import random_model
+from tests.helpers.waiting import until
 
 # A thread that ends the process raises SystemExit here.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -97,7 +100,7 @@ def test_steps_are_executed_and_echoed(planned: Runner, inputs: StepInputs, monk
 def test_another_step_ends_it(
     number: int, program: str, said: str, planned: Runner, inputs: StepInputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with following(monkeypatch, heartbeat_timeout=2) as (follower, leader, codes):
+    with following(monkeypatch) as (follower, leader, codes):
         runner, thread = run(follower, planned)
         leader.wire.send(Kind.STEP, encode(StepMessage(number, program, inputs)))
         assert leader.next(Kind.FAILED)[1].decode().startswith(said)
@@ -109,7 +112,7 @@ def test_another_step_ends_it(
 def test_a_message_that_is_none_ends_it(planned: Runner, inputs: StepInputs, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = json.dumps(dataclasses.asdict(StepShape(5, 5, 5))).encode()
     for kind, payload in ((Kind.STEP, b"nonsense"), (Kind.COMPILE, b"[]"), (Kind.COMPILE, shape)):
-        with following(monkeypatch, heartbeat_timeout=2) as (follower, leader, codes):
+        with following(monkeypatch) as (follower, leader, codes):
             runner, thread = run(follower, planned)
             leader.wire.send(kind, payload)
             assert b"step 1 failed: a s" in leader.next(Kind.FAILED)[1]
@@ -119,8 +122,9 @@ def test_a_message_that_is_none_ends_it(planned: Runner, inputs: StepInputs, mon
 
 
 def test_a_step_that_fails_is_reported(planned: Runner, inputs: StepInputs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It ends when process 0 has told all, or after the heartbeat timeout."""
-    with following(monkeypatch, heartbeat_timeout=1) as (follower, leader, codes):
+    """It ends when process 0 has told all and ended, or after a while."""
+    monkeypatch.setattr(follower_module, "_LEADER_SECONDS", 0.5)
+    with following(monkeypatch) as (follower, leader, codes):
         runner, thread = run(follower, planned)
         runner.error = MemoryError("no room")
         leader.wire.send(Kind.STEP, encode(StepMessage(1, PROGRAM, inputs)))
@@ -175,8 +179,11 @@ def test_a_silent_process_0_ends_it(monkeypatch: pytest.MonkeyPatch, caplog: pyt
 def test_what_process_0_says_ends_it(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     with following(monkeypatch) as (_, leader, codes):
         leader.wire.send(Kind.FAILED, b"process 2 (host-2) closed its connection")
+        until(lambda: "the cluster ends: process 2 (host-2) closed its connection" in caplog.text)
+        assert codes.empty(), "process 0 answers its clients first"
+        leader.wire.close()
         assert codes.get(timeout=30) == 1
-    assert "after step 0: process 0 says: process 2 (host-2) closed its connection" in caplog.text
+    assert "this process ends" not in caplog.text, "it is told once"
 
 
 def test_a_signal_asks_process_0_to_drain(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,18 +193,27 @@ def test_a_signal_asks_process_0_to_drain(monkeypatch: pytest.MonkeyPatch) -> No
         assert codes.empty(), "it goes on until process 0 says so"
 
 
-def test_exits_that_are_expected_end_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_difference_that_all_find_is_told_by_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Process 0 ends first, and this one still has time to say why."""
     with following(monkeypatch) as (follower, leader, codes):
 
         def differ() -> None:
             with follower.expect_exit():
                 leader.wire.close()
-                follower._link._receiver.join(30)
+                assert follower._link.wait_closed(30)
                 raise ValueError("differs")
 
         with pytest.raises(ValueError, match="differs"):
             differ()
-        assert codes.empty()
+        with pytest.raises(queue.Empty):
+            codes.get(timeout=0.5)
+
+
+def test_a_process_that_finds_no_difference_is_not_left_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(follower_module, "OWN_REASON_SECONDS", 0.2)
+    with following(monkeypatch) as (follower, leader, codes), follower.expect_exit():
+        leader.wire.close()
+        assert codes.get(timeout=30) == 1
 
 
 def connecting(key: bytes = KEY) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import re
 import threading
 import time
 import zlib
@@ -165,6 +166,18 @@ def test_a_step_that_hangs_everywhere_names_all(monkeypatch: pytest.MonkeyPatch)
         assert reason.endswith("(--watchdog 1): process 0 (host-0), process 1 (host-1) not done.")
 
 
+def test_a_programs_first_run_may_not_take_forever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leader_module, "_FIRST_RUN", 2)
+    with leading(monkeypatch) as (leader, peers, failures):
+        leader.watchdog = 1
+        run_step(leader, peers, first_run=True)
+        reason = failures.get(timeout=30)
+        assert re.match(
+            r"step 1 has been running for 2 s \(--watchdog 1, .* first run .*\): process 1 \(host-1\) not done\.",
+            reason,
+        )
+
+
 def test_a_programs_first_run_may_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     with leading(monkeypatch) as (leader, peers, failures):
         leader.watchdog = 1
@@ -250,6 +263,26 @@ def test_exits_that_are_expected_are_no_failure(monkeypatch: pytest.MonkeyPatch)
             failures.get(timeout=0.5)
 
 
+def test_a_process_that_finds_no_difference_is_not_left_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leader_module, "OWN_REASON_SECONDS", 0.2)
+    with leading(monkeypatch) as (leader, peers, failures), leader.expect_exit():
+        peers[0].wire.close()
+        assert "process 1 (host-1) closed its connection" in failures.get(timeout=30)
+
+
+def test_a_follower_that_is_killed_meanwhile_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Process 0 waits for the others' settings, perhaps for minutes, and has no reason of its own to end."""
+    monkeypatch.setattr(leader_module, "OWN_REASON_SECONDS", 0.3)
+    with leading(monkeypatch) as (leader, peers, failures), leader.expect_exit():
+        peers[0].wire.close()
+        assert failures.get(timeout=30).startswith("process 1 (host-1) closed its connection")
+
+
+def test_a_follower_that_is_silent_meanwhile_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    with leading(monkeypatch, heartbeat_timeout=1, mute=True) as (leader, _, failures), leader.expect_exit():
+        assert failures.get(timeout=30).startswith("process 1 (host-1) has been silent for 1 s")
+
+
 class FakeRunner:
     """Stands for a `Runner`: requests are numbers, a step's output is their sum."""
 
@@ -281,10 +314,10 @@ def test_the_engines_steps_go_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leading_runner_module, "read_results", lambda *given: given)
     fake = FakeRunner()
     with leading(monkeypatch, followers=2) as (leader, peers, failures):
-        runner = LeadingRunner(fake, leader)  # type: ignore[arg-type]
+        runner: Any = LeadingRunner(fake, leader)  # type: ignore[arg-type]
         assert (runner.dp, runner.page_size, runner.pages_per_group, runner.max_running) == (1, 16, 8, 4)
         with pytest.raises(ValueError, match="doesn't fit"):
-            runner.step([["too long"]])  # type: ignore[list-item]
+            runner.step([["too long"]])
         assert runner.step([[]]) == ("output", "layout", None)
         assert runner.step([[]]) == ("output", "layout", None)
         for peer in peers:

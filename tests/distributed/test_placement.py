@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.distributed.cluster import Cluster
 from jax_mla_cp.distributed.placement import ProcessDevices, arrange, describe
+from jax_mla_cp.launch.devices import _local_devices
 from jax_mla_cp.mesh import AXES, MeshShape
 from tests.helpers import fake_cluster
 
@@ -158,6 +159,12 @@ def test_a_cluster_refuses_other_numbers_of_devices(eight: Cluster) -> None:
         eight.make_mesh(MeshShape(tp=8))
     allowed = dataclasses.replace(eight.options, allow_tp_across_hosts=True)
     assert dataclasses.replace(eight, options=allowed).make_mesh(MeshShape(tp=8)).shape["tp"] == 8
+
+
+def test_processes_share_a_mesh_equally_or_not_at_all() -> None:
+    assert _local_devices(MeshShape(tp=8, cp=4), 4) == 8
+    with pytest.raises(ConfigError, match=r"mesh: tp=2,cp=2 is 4 devices, which 3 processes can't share equally"):
+        _local_devices(MeshShape(tp=2, cp=2), 3)
 
 
 @given(layouts())

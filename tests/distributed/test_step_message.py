@@ -77,7 +77,8 @@ def test_inputs_arrive_as_they_were(runner: Runner, step: str) -> None:
         assert array.dtype == want[name].dtype
         np.testing.assert_array_equal(array, want[name], err_msg=name)
     # What is not sent comes from the shape: the compiled program compares it.
-    assert jax.tree.structure(got.inputs.batch) == jax.tree.structure(inputs.batch)
+    structures: list[Any] = [jax.tree.structure(batch) for batch in (got.inputs.batch, inputs.batch)]
+    assert structures[0] == structures[1]
     assert jax.tree.leaves(declared_specs(got.inputs.batch)) == jax.tree.leaves(declared_specs(inputs.batch))
 
 
@@ -152,7 +153,7 @@ def test_a_changed_header_is_refused(runner: Runner) -> None:
     decoder.decode(memoryview(changed_header(payload)))  # negative control
     arrays = json.loads(payload[4 : 4 + struct.unpack_from("<I", payload)[0]])["arrays"]
     dtype, (words,) = arrays["rank_words"]
-    for change in (
+    changes: tuple[dict[str, Any], ...] = (
         {"arrays": {}},
         {"arrays": []},
         {"shape": {}},
@@ -162,7 +163,8 @@ def test_a_changed_header_is_refused(runner: Runner) -> None:
         {"arrays": arrays | {"rank_words": [dtype, [1, words]]}},
         {"arrays": arrays | {"rank_words": [dtype, [-1]]}},
         {"arrays": arrays | {"rank_words": [dtype, ["1"]]}},
-    ):
+    )
+    for change in changes:
         with pytest.raises(CorruptMessage):
             decoder.decode(memoryview(changed_header(payload, **change)))
 

@@ -20,7 +20,7 @@ FLAGS = (
     *("--prefill-chunk", str(CHUNK), "--max-running", "4"),
 )
 """Few programs: each takes these machines 15 s to compile."""
-QUESTIONS = sheets(count=3, tokens=12, chunk=CHUNK, longest=60)
+QUESTIONS = sheets(count=3, tokens=12, chunk=CHUNK, longest=60, at_a_time=2)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import random
 import secrets
@@ -18,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_mla_cp.config.errors import ConfigError
+from jax_mla_cp.distributed import accept as accept_module
 from jax_mla_cp.distributed import handshake, leader
 from jax_mla_cp.distributed.handshake import Refused, accept, cluster_key, connect
 from jax_mla_cp.distributed.leader import Leader
@@ -269,18 +271,34 @@ def test_strangers_change_nothing(caplog: pytest.LogCaptureFixture, monkeypatch:
             peer.wire.close()
         led.stop()
     told = [record.getMessage() for record in caplog.records if "refused" in record.getMessage()]
-    assert all(line.startswith("refused a connection from 127.0.0.1: ") for line in told)
+    assert sum(line.startswith("refused a connection from 127.0.0.1: ") for line in told) == 15
     assert any("does not have this cluster's key" in line for line in told)
-    assert any("it says that it is process 7, which is not expected." in line for line in told)
+    for process in (7, 0, 1):
+        assert f"refused a connection: it says that it is process {process}, which is not expected." in told
     assert any("longer than 1 s" in line or "timed out" in line for line in told)
 
 
 def test_a_follower_that_never_comes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leader, "_CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr(accept_module, "_CONNECT_SECONDS", 0.5)
     with pytest.raises(
         ConfigError, match=r"coordinator: process 1 \(host-1\), process 2 \(host-2\) did not connect to"
     ):
         Leader(cluster(Coordination(3), 0, 3), KEY)
+
+
+def test_an_address_that_others_cant_reach_is_told(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host's own name is often 127.0.1.1 in its /etc/hosts."""
+    monkeypatch.setattr(accept_module, "_CONNECT_SECONDS", 0.1)
+    for hosts, warned in ((("a", "a"), False), (("a", "b"), True)):
+        here = dataclasses.replace(cluster(Coordination(2), 0), hosts=hosts)
+        with pytest.raises(ConfigError, match="did not connect"):
+            accept_module.accept_followers(here, KEY)
+        assert ("an address that only this host can reach" in caplog.text) == warned
+    elsewhere = dataclasses.replace(here, coordinator_host="192.0.2.1")  # a documentation's, nobody's
+    with pytest.raises(ConfigError, match=r"can't listen on 192\.0\.2\.1: .*an address of process 0's own host"):
+        accept_module.accept_followers(elsewhere, KEY)
 
 
 def test_the_key_is_the_files_the_environments_or_the_leaders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

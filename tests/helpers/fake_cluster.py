@@ -123,6 +123,7 @@ def following(
         raise SystemExit  # ends the thread
 
     monkeypatch.setattr(follower_module, "exit_now", exit_now)
+    before = set(threading.enumerate())
     service = Coordination(2)
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
         cluster(service, 0).store.publish("leader", str(listener.getsockname()[1]))
@@ -134,6 +135,10 @@ def following(
     try:
         yield follower, peer, codes
     finally:
-        follower._closing.set()  # it ends nothing any more: the real `exit_now` is about to come back
+        # Nothing of it may go on: the real `exit_now` is about to come back.
+        follower._closing.set()
         peer.wire.close()
-        follower._link._receiver.join(30)
+        follower._messages.put((Kind.STEP, memoryview(b""), 0))  # ends a `run` that waits
+        for thread in set(threading.enumerate()) - before:
+            if thread.name != "cluster-watch":
+                thread.join(30)
