@@ -154,8 +154,8 @@ def _add_limit_flags(p: argparse.ArgumentParser) -> None:
         type=_seconds,
         help="maximum duration of a step; while a step takes longer, /health returns 503 so that a "
         "supervisor can restart the server. Compilation counts: with --no-warmup a step's first use "
-        "may take minutes. With several processes a step that takes longer ends all of them, and a program's "
-        "first use does not count (default: 600, with several processes 60)",
+        "may take minutes. With several processes a step that takes longer ends all of them; a program's first "
+        "use has ten times as long (default: 600, with several processes 60)",
     )
     limits.add_argument(
         "--drain-timeout",

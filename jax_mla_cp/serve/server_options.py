@@ -83,7 +83,7 @@ class ServerOptions(LaunchOptions):
     @property
     def watchdog_seconds(self) -> float | None:
         """Seconds that a step may take; None: any time. By default 600, of which a compilation is part; 60 with several processes,
-        where a program's first run is exempt."""
+        where a program's first run has ten times as long."""
         return self.watchdog if self.watchdog != "auto" else 60.0 if self.is_cluster else 600.0
 
 

@@ -216,6 +216,34 @@ def test_a_process_that_finds_no_difference_is_not_left_waiting(monkeypatch: pyt
         assert codes.get(timeout=30) == 1
 
 
+def test_what_cant_work_here_is_told_to_process_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    with following(monkeypatch) as (follower, leader, codes):
+
+        def load() -> None:
+            with follower.failing_all():
+                raise ConfigError("model", "a file is missing.")
+
+        thread = threading.Thread(target=load, daemon=True)
+        thread.start()
+        assert leader.next(Kind.FAILED)[1] == b"model: a file is missing."
+        assert codes.empty(), "it ends after process 0"
+        leader.wire.close()
+        thread.join(30)
+        assert codes.get() == 1
+
+
+def test_what_all_find_themselves_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with following(monkeypatch) as (follower, leader, codes):
+
+        def differ() -> None:
+            with follower.failing_all(), follower.expect_exit():
+                raise ConfigError("page_size", "must be the same in all processes.")
+
+        with pytest.raises(ConfigError, match="must be the same"):
+            differ()
+        assert leader.received.empty() and codes.empty()
+
+
 def connecting(key: bytes = KEY) -> Any:
     """A follower that looks for its leader, and what listens there."""
     service, listener = Coordination(2), socket.create_server(("127.0.0.1", 0))

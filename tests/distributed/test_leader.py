@@ -270,14 +270,6 @@ def test_a_process_that_finds_no_difference_is_not_left_waiting(monkeypatch: pyt
         assert "process 1 (host-1) closed its connection" in failures.get(timeout=30)
 
 
-def test_a_follower_that_is_killed_meanwhile_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Process 0 waits for the others' settings, perhaps for minutes, and has no reason of its own to end."""
-    monkeypatch.setattr(leader_module, "OWN_REASON_SECONDS", 0.3)
-    with leading(monkeypatch) as (leader, peers, failures), leader.expect_exit():
-        peers[0].wire.close()
-        assert failures.get(timeout=30).startswith("process 1 (host-1) closed its connection")
-
-
 def test_a_follower_that_is_silent_meanwhile_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     with leading(monkeypatch, heartbeat_timeout=1, mute=True) as (leader, _, failures), leader.expect_exit():
         assert failures.get(timeout=30).startswith("process 1 (host-1) has been silent for 1 s")

@@ -6,11 +6,13 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from tests.helpers.answer_sheet import Answer, compare, fill, sheets
+from tests.helpers.live import wait_for
 from tests.helpers.processes import Cluster, cluster, server, url_of
 
 CHUNK, LENGTH = 16, 160
@@ -73,10 +75,14 @@ def test_the_log_and_the_status_say_who_is_where(two: tuple[Cluster, str], answe
     for i, log in enumerate((leader, follower)):
         assert f"process {i} of 2 on " in log and re.search(rf"this is {places[i]}", log)
     assert re.search(r"ready: following process 0 \(\S+\)", follower)
-    processes = httpx.get(f"{url}/status", timeout=60).json()["processes"]
+    processes: list[dict[str, Any]] = wait_for(  # the last echo may still be on its way
+        lambda: httpx.get(f"{url}/status", timeout=60).json()["processes"],
+        lambda processes: processes[0]["step"] == processes[1]["step"],
+        60,
+    )
     assert [each["process"] for each in processes] == [0, 1]
     assert processes[0]["step"] > 100 and processes[0]["host"] == processes[1]["host"]
-    assert processes[1]["step"] == processes[0]["step"] and processes[1]["heartbeat_age"] < 10
+    assert processes[1]["heartbeat_age"] < 10
 
 
 @pytest.mark.slow
@@ -94,13 +100,12 @@ def test_clients_that_leave_and_requests_that_are_refused_harm_nothing(
     assert not compare(answers["prefill"], again).wrong
 
 
-@pytest.mark.parametrize(("flag", "values"), [("--page-size", ("16", "32"))], ids=["page size"])
-def test_another_flag_ends_both_with_one_sentence(flag: str, values: tuple[str, str], tmp_path: Path) -> None:
-    with cluster(tmp_path, 2, *FLAGS, own={i: (flag, value) for i, value in enumerate(values)}) as running:
+def test_another_flag_ends_both_with_one_sentence(tmp_path: Path) -> None:
+    with cluster(tmp_path, 2, *FLAGS, own={1: ("--page-size", "32")}) as running:
         assert running.wait(120) == [2, 2]
         sentence = (
-            rf"error: {flag}: must be the same in all processes: process 1 \(\S+\) has {values[1]}, process 0 \(\S+\) has "
-            rf"{values[0]}\. Start all with the same command, version and files\."
+            r"error: --page-size: must be the same in all processes: process 1 \(\S+\) has 32, process 0 \(\S+\) has 16\. "
+            r"Start all with the same command, version and files\."
         )
         for i in range(2):
             assert len(re.findall(sentence, running.log(i))) == 1, running.log(i)
