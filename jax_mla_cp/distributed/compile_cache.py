@@ -10,13 +10,16 @@ import secrets
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
+
 from jax_mla_cp.distributed.cluster import Cluster
 
 log = logging.getLogger(__name__)
 
 
 def write_own_compile_cache(cluster: Cluster, directory: Path) -> None:
-    """Finds out which processes have process 0's folder; a process that has not writes its own. Every process must call it."""
+    """Finds out which processes have process 0's folder; one that has not, or whose programs have other keys, writes too. Every
+    process must call it."""
     probe = secrets.token_hex(8)
     if cluster.leads:
         (directory / f".shared-{probe}").touch()
@@ -26,10 +29,10 @@ def write_own_compile_cache(cluster: Cluster, directory: Path) -> None:
     if cluster.leads:
         with contextlib.suppress(FileNotFoundError):
             (directory / name).unlink()
-    elif shared:
+    elif shared and jax.default_backend() == "gpu":
         log.info("compile cache: %s, shared with process 0, which writes it", directory)
-    else:
-        log.info("compile cache: %s, this host's own", directory)
+    else:  # on CPU devices a program's key is another one in each process, so that a folder may be shared by several writers
+        log.info("compile cache: %s, to which this process writes too", directory)
         _write_as_process_0()
 
 
