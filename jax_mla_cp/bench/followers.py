@@ -54,7 +54,7 @@ def leading(options: Options) -> Iterator[Leader | None]:
             if child.stdout.readline().strip() != READY:
                 raise ConfigError("processes", f"process {i} did not start. The lines above say why.")
         leader = Leader(loopback_cluster(0, options.processes, _Announcer(children)), key.encode())
-        leader.on_failure = lambda reason: None  # the next step raises it, and its row fails
+        leader.on_failure = lambda reason, code: None  # the next step raises it, and its row fails
         try:
             yield leader
         finally:

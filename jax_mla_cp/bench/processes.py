@@ -7,7 +7,7 @@ import dataclasses
 
 from jax.sharding import Mesh
 
-from jax_mla_cp.distributed.connect import Member
+from jax_mla_cp.distributed.member import Member
 from jax_mla_cp.mesh import MeshShape, make_mesh
 
 

@@ -36,7 +36,7 @@ def time_sends(leader: Leader, inputs: StepInputs, steps: int = _STEPS) -> SendT
     """
     sent, echoed, idle = [], [], []
     lost: list[str] = []
-    leader.on_failure = lost.append
+    leader.on_failure = lambda reason, code: lost.append(reason)
     for _ in range(steps):
         began = time.perf_counter()
         with leader.step(lambda number: StepMessage(number, PROGRAM, inputs), first_run=False):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
-import time
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -17,12 +16,9 @@ from jax_mla_cp.bench.bench_options import Options
 from jax_mla_cp.bench.processes import Processes, ProcessFailed
 from jax_mla_cp.bench.roofline import measure_ceilings
 from jax_mla_cp.bench.table import Report
-from jax_mla_cp.cli import print_error
-from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.config.presets import model_config
 from jax_mla_cp.distributed.agreement import agree
-from jax_mla_cp.distributed.connect import Member
-from jax_mla_cp.distributed.exit import SAME_ERROR_SECONDS, exit_now
+from jax_mla_cp.distributed.exit import ending_program, exit_now
 from jax_mla_cp.distributed.follower import Follower
 from jax_mla_cp.distributed.leader import Leader
 from jax_mla_cp.launch import LaunchOptions, detect, set_up_devices
@@ -39,16 +35,11 @@ _TELL_SECONDS = 0.5
 
 def run_together(options: Options, argv: Sequence[str]) -> NoReturn:
     """Runs the benchmark and ends this process, with the program's exit codes; 1 also tells that another process was lost."""
-    with logs.to_stderr("info", "text"):
+    with ending_program(options.cluster, make_parser(), options.command), logs.to_stderr("info", "text"):
         try:
             code = _run(options, argv)
-        except ConfigError as error:
-            print_error(error, make_parser(), options.command)
-            exit_now(2, after=SAME_ERROR_SECONDS)
         except KeyboardInterrupt:
             code = 130
-        except ProcessFailed:  # which has been logged
-            code = 1
         exit_now(code)
 
 
@@ -75,22 +66,17 @@ def _run(options: Options, argv: Sequence[str]) -> int:
         threading.Event().wait()  # until process 0 ends this process
     else:
         _show(options, report)
-        member.stop()
+        code = member.stop() or code
     return code
 
 
-def _measure(options: Options, report: Report, member: Member) -> None:
-    """Runs all rows.
+def _measure(options: Options, report: Report, member: Leader | Follower) -> None:
+    """Runs all rows. One that fails ends all processes, as the loss of one does."""
 
-    Raises:
-      ProcessFailed: one failed here. In process 0 it ends the process instead, as the loss of another one does.
-    """
-
-    def lost(reason: str) -> None:
+    def lost(reason: str, code: int) -> None:
         report.notes.append(f"the run ended early: {reason}")
         _show(options, report)
-        time.sleep(_TELL_SECONDS)
-        exit_now(1)
+        exit_now(code, after=_TELL_SECONDS)
 
     def begin() -> None:
         if isinstance(member, Leader):
@@ -102,7 +88,7 @@ def _measure(options: Options, report: Report, member: Member) -> None:
     try:
         scaling.run(options, model_config(options.model), report, Processes(member), begin)
     except ProcessFailed as error:
-        member.fail(f"a row failed on {member.cluster.name(member.cluster.process_id)}: {error}")
+        member.fail_here(f"a row failed: {error}")
         threading.Event().wait()  # in process 0, until `lost` has ended it
 
 
@@ -114,7 +100,7 @@ def _show(options: Options, report: Report) -> None:
 
 
 def _facts(options: Options) -> dict[str, object]:
-    """What the processes agree on."""
+    """The facts that the processes agree on."""
     shared = {
         field.name: getattr(options, field.name) for field in dataclasses.fields(options) if field.name not in _OWN
     }

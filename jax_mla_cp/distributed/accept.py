@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import queue
 import socket
@@ -12,10 +11,12 @@ import time
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.distributed import handshake
 from jax_mla_cp.distributed.cluster import Cluster
+from jax_mla_cp.distributed.exit import Unreachable
 
 log = logging.getLogger(__name__)
 
-_CONNECT_SECONDS = 120.0
+_CONNECT_SECONDS = 30.0
+"""All processes have joined before."""
 _BACKLOG = 64
 
 
@@ -27,6 +28,7 @@ def accept_followers(cluster: Cluster, key: bytes) -> dict[int, socket.socket]:
     """
     connections: dict[int, socket.socket] = {}
     missing = set(range(1, cluster.num_processes))
+    refused: list[str] = []
     arrived: queue.SimpleQueue[tuple[int, socket.socket]] = queue.SimpleQueue()
 
     def welcome(connection: socket.socket, address: str) -> None:
@@ -34,6 +36,7 @@ def accept_followers(cluster: Cluster, key: bytes) -> dict[int, socket.socket]:
             arrived.put((handshake.accept(connection, key), connection))
         except (handshake.Refused, OSError) as error:
             log.warning("refused a connection from %s: %s", address, error)
+            refused.append(f"{address} ({error})")
             connection.close()
 
     def serve(listener: socket.socket) -> None:
@@ -55,8 +58,9 @@ def accept_followers(cluster: Cluster, key: bytes) -> dict[int, socket.socket]:
                 process, connection = arrived.get(timeout=max(0.0, until - time.monotonic()))
             except queue.Empty:
                 names = ", ".join(cluster.name(i) for i in sorted(missing))
-                raise ConfigError(
-                    "coordinator", f"{names} did not connect to {host}:{port}. Is the port open to it?"
+                raise Unreachable(
+                    "coordinator",
+                    f"{names} did not connect to {host}:{port}. Is the port open to it? Refused: {', '.join(refused) or 'none'}.",
                 ) from None
             if process in missing:
                 missing.discard(process)
@@ -72,22 +76,13 @@ def _listen(cluster: Cluster) -> socket.socket:
     """Listens on any free port of the coordinator's interface, which followers reach.
 
     Raises:
-      ConfigError: the address is not this host's, or other hosts can't reach it.
+      ConfigError: the address is not this host's.
     """
     host = cluster.coordinator_host
     try:
         family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-        listener = socket.create_server(address[:2], family=family, backlog=_BACKLOG)
+        return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
     except OSError as error:
         raise ConfigError(
             "coordinator", f"process 0 can't listen on {host}: {error}. It must be an address of process 0's own host."
         ) from error
-    if ipaddress.ip_address(str(address[0])).is_loopback and len(set(cluster.hosts)) > 1:
-        log.warning(
-            "%s is %s here, an address that only this host can reach, and the processes are on %d hosts. If they don't connect, "
-            "use another address of this host as --coordinator.",
-            host,
-            address[0],
-            len(set(cluster.hosts)),
-        )
-    return listener

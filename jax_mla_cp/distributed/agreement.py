@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 
 from jax_mla_cp.config.errors import ConfigError
-from jax_mla_cp.distributed.connect import Member
+from jax_mla_cp.distributed.member import Member
 
 
 def agree(member: Member, about: str, facts: Mapping[str, object]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import ipaddress
 import json
 import logging
 import os
@@ -16,6 +18,7 @@ from jax.sharding import Mesh
 
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.distributed.cluster_options import ClusterOptions, split_address
+from jax_mla_cp.distributed.exit import Unreachable
 from jax_mla_cp.distributed.placement import ProcessDevices, arrange, describe
 from jax_mla_cp.distributed.store import JOINING, Store
 from jax_mla_cp.mesh import MeshShape, make_mesh
@@ -105,6 +108,8 @@ def join(options: ClusterOptions) -> Cluster:
     )  # a process would wait for peers that have the program in their cache
     # JAX would take SIGTERM for itself; here it drains the server.
     jax.config.update("jax_enable_preemption_service", False)
+    if number == 0:
+        _warn_if_loopback(host)
     log.info("process %d of %d on %s: joining at %s", number, count, socket.gethostname(), coordinator)
     began = time.monotonic()
     bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or (f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
@@ -121,7 +126,7 @@ def join(options: ClusterOptions) -> Cluster:
             coordinator_bind_address=bind,
         )
     except Exception as error:  # jaxlib's own classes, and RuntimeError
-        raise ConfigError(
+        raise Unreachable(
             "coordinator",
             f"process {number} could not join {count} processes at {coordinator}: {str(error).splitlines()[0]}. Start the same command on "
             "every host within 5 minutes, with process ids 0 to one less than `num_processes`; process 0 runs on the coordinator's "
@@ -134,6 +139,19 @@ def join(options: ClusterOptions) -> Cluster:
     hosts, machines = zip(*map(json.loads, names), strict=True)
     log.info("all %d processes have joined (%.1f s)", count, time.monotonic() - began)
     return Cluster(options, number, count, host, hosts, store, machines)
+
+
+def _warn_if_loopback(host: str) -> None:
+    """Warns of a name that this host takes for itself alone, as Debian's 127.0.1.1 for a host's own name."""
+    with contextlib.suppress(OSError, ValueError):
+        address = str(socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][4][0])
+        if ipaddress.ip_address(address).is_loopback and host not in ("localhost", address):
+            log.warning(
+                "%s is %s on this host, which no other host can reach. If the others don't join, give another name or "
+                "address of it as --coordinator.",
+                host,
+                address,
+            )
 
 
 def detect(options: Options) -> Options:

@@ -4,7 +4,6 @@ a process with a folder of its own would compile everything again at each start.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import secrets
 from pathlib import Path
@@ -20,10 +19,10 @@ log = logging.getLogger(__name__)
 def write_own_compile_cache(cluster: Cluster, directory: Path) -> None:
     """Finds out which processes have process 0's folder; one that has not, or whose programs have other keys, writes too. Every
     process must call it."""
-    probe = secrets.token_hex(8)
+    probe = f".shared-{secrets.token_hex(8)}"
     if cluster.leads:
-        (directory / f".shared-{probe}").touch()
-    name = json.loads(cluster.store.exchange("compile cache", json.dumps(f".shared-{probe}"))[0])
+        (directory / probe).touch()
+    name = cluster.store.exchange("compile cache", probe)[0]
     shared = (directory / name).exists()
     cluster.wait_for_all("compile cache probed")
     if cluster.leads:

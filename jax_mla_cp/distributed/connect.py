@@ -7,11 +7,8 @@ from jax_mla_cp.distributed.follower import Follower
 from jax_mla_cp.distributed.handshake import cluster_key
 from jax_mla_cp.distributed.leader import Leader
 
-Member = Leader | Follower
-"""This process's side of a cluster."""
 
-
-def connect(cluster: Cluster) -> Member:
+def connect(cluster: Cluster) -> Leader | Follower:
     """Waits until all processes are connected. From then on, a process that ends or is silent ends all.
 
     Raises:

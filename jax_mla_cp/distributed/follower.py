@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import queue
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from typing import NoReturn, Protocol
 
 from jax_mla_cp.batch.shapes import StepShape
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.distributed import handshake
 from jax_mla_cp.distributed.cluster import Cluster
-from jax_mla_cp.distributed.exit import exit_now
-from jax_mla_cp.distributed.leader import ECHO, OWN_REASON_SECONDS
+from jax_mla_cp.distributed.exit import FAILED, INVALID, Unreachable, exit_now
 from jax_mla_cp.distributed.link import Link
-from jax_mla_cp.distributed.step_message import StepDecoder
+from jax_mla_cp.distributed.member import OWN_REASON_SECONDS, Member
+from jax_mla_cp.distributed.step_message import ECHO, StepDecoder
 from jax_mla_cp.distributed.wire import CorruptMessage, Kind, Wire
 from jax_mla_cp.step.inputs import StepInputs
 from jax_mla_cp.step.planner import Planner
@@ -41,7 +39,7 @@ class Executor(Protocol):
     def execute(self, inputs: StepInputs, /) -> object: ...
 
 
-class Follower:
+class Follower(Member):
     """The connection to process 0. It ends this process when process 0 does, in whatever this process is doing.
 
     Raises:
@@ -49,18 +47,17 @@ class Follower:
     """
 
     def __init__(self, cluster: Cluster, key: bytes):
-        self.cluster = cluster
+        super().__init__(cluster)
         self._timeout = cluster.options.heartbeat_timeout
         self._messages: queue.SimpleQueue[tuple[Kind, memoryview, int]] = queue.SimpleQueue()
         """Steps and programs, in order."""
         self._last_step = 0
         self._closing = threading.Event()
-        self._expecting = threading.Event()
         self._link = Link(Wire(self._connect(key)), self._timeout, self._on_message, self._on_lost)
         self._link.start()
         threading.Thread(target=self._watch, name="cluster-watch", daemon=True).start()
 
-    def run(self, runner: Executor) -> None:
+    def run(self, runner: Executor) -> NoReturn:
         """Executes steps until process 0 ends this process."""
         decoder = StepDecoder(runner.planner)
         while True:
@@ -79,37 +76,18 @@ class Follower:
                 runner.execute(message.inputs)
             except Exception as error:
                 log.exception("step %d failed", self._last_step + 1)
-                self.fail(f"step {self._last_step + 1} failed: {error}")
+                self.fail_here(f"step {self._last_step + 1} failed: {error}")
             self._last_step = number
             self._link.send(Kind.ECHO, ECHO.pack(number, crc, time.monotonic() - began))
 
-    def fail(self, reason: str) -> NoReturn:
-        """Ends all processes, and this one last."""
+    def fail_here(self, reason: str, code: int = FAILED) -> NoReturn:
         self._closing.set()
-        self._link.send(Kind.FAILED, reason.encode())
-        self._exit_after_leader()
-
-    @contextlib.contextmanager
-    def failing_all(self) -> Iterator[None]:
-        """A block whose `ConfigError` ends all processes and is told to process 0, unless all of them find it themselves."""
-        try:
-            yield
-        except ConfigError as error:
-            if not self._expecting.is_set():
-                log.error("%s", error)
-                self.fail(str(error))
-            raise
+        log.error("this process ends: %s", reason)
+        self._link.send(Kind.REFUSED if code == INVALID else Kind.FAILED, reason.encode())
+        self._exit_after_leader(code)
 
     def drain(self) -> None:
-        """Asks process 0 to end all processes when the requests have ended. May be called by a signal handler."""
         threading.Thread(target=self._link.send, args=(Kind.DRAIN,), daemon=True).start()
-
-    @contextlib.contextmanager
-    def expect_exit(self) -> Iterator[None]:
-        """A block in which all processes may end for a reason that each of them finds itself. If it raises, this one does."""
-        self._expecting.set()
-        yield
-        self._expecting.clear()
 
     def _connect(self, key: bytes) -> socket.socket:
         host, port = self.cluster.coordinator_host, int(self.cluster.store.read("leader", 0))
@@ -121,7 +99,7 @@ class Follower:
                 "cluster_key_file", f"process 0 at {host}:{port}: {error} All processes must have the same key."
             ) from error
         except OSError as error:
-            raise ConfigError(
+            raise Unreachable(
                 "coordinator", f"process 0 can't be reached at {host}:{port}: {error}. Is the port open to this host?"
             ) from error
         return connection
@@ -130,13 +108,16 @@ class Follower:
         if kind in (Kind.STEP, Kind.COMPILE):
             self._messages.put((kind, payload, crc))
         elif kind is Kind.STOP:
-            log.info("stopped: process 0 has ended, after step %d", self._last_step)
-            exit_now(0)
-        elif kind is Kind.FAILED:
-            # It answers its clients first. A process that is started again sooner would meet its coordination service.
-            self._closing.set()
-            log.error("the cluster ends: %s", bytes(payload).decode(errors="replace"))
-            threading.Thread(target=self._exit_after_leader, daemon=True).start()
+            if not self._closing.is_set():  # otherwise a failure was first
+                log.info("stopped: process 0 has ended, after step %d", self._last_step)
+                exit_now(0)
+        elif kind in (Kind.FAILED, Kind.REFUSED):
+            # Process 0 answers its clients first. A process that is started again sooner would meet its coordination service.
+            if not self._closing.is_set():
+                self._closing.set()
+                log.error("the cluster ends: %s", bytes(payload).decode(errors="replace"))
+            code = INVALID if kind is Kind.REFUSED else FAILED
+            threading.Thread(target=self._exit_after_leader, args=(code,), daemon=True).start()
         else:
             raise CorruptMessage(f"a {kind.name} message, which process 0 does not send.")
 
@@ -153,13 +134,13 @@ class Follower:
                     f"{self.cluster.name(0)} has been silent for {self._link.silence:.0f} s (--heartbeat-timeout {self._timeout:g})."
                 )
 
-    def _exit_after_leader(self) -> NoReturn:
+    def _exit_after_leader(self, code: int) -> NoReturn:
         self._link.wait_closed(_LEADER_SECONDS)
-        exit_now(1)
+        exit_now(code)
 
     def _end(self, reason: str) -> None:
         if self._closing.is_set():
             return
         self._closing.set()
         log.error("this process ends, after step %d: %s", self._last_step, reason)
-        exit_now(1)
+        exit_now(FAILED)

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import logging
 import socket
-import struct
 import threading
 import time
 import zlib
@@ -15,20 +14,17 @@ from collections.abc import Callable, Iterator
 from jax_mla_cp.batch.shapes import StepShape
 from jax_mla_cp.distributed.accept import accept_followers
 from jax_mla_cp.distributed.cluster import Cluster
-from jax_mla_cp.distributed.exit import exit_now
+from jax_mla_cp.distributed.exit import FAILED, INVALID, exit_now
 from jax_mla_cp.distributed.link import Link
-from jax_mla_cp.distributed.step_message import StepMessage, encode, encode_shape
+from jax_mla_cp.distributed.member import OWN_REASON_SECONDS, Member
+from jax_mla_cp.distributed.step_message import ECHO, StepMessage, encode, encode_shape
 from jax_mla_cp.distributed.wire import CorruptMessage, Kind, Wire
 from jax_mla_cp.step.errors import RunnerFailed
 
 log = logging.getLogger(__name__)
 
-ECHO = struct.Struct("<QId")
-"""Step number, CRC of the received payload, seconds that the step took."""
 _POLL = 0.2
 _STOP_SECONDS = 10.0
-OWN_REASON_SECONDS = 3.0
-"""Time for a process to find a reason itself for which all others end."""
 _FIRST_RUN = 10
 """Times the watchdog that the first run of a program may take, which compiles it."""
 _CULPRIT_SECONDS = 2.0
@@ -52,7 +48,7 @@ class ProcessStatus:
     step: int
     """Its last step; 0: none yet."""
     step_seconds: float
-    """How long that took it."""
+    """Duration of that step."""
 
 
 @dataclasses.dataclass
@@ -67,13 +63,14 @@ class _Progress:
 class _SentStep:
     """A step that not all processes have finished."""
 
-    crc: int
+    crc: int | None
+    """CRC-32 of its message; None: the message is being made."""
     began: float
     first_run: bool
     """Its program is compiled in it, which may take minutes."""
 
 
-class Leader:
+class Leader(Member):
     """Process 0's connections. Thread-safe.
 
     Raises:
@@ -81,20 +78,20 @@ class Leader:
     """
 
     def __init__(self, cluster: Cluster, key: bytes):
-        self.cluster = cluster
+        super().__init__(cluster)
         self.watchdog: float | None = None
         """Seconds that a step may take; ten times as long if it is a program's first run, which compiles it. None: any time."""
         self._timeout = cluster.options.heartbeat_timeout
         self._lock = threading.Lock()
         self._failure: str | None = None
+        self._code = 0
         self._failed = threading.Event()
         self._closing = threading.Event()
-        self._expecting = threading.Event()
         self._sent: dict[int, _SentStep] = {}
         self._progress = [_Progress() for _ in range(cluster.num_processes)]
-        self.on_failure: Callable[[str], None] = _exit_on_failure
-        """Called once, on a thread of its own, with the reason: it must end the process."""
-        self.on_drain: Callable[[str], None] = lambda process: self.stop_all(f"{process} was told to end")
+        self.on_failure: Callable[[str, int], None] = _exit_on_failure
+        """Called once, on a thread of its own, with the reason and the exit code: it must end the process."""
+        self.on_drain: Callable[[str], None] = self._stop_all
         """Called with the name of a process that has been told to end."""
         self._links = {i: self._link(i, connection) for i, connection in accept_followers(cluster, key).items()}
         for link in self._links.values():
@@ -117,8 +114,9 @@ class Leader:
 
     def announce(self, shape: StepShape) -> None:
         """Has all followers compile the program of the next step."""
+        payload = encode_shape(shape)
         for link in self._links.values():
-            link.send(Kind.COMPILE, encode_shape(shape))
+            link.send(Kind.COMPILE, payload)
 
     @contextlib.contextmanager
     def step(self, make: Callable[[int], StepMessage], *, first_run: bool) -> Iterator[None]:
@@ -129,14 +127,16 @@ class Leader:
         """
         self._check()
         number = self._progress[0].step + 1
-        payload = encode(make(number))
-        crc = zlib.crc32(payload)
-        sent = _SentStep(crc, time.monotonic(), first_run)
+        step = _SentStep(None, time.monotonic(), first_run)
         with self._lock:
-            self._sent[number] = sent
-        for link in self._links.values():
-            link.send(Kind.STEP, payload, crc)
+            self._sent[number] = step
         try:
+            payload = encode(make(number))
+            crc = zlib.crc32(payload)
+            with self._lock:
+                self._sent[number] = dataclasses.replace(step, crc=crc)
+            for link in self._links.values():
+                link.send(Kind.STEP, payload, crc)
             yield
         except Exception as error:
             log.exception("step %d failed", number)
@@ -145,46 +145,51 @@ class Leader:
             self.fail(f"step {number} failed on {self.cluster.name(0)}: {type(error).__name__}: {error}")
             raise ClusterFailed(self._failure) from error
         self._check()
-        self._finished(0, _Progress(number, time.monotonic() - sent.began))
+        self._finished(0, _Progress(number, time.monotonic() - step.began))
 
-    def fail(self, reason: str) -> None:
+    def fail(self, reason: str, code: int = FAILED) -> None:
         """Ends the cluster: the first reason is logged, told to all processes and given to `on_failure`."""
         with self._lock:
             if self._failure is not None or self._closing.is_set():
                 return
-            self._failure = reason
+            self._failure, self._code = reason, code
         log.error("the cluster ends: %s", reason)
         for link in self._links.values():  # on threads: a process that hangs does not read
-            threading.Thread(target=link.send, args=(Kind.FAILED, reason.encode()), daemon=True).start()
+            kind = Kind.REFUSED if code == INVALID else Kind.FAILED
+            threading.Thread(target=link.send, args=(kind, reason.encode()), daemon=True).start()
         self._failed.set()
-        threading.Thread(target=self.on_failure, args=(reason,), name="cluster-failed").start()
+        threading.Thread(target=self.on_failure, args=(reason, code), name="cluster-failed").start()
 
-    @contextlib.contextmanager
-    def expect_exit(self) -> Iterator[None]:
-        """A block in which all processes may end for a reason that each of them finds itself. If it raises, this one does."""
-        self._expecting.set()
-        yield
-        self._expecting.clear()
+    def fail_here(self, reason: str, code: int = FAILED) -> None:
+        self.fail(f"{self.cluster.name(0)}: {reason}", code)
 
-    def stop(self) -> None:
-        """Tells all followers that the steps are over, and waits for them to end."""
-        self._closing.set()
+    def stop(self) -> int:
+        """Tells all followers that the steps are over, and waits for them to end. After a failure, of which they have been told, it
+        does nothing.
+
+        Returns:
+          The exit code: 0, or the failure's.
+        """
+        with self._lock:
+            if self._failure is not None:
+                return self._code
+            self._closing.set()
         for link in self._links.values():
             threading.Thread(target=link.send, args=(Kind.STOP,), daemon=True).start()
         until = time.monotonic() + _STOP_SECONDS
         for process, link in self._links.items():
             if not link.wait_closed(max(0.0, until - time.monotonic())):
                 log.warning("%s has not ended within %g s", self.cluster.name(process), _STOP_SECONDS)
+        return 0
 
-    def stop_all(self, reason: str) -> None:
-        """Ends all processes where there is nothing to finish. May be called by a signal handler."""
+    def drain(self) -> None:
+        threading.Thread(target=self.on_drain, args=(self.cluster.name(0),), name="cluster-drain").start()
 
-        def stop() -> None:
-            self.stop()
-            log.info("stopped: %s", reason)
-            exit_now(0)
-
-        threading.Thread(target=stop, name="cluster-stop").start()
+    def _stop_all(self, process: str) -> None:
+        """Ends all processes where there is nothing to finish."""
+        code = self.stop()
+        log.info("stopped: %s was told to end", process)
+        exit_now(code)
 
     def _check(self) -> None:
         if self._failure is not None:
@@ -207,8 +212,8 @@ class Leader:
         if kind is Kind.DRAIN:
             log.info("%s has been told to end", name)
             threading.Thread(target=self.on_drain, args=(name,), name="cluster-drain").start()
-        elif kind is Kind.FAILED:
-            self.fail(f"{name}: {bytes(payload).decode(errors='replace')}")
+        elif kind in (Kind.FAILED, Kind.REFUSED):
+            self.fail(f"{name}: {bytes(payload).decode(errors='replace')}", INVALID if kind is Kind.REFUSED else FAILED)
         elif kind is Kind.ECHO and len(payload) == ECHO.size:
             number, crc, seconds = ECHO.unpack(payload)
             # An echo may come late: the next step is sent when this one has ended here.
@@ -249,6 +254,5 @@ class Leader:
                 )
 
 
-def _exit_on_failure(reason: str) -> None:
-    time.sleep(_TELL_SECONDS)
-    exit_now(1)
+def _exit_on_failure(reason: str, code: int) -> None:
+    exit_now(code, after=_TELL_SECONDS)

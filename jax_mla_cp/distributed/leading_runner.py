@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from jax_mla_cp.batch.shapes import StepShape
 from jax_mla_cp.batch.step_request import StepRequest
 from jax_mla_cp.distributed.leader import ClusterFailed, Leader
 from jax_mla_cp.distributed.step_message import StepMessage
@@ -13,10 +14,11 @@ from jax_mla_cp.step.runner import Runner
 
 
 class LeadingRunner:
-    """A runner of which every step that it executes is executed by all processes. Implements `jax_mla_cp.engine.step_runner.StepRunner`."""
+    """Runs each step in all processes. Implements `jax_mla_cp.engine.step_runner.StepRunner`."""
 
     def __init__(self, runner: Runner, leader: Leader):
         self._runner, self._leader = runner, leader
+        self._ran: set[StepShape] = set()
         self.prefill_chunk, self.max_running = runner.prefill_chunk, runner.max_running
 
     @property
@@ -51,12 +53,17 @@ class LeadingRunner:
         """
         runner = self._runner
         layout, inputs = runner.prepare(groups)
-        if first_run := not runner.is_compiled(inputs.shape):
-            self._leader.announce(inputs.shape)
-        program = runner.fingerprint(inputs.shape)
-        with self._leader.step(lambda number: StepMessage(number, program, inputs), first_run=first_run):
-            output = runner.execute(inputs)
-        return read_results(output, layout, runner.planner.shape)
+
+        def message(number: int) -> StepMessage:
+            if not runner.is_compiled(inputs.shape):
+                self._leader.announce(inputs.shape)
+            return StepMessage(number, runner.fingerprint(inputs.shape), inputs)
+
+        # Also without a compilation: NCCL connects at the first run.
+        with self._leader.step(message, first_run=inputs.shape not in self._ran):
+            output = read_results(runner.execute(inputs), layout, runner.planner.shape)
+        self._ran.add(inputs.shape)
+        return output
 
     def reset(self) -> None:
         """Never needed: a step that fails ends the cluster, whose processes are in its collectives."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
 
 from jax_mla_cp.distributed.wire import CorruptMessage, Kind, Wire
 
+log = logging.getLogger(__name__)
+
 _BEATS = 5
 """Heartbeats in the time after which a process counts as lost."""
 
 
 class Link:
-    """Another process. Its heartbeats need no thread but their own, and the interpreter's lock for a moment.
+    """Another process. Heartbeats have a thread of their own: they stop only if the interpreter does.
 
     Args:
       on_message: called with each message but heartbeats, on the receiving thread: kind, payload, the payload's CRC.
@@ -71,6 +74,9 @@ class Link:
             reason = f"sent a corrupt message: {error}"
         except OSError:
             reason = "closed its connection: it has ended or was killed."
+        except Exception as error:
+            log.exception("a message could not be handled")
+            reason = f"sent a message that could not be handled: {error}"
         finally:
             self._ended.set()
         self._on_lost(reason)

@@ -20,6 +20,8 @@ from jax_mla_cp.step.inputs import StepInputs
 from jax_mla_cp.step.logit_bias import HostBias
 from jax_mla_cp.step.planner import Planner
 
+ECHO = struct.Struct("<QId")
+"""A follower's answer to a step: its number, the CRC of the received payload, seconds that it took."""
 _LENGTH = struct.Struct("<I")
 _ALIGNMENT = 64
 _DTYPES = ("int32", "uint32", "bool")

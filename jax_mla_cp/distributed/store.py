@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from jax_mla_cp.config.errors import ConfigError
+from jax_mla_cp.distributed.exit import Unreachable
 
 JOINING = 120.0
 """Seconds that a process waits for another one's value before the processes watch each other."""
@@ -28,13 +28,13 @@ class Store:
         """Waits for a process's value of a name.
 
         Raises:
-          ConfigError: it has not come within `timeout` seconds: the process is lost.
+          Unreachable: it has not come within `timeout` seconds: the process is lost.
         """
         try:
             value: str = self._client.blocking_key_value_get(_key(name, process), int(timeout * 1000))
         except Exception as error:  # jaxlib's own classes: the deadline, or a coordinator that is gone
             reason = str(error).splitlines()[0]
-            raise ConfigError(
+            raise Unreachable(
                 "coordinator", f"process {process} did not answer ({name}): {reason}. Its own log may say why."
             ) from error
         return value
@@ -46,7 +46,10 @@ class Store:
         name = f"{name} {self._exchanged[name]}"
         self.publish(name, value)
         values = [self.read(name, process, timeout) for process in range(self._num_processes)]
-        self._client.wait_at_barrier(f"{_PREFIX}/{name}", int(timeout * 1000))
+        try:
+            self._client.wait_at_barrier(f"{_PREFIX}/{name}", int(timeout * 1000))
+        except Exception as error:
+            raise Unreachable("coordinator", f"a process was lost ({name}): {str(error).splitlines()[0]}.") from error
         return values
 
 

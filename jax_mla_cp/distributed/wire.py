@@ -35,6 +35,8 @@ class Kind(enum.IntEnum):
     """Leader to followers: all steps are over."""
     FAILED = 7
     """Either way: the sender can't go on. The payload is the reason."""
+    REFUSED = 8
+    """As FAILED, for a setting that can't work."""
 
 
 class CorruptMessage(Exception):

@@ -7,7 +7,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from jax_mla_cp.batch.step_request import StepRequest
 from jax_mla_cp.engine.deadlines import Deadlines
@@ -72,6 +72,7 @@ class Engine:
         self._rejecting: str | None = None
         """The reason why new requests are rejected."""
         self._stopping = False
+        self._all_failed = False
         self._dead: str | None = None
         """The reason why the engine has died."""
         self._failures = 0
@@ -80,6 +81,8 @@ class Engine:
         self._step_began: float | None = None
         self._steps = 0
         self._speculation = SpeculationStats() if runner.draft_tokens else None
+        self.on_death: Callable[[str], None] = lambda reason: None
+        """Called on the engine's thread, with the reason, when the engine has died."""
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
     @property
@@ -195,6 +198,8 @@ class Engine:
             log.exception("the engine loop failed")
             self._dead = f"the engine loop failed ({type(error).__name__})."
         finally:
+            if self._dead:
+                self.on_death(self._dead)
             self._fail_all()
             if self._speculation:
                 log.info("speculation: %s", self._speculation)
@@ -324,6 +329,9 @@ class Engine:
     def _fail_all(self) -> None:
         with self._lock:
             self._stopping = True
+            if self._all_failed:  # on another thread: this one was abandoned
+                return
+            self._all_failed = True
             for request in self._submitted:
                 self._scheduler.add(request)
             self._submitted = []

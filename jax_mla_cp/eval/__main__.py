@@ -20,11 +20,10 @@ with program_imports():
         TimeRemainingColumn,
     )
 
-    from jax_mla_cp.cli import print_error
     from jax_mla_cp.config.errors import ConfigError
     from jax_mla_cp.default_model import DIRECTORY
     from jax_mla_cp.default_model.heldout import heldout_text
-    from jax_mla_cp.distributed.exit import SAME_ERROR_SECONDS, exit_now
+    from jax_mla_cp.distributed.exit import ending_program, exit_now
     from jax_mla_cp.eval.backend import Backend, BackendError, PromptLogprobsUnsupported
     from jax_mla_cp.eval.corpus import Corpus, PasskeyPrompt, even_depths
     from jax_mla_cp.eval.eval_options import EvalOptions, make_parser, parse
@@ -43,17 +42,13 @@ _UNKNOWN = 2**31
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the evaluation. Exit code 0; 1 if the model or the server failed; 2 for a setting that can't work; 130 after Ctrl-C."""
     options = parse(argv)
-    try:
-        options = dataclasses.replace(options, launch=detect(options.launch))
-        code = _run(options, sys.argv[1:] if argv is None else argv)
-    except ConfigError as error:
-        print_error(error, make_parser())
-        if options.launch.is_cluster:
-            exit_now(2, after=SAME_ERROR_SECONDS)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped.", file=sys.stderr)
-        code = 130
+    with ending_program(options.launch, make_parser()):
+        try:
+            options = dataclasses.replace(options, launch=detect(options.launch))
+            code = _run(options, sys.argv[1:] if argv is None else argv)
+        except KeyboardInterrupt:
+            print("\nstopped.", file=sys.stderr)
+            code = 130
     if options.launch.is_cluster:
         exit_now(code)
     return code
@@ -92,7 +87,7 @@ def _run(options: EvalOptions, argv: Sequence[str]) -> int:
     if options.picture is not None:
         draw_heatmap(report, options.picture)
     if isinstance(backend, InProcessBackend):
-        backend.close()
+        code = backend.close() or code
     return code
 
 

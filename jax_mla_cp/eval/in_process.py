@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import queue
@@ -32,6 +33,8 @@ from jax_mla_cp.launch import (
 from jax_mla_cp.platform import versions
 from jax_mla_cp.tokenizer import require_tokenizer
 
+_WATCHDOG = 60.0
+"""Seconds that a step of several processes may take."""
 _MAX_RUNNING = 2
 """Requests at a time, per dp group: one decodes beside the next one's prefill."""
 
@@ -50,32 +53,31 @@ class InProcessBackend:
           ConfigError: as `set_up_devices`, `load_model` and `agree_on_programs`, or the devices can't run so long a text.
         """
         devices = set_up_devices(options)
-        agree_on_settings(options, devices)
-        self._options = options
+        self._options, self._member = options, devices.member
         self._name = name or options.model_name
-        self._model, tokenizer = load_model(options, devices)
-        self._tokenizer = require_tokenizer(tokenizer)
-        sizes = dataclasses.replace(options, max_model_len=max_model_len, max_running=_MAX_RUNNING)
-        try:
-            self._runner = make_runner(self._model, sizes, devices)
-        except ConfigError as error:
-            raise ConfigError(
-                "lengths",
-                f"a prompt and answer of {max_model_len} tokens can't be run on these devices. Use shorter ones, "
-                f"or more devices. ({error})",
-            ) from error
-        agree_on_programs(self._runner, devices)
-        self._member = devices.member
+        with contextlib.nullcontext() if self._member is None else self._member.failing_all():
+            agree_on_settings(options, devices)
+            self._model, tokenizer = load_model(options, devices)
+            self._tokenizer = require_tokenizer(tokenizer)
+            sizes = dataclasses.replace(options, max_model_len=max_model_len, max_running=_MAX_RUNNING)
+            try:
+                self._runner = make_runner(self._model, sizes, devices)
+            except ConfigError as error:
+                raise ConfigError(
+                    "lengths",
+                    f"a prompt and answer of {max_model_len} tokens can't be run on these devices. Use shorter ones, "
+                    f"or more devices. ({error})",
+                ) from error
+            agree_on_programs(self._runner, devices)
 
     def follow(self) -> None:
         """Executes process 0's steps until it ends this process. Returns at once in process 0, or in a process that is alone."""
         if isinstance(self._member, Follower):
             self._member.run(self._runner)
 
-    def close(self) -> None:
-        """Ends the processes that follow."""
-        if isinstance(self._member, Leader):
-            self._member.stop()
+    def close(self) -> int:
+        """Ends the processes that follow. Returns 0, or the exit code of a failure of several processes."""
+        return self._member.stop() if isinstance(self._member, Leader) else 0
 
     def metadata(self) -> dict[str, Any]:
         build = self._model.build
@@ -121,7 +123,10 @@ class InProcessBackend:
         return [float(value) for values in scored for value in values]
 
     def _stepper(self) -> StepRunner:
-        return LeadingRunner(self._runner, self._member) if isinstance(self._member, Leader) else self._runner
+        if not isinstance(self._member, Leader):
+            return self._runner
+        self._member.watchdog = _WATCHDOG
+        return LeadingRunner(self._runner, self._member)
 
 
 def prompt_logprobs(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from pathlib import Path
 
 import jax
@@ -30,6 +31,7 @@ _OWN_FLAGS = frozenset(
     }
 )
 """Options that may differ between processes: paths, and what the processes exchange."""
+_SAMPLE = 1 << 16
 
 
 def agree_on_settings(options: LaunchOptions, devices: Devices, **more: object) -> None:
@@ -53,6 +55,7 @@ def agree_on_settings(options: LaunchOptions, devices: Devices, **more: object) 
             "jaxlib": jaxlib_version,
             "device": jax.local_devices()[0].device_kind,
             **{name: getattr(options, name) for name in shared},
+            "XLA_FLAGS": sorted(flag for flag in os.environ.get("XLA_FLAGS", "").split() if "dump" not in flag),
             **more,
             **{
                 f"config.json: {name}": value
@@ -87,10 +90,19 @@ def agree_on_programs(runner: Runner, devices: Devices) -> None:
 
 
 def _files(directory: Path) -> dict[str, str]:
-    """A model directory's files: weights by their size, whose names and shapes are in an index or manifest, and the others by
-    their content."""
-    files = {path.name: f"{path.stat().st_size} bytes" for path in sorted(directory.glob("*.safetensors"))}
+    """A model directory's files: weights by their size and a sample, and the others by their content."""
+    files = {path.name: _sample(path) for path in sorted(directory.glob("*.safetensors"))}
     for pattern in ("*.json", "*.jinja", "tiktoken.model"):
         for path in sorted(directory.glob(pattern)):
             files[path.name] = f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
     return files
+
+
+def _sample(path: Path) -> str:
+    """A large file's size, and a hash of its beginning, middle and end: two fine-tunes of one model differ nowhere else."""
+    size, digest = path.stat().st_size, hashlib.sha256()
+    with path.open("rb") as file:
+        for at in (0, size // 2, max(0, size - _SAMPLE)):
+            file.seek(at)
+            digest.update(file.read(_SAMPLE))
+    return f"{size} bytes, sampled sha256 {digest.hexdigest()[:16]}"

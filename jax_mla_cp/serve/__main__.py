@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import socket
 import sys
 import time
 from collections.abc import Sequence
-from types import FrameType
 from typing import Any
 
 from jax_mla_cp.version import program_imports
@@ -17,10 +15,11 @@ from jax_mla_cp.version import program_imports
 with program_imports():
     from rich.console import Console
 
-    from jax_mla_cp.cli import print_error
     from jax_mla_cp.config.errors import ConfigError
-    from jax_mla_cp.distributed.exit import SAME_ERROR_SECONDS, exit_now
+    from jax_mla_cp.distributed.exit import ending_program, exit_now
+    from jax_mla_cp.distributed.leader import Leader
     from jax_mla_cp.distributed.leading_runner import LeadingRunner
+    from jax_mla_cp.distributed.signals import SignalThread
     from jax_mla_cp.engine import Engine
     from jax_mla_cp.engine.step_runner import StepRunner
     from jax_mla_cp.launch import detect, set_up_devices
@@ -33,7 +32,7 @@ with program_imports():
     from jax_mla_cp.serve.served_model import ServedModel
     from jax_mla_cp.serve.server_flags import make_parser
     from jax_mla_cp.serve.server_options import ServerOptions, parse
-    from jax_mla_cp.serve.several_hosts import follow, lead, serve_together
+    from jax_mla_cp.serve.several_hosts import describe, drain_on_signal, follow, serve_together
     from jax_mla_cp.serve.status import Telemetry, server_info
 
 log = logging.getLogger("jax_mla_cp.serve")
@@ -49,32 +48,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
       SystemExit: with code 2, for a setting that can't work.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _exit_while_loading)
     config = parse(argv)
-    try:
-        with logs.to_stderr(config.log_level, config.log_format):
-            config = detect(config)
-            if config.process_id:
-                follow(config)
-            keys = security.read_keys(config.api_key_file, os.environ)
-            tls = security.tls_settings(config.ssl_certfile, config.ssl_keyfile, config.ssl_keyfile_password_file)
-            security.warn_if_open(config.host, keys, tls=bool(tls))
-            middleware = MiddlewareStack(keys, config.cors_origins, config.max_body_mb << 20, config.log_requests)
-            with _listen(config) as listener:
-                code = _serve(config, listener, middleware, tls)
-    except ConfigError as error:
-        print_error(error, make_parser())
-        if config.is_cluster:
-            exit_now(2, after=SAME_ERROR_SECONDS)
-        sys.exit(2)
+    with (
+        SignalThread(_exit_while_loading) as signals,
+        ending_program(config, make_parser()),
+        logs.to_stderr(config.log_level, config.log_format),
+    ):
+        config = detect(config)
+        if config.process_id:
+            follow(config, signals)
+        keys = security.read_keys(config.api_key_file, os.environ)
+        tls = security.tls_settings(config.ssl_certfile, config.ssl_keyfile, config.ssl_keyfile_password_file)
+        security.warn_if_open(config.host, keys, tls=bool(tls))
+        middleware = MiddlewareStack(keys, config.cors_origins, config.max_body_mb << 20, config.log_requests)
+        with _listen(config) as listener:
+            code = _serve(config, listener, middleware, tls, signals)
     if config.is_cluster:
         exit_now(code)
     return code
 
 
-def _exit_while_loading(number: int, frame: FrameType | None) -> None:
-    """Exits at once: while loading there is nothing to finish, and an exception could get lost in JAX's callbacks."""
+def _exit_while_loading() -> None:
+    """Exits at once: while loading there is nothing to finish."""
     Console(stderr=True).show_cursor(True)
     print("\nstopped.", file=sys.stderr, flush=True)
     os._exit(0)
@@ -101,18 +96,28 @@ def _listen(config: ServerOptions) -> socket.socket:
     return listener
 
 
-def _serve(config: ServerOptions, listener: socket.socket, middleware: MiddlewareStack, tls: dict[str, Any]) -> int:
+def _serve(
+    config: ServerOptions,
+    listener: socket.socket,
+    middleware: MiddlewareStack,
+    tls: dict[str, Any],
+    signals: SignalThread,
+) -> int:
     started = time.perf_counter()
     log.info("starting JAX: mesh %s, %d devices", config.mesh, config.mesh.devices)
-    devices = set_up_devices(config)
+    devices = set_up_devices(config, lambda member: drain_on_signal(member, signals))
     log.info("running on %d %s devices", config.mesh.devices, devices.platform)
-    leader = lead(devices)
-    loaded = load(config, devices)
+    leader = devices.member
+    if leader is None:
+        loaded = load(config, devices)
+        stepper: StepRunner = loaded.runner
+    else:
+        assert isinstance(leader, Leader)
+        with leader.failing_all(describe):
+            loaded = load(config, devices)
+            leader.cluster.wait_for_all("ready")
+        stepper = LeadingRunner(loaded.runner, leader)
     runner, tokenizer, model = loaded.runner, loaded.tokenizer, loaded.runner.planner.model
-    stepper: StepRunner = runner
-    if leader is not None:
-        leader.cluster.wait_for_all("ready")
-        stepper = LeadingRunner(runner, leader)
     telemetry = Telemetry(
         server_info(config.served_model_name, runner, tokenizer),
         None if leader is None else lambda: leader.processes,
@@ -148,13 +153,13 @@ def _serve(config: ServerOptions, listener: socket.socket, middleware: Middlewar
             key_file=config.api_key_file,
         )
         print(ready, flush=True)
+        signals.action = server.begin_drain  # until uvicorn takes the signals
         server.run(sockets=[listener])
     finally:
         engine.stop(timeout=60)
-        if leader is not None:
-            leader.stop()
+        failed = 0 if leader is None else leader.stop()
         log.info("stopped")
-    return int(server.cut_off)
+    return failed or int(server.cut_off)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def device_bytes(model: Model, shape: BatchShape) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class HostBias:
-    """A step's logit biases on the host, for all places: what `LogitBiasBuilder.place` makes the device's arrays of."""
+    """A step's logit biases on the host, for all places, of which `LogitBiasBuilder.place` makes the devices' arrays."""
 
     biased: Bool[np.ndarray, " J"]
     """The place has a bias."""

@@ -26,7 +26,7 @@ from tests.helpers.fake_cluster import Coordination, cluster
 
 @dataclasses.dataclass
 class Member:
-    """What `agree` needs of a process's side of the cluster."""
+    """The part of a `Member` that `agree` needs."""
 
     cluster: Cluster
     expecting: bool = False
@@ -39,7 +39,7 @@ class Member:
 
 
 def agreed(*facts: dict[str, object]) -> list[str | None]:
-    """What each process is told; None: all is well."""
+    """The error of each process; None: all is well."""
     service, count = Coordination(len(facts)), len(facts)
     members = [Member(cluster(service, i, count)) for i in range(count)]
 

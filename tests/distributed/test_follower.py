@@ -19,8 +19,7 @@ from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.distributed import follower as follower_module
 from jax_mla_cp.distributed import handshake
 from jax_mla_cp.distributed.follower import Follower
-from jax_mla_cp.distributed.leader import ECHO
-from jax_mla_cp.distributed.step_message import StepMessage, encode, encode_shape
+from jax_mla_cp.distributed.step_message import ECHO, StepMessage, encode, encode_shape
 from jax_mla_cp.distributed.wire import Kind
 from jax_mla_cp.step.inputs import StepInputs
 from jax_mla_cp.step.planner import Planner
@@ -225,11 +224,36 @@ def test_what_cant_work_here_is_told_to_process_0(monkeypatch: pytest.MonkeyPatc
 
         thread = threading.Thread(target=load, daemon=True)
         thread.start()
-        assert leader.next(Kind.FAILED)[1] == b"model: a file is missing."
+        assert leader.next(Kind.REFUSED)[1] == b"model: a file is missing."
         assert codes.empty(), "it ends after process 0"
         leader.wire.close()
         thread.join(30)
-        assert codes.get() == 1
+        assert codes.get() == 2
+
+
+@pytest.mark.parametrize("kind, code", [(Kind.FAILED, 1), (Kind.REFUSED, 2)])
+def test_a_failure_is_no_clean_end(kind: Kind, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Process 0 tells of the end, too, if a drain was under way."""
+    with following(monkeypatch) as (_, leader, codes):
+        leader.wire.send(kind, b"process 2 (c): gone")
+        leader.wire.send(Kind.STOP)
+        with pytest.raises(queue.Empty):
+            codes.get(timeout=0.5)
+        leader.wire.close()
+        assert codes.get(timeout=30) == code
+
+
+def test_an_error_that_nobody_expected_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    with following(monkeypatch) as (follower, leader, codes):
+
+        def load() -> None:
+            with follower.failing_all():
+                raise MemoryError("no room")
+
+        threading.Thread(target=load, daemon=True).start()
+        assert leader.next(Kind.FAILED)[1] == b"MemoryError: no room"
+        leader.wire.close()
+        assert codes.get(timeout=30) == 1
 
 
 def test_what_all_find_themselves_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:

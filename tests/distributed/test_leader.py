@@ -16,9 +16,9 @@ import pytest
 from jax_mla_cp.batch.shapes import StepShape
 from jax_mla_cp.distributed import leader as leader_module
 from jax_mla_cp.distributed import leading_runner as leading_runner_module
-from jax_mla_cp.distributed.leader import ECHO, ClusterFailed, Leader
+from jax_mla_cp.distributed.leader import ClusterFailed, Leader
 from jax_mla_cp.distributed.leading_runner import LeadingRunner
-from jax_mla_cp.distributed.step_message import StepMessage
+from jax_mla_cp.distributed.step_message import ECHO, StepMessage
 from jax_mla_cp.distributed.wire import Kind
 from jax_mla_cp.step.inputs import StepInputs
 from tests.helpers.fake_cluster import Peer, leading
@@ -240,11 +240,33 @@ def test_a_follower_that_does_not_end_is_waited_for_in_vain(
 ) -> None:
     monkeypatch.setattr(leader_module, "_STOP_SECONDS", 0.3)
     with leading(monkeypatch, followers=2) as (leader, peers, failures):
+        codes: queue.Queue[int] = queue.Queue()
+        threading.Thread(target=lambda: codes.put(leader.stop()), daemon=True).start()
+        peers[0].next(Kind.STOP)
         peers[0].wire.close()
-        failures.get(timeout=30)
-        leader.stop()
+        assert codes.get(timeout=30) == 0 and failures.empty()
         assert "process 2 (host-2) has not ended within 0.3 s" in caplog.text
         assert "process 1 (host-1) has not ended" not in caplog.text
+
+
+def test_a_failure_before_the_end_is_not_a_clean_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A drain goes on when a process is killed: its requests fail, so that there is nothing left to drain."""
+    with leading(monkeypatch, followers=2) as (leader, peers, failures):
+        peers[0].wire.close()
+        failures.get(timeout=30)
+        assert leader.stop() == 1
+        assert peers[1].next(Kind.FAILED)
+        with pytest.raises(queue.Empty):
+            peers[1].received.get(timeout=0.5)
+
+
+@pytest.mark.parametrize("kind, code", [(Kind.FAILED, 1), (Kind.REFUSED, 2)])
+def test_a_setting_that_cant_work_has_its_own_code(kind: Kind, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with leading(monkeypatch, followers=2) as (leader, peers, failures):
+        peers[0].wire.send(kind, b"--kv-pages: too many.")
+        assert failures.get(timeout=30) == "process 1 (host-1): --kv-pages: too many."
+        assert peers[1].next(kind)
+        assert leader.stop() == code
 
 
 def test_exits_that_are_expected_are_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from tests.helpers import fake_cluster
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What placement looks at."""
+    """The part of a device that placement looks at."""
 
     id: int
     process_index: int

@@ -42,7 +42,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def reads(count: int, checkpoint: Path) -> list[dict[str, Any]]:
-    """What each of so many processes reads, that divide two devices."""
+    """Bytes that each of `processes` reads, which share two devices."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     command = [sys.executable, "-m", "tests.helpers.reading_worker", address, str(count)]

@@ -27,7 +27,7 @@ QUESTIONS = sheets(count=3, tokens=12, chunk=CHUNK, longest=60, at_a_time=2)
 
 @pytest.fixture(scope="module")
 def one() -> dict[str, list[Answer]]:
-    """What one process answers."""
+    """Answers of a single process."""
     with server(*FLAGS) as process:
         return fill(url_of(process), QUESTIONS)
 

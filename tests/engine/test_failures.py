@@ -16,6 +16,7 @@ from jax_mla_cp.engine import (
     QueueFull,
     StepReport,
 )
+from jax_mla_cp.step.errors import RunnerFailed
 from tests.helpers.engine_requests import RecordedRequest, ended, is_alive, is_idle
 from tests.helpers.standin import PageModel, continuation
 from tests.helpers.waiting import until
@@ -243,3 +244,36 @@ def test_a_step_that_hangs_is_told() -> None:
     assert asked.result()[0] == continuation([1], 1)
     until(lambda: engine.unhealthy_reason is None)
     engine.stop(5)
+
+
+def test_a_runner_that_can_run_no_more_ends_the_engine_with_its_reason(
+    model: PageModel, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several processes: one is lost. What ran had been begun, what waits had not."""
+    deaths: list[str] = []
+    engine.on_death = deaths.append
+    running, waiting = RecordedRequest([1] * 40, 9), RecordedRequest([9] * 40, 9)
+
+    def step(groups: object) -> None:
+        raise RunnerFailed("process 1 (b) is lost.")
+
+    monkeypatch.setattr(model, "step", step)
+    engine.submit_all([running.request, waiting.request])
+    assert running.result()[1] == Failed("The engine has stopped: process 1 (b) is lost.", "step")
+    assert waiting.result()[1] == Failed("The engine has stopped: process 1 (b) is lost.", "dead")
+    assert engine.unhealthy_reason == "process 1 (b) is lost." and deaths == ["process 1 (b) is lost."]
+    with pytest.raises(EngineDead, match="process 1"):
+        engine.submit(RecordedRequest([1], 1).request)
+
+
+def test_an_abandoned_engine_fails_its_requests_while_a_step_hangs(model: PageModel, engine: Engine) -> None:
+    model.gate = threading.Semaphore(0)
+    running = RecordedRequest([1] * 10, 9)
+    engine.submit(running.request)
+    until(lambda: engine.status().running == 1)
+    engine.abandon("process 1 (b) is lost.")
+    assert running.result()[1] == Failed("The engine has stopped: process 1 (b) is lost.", "step")
+    assert engine.unhealthy_reason == "process 1 (b) is lost."
+    model.gate.release(100)  # the step ends after all: nothing more is told
+    until(lambda: not is_alive(engine))
+    assert running.events.empty()

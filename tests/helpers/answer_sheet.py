@@ -121,7 +121,7 @@ def _ask(url: str, body: Body) -> Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What two servers' answers to a sheet have in common."""
+    """Comparison of two servers' answers to a sheet."""
 
     wrong: list[str]
     """Differences that are none of rounding."""

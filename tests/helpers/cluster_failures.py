@@ -35,7 +35,7 @@ When = Literal["at rest", "in a prefill", "in decode"]
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """What is done to which process, and when."""
+    """A signal to a process, and its moment."""
 
     signal: signal.Signals
     who: Who
@@ -55,12 +55,12 @@ class Failure:
 
 @dataclasses.dataclass
 class Seen:
-    """What a failure looked like from outside."""
+    """A failure, seen from outside."""
 
     whole: httpx.Response | Exception | None
     """Answer of a running request; None: there was none."""
     events: list[dict[str, Any]] | Exception | None
-    """Those of a running stream."""
+    """Events of a running stream."""
     health: list[tuple[int, str]]
     """Status and body of /health from the signal on, without repetitions."""
     code: int
@@ -161,7 +161,7 @@ def _watch_health(url: str, gone: threading.Event) -> list[tuple[int, str]]:
 
 
 def check(failure: Failure, seen: Seen, running: Cluster) -> None:
-    """What docs/several-hosts.md promises.
+    """Holds what docs/several-hosts.md promises.
 
     Raises:
       AssertionError: something else happened.

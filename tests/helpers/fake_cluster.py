@@ -28,7 +28,7 @@ Message = tuple[Kind, bytes, int]
 
 
 class Coordination:
-    """What JAX's coordination service does for a `Store`."""
+    """Does for a `Store` what JAX's coordination service does."""
 
     def __init__(self, processes: int):
         self._processes = processes
@@ -96,7 +96,7 @@ def leading(
 ) -> Iterator[tuple[Leader, list[Peer], queue.Queue[str]]]:
     """A leader, its followers' ends, and the reasons for which it would have ended this process."""
     failures: queue.Queue[str] = queue.Queue()
-    monkeypatch.setattr(leader_module, "_exit_on_failure", failures.put)
+    monkeypatch.setattr(leader_module, "_exit_on_failure", lambda reason, code: failures.put(reason))
     service, count = Coordination(followers + 1), followers + 1
     clusters = [cluster(service, i, count, heartbeat_timeout) for i in range(count)]
     with ThreadPoolExecutor(1) as pool:

@@ -25,9 +25,9 @@ class Sizes:
     pressing: int
     """Requests that do not fit the pages together."""
     rounds: int
-    """Of all failures of a server of two processes; 0: a few of them, once."""
+    """Rounds of all failures of a server of two processes; 0: a few of them, once."""
     questions: int
-    """Of each kind, that a server of several processes answers as one process does; 0: tests/distributed asks enough."""
+    """Questions of each kind that a server of several processes answers as one process does; 0: tests/distributed asks enough."""
     answer: int
     """Tokens of each answer."""
 

@@ -25,7 +25,7 @@ FEW = [
     Failure(signal.SIGTERM, "follower", "in decode"),
     Failure(signal.SIGSTOP, "follower", "at rest"),
 ]
-"""Those of `make test`."""
+"""The failures of `make test`."""
 
 
 @pytest.fixture(scope="module")
