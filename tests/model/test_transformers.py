@@ -178,7 +178,9 @@ def test_softmax_routers_are_those_of_transformers(method: str, spread: float) -
     with torch.no_grad():
         _, weight, expert = gate(torch.from_numpy(x))
     want = by_expert(expert.numpy(), weight.numpy())
-    np.testing.assert_allclose(ours(method), want, atol=1e-5)
+    # A logit of some hundreds is rounded by more than 1e-5, which is an error of its score.
+    rounding = 2.5 * float(np.finfo(np.float32).eps * np.abs(x @ router).max())
+    np.testing.assert_allclose(ours(method), want, atol=max(1e-5, rounding))
     if spread == 100:
         assert ((want > 0).sum(1) < 3).any(), "chosen scores of 0 occur"
     else:  # negative control
