@@ -32,7 +32,8 @@ def loopback_cluster(process_id: int, processes: int, client: Any) -> Cluster:
       client: stands in for the one of JAX's coordination service.
     """
     store = Store(client, process_id, processes)
-    return Cluster(ClusterOptions(), process_id, processes, LOOPBACK, ("localhost",) * processes, store)
+    names = ("localhost",) * processes
+    return Cluster(ClusterOptions(), process_id, processes, LOOPBACK, names, names, store)
 
 
 @contextlib.contextmanager

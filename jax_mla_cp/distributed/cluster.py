@@ -47,9 +47,9 @@ class Cluster:
     coordinator_host: str
     hosts: tuple[str, ...]
     """Host name of each process."""
+    machines: tuple[str, ...]
+    """Identifies each process's machine, which containers may not do by their host names."""
     store: Store
-    machines: tuple[str, ...] | None = None
-    """Identifies each process's machine, which containers may not do by their host names. None: the host names do."""
 
     @property
     def leads(self) -> bool:
@@ -77,9 +77,8 @@ class Cluster:
         devices = jax.devices()
         if len(devices) != shape.devices:
             make_mesh(shape, devices)  # says so
-        machines = self.machines or self.hosts
         processes = [
-            ProcessDevices(self.hosts[i], machines[i], [d for d in devices if d.process_index == i])
+            ProcessDevices(self.hosts[i], self.machines[i], [d for d in devices if d.process_index == i])
             for i in range(self.num_processes)
         ]
         ordered = arrange(shape, processes, allow_tp_across_hosts=self.options.allow_tp_across_hosts)
@@ -103,9 +102,8 @@ def join(options: ClusterOptions) -> Cluster:
     coordinator, count, number = options.coordinator, options.num_processes, options.process_id
     assert coordinator is not None and count is not None and number is not None
     host, port = split_address(coordinator)
-    add_xla_flags(
-        {"--xla_gpu_shard_autotuning": "false"}
-    )  # a process would wait for peers that have the program in their cache
+    # A process would wait for peers that have the program in their cache.
+    add_xla_flags({"--xla_gpu_shard_autotuning": "false"})
     # JAX would take SIGTERM for itself; here it drains the server.
     jax.config.update("jax_enable_preemption_service", False)
     if number == 0:
@@ -113,14 +111,14 @@ def join(options: ClusterOptions) -> Cluster:
     log.info("process %d of %d on %s: joining at %s", number, count, socket.gethostname(), coordinator)
     began = time.monotonic()
     bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or (f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+    # Empty means all; with None, JAX's detection would give each task one.
+    local_devices = list(options.local_devices or ())
     try:
         jax.distributed.initialize(
             coordinator,
             count,
             number,
-            local_device_ids=list(
-                options.local_devices or ()
-            ),  # empty: all, where JAX's detection would give each task one
+            local_device_ids=local_devices,
             cluster_detection_method="deactivate",
             initialization_timeout=_JOIN_SECONDS,
             coordinator_bind_address=bind,
@@ -138,7 +136,7 @@ def join(options: ClusterOptions) -> Cluster:
     names = store.exchange("host", json.dumps([socket.gethostname(), _machine()]), JOINING)
     hosts, machines = zip(*map(json.loads, names), strict=True)
     log.info("all %d processes have joined (%.1f s)", count, time.monotonic() - began)
-    return Cluster(options, number, count, host, hosts, store, machines)
+    return Cluster(options, number, count, host, hosts, machines, store)
 
 
 def _warn_if_loopback(host: str) -> None:

@@ -34,6 +34,9 @@ class Device:
     platform: str = "gpu"
 
 
+HOSTS = ("host-a", "host-b", "host-a", "host-b")
+
+
 def processes_on(hosts: list[str], devices: int) -> list[ProcessDevices]:
     """One process for each entry of `hosts`, with so many devices."""
     return [
@@ -131,9 +134,7 @@ def eight(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     """The second of four processes on two hosts, with two devices each."""
     devices = [Device(i, i // 2, "", "cpu", "cpu") for i in range(8)]
     monkeypatch.setattr(jax, "devices", lambda: devices)
-    return dataclasses.replace(
-        fake_cluster.cluster(fake_cluster.Coordination(4), 1, 4), hosts=("host-a", "host-b", "host-a", "host-b")
-    )
+    return dataclasses.replace(fake_cluster.cluster(fake_cluster.Coordination(4), 1, 4), hosts=HOSTS, machines=HOSTS)
 
 
 def test_a_cluster_makes_its_mesh(eight: Cluster, caplog: pytest.LogCaptureFixture) -> None:

@@ -59,7 +59,7 @@ def cluster(service: Coordination, process: int, count: int = 2, heartbeat_timeo
     """One process's view of a cluster on this machine. Process i is on a host named host-i."""
     options = ClusterOptions("127.0.0.1:1", count, process, heartbeat_timeout=heartbeat_timeout)
     hosts = tuple(f"host-{i}" for i in range(count))
-    return Cluster(options, process, count, "127.0.0.1", hosts, Store(service, process, count))
+    return Cluster(options, process, count, "127.0.0.1", hosts, hosts, Store(service, process, count))
 
 
 def connected(follower: Cluster, key: bytes = KEY) -> socket.socket:
