@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 _CONNECT_SECONDS = 60.0
 _POLL = 0.2
+_CULPRIT_SECONDS = 1.0
+"""Time that a failed step waits for process 0 to be gone, or to tell who is to blame; shorter than process 0's own."""
 _LEADER_SECONDS = 15.0
 """Time for process 0 to end before this process, when a failure ends all."""
 
@@ -76,6 +78,9 @@ class Follower(Member):
                 runner.execute(message.inputs)
             except Exception as error:
                 log.exception("step %d failed", self._last_step + 1)
+                # A collective fails when a process is gone; the connection to process 0, or process 0, tells which.
+                if self._closing.wait(_CULPRIT_SECONDS):
+                    threading.Event().wait()  # until another thread has ended this process
                 self.fail_here(f"step {self._last_step + 1} failed: {error}")
             self._last_step = number
             self._link.send(Kind.ECHO, ECHO.pack(number, crc, time.monotonic() - began))

@@ -132,6 +132,22 @@ def test_a_step_that_fails_is_reported(planned: Runner, inputs: StepInputs, monk
         assert codes.get() == 1
 
 
+def test_a_step_that_fails_because_process_0_is_gone_says_so(
+    planned: Runner, inputs: StepInputs, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its collectives may fail before its connection does."""
+    monkeypatch.setattr(follower_module, "_CULPRIT_SECONDS", 30)
+    with following(monkeypatch) as (follower, leader, codes):
+        runner, _ = run(follower, planned)
+        runner.error = ConnectionError("reset by peer")
+        leader.wire.send(Kind.STEP, encode(StepMessage(1, PROGRAM, inputs)))
+        until(lambda: "step 1 failed" in caplog.text)
+        leader.wire.close()
+        assert codes.get(timeout=30) == 1
+    assert "this process ends, after step 0: process 0 (host-0) closed its connection" in caplog.text
+    assert "this process ends: step 1 failed" not in caplog.text
+
+
 def frame_of_another_crc(leader: Peer, inputs: StepInputs) -> None:
     payload = encode(StepMessage(1, PROGRAM, inputs))
     leader.wire.send(Kind.STEP, payload, crc=zlib.crc32(payload) ^ 1)
