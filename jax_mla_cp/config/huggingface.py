@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from jax_mla_cp.config.errors import ConfigError
+from jax_mla_cp.config.files import read_json
+from jax_mla_cp.config.keys import Keys, agreed
+from jax_mla_cp.config.other_formats import refuse_model_optimizer, refused_format
 from jax_mla_cp.config.quantization import Quantization
-from jax_mla_cp.config.rope import RopeConfig
+from jax_mla_cp.config.rope_keys import rope_config
 
 # What this package implements, for the keys whose other values would change the model's arithmetic.
 _ONLY: dict[str, tuple[Any, ...]] = {
@@ -23,7 +23,17 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 
 TopkMethod = Literal["noaux_tc", "greedy", "group_limited_greedy"]
 
-_TEXT_MODELS = ("deepseek_v2", "deepseek_v3", "kimi_k2")
+_TEXT_MODELS = ("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite")
+_MULTIMODAL = ("kimi_k25", "kimi_vl")
+"""Models whose text part, one of the above, is in `text_config`."""
+
+_SPARSE = ("deepseek_v32", "glm_moe_dsa")
+_OTHER_ATTENTION = {
+    "deepseek_v4": "its layers attend to compressed tokens",
+    "kimi_linear": "most of its layers have linear attention",
+    "longcat_flash": "its layers have two attentions and experts that compute nothing",
+}
+"""Models with latent attention that this package does not run, and what they have beside it."""
 
 # The scores that each way of choosing experts is defined for, by DeepSeek's modeling files and transformers.
 _SCORING: dict[TopkMethod, str] = {"noaux_tc": "sigmoid", "greedy": "softmax", "group_limited_greedy": "softmax"}
@@ -36,10 +46,14 @@ def directory_fields(directory: Path) -> dict[str, Any]:
       ConfigError: as `ModelConfig.from_dir`.
     """
     path = directory / "config.json"
-    raw = _read_json(path, required=True)
-    generation = _read_json(path.with_name("generation_config.json"), required=False)
+    if not path.is_file():
+        what = "is not a directory" if not directory.is_dir() else "has no config.json"
+        raise ConfigError("model", f"{directory} {what}. Give a Hugging Face model directory.")
+    raw = read_json(path)
+    _refuse_model_optimizer(read_json(path.with_name("hf_quant_config.json")))
+    generation = read_json(path.with_name("generation_config.json"))
     found = fields(raw)
-    more = _token_ids(generation.get("eos_token_id"), "eos_token_id", "generation_config.json")
+    more = _end_tokens(generation, found["vocab_size"], "generation_config.json")
     return found | {"eos_token_ids": tuple(dict.fromkeys(found["eos_token_ids"] + more))}
 
 
@@ -52,12 +66,14 @@ def fields(raw: Mapping[str, Any]) -> dict[str, Any]:
     raw, weight_prefix = _text_part(raw)
     _refuse_unsupported(raw)
 
-    keys = _Keys(raw)
-    experts = keys.whole("n_routed_experts" if raw.get("n_routed_experts") is not None else "num_local_experts", 0)
+    keys = Keys(raw)
+    glm = raw["model_type"] == "glm4_moe_lite"
+    experts = keys.whole(keys.spelling("n_routed_experts", "num_local_experts"), 0)
     topk_method = _topk_method(raw)
     grouped = experts and topk_method != "greedy"  # which ignores the groups that a config may name
+    vocab_size = keys.whole("vocab_size")
     return dict(
-        vocab_size=keys.whole("vocab_size"),
+        vocab_size=vocab_size,
         hidden_size=keys.whole("hidden_size"),
         num_layers=keys.whole("num_hidden_layers"),
         num_heads=keys.whole("num_attention_heads"),
@@ -67,7 +83,7 @@ def fields(raw: Mapping[str, Any]) -> dict[str, Any]:
         qk_nope_head_dim=keys.whole("qk_nope_head_dim"),
         v_head_dim=keys.whole("v_head_dim"),
         intermediate_size=keys.whole("intermediate_size"),
-        first_k_dense=keys.whole("first_k_dense_replace", 0),
+        first_k_dense=_first_k_dense(keys, 1 if glm else 0),
         moe_intermediate_size=keys.whole("moe_intermediate_size") if experts else 0,
         n_routed_experts=experts,
         n_shared_experts=keys.whole("n_shared_experts", 0),
@@ -76,91 +92,62 @@ def fields(raw: Mapping[str, Any]) -> dict[str, Any]:
         topk_group=keys.whole("topk_group") if grouped else 1,
         norm_topk_prob=keys.flag("norm_topk_prob", topk_method == "noaux_tc"),
         routed_scaling_factor=keys.number("routed_scaling_factor") if experts else 1.0,
-        rms_norm_eps=keys.number("rms_norm_eps", 1e-6),
+        rms_norm_eps=keys.number("rms_norm_eps", 1e-5 if glm else 1e-6),
         max_position=keys.whole("max_position_embeddings"),
-        rope=_rope(keys),
+        rope=rope_config(keys),
         topk_method=topk_method,
         tie_word_embeddings=keys.flag("tie_word_embeddings", False),
-        num_mtp_layers=keys.whole("num_nextn_predict_layers", 0) or keys.whole("num_mtp_layers", 0),
-        bos_token_id=next(iter(_token_ids(raw.get("bos_token_id"), "bos_token_id")), None),
-        eos_token_ids=_token_ids(raw.get("eos_token_id"), "eos_token_id"),
+        num_mtp_layers=keys.whole(keys.spelling("num_nextn_predict_layers", "num_mtp_layers"), 0),
+        bos_token_id=next(iter(_token_ids(raw, "bos_token_id")), None),
+        eos_token_ids=_end_tokens(raw, vocab_size, "config.json"),
         weight_prefix=weight_prefix,
         quantization=_quantization(raw),
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Keys:
-    """The keys of an object in config.json, each read as what it must be: a "false" in quotes would be true to Python. null is
-    no key. A key without a default must be there."""
-
-    raw: Mapping[str, Any]
-
-    def whole(self, key: str, default: int | None = None) -> int:
-        value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ConfigError("config.json", f"{key} must be a whole number, 0 or more, got {value!r}.")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise ConfigError("config.json", f"{key} must be a number, 0 or more, got {value!r}.")
-        return float(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self._get(key, default)
-        if not isinstance(value, bool):
-            raise ConfigError("config.json", f"{key} must be true or false, got {value!r}.")
-        return value
-
-    def part(self, key: str) -> Mapping[str, Any]:
-        """An object, empty if it is not there."""
-        value = self._get(key, {})
-        if not isinstance(value, Mapping):
-            raise ConfigError("config.json", f"{key} must be an object, got {value!r}.")
-        return value
-
-    def _get(self, key: str, default: Any) -> Any:
-        value = self.raw.get(key)
-        if value is None:
-            value = default
-        if value is None:
-            raise ConfigError("config.json", f"the key {key!r} is missing.")
-        return value
-
-
 def _text_part(raw: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
     """The text model's own keys, and what its tensors' names begin with."""
-    if raw.get("model_type") != "kimi_k25":
+    model_type = raw.get("model_type")
+    if model_type not in _MULTIMODAL:
         return raw, ""
     text = raw.get("text_config")
     if not isinstance(text, Mapping):
         raise ConfigError(
             "config.json",
-            "model_type='kimi_k25' needs 'text_config', an object with the text model's keys, "
+            f"model_type={model_type!r} needs 'text_config', an object with the text model's keys, "
             f"got {text!r}. This version runs the text part alone.",
         )
-    outside = {key: raw.get(key) for key in ("bos_token_id", "eos_token_id", "quantization_config")}
-    return outside | {key: value for key, value in text.items() if value is not None}, "language_model."
+    merged = {key: value for key, value in text.items() if value is not None}
+    for key in ("quantization_config", "tie_word_embeddings"):
+        given = {
+            place + key: part[key] for place, part in (("", raw), ("text_config.", text)) if part.get(key) is not None
+        }
+        if given:
+            merged[key] = agreed(given)
+    merged.setdefault("bos_token_id", raw.get("bos_token_id"))
+    merged["eos_token_id"] = list(dict.fromkeys(_token_ids(raw, "eos_token_id") + _token_ids(text, "eos_token_id")))
+    return merged, "language_model."
 
 
 def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
+    model_type = raw.get("model_type")
     indexer = {key: value for key, value in raw.items() if key.startswith("index_") and value is not None}
-    if indexer or raw.get("model_type") == "deepseek_v32":
-        seen = {"model_type": raw.get("model_type")} | indexer
+    if indexer or model_type in _SPARSE:
+        seen = {"model_type": model_type} | indexer
         listed = ", ".join(f"{key}={value!r}" for key, value in seen.items())
         raise ConfigError(
             "config.json",
             f"{listed}: the sparse attention of DeepSeek-V3.2, whose indexer picks the tokens that a query "
             "sees, is not supported; this version runs attention over all tokens (DeepSeek-V2, V3, R1, Kimi K2).",
         )
-    model_types = f"{', '.join(map(repr, _TEXT_MODELS))}, and 'kimi_k25' around one of them"
-    if raw.get("model_type") is None:
+    model_types = f"{', '.join(map(repr, _TEXT_MODELS))}, and {' or '.join(map(repr, _MULTIMODAL))} around one of them"
+    if model_type is None:
         raise ConfigError("config.json", f"the key 'model_type' is missing; this version runs {model_types}.")
-    if raw["model_type"] not in _TEXT_MODELS:
+    if model_type not in _TEXT_MODELS:
+        other = _OTHER_ATTENTION.get(str(model_type))
+        reason = f" ({other})" if other else ""
         raise ConfigError(
-            "config.json", f"model_type={raw['model_type']!r} is not supported; this version runs {model_types}."
+            "config.json", f"model_type={model_type!r} is not supported{reason}; this version runs {model_types}."
         )
     for key, allowed in _ONLY.items():
         got = raw.get(key)
@@ -184,72 +171,53 @@ def _topk_method(raw: Mapping[str, Any]) -> TopkMethod:
     )
 
 
+def _first_k_dense(keys: Keys, default: int) -> int:
+    """The number of layers at the front with a dense MLP: `first_k_dense_replace`, or the list that transformers writes for GLM."""
+    types = keys.raw.get("mlp_layer_types")
+    if types is None:
+        return keys.whole("first_k_dense_replace", default)
+    layers = keys.whole("num_hidden_layers")
+    dense = types.count("dense") if isinstance(types, list) else -1
+    if types != ["dense"] * dense + ["sparse"] * (layers - dense):
+        raise ConfigError(
+            "config.json",
+            f"mlp_layer_types must be {layers} times 'dense' or 'sparse', the dense ones first; this version runs no other order.",
+        )
+    given = {"the number of 'dense' in mlp_layer_types": dense}
+    if keys.has("first_k_dense_replace"):
+        given["first_k_dense_replace"] = keys.whole("first_k_dense_replace")
+    return int(agreed(given))
+
+
 def _quantization(raw: Mapping[str, Any]) -> Quantization | None:
+    if isinstance(mlx := raw.get("quantization"), Mapping) and "bits" in mlx:
+        raise ConfigError("config.json", f"quantization: {refused_format('MLX')}")
     try:
         return Quantization.from_hf(raw.get("quantization_config"))
     except ValueError as error:
         raise ConfigError("config.json", str(error)) from None
 
 
-def _rope(keys: _Keys) -> RopeConfig:
-    # transformers 5 writes rope_parameters, 4 writes rope_theta and rope_scaling; the same numbers.
-    new, old = (
-        {"rope_type" if key == "type" else key: value for key, value in keys.part(name).items()}
-        for name in ("rope_parameters", "rope_scaling")
-    )
-    differ = [key for key in old if old[key] != new.get(key)]
-    if new and differ:
-        raise ConfigError(
-            "config.json",
-            f"rope_parameters and rope_scaling differ in {', '.join(differ)}: no telling which is meant. Keep one.",
-        )
-    scaling = _Keys(new or old)
-    kind = scaling.raw.get("rope_type", "default")
-    if kind not in ("default", "yarn"):
-        raise ConfigError(
-            "config.json", f"rope type {kind!r} is not supported; this version runs 'default' and 'yarn'."
-        )
-    theta = _Keys(new).number("rope_theta", keys.number("rope_theta", 10000.0))
-    if not theta:
-        raise ConfigError("config.json", "rope_theta must be above 0, got 0.")
-    interleaved = keys.flag("rope_interleave", True)
-    if kind == "default":
-        return RopeConfig(theta=theta, interleaved=interleaved)
-    if scaling.raw.get("attention_factor") is not None or scaling.raw.get("truncate") is False:
-        raise ConfigError("config.json", "rope_scaling with attention_factor or truncate=false is not supported.")
-    original = scaling.whole("original_max_position_embeddings", 0)
-    if not original:
-        raise ConfigError("config.json", "YaRN needs rope_scaling.original_max_position_embeddings.")
-    return RopeConfig(
-        theta=theta,
-        factor=scaling.number("factor", 0) or keys.whole("max_position_embeddings") / original,
-        original_max_position=original,
-        beta_fast=scaling.number("beta_fast", 0) or 32.0,
-        beta_slow=scaling.number("beta_slow", 0) or 1.0,
-        mscale=scaling.number("mscale", 0),
-        mscale_all_dim=scaling.number("mscale_all_dim", 0),
-        yarn=True,
-        interleaved=interleaved,
-    )
+def _refuse_model_optimizer(raw: Mapping[str, Any]) -> None:
+    try:
+        refuse_model_optimizer(raw)
+    except ValueError as error:
+        raise ConfigError("hf_quant_config.json", str(error)) from None
 
 
-def _token_ids(value: Any, key: str, file: str = "config.json") -> tuple[int, ...]:
+def _end_tokens(raw: Mapping[str, Any], vocab_size: int, file: str) -> tuple[int, ...]:
+    ids = _token_ids(raw, "eos_token_id", file)
+    if any(i >= vocab_size for i in ids):
+        raise ConfigError(
+            file,
+            f"eos_token_id must be below vocab_size={vocab_size}, got {max(ids)}. Take all files from one checkpoint.",
+        )
+    return ids
+
+
+def _token_ids(raw: Mapping[str, Any], key: str, file: str = "config.json") -> tuple[int, ...]:
+    value = raw.get(key)
     ids = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(isinstance(i, int) and i >= 0 for i in ids):
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
         raise ConfigError(file, f"{key} must be a token id or a list of them, got {value!r}.")
     return tuple(ids)
-
-
-def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
-    if not path.is_file():
-        if not required:
-            return {}
-        what = "is not a directory" if not path.parent.is_dir() else "has no config.json"
-        raise ConfigError("model", f"{path.parent} {what}. Give a Hugging Face model directory.")
-    try:
-        raw = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
-        raise ConfigError(str(path), f"not readable as JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(str(path), f"expected a JSON object, got {type(raw).__name__}.")
-    return raw

@@ -14,6 +14,8 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
+from jax_mla_cp.config.other_formats import refused_format, refused_method
+
 Weights = Literal["auto", "bf16", "fp8"]
 """Storage of a quantized checkpoint's matrices in device memory."""
 
@@ -97,6 +99,8 @@ class Quantization:
             return cls("fp8", _fp8_block(raw))
         if method == "compressed-tensors":
             return cls("int4", (1, _int4_group(raw)))
+        if reason := refused_method(raw):
+            raise ValueError(f"quantization_config{reason}")
         raise ValueError(_refused("quant_method", method, "fp8 (in blocks) or compressed-tensors (4-bit, in groups)"))
 
 
@@ -114,6 +118,8 @@ def _fp8_block(raw: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _int4_group(raw: Mapping[str, Any]) -> int:
+    if raw.get("format") == "nvfp4-pack-quantized":
+        raise ValueError(f"quantization_config.format='nvfp4-pack-quantized': {refused_format('NVFP4')}")
     if raw.get("format") != "pack-quantized":
         raise ValueError(_refused("format", raw.get("format"), "pack-quantized"))
     if raw.get("kv_cache_scheme") is not None:
