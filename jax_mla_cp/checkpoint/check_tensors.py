@@ -15,10 +15,12 @@ from jax_mla_cp.checkpoint.huggingface import expected_shapes, mtp_marker
 from jax_mla_cp.checkpoint.parameter import Parameter
 from jax_mla_cp.checkpoint.tensor_source import TensorSource
 from jax_mla_cp.config.model import ModelConfig
+from jax_mla_cp.config.other_formats import format_of_tensors, refused_format
 from jax_mla_cp.config.quantization import Tensors
 
 _MAX_LISTED = 20  # tensors listed per kind of mistake
-_VISION = ("vision_tower.", "mm_projector.")  # beside the text part, in KimiK25ForConditionalGeneration
+_VISION = ("vision_tower.", "mm_projector.", "multi_modal_projector.")
+"""Beside the text part, in KimiK25ForConditionalGeneration and KimiVLForConditionalGeneration."""
 _FLOATS = tuple(np.dtype(t) for t in (ml_dtypes.bfloat16, np.float16, np.float32, np.float64))
 _log = logging.getLogger(__name__)
 
@@ -30,10 +32,14 @@ def check_tensors(source: TensorSource, config: ModelConfig, parameters: Sequenc
       parameters: the parameters to be loaded. They decide which matrices may be quantized, and which must be.
 
     Raises:
-      CheckpointError: lists every tensor that is missing, unexpected, of the wrong shape or of an unsupported dtype, and every
-        layer in which only some experts are quantized.
+      CheckpointError: the tensors are those of a quantized format that this package can't read, which it names. Else it lists
+        every tensor that is missing, unexpected, of the wrong shape or of an unsupported dtype, and every layer in which only
+        some experts are quantized.
     """
     found = set(source.names())
+    if other := format_of_tensors(sorted(found)):
+        name, tensor = other
+        raise CheckpointError("model", f"the checkpoint has the tensor {tensor}: {refused_format(name)}")
     mtp = any(parameter.path.startswith("mtp.") for parameter in parameters)
     expected: Tensors = {name: (shape, _FLOATS) for name, shape in expected_shapes(config, mtp=mtp).items()}
     incomplete, plain = _expect_quantized(expected, found, config, parameters)

@@ -45,6 +45,7 @@ from jax_mla_cp.checkpoint.parameter import Parameter, Region
 from jax_mla_cp.checkpoint.progress_bar import progress_bar
 from jax_mla_cp.checkpoint.tensor_source import INDEX, SafetensorsSource
 from jax_mla_cp.config.errors import ConfigError
+from jax_mla_cp.config.files import lfs_problem
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.config.quantization import Weights
 from jax_mla_cp.model.build import Build
@@ -80,10 +81,13 @@ def convert(
 
     Raises:
       ConfigError: a directory can't be used.
-      CheckpointError: `source` can't be read, or is not the source of the conversion in `out`; the disk is full.
+      CheckpointError: `source` can't be read, has Git LFS pointers, or is not the source of the conversion in `out`; the disk is full.
       KeyboardInterrupt: raised after the slices in flight have been written.
     """
     check_directories(source, out, overwrite=overwrite)
+    for path in _other_files(source):
+        if problem := lfs_problem(path):
+            raise CheckpointError(str(path), problem)
     config = ModelConfig.from_dir(source)
     tensors = SafetensorsSource(source)
     if weights == "auto" and not overwrite and (out / MANIFEST).exists():
@@ -303,15 +307,20 @@ def _tree_files(weights: Path) -> list[Path]:
     return [path for path in paths if path.is_file()]
 
 
-def _copy_other_files(source: Path, out: Path) -> list[str]:
-    """Copies config.json, the tokenizer's files and the license: everything but the weights. Returns the names."""
-    names = [
-        path.name
+def _other_files(source: Path) -> list[Path]:
+    """config.json, the tokenizer's files and the license: everything but the weights."""
+    return [
+        path
         for path in source.iterdir()
         if path.is_file()
         and path.name not in (INDEX, MANIFEST)
         and (path.suffix in _COPIED_SUFFIXES or path.name.startswith(_COPIED_NAMES))
     ]
+
+
+def _copy_other_files(source: Path, out: Path) -> list[str]:
+    """Copies everything but the weights. Returns the names."""
+    names = [path.name for path in _other_files(source)]
     for name in names:
         shutil.copyfile(source / name, out / name)
     return names

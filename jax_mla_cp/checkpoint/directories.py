@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jax_mla_cp.checkpoint.errors import CheckpointError
-from jax_mla_cp.checkpoint.orbax import MANIFEST, ConvertedCheckpoint, command, is_converted
+from jax_mla_cp.checkpoint.orbax import MANIFEST, ConvertedCheckpoint, command, is_converted, mixed_problem
 from jax_mla_cp.config.errors import ConfigError
 
 _LOCK = f".{MANIFEST}.lock"
@@ -26,7 +26,8 @@ def check_directories(source: Path, out: Path, *, overwrite: bool) -> None:
     if not source.is_dir():
         raise ConfigError("model", f"{source} is not a directory. Give a Hugging Face model directory.")
     if is_converted(source):
-        raise ConfigError("model", f"{source} is a converted checkpoint already. Give the Hugging Face directory.")
+        problem = mixed_problem(source) or "a converted checkpoint already. Give the Hugging Face directory."
+        raise ConfigError("model", f"{source} is {problem}")
     if out.resolve() == source.resolve():
         raise ConfigError("out", f"{out} is `model` itself. Name another directory.")
     if out.exists() and not out.is_dir():

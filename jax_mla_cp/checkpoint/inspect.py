@@ -25,7 +25,7 @@ from rich.table import Column, Table
 from jax_mla_cp.checkpoint.check_tensors import check_tensors
 from jax_mla_cp.checkpoint.errors import CheckpointError
 from jax_mla_cp.checkpoint.huggingface import has_mtp
-from jax_mla_cp.checkpoint.orbax import ConvertedCheckpoint, is_converted
+from jax_mla_cp.checkpoint.orbax import ConvertedCheckpoint, is_converted, mixed_problem
 from jax_mla_cp.checkpoint.parameter import Parameter
 from jax_mla_cp.checkpoint.progress_bar import progress_bar
 from jax_mla_cp.checkpoint.tensor_source import SafetensorsSource
@@ -86,7 +86,7 @@ def inspect(
     """
     if not directory.is_dir():
         raise ConfigError("model", f"{directory} is not a directory. Give a model directory.")
-    problems: list[str] = []
+    problems = [problem] if (problem := mixed_problem(directory)) else []
     source = ConvertedCheckpoint.read(directory) if is_converted(directory) else SafetensorsSource(directory)
     half_converted = isinstance(source, ConvertedCheckpoint) and not source.complete
     # A conversion copies config.json last.

@@ -275,6 +275,17 @@ def is_converted(directory: Path) -> bool:
     return (directory / MANIFEST).exists() or (directory / _STATE).is_dir()
 
 
+def mixed_problem(directory: Path) -> str | None:
+    """The problem of a directory with a converted checkpoint and safetensors files; None if it has not both."""
+    files = sorted(path.name for path in directory.glob("*.safetensors"))
+    if not files or not is_converted(directory):
+        return None
+    return (
+        f"half-converted: it holds a Hugging Face checkpoint ({files[0]}{', ..' if len(files) > 1 else ''}) and a conversion "
+        f"({MANIFEST}, {WEIGHTS}/), and which is meant can't be told. Move one of them to a directory of its own."
+    )
+
+
 def open_converted(directory: Path) -> ConvertedCheckpoint:
     """Opens a converted checkpoint and verifies it, except for the contents of chunks, which are verified as they are read.
 
@@ -282,6 +293,8 @@ def open_converted(directory: Path) -> ConvertedCheckpoint:
       CheckpointError: an unknown layout, a half-converted directory, or files that are missing, truncated or damaged; lists
         all of them.
     """
+    if mixed := mixed_problem(directory):
+        raise CheckpointError("model", f"{directory} is {mixed}")
     checkpoint = ConvertedCheckpoint.read(directory)
     if not checkpoint.complete:
         raise CheckpointError("model", f"{directory} is {checkpoint.unfinished}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -14,9 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jax_mla_cp.checkpoint.errors import CheckpointError
+from jax_mla_cp.config.files import lfs_problem
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_SHARD = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
+_MAX_HEADER_BYTES = 100_000_000
+"""The limit of the safetensors library (`MAX_HEADER_SIZE` in its tensor.rs)."""
+_MAX_LISTED = 20
 
 _DTYPES: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -59,29 +65,28 @@ class _Entry(NamedTuple):
 
 
 class SafetensorsSource:
-    """A directory with `model.safetensors`, or with shards and their index, `model.safetensors.index.json`.
+    """A directory with `model.safetensors`, or with shards `model-00001-of-00002.safetensors`, ..
+
+    The index of the shards, `model.safetensors.index.json`, says which are needed. Without one, all of 1 to N are.
 
     The files are memory-mapped: `read` returns a read-only view of the page cache and uses no anonymous memory.
     (The safetensors library's NumPy reader copies the whole tensor, even for a device that keeps a slice of it.)
 
     Raises:
-      CheckpointError: the files or one of the shards are missing, a file is truncated, or its header does not match it.
+      CheckpointError: files or shards are missing, which files are meant is not clear, a file is truncated or a Git LFS pointer,
+        or its header does not match it.
     """
 
     def __init__(self, directory: str | Path):
         directory = Path(directory)
-        self.files: list[Path] = [directory / SINGLE]
         self._entries: dict[str, _Entry] = {}
         if (directory / INDEX).is_file():
-            self._add_shards(directory)
-        elif (directory / SINGLE).is_file():
-            self._entries = _map_file(directory / SINGLE)
+            weight_map = _read_index(directory)
+            self.files = [directory / shard for shard in sorted(set(weight_map.values()))]
+            self._add_indexed(weight_map)
         else:
-            raise CheckpointError(
-                "model",
-                f"{directory} has neither {INDEX} nor {SINGLE}. Give a Hugging Face model directory with "
-                "safetensors weights (transformers' save_pretrained writes them).",
-            )
+            self.files = _files_without_index(directory)
+            self._add_all()
 
     def names(self) -> Iterable[str]:
         return self._entries.keys()
@@ -97,34 +102,111 @@ class SafetensorsSource:
         flat = np.frombuffer(entry.file, entry.dtype, count=math.prod(entry.shape), offset=entry.offset)
         return flat.reshape(entry.shape)
 
-    def _add_shards(self, directory: Path) -> None:
+    def _add_indexed(self, weight_map: Mapping[str, str]) -> None:
         """Maps the files that the index lists. Shapes, dtypes and offsets come from the files' own headers."""
-        try:
-            weight_map = json.loads((directory / INDEX).read_text())["weight_map"]
-            shards = sorted(set(weight_map.values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                str(directory / INDEX), f"expected a JSON object with a 'weight_map': {error!r}"
-            ) from error
-        missing = [shard for shard in shards if Path(shard).name != shard or not (directory / shard).is_file()]
-        if missing:
-            raise CheckpointError(
-                "model",
-                f"{directory}: {len(missing)} of {len(shards)} files listed in {INDEX} are missing: "
-                f"{', '.join(missing[:20])}. Download them again.",
-            )
-        self.files = [directory / shard for shard in shards]
-        files = {shard: _map_file(directory / shard) for shard in shards}
+        files = {path.name: _map_file(path) for path in self.files}
         for name, shard in weight_map.items():
             if name not in files[shard]:
-                raise CheckpointError(
-                    str(directory / shard), f"has no tensor {name!r}, although {INDEX} lists it there."
-                )
+                path = next(path for path in self.files if path.name == shard)
+                raise CheckpointError(str(path), f"has no tensor {name!r}, although {INDEX} lists it there.")
             self._entries[name] = files[shard][name]
+
+    def _add_all(self) -> None:
+        """Maps the files and takes all of their tensors."""
+        owner: dict[str, Path] = {}
+        for path in self.files:
+            for name, entry in _map_file(path).items():
+                if name in owner:
+                    raise CheckpointError(
+                        str(path),
+                        f"has the tensor {name!r}, as {owner[name].name} has, and there is no {INDEX} that says which counts. "
+                        "Take all shards from one checkpoint, with their index.",
+                    )
+                owner[name], self._entries[name] = path, entry
+
+
+def _read_index(directory: Path) -> dict[str, str]:
+    """The file of each tensor.
+
+    Raises:
+      CheckpointError: the index can't be read, lists files that are missing, or leaves out a `model.safetensors` that is there.
+    """
+    path = directory / INDEX
+    if problem := lfs_problem(path):
+        raise CheckpointError(str(path), problem)
+    try:
+        weight_map: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(weight_map.values()))
+        missing = [shard for shard in shards if Path(shard).name != shard or not (directory / shard).is_file()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(str(path), f"expected a JSON object with a 'weight_map': {error!r}") from error
+    if missing:
+        raise CheckpointError(
+            "model",
+            f"{directory}: {len(missing)} of {len(shards)} files listed in {INDEX} are missing: "
+            f"{', '.join(missing[:_MAX_LISTED])}. Download them again.",
+        )
+    if SINGLE not in shards and (directory / SINGLE).is_file():
+        raise CheckpointError(
+            "model",
+            f"{directory} has {SINGLE} and {INDEX}, which does not list it: two checkpoints, and which is meant can't be told. "
+            "Remove one.",
+        )
+    return weight_map
+
+
+def _files_without_index(directory: Path) -> list[Path]:
+    """The weight files of a directory that has no index.
+
+    Raises:
+      CheckpointError: there are none, shards are missing, or there are several sets of them.
+    """
+    found = sorted(path.name for path in directory.glob("*.safetensors"))
+    shards = {name: (int(match[1]), int(match[2])) for name in found if (match := _SHARD.fullmatch(name))}
+    single = [name for name in found if name == SINGLE]
+    if single and not shards:
+        return [directory / SINGLE]
+    if not shards:
+        raise CheckpointError("model", _no_weights(directory, found))
+    count = max(of for _, of in shards.values())
+    numbers = {number for number, of in shards.values() if of == count and 1 <= number <= count}
+    if single or len(numbers) < len(shards):
+        raise CheckpointError(
+            "model",
+            f"{directory} has no {INDEX}, and its files don't tell which belong together: {_listed([*shards, *single])}. "
+            "Download the index, or remove the files of other checkpoints.",
+        )
+    if len(numbers) < count:
+        first = next(number for number in range(1, count + 1) if number not in numbers)
+        raise CheckpointError(
+            "model",
+            f"{directory} has {len(numbers)} of {count} shards, and no {INDEX}; the first that is missing is number {first}. "
+            "Download the checkpoint again.",
+        )
+    return [directory / name for name in shards]
+
+
+def _no_weights(directory: Path, found: list[str]) -> str:
+    """The problem of a directory without weights that can be read, with the weights that can't."""
+    others = found + sorted(
+        path.name for path in directory.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".gguf")
+    )
+    there = f" There are {_listed(others)}, which are not read." if others else ""
+    return (
+        f"{directory} has neither {INDEX} nor {SINGLE}, nor shards named model-00001-of-N.safetensors.{there} Give a "
+        "Hugging Face model directory with safetensors weights (transformers' save_pretrained writes them)."
+    )
+
+
+def _listed(names: list[str]) -> str:
+    rest = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    return ", ".join(names[:_MAX_LISTED]) + rest
 
 
 def _map_file(path: Path) -> dict[str, _Entry]:
     """Maps a safetensors file (header length as a little-endian u64, JSON header, data) and checks its sizes."""
+    if problem := lfs_problem(path):
+        raise CheckpointError(str(path), problem)
     size = path.stat().st_size
     if size < 8:
         raise CheckpointError(
@@ -133,6 +215,11 @@ def _map_file(path: Path) -> dict[str, _Entry]:
     with path.open("rb") as stream:
         file = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     data = 8 + int.from_bytes(file[:8], "little")
+    if data - 8 > _MAX_HEADER_BYTES:
+        raise CheckpointError(
+            str(path),
+            f"not a safetensors file: it begins with {file[:16]!r}, not with a header's length. Download it again.",
+        )
     if data > size:
         raise CheckpointError(
             str(path), f"truncated: the header ends at byte {data}, the file at byte {size}. Download it again."

@@ -114,3 +114,29 @@ def test_tied_head_may_be_there() -> None:
     assert "lm_head.weight" not in tensors
     load(tensors, config)
     load(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}, config)
+
+
+@pytest.mark.parametrize(
+    ("suffixes", "name"),
+    [
+        (["weight_scale", "weight_scale_2", "input_scale"], "NVFP4"),
+        (["weight_packed", "weight_scale", "weight_global_scale"], "NVFP4"),
+        (["qweight", "qzeros", "scales", "g_idx"], "GPTQ"),
+        (["qweight", "qzeros", "scales"], "AWQ"),
+        (["weight", "weight.absmax", "weight.quant_state.bitsandbytes__nf4"], "bitsandbytes"),
+    ],
+)
+def test_formats_of_other_programs_are_told_by_their_tensors(suffixes: list[str], name: str) -> None:
+    """config.json of such a checkpoint may say nothing of it."""
+    matrix = "model.layers.1.mlp.experts.0.down_proj."
+    quantized = {matrix + suffix: np.zeros((4, 4), np.uint8) for suffix in suffixes}
+    with pytest.raises(
+        CheckpointError, match=f"the checkpoint has the tensor {matrix}.*: {name} is not supported.* Use"
+    ):
+        load(arrays() | quantized)
+
+
+def test_image_tensors_of_kimi_vl_are_skipped() -> None:
+    wrapped = ModelConfig.from_hf({"model_type": "kimi_vl", "text_config": {"model_type": "deepseek_v3", **hf.TINY}})
+    names = ("vision_tower.patch_embed.proj.weight", "multi_modal_projector.linear_1.weight")
+    load(arrays(wrapped) | {name: np.ones(3, np.float32) for name in names}, wrapped)

@@ -158,3 +158,10 @@ def test_disk_that_is_full(source: Path, tmp_path: Path, monkeypatch: pytest.Mon
         ):
             convert(source, tmp_path / "out", progress=False)
     assert convert(source, tmp_path / "out", progress=False).skipped > 80
+
+
+def test_git_lfs_pointers_are_not_copied(source: Path, tmp_path: Path) -> None:
+    cloned = Path(shutil.copytree(source, tmp_path / "cloned"))
+    (cloned / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n")
+    with pytest.raises(CheckpointError, match=r"tokenizer.json: a Git LFS pointer"):
+        convert(cloned, tmp_path / "out", progress=False)

@@ -106,3 +106,24 @@ def test_a_half_converted_directory_is_called_that(
     assert "half-converted" in shown and "has no config.json" not in shown
     code, report = inspect(str(half), capsys=capsys)
     assert code == 1 and report["problems"] == [problem]
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+def test_a_directory_with_both_kinds_is_called_half_converted(
+    manifest: bool, source: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which of them was meant can't be told; either may be older."""
+    shard = sorted(source.glob("*.safetensors"))[0]
+    shutil.copy(shard, out)
+    if not manifest:
+        (out / "jax_mla_cp.json").unlink()
+    for read in (mla.load, config_and_tokenizer):
+        with pytest.raises(
+            CheckpointError, match=rf"model: {out} is half-converted: .*{shard.name}.* and a conversion"
+        ):
+            read(out)
+    assert main(["convert", str(out), str(tmp_path / "again")]) == 2
+    assert "half-converted" in capsys.readouterr().err
+    if manifest:
+        code, report = inspect(str(out), capsys=capsys)
+        assert code == 1 and report["problems"][0].startswith("half-converted: it holds")
