@@ -19,14 +19,28 @@ class Detokenizer:
     tokens, of which more than a code point may have been returned.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._decode = tokenizer.decode
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        skip_special_tokens: bool = True,
+        shown: frozenset[int] = frozenset(),
+    ):
+        """
+        Args:
+          skip_special_tokens, shown: as for `Tokenizer.decode`.
+        """
+        self._tokenizer = tokenizer
+        self._skipped = tokenizer.skipped_tokens(shown) if skip_special_tokens else frozenset()
         self._ids: list[int] = []  # the latest tokens; the text of a token may depend on those before it
         self._returned = 0  # characters of these tokens' text that have been returned
         self._pending = 0  # tokens since the text last ended with a complete code point
 
     def add(self, token: int) -> str:
         """Returns the text that `token` completes; often empty."""
+        # A token without text must not be all that is left of the latest tokens: decoders treat the first token's space apart.
+        if token in self._skipped or not self._tokenizer.has_token(token):
+            return ""
         self._ids.append(token)
         self._pending += 1
         text = self._decode(self._ids)
@@ -58,3 +72,6 @@ class Detokenizer:
         """True if the text of the first tokens has been returned and shares no code point with the rest."""
         first = self._decode(self._ids[:tokens])
         return len(first) <= self._returned and first + self._decode(self._ids[tokens:]) == text
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)  # those to skip are not among `ids`

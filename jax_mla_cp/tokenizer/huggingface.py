@@ -35,6 +35,7 @@ class JsonVocabulary:
         backend.no_truncation()
         self.affixes = _affixes(backend)
         self._added = backend.get_added_tokens_decoder()
+        self.skipped_tokens = frozenset(token for token, added in self._added.items() if added.special)
         decoder = backend.decoder
         self._decoders = set() if decoder is None else set(_decoder_types(json.loads(decoder.__getstate__())))
 
@@ -60,7 +61,10 @@ class JsonVocabulary:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._backend.decode(list(ids), skip_special_tokens=True)
+        return self._backend.decode(list(ids), skip_special_tokens=False)
+
+    def has_token(self, token: int) -> bool:
+        return self._backend.id_to_token(token) is not None
 
     def token_id(self, token: str) -> int | None:
         return self._backend.token_to_id(token)

@@ -75,7 +75,8 @@ class KimiVocabulary:
         longest_first = sorted(self._ids, key=len, reverse=True)
         self._special = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         self._bytes = {i: token for token, i in ranks.items()}
-        self._bytes |= {i: name.encode() for i, name in specials.items() if name not in hidden}
+        self._bytes |= {i: name.encode() for i, name in specials.items()}
+        self.skipped_tokens = frozenset(i for i, name in specials.items() if name in hidden)
 
     @classmethod
     def read(cls, path: Path, tokenizer_config: Mapping[str, Any]) -> KimiVocabulary:
@@ -99,11 +100,14 @@ class KimiVocabulary:
     def decode(self, ids: Sequence[int]) -> str:
         return b"".join(self._bytes.get(i, b"") for i in ids).decode("utf-8", errors="replace")
 
+    def has_token(self, token: int) -> bool:
+        return token in self._bytes
+
     def token_id(self, token: str) -> int | None:
         return self._ids.get(token)
 
     def token_bytes(self, token: int) -> bytes | None:
-        return self._bytes.get(token)
+        return None if token in self.skipped_tokens else self._bytes.get(token)
 
     def last_token(self) -> tuple[str, int]:
         return max(self._ids.items(), key=lambda item: item[1])

@@ -22,8 +22,14 @@ class Vocabulary(Protocol):
     def encode(self, text: str) -> list[int]:
         """Returns the tokens of a text. Text that spells a special token becomes that token."""
 
+    skipped_tokens: frozenset[int]
+    """Ids of the special tokens that `skip_special_tokens` leaves out."""
+
     def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of tokens: none for special tokens and unknown ids, U+FFFD for invalid UTF-8."""
+        """Returns the text of tokens, special ones too: none for unknown ids, U+FFFD for invalid UTF-8."""
+
+    def has_token(self, token: int) -> bool:
+        """Returns True if there is a token with this id."""
 
     def token_id(self, token: str) -> int | None:
         """Returns the id of a token, spelled as in the file; None if there is no such token."""
@@ -157,9 +163,26 @@ class Tokenizer:
             self.chat_template.render(messages, add_generation_prompt=add_generation_prompt, **variables)
         )
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Returns text, without special tokens and unknown ids."""
+    def decode(
+        self, ids: Sequence[int], *, skip_special_tokens: bool = True, shown: frozenset[int] = frozenset()
+    ) -> str:
+        """Returns text, without unknown ids. No space is put between special tokens.
+
+        Args:
+          skip_special_tokens: leave special tokens out, as the flag of that name in transformers and vLLM does.
+          shown: ids of special tokens that have text nonetheless.
+        """
+        if skip_special_tokens and (skipped := self.skipped_tokens(shown)):
+            ids = [token for token in ids if token not in skipped]
         return self._vocabulary.decode(ids)
+
+    def skipped_tokens(self, shown: frozenset[int] = frozenset()) -> frozenset[int]:
+        """Returns the ids of the tokens that `decode` leaves out."""
+        return self._vocabulary.skipped_tokens - shown if shown else self._vocabulary.skipped_tokens
+
+    def has_token(self, token: int) -> bool:
+        """Returns True if there is a token with this id."""
+        return self._vocabulary.has_token(token)
 
     def token_id(self, token: str) -> int | None:
         """Returns the id of a token, spelled as in the file; None if there is no such token."""

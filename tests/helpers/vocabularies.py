@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,15 @@ def byte_fallback() -> tokenizers.Tokenizer:
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
+    return backend
+
+
+def with_markers(
+    backend: tokenizers.Tokenizer, *, special: Collection[str] = ("<s>", "<|call|>")
+) -> tokenizers.Tokenizer:
+    """Adds <s>, <|call|> and <think>; `special` says which ones are special tokens."""
+    for name in ("<s>", "<|call|>", "<think>"):
+        backend.add_tokens([tokenizers.AddedToken(name, special=name in special, normalized=False)])
     return backend
 
 
