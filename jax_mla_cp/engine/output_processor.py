@@ -54,9 +54,13 @@ def _append(request: Request, sampled: SampledToken) -> tuple[Token, Finished | 
         request.logits_processor.push(sampled.token)
     if request.grammar and not is_stop_token:
         request.grammar.accept(sampled.token)
-    text = "" if is_stop_token else request.text.push(sampled.token, may_stop=may_stop)
+    # As in vLLM, a stop token's text belongs to the output with `include_stop` only, even if special tokens are shown.
+    omit = is_stop_token and not request.text.include_stop
+    text = "" if omit else request.text.push(sampled.token, may_stop=may_stop)
     token = Token(sampled.token, text, sampled.logprob, sampled.top_tokens, sampled.top_logprobs)
-    stop = sampled.token if is_stop_token else request.text.stopped_by
+    stop: int | str | None = request.text.stopped_by
+    if stop is None and is_stop_token:
+        stop = sampled.token
     if stop is not None or (request.grammar and request.grammar.finished):
         return token, Finished("stop", request.text.finish(), request.cached_tokens, stop)
     if not request.num_remaining_tokens:

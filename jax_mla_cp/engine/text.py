@@ -2,24 +2,47 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
+from jax_mla_cp.engine.stop_strings import START, StopStrings
 from jax_mla_cp.tokenizer import Detokenizer, Tokenizer
 
 
 class TextStream:
     """Incremental detokenizer with stop strings.
 
-    Text is held back while a code point is incomplete, or while it may begin a stop string. Without a tokenizer there is no
-    text.
+    Text is held back while a code point is incomplete, or while it may begin a stop string that is to be left out. Without a
+    tokenizer there is no text.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str] = ()):
-        self._detokenizer = Detokenizer(tokenizer) if tokenizer else None
-        self._stop = tuple(stop)
-        self._buffer = ""
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        stop: Sequence[str] = (),
+        *,
+        include_stop: bool = False,
+        skip_special_tokens: bool = True,
+        shown_tokens: frozenset[int] = frozenset(),
+    ):
+        """
+        Args:
+          stop: strings that end the text, at least one character each.
+          include_stop: keep the stop string, or the text of the stop token, at the end: vLLM's `include_stop_str_in_output`.
+          skip_special_tokens, shown_tokens: as `Tokenizer.decode`'s `skip_special_tokens` and `shown`.
+
+        Raises:
+          ValueError: a stop string is empty.
+        """
+        self._detokenizer = (
+            Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens, shown=shown_tokens) if tokenizer else None
+        )
+        self._stops = _automaton(tuple(stop)) if stop else None
+        self._state = START
+        self._held = ""
+        self.include_stop = include_stop
         self.stopped_by: str | None = None
-        """The stop string that was found; the text ends before it."""
+        """The stop string that was found. The text ends before it, or after it with `include_stop`."""
 
     @property
     def stopped(self) -> bool:
@@ -37,24 +60,23 @@ class TextStream:
         if self._detokenizer is None or self.stopped:
             return ""
         text = self._release(self._detokenizer.finish())
-        if self.stopped:
-            return text
-        rest, self._buffer = self._buffer, ""
+        rest, self._held = self._held, ""
         return text + rest
 
     def _release(self, piece: str) -> str:
-        text = self._buffer + piece
+        if self._stops is None or not piece:
+            return piece
         # The match that ends first, so that the result does not depend on how the text is divided into tokens.
-        found = [(at + len(stop), at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
-        if found:
-            _, at, self.stopped_by = min(found)  # the longest of those that end at the same place
-            self._buffer = ""
-            return text[:at]
-        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._buffer = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        self._state, read, self.stopped_by = self._stops.scan(self._state, piece)
+        if self.include_stop:
+            return piece[:read]
+        text = self._held + piece[:read]
+        end = len(text) - len(self.stopped_by or "") - (0 if self.stopped else self._stops.pending(self._state))
+        self._held = "" if self.stopped else text[end:]
+        return text[:end]
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest suffix of the text that is a proper prefix of the stop string."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+@functools.lru_cache(maxsize=8)
+def _automaton(stops: tuple[str, ...]) -> StopStrings:
+    """The choices of a request have the same stop strings, and often so have all requests of a client."""
+    return StopStrings(stops)

@@ -14,7 +14,8 @@ from jax_mla_cp.engine import (
     Token,
 )
 from jax_mla_cp.engine.text import TextStream
-from tests.helpers.byte_tokenizer import byte_tokenizer
+from jax_mla_cp.tokenizer import JsonVocabulary, Tokenizer
+from tests.helpers.byte_tokenizer import byte_backend, byte_tokenizer
 from tests.helpers.engine_requests import RecordedRequest, ended, is_idle
 from tests.helpers.standin import VOCAB, PageModel, continuation, logprob
 from tests.helpers.waiting import until
@@ -62,6 +63,42 @@ def test_text_that_was_held_back_comes_with_the_end(engine: Engine) -> None:
         end = asked.result()[1]
         assert isinstance(end, Finished) and end.text == held
         assert [e.text for e in asked.all if isinstance(e, Token)] == [""] * len(asked.all[:-1]) != []
+
+
+@pytest.mark.parametrize("include_stop", [True, False])
+@pytest.mark.parametrize("skip_special_tokens", [True, False])
+@pytest.mark.parametrize("is_special", [True, False])
+def test_the_text_of_a_stop_token(
+    engine: Engine, include_stop: bool, skip_special_tokens: bool, is_special: bool
+) -> None:
+    """As in vLLM: left out like a stop string, whatever is shown of special tokens; and shown like any token if included."""
+    prompt = next([n] for n in range(VOCAB) if all(32 <= t < 127 for t in continuation([n], 2)))
+    first, second = continuation(prompt, 2)
+    backend = byte_backend()
+    backend.add_special_tokens([chr(second)] if is_special else [])
+    tokenizer = Tokenizer(JsonVocabulary(backend))
+    text = TextStream(tokenizer, include_stop=include_stop, skip_special_tokens=skip_special_tokens)
+    asked = RecordedRequest(prompt, 9, frozenset({second}), text)
+    engine.submit(asked.request)
+    assert ended(asked) == ([first, second], "stop", second)
+    shown = include_stop and not (is_special and skip_special_tokens)
+    assert text_of(asked) == chr(first) + (chr(second) if shown else "")
+
+
+def test_a_stop_string_within_an_included_stop_token(engine: Engine) -> None:
+    """As in vLLM: the text ends with the stop string, which is then the reason."""
+    prompt = next([n] for n in range(VOCAB) if all(32 <= t < 127 for t in continuation([n], 2)))
+    first, second = continuation(prompt, 2)
+    for include_stop, reason in ((True, chr(second)), (False, second)):
+        text = TextStream(byte_tokenizer(), [chr(second)], include_stop=include_stop)
+        asked = RecordedRequest(prompt, 9, frozenset({second}), text)
+        engine.submit(asked.request)
+        assert ended(asked) == ([first, second], "stop", reason)
+        assert text_of(asked) == chr(first) + (chr(second) if include_stop else "")
+
+
+def text_of(asked: RecordedRequest) -> str:
+    return "".join(event.text for event in asked.all if isinstance(event, Token | Finished))
 
 
 class Digits:

@@ -11,11 +11,15 @@ BOS, EOS = 256, 257
 
 
 def byte_tokenizer() -> Tokenizer:
+    return Tokenizer(JsonVocabulary(byte_backend()), prefix=[BOS])
+
+
+def byte_backend() -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(models.BPE(vocab=_byte_letters(), merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<|bos|>", "<|eos|>"])
-    return Tokenizer(JsonVocabulary(backend), prefix=[BOS])
+    return backend
 
 
 def _byte_letters() -> dict[str, int]:
