@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import get_args
 
@@ -80,11 +81,18 @@ def load(
 
 
 def _open(directory: Path) -> tuple[ConvertedCheckpoint | None, ModelConfig, Tokenizer | None]:
-    """A directory's manifest, if it is a converted checkpoint, its config and its tokenizer."""
+    """A directory's manifest, if it is a converted checkpoint, its config and its tokenizer.
+
+    The config's stop tokens are those of config.json, generation_config.json and the tokenizer, for all that generate.
+    """
     # A converted checkpoint is checked, its config.json included, before anything in it is believed.
     converted = open_converted(directory) if is_converted(directory) else None
     config = ModelConfig.from_dir(directory)
-    return converted, config, Tokenizer.from_dir(directory, config.vocab_size)
+    tokenizer = Tokenizer.from_dir(directory, config.vocab_size)
+    end = None if tokenizer is None else tokenizer.eos_token_id
+    if end is not None and end not in config.eos_token_ids:
+        config = dataclasses.replace(config, eos_token_ids=(*config.eos_token_ids, end))
+    return converted, config, tokenizer
 
 
 def plan_build(

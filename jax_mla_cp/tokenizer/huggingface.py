@@ -11,7 +11,9 @@ from typing import Any
 import tokenizers
 
 from jax_mla_cp.tokenizer.errors import TokenizerError
+from jax_mla_cp.tokenizer.tokenizer_config import added_tokens, extra_special_tokens, special_tokens
 
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
 
@@ -29,8 +31,16 @@ _BYTES = _byte_letters()
 class JsonVocabulary:
     """A tokenizer.json; see `Vocabulary`."""
 
-    def __init__(self, backend: tokenizers.Tokenizer):
+    def __init__(self, backend: tokenizers.Tokenizer, tokenizer_config: Mapping[str, Any] = {}):
+        """
+        Args:
+          tokenizer_config: the contents of tokenizer_config.json, for tokens that tokenizer.json lacks.
+
+        Raises:
+          TokenizerError: such a token can't have the id that is given there.
+        """
         self._backend = backend
+        _add_tokens(backend, tokenizer_config)
         backend.no_padding()
         backend.no_truncation()
         self.affixes = _affixes(backend)
@@ -40,20 +50,24 @@ class JsonVocabulary:
         self._decoders = set() if decoder is None else set(_decoder_types(json.loads(decoder.__getstate__())))
 
     @classmethod
-    def parse(cls, contents: bytes, source: str | Path = "tokenizer.json") -> JsonVocabulary:
+    def parse(
+        cls, contents: bytes, source: str | Path = "tokenizer.json", tokenizer_config: Mapping[str, Any] = {}
+    ) -> JsonVocabulary:
         """Parses the contents of a tokenizer.json.
 
         Args:
           source: its name in error messages.
+          tokenizer_config: as for the constructor.
 
         Raises:
-          TokenizerError: the library can't read it, or its post-processor does more than add tokens at both ends of a text.
+          TokenizerError: the library can't read it, its post-processor does more than add tokens at both ends of a text, or as
+            for the constructor.
         """
         try:
             backend = tokenizers.Tokenizer.from_buffer(contents)
         except Exception as error:  # the library raises a bare Exception
             raise TokenizerError(str(source), f"the tokenizers library can't read it: {error}") from error
-        return cls(backend)
+        return cls(backend, tokenizer_config)
 
     def encode(self, text: str) -> list[int]:
         # `encode` would hold the GIL: megabytes of text take seconds, in which no other thread could run.
@@ -83,6 +97,24 @@ class JsonVocabulary:
     def last_token(self) -> tuple[str, int]:
         tokens = self._backend.get_vocab(with_added_tokens=True)
         return max(tokens.items(), key=lambda item: item[1], default=("", -1))
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, tokenizer_config: Mapping[str, Any]) -> None:
+    """Adds tokens as transformers' `TokenizersBackend` does: those of `added_tokens_decoder` that tokenizer.json lacks; and special
+    tokens that are in its vocabulary without being marked as such, so that text would never become them."""
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    for i, token in sorted(added_tokens(tokenizer_config).items()):
+        if token["content"] in known:
+            continue
+        flags = {flag: token[flag] for flag in _FLAGS if isinstance(token.get(flag), bool)}
+        backend.add_tokens([tokenizers.AddedToken(token["content"], **flags)])
+        if (got := backend.token_to_id(token["content"])) != i:
+            raise TokenizerError(
+                "tokenizer_config.json: added_tokens_decoder",
+                f"{token['content']!r} has id {i} there, and {got} by tokenizer.json. Take all files from one checkpoint.",
+            )
+    named = [*special_tokens(tokenizer_config).values(), *extra_special_tokens(tokenizer_config)]
+    backend.add_special_tokens([text for text in named if backend.token_to_id(text) is not None])
 
 
 def _affixes(backend: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:

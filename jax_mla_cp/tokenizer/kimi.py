@@ -16,7 +16,7 @@ from typing import Any
 import tiktoken
 
 from jax_mla_cp.tokenizer.errors import TokenizerError
-from jax_mla_cp.tokenizer.tokenizer_config import special_tokens, token_text
+from jax_mla_cp.tokenizer.tokenizer_config import extra_special_tokens, read_bytes, special_tokens, token_text
 
 # Pre-tokenization: `TikTokenTokenizer.pat_str`. A word is a part of a camelCase name with at most one character before it
 # (usually a space); Chinese characters never share a word with other letters.
@@ -117,14 +117,10 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     """Reads a tiktoken.model: a line per token with its bytes in base64 and its rank, which is its id.
 
     Raises:
-      TokenizerError: it can't be read, a line is malformed, or tokens or ranks are missing or duplicated.
+      TokenizerError: it can't be read or is a Git LFS pointer, a line is malformed, or tokens or ranks are missing or duplicated.
     """
     ranks: dict[bytes, int] = {}
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise TokenizerError(str(path), f"can't be read: {error}") from error
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_bytes(path).splitlines(), 1):
         if not line:
             continue
         encoded, _, rank = line.partition(b" ")
@@ -146,7 +142,7 @@ def _added_tokens(tokenizer_config: Mapping[str, Any], first: int) -> tuple[dict
     """The names of special tokens by id, and the names of those that decoding omits (`skip_special_tokens`)."""
     where = "tokenizer_config.json: added_tokens_decoder"
     names: dict[int, str] = {}
-    hidden = {*special_tokens(tokenizer_config).values(), *_texts(tokenizer_config.get("additional_special_tokens"))}
+    hidden = {*special_tokens(tokenizer_config).values(), *extra_special_tokens(tokenizer_config)}
     added = tokenizer_config.get("added_tokens_decoder") or {}
     if not isinstance(added, dict):
         raise TokenizerError(where, f"expected an object, got {type(added).__name__}.")
@@ -167,10 +163,6 @@ def _added_tokens(tokenizer_config: Mapping[str, Any], first: int) -> tuple[dict
                 hidden.add(name)
         names[int(key)] = name
     return names, hidden
-
-
-def _texts(tokens: Any) -> list[str]:
-    return [text for text in map(token_text, tokens or ()) if text is not None]
 
 
 def _split_long(text: str) -> Iterator[str]:

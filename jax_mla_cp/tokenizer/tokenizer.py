@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,7 +12,9 @@ from jax_mla_cp.tokenizer.chat_template import ChatTemplate
 from jax_mla_cp.tokenizer.errors import TokenizerError
 from jax_mla_cp.tokenizer.huggingface import JsonVocabulary
 from jax_mla_cp.tokenizer.kimi import KimiVocabulary
-from jax_mla_cp.tokenizer.tokenizer_config import read_tokenizer_config, special_tokens, token_text
+from jax_mla_cp.tokenizer.tokenizer_config import read_bytes, read_tokenizer_config, special_tokens, token_text
+
+_log = logging.getLogger(__name__)
 
 
 class Vocabulary(Protocol):
@@ -65,7 +69,8 @@ class Tokenizer:
 
     @classmethod
     def from_dir(cls, directory: str | Path, vocab_size: int) -> Tokenizer | None:
-        """Reads tokenizer.json, or else Kimi's tiktoken.model; tokenizer_config.json; and chat_template.jinja.
+        """Reads tokenizer.json, or else Kimi's tiktoken.model; tokenizer_config.json, with special_tokens_map.json and
+        added_tokens.json; and chat_template.jinja.
 
         Returns None if there is neither of the first two. See docs/tokenizers.md for what is read and what is refused.
 
@@ -73,17 +78,17 @@ class Tokenizer:
           vocab_size: the model's. All ids must be below it.
 
         Raises:
-          TokenizerError: a file can't be read, an id is too large, a flag's token does not exist, or the chat template is not
-            valid Jinja.
+          TokenizerError: a file can't be read or is a Git LFS pointer, an id is too large, the token of a flag or of the chat
+            template does not exist, or the template is not valid Jinja.
         """
         directory = Path(directory)
         path = directory / "tokenizer.json"
         vocabulary: Vocabulary
         if path.is_file():
-            vocabulary = JsonVocabulary.parse(_read(path), path)
-            config = read_tokenizer_config(directory / "tokenizer_config.json")
+            config = read_tokenizer_config(directory)
+            vocabulary = JsonVocabulary.parse(read_bytes(path), path, config)
         elif (path := directory / "tiktoken.model").is_file():
-            config = read_tokenizer_config(directory / "tokenizer_config.json")
+            config = read_tokenizer_config(directory)
             vocabulary = KimiVocabulary.read(path, config)
         else:
             return None
@@ -97,7 +102,7 @@ class Tokenizer:
           TokenizerError: as for `from_dir`.
         """
         template = ChatTemplate.from_config(tokenizer_config)
-        vocabulary = JsonVocabulary.parse(contents)
+        vocabulary = JsonVocabulary.parse(contents, tokenizer_config=tokenizer_config)
         return cls._configured(vocabulary, tokenizer_config, vocab_size, template, "tokenizer.json")
 
     @classmethod
@@ -117,17 +122,25 @@ class Tokenizer:
                 f"token {token!r} has id {largest}, but the model's vocab_size is {vocab_size}. "
                 "Use the tokenizer that belongs to the model.",
             )
+        tokens = special_tokens(tokenizer_config)
         prefix, suffix = (
             _affix(tokenizer_config, role, vocabulary, default)
             for role, default in zip(("bos", "eos"), vocabulary.affixes, strict=True)
         )
+        _check_ends(tokens, vocabulary, template)
         return cls(
             vocabulary,
             prefix=prefix,
             suffix=suffix,
             chat_template=template,
-            special_tokens=special_tokens(tokenizer_config),
+            special_tokens=tokens,
         )
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The id of `eos_token`; None if the files name none."""
+        text = self.special_tokens.get("eos_token")
+        return None if text is None else self.token_id(text)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Returns token ids. With `add_special_tokens`, BOS and EOS are added as tokenizer_config.json asks.
@@ -219,11 +232,27 @@ def require_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:
     return tokenizer
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise TokenizerError(str(path), f"can't be read: {error}") from error
+def _check_ends(tokens: Mapping[str, str], vocabulary: Vocabulary, template: ChatTemplate | None) -> None:
+    """Refuses a chat template that would write a BOS or EOS that is no token, and warns of one that has none to write.
+
+    A template may test whether there is one, which transformers leaves undefined too, so its absence is no error.
+    """
+    for role in ("bos_token", "eos_token"):
+        text = tokens.get(role)
+        if template is None or not re.search(rf"\b{role}\b", template.source):
+            continue
+        if text is None:
+            _log.warning(
+                "the chat template uses %s, which neither tokenizer_config.json nor special_tokens_map.json names: "
+                "chat prompts have none",
+                role,
+            )
+        elif vocabulary.token_id(text) is None:
+            raise TokenizerError(
+                "tokenizer_config.json",
+                f"the chat template uses {role}={text!r} (of this file or special_tokens_map.json), which is not a token of the "
+                "tokenizer. Take all files from one checkpoint.",
+            )
 
 
 def _affix(
