@@ -1,0 +1,79 @@
+"""The JSON types that a function's schema allows for an argument."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+MAX_PARTS = 256
+"""Subschemas and enumerated values that are looked at for one argument; more of them count as any type."""
+
+_ALTERNATIVES = ("anyOf", "oneOf", "allOf")
+
+
+def argument_types(parameters: Mapping[str, Any], key: str) -> frozenset[str] | None:
+    """Types that the schema `parameters` allows for its property `key`. None: any.
+
+    `allOf` counts as its union: a superset, which is all that reading a value needs.
+    """
+    properties = parameters.get("properties")
+    if not isinstance(properties, Mapping) or key not in properties:
+        return None
+    return schema_types(properties[key], parameters)
+
+
+def schema_types(schema: Any, root: Mapping[str, Any]) -> frozenset[str] | None:
+    """Types that a schema within the schema `root` allows. None: any."""
+    waiting = [schema]
+    seen: set[int] = set()
+    types: set[str] = set()
+    while waiting:  # a schema is looked at once, however many refer to it
+        part = waiting.pop()
+        if not isinstance(part, Mapping):
+            return None
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        known = _own_types(part)
+        if known is not None:
+            types |= known
+        elif "$ref" in part:
+            waiting.append(resolve(part["$ref"], root))
+        elif alternatives := [part[word] for word in _ALTERNATIVES if isinstance(part.get(word), list) and part[word]]:
+            if len(seen) + len(waiting) + sum(map(len, alternatives)) > MAX_PARTS:
+                return None
+            waiting += itertools.chain(*alternatives)
+        else:
+            return None
+    return frozenset(types | {"integer"} if "number" in types else types)
+
+
+def resolve(reference: Any, root: Any) -> Any:
+    """The schema at a local reference such as `#/$defs/City`; None if there is none."""
+    if not isinstance(reference, str) or not reference.startswith("#/"):
+        return None
+    found = root
+    for name in reference[2:].split("/"):
+        found = found.get(name.replace("~1", "/").replace("~0", "~")) if isinstance(found, Mapping) else None
+    return found
+
+
+def json_type(value: Any) -> str:
+    """The JSON type of a value as Python's json module reads it."""
+    if isinstance(value, bool):
+        return "boolean"
+    names = {int: "integer", float: "number", str: "string", list: "array", dict: "object"}
+    return names.get(type(value), "null")
+
+
+def _own_types(schema: Mapping[str, Any]) -> set[str] | None:
+    if "type" in schema:
+        named = schema["type"]
+        return {name for name in ([named] if isinstance(named, str) else _list(named)) if isinstance(name, str)}
+    values = [schema["const"]] if "const" in schema else _list(schema.get("enum"))
+    return {json_type(value) for value in values} if 0 < len(values) <= MAX_PARTS else None
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []

@@ -1,0 +1,54 @@
+"""`ToolFormat`: the way a model family writes calls."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import uuid
+from collections.abc import Collection
+
+from jax_mla_cp.serve.tool_calls.functions import Tools
+from jax_mla_cp.serve.tool_calls.lark import TokenId
+from jax_mla_cp.serve.tool_calls.parser import ToolCallParser
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToolFormat(abc.ABC):
+    """Attributes:
+    name: as vLLM's `--tool-call-parser` has it.
+    markers: texts that the parser has to see, also where they are special tokens of the vocabulary.
+    section_start: markers that begin calls. They end a reasoning whose </think> is missing.
+    """
+
+    name: str
+    markers: tuple[str, ...]
+    section_start: tuple[str, ...]
+
+    @abc.abstractmethod
+    def new_parser(self, tools: Tools) -> ToolCallParser:
+        """A parser for one output."""
+
+    @abc.abstractmethod
+    def grammar(
+        self, tools: Tools, *, names: Collection[str], required: bool, parallel: bool, token_id: TokenId
+    ) -> str:
+        """Lark text for llguidance that holds an output to calls of functions of `tools`.
+
+        Args:
+          names: the functions that may be called; at least one of `tools`.
+          required: the output is calls, with nothing but white space before them. False: free text, with calls at its end or
+            without; the arguments of functions with `strict` follow their schema, those of others are any JSON object.
+          parallel: several calls may follow one another.
+          token_id: the id of a text that is one token of the vocabulary. A marker has to be written with its token.
+
+        Raises:
+          GrammarError: a schema is malformed where the grammar has to read it.
+        """
+
+    def call_id(self, name: str, index: int) -> str:
+        """The id of a call.
+
+        Args:
+          index: the number of calls before it in the conversation; only some formats write it.
+        """
+        return f"call_{uuid.uuid4().hex[:24]}"
