@@ -114,7 +114,7 @@ $(VENV)/.extension: pyproject.toml $(FFI) $(VENV)/.build $(MOVED)
 
 # Enough for `make lint`, which reads the package where it is: an edit of ffi/ is not compiled for it.
 $(VENV)/.test: pyproject.toml | $(VENV)/.dependencies
-	@echo "Installing the tests' packages into $(VENV) (PyTorch, Transformers, lm-eval, ...): about 450 MB to download, more with a CUDA build of PyTorch"
+	@echo "Installing the tests' packages into $(VENV) (PyTorch, Transformers, lm-eval, ...): about 520 MB to download, more with a CUDA build of PyTorch"
 	@$(PIP_INSTALL) $(TORCH)
 	@$(call requirements,p["project"]["optional-dependencies"]["test"])
 	@touch $@

@@ -131,8 +131,12 @@ class Engine:
         Raises:
           EngineDead: the engine has stopped or is stopping.
           QueueFull: the queue has no room for all of them.
-          ValueError: a request needs more slots than the cache has.
+          ValueError: a request needs more slots than the cache has, or the queue could never hold all of them.
         """
+        if len(requests) > self._max_requests:
+            raise ValueError(
+                f"n: {len(requests)} choices at once, the limit of running and waiting requests is {self._max_requests}."
+            )
         slots = self._runner.pages_per_group * self._runner.page_size
         for request in requests:
             if request.max_slots > slots:

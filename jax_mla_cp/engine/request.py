@@ -30,8 +30,8 @@ class Grammar(Protocol):
       GrammarError: by `mask` and `accept`, if the grammar can't be followed any further.
     """
 
-    def mask(self) -> np.ndarray:
-        """uint32 [ceil(V / 32)]: a bit per token, lowest first; set if the token may come next."""
+    def mask(self) -> np.ndarray | None:
+        """uint32 [ceil(V / 32)]: a bit per token, lowest first; set if the token may come next. None: any token may."""
         ...
 
     def accept(self, token: int) -> None:

@@ -135,6 +135,8 @@ def _serve(
         config.seed,
         config.queue_timeout,
         config.request_timeout,
+        tool_parser=config.tool_parser,
+        reasoning_parser=config.reasoning_parser,
     )
     app = create_app(served, middleware, telemetry)
     server = Server(uvicorn_config(app, tls), engine, middleware.drain, config.drain_timeout)

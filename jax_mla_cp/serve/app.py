@@ -7,7 +7,7 @@ from fastapi import FastAPI
 from jax_mla_cp.serve import chat, completions, errors, health, status, tokens
 from jax_mla_cp.serve.middleware import MiddlewareStack
 from jax_mla_cp.serve.openapi import ERRORS
-from jax_mla_cp.serve.schemas import ModelCard, ModelList
+from jax_mla_cp.serve.schemas.responses import ModelCard, ModelList
 from jax_mla_cp.serve.served_model import ServedModel
 from jax_mla_cp.serve.status import Telemetry
 from jax_mla_cp.version import package_version

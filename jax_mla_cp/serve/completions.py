@@ -12,7 +12,8 @@ from jax_mla_cp.serve import preprocessing
 from jax_mla_cp.serve.logprobs import completion_logprobs, concat, echo_logprobs, prompt_logprobs
 from jax_mla_cp.serve.openapi import streaming_response
 from jax_mla_cp.serve.response import OutputEvent, new_metadata, respond
-from jax_mla_cp.serve.schemas import Choice, Completion, CompletionRequest, Logprobs, Usage
+from jax_mla_cp.serve.schemas.completions import CompletionRequest
+from jax_mla_cp.serve.schemas.responses import Choice, Completion, Logprobs, Usage
 from jax_mla_cp.serve.served_model import ServedModel
 from jax_mla_cp.tokenizer import Detokenizer
 
@@ -33,6 +34,7 @@ class _CompletionBuilder:
 
     def __init__(self, served: ServedModel, body: CompletionRequest):
         """Raises `ApiError` for a request that the model can't serve."""
+        self.shown_tokens: frozenset[int] = frozenset()
         self.metadata = new_metadata("cmpl", body.model)
         self.prompts = preprocessing.encode_prompts(served, body)
         preprocessing.check_request(served, body, self.prompts, "prompt")
@@ -40,6 +42,7 @@ class _CompletionBuilder:
         self._served = served
         self._body = body
         self._n = body.n or 1
+        self._texts = served.token_texts.as_ids if body.return_tokens_as_token_ids else served.token_texts
         echoed = zip(body.prompts(), self.prompts, strict=True) if body.echo else ()
         self._echoes = [_Echo(served, prompt, ids) for prompt, ids in echoed]
         self._offset = [0] * (len(self.prompts) * self._n)
@@ -49,9 +52,7 @@ class _CompletionBuilder:
         return self._grammar and self._grammar.copy()
 
     def first_chunks(self) -> Sequence[Completion]:
-        if not self._echo_first:
-            return []
-        return [self._completion([self._echo(index)]) for index in range(len(self._offset))]
+        return [self._completion([first]) for i in range(len(self._offset)) if (first := self._first(i)) is not None]
 
     def chunk(self, index: int, event: OutputEvent) -> Completion | None:
         choice = self._choice(index, event)
@@ -63,15 +64,22 @@ class _CompletionBuilder:
     def full_response(self, events: Sequence[Sequence[OutputEvent]], usage: Usage) -> Completion:
         choices = []
         for index, of_choice in enumerate(events):
-            first = [self._echo(index)] if self._echo_first else []
-            chunks = (self._choice(index, event) for event in of_choice)
-            choices.append(_concat([*first, *(chunk for chunk in chunks if chunk is not None)]))
+            chunks = [self._first(index), *(self._choice(index, event) for event in of_choice)]
+            choices.append(_concat([chunk for chunk in chunks if chunk is not None]))
         return self._completion(choices, usage)
 
     @property
     def _echo_first(self) -> bool:
         """True if the echo doesn't have to wait for the prompt's log-probabilities."""
         return bool(self._body.echo) and self._body.logprobs is None
+
+    def _first(self, index: int) -> Choice | None:
+        """What is known of a choice before its first token."""
+        first = self._echo(index) if self._echo_first else None
+        if self._body.return_token_ids:
+            first = first or Choice(index=index, text="")
+            first.prompt_token_ids = self.prompts[index // self._n]
+        return first
 
     def _echo(self, index: int, logprobs: Logprobs | None = None) -> Choice:
         text = self._echoes[index // self._n].text
@@ -89,13 +97,14 @@ class _CompletionBuilder:
             )
         logprobs = None
         if (count := self._body.logprobs) is not None:
-            texts, top = self._served.token_texts, (event.top_tokens, event.top_logprobs)
-            logprobs = completion_logprobs(texts, event.token, event.logprob, *top, count, offset)
-        return Choice(index=index, text=event.text, logprobs=logprobs)
+            top = (event.top_tokens, event.top_logprobs)
+            logprobs = completion_logprobs(self._texts, event.token, event.logprob, *top, count, offset)
+        token_ids = [event.token] if self._body.return_token_ids else None
+        return Choice(index=index, text=event.text, logprobs=logprobs, token_ids=token_ids)
 
     def _prompt_choice(self, index: int, event: PromptLogprobs) -> Choice | None:
         """The prompt's part of a choice: the echo with log-probabilities, and `prompt_logprobs`."""
-        body, texts, ids = self._body, self._served.token_texts, self.prompts[index // self._n]
+        body, texts, ids = self._body, self._texts, self.prompts[index // self._n]
         choice = None
         if body.echo and body.logprobs is not None:
             offsets = self._echoes[index // self._n].offsets()
@@ -132,6 +141,7 @@ class _Echo:
 def _concat(chunks: list[Choice]) -> Choice:
     """Merges the chunks of one choice."""
     logprobs = [chunk.logprobs for chunk in chunks if chunk.logprobs is not None]
+    token_ids = [token for chunk in chunks for token in chunk.token_ids or ()]
     last = chunks[-1]
     return Choice(
         index=last.index,
@@ -140,4 +150,6 @@ def _concat(chunks: list[Choice]) -> Choice:
         finish_reason=last.finish_reason,
         stop_reason=last.stop_reason,
         prompt_logprobs=next((c.prompt_logprobs for c in chunks if c.prompt_logprobs is not None), None),
+        prompt_token_ids=chunks[0].prompt_token_ids,
+        token_ids=token_ids if chunks[0].prompt_token_ids is not None else None,
     )

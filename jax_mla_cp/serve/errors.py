@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -10,6 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from jax_mla_cp.engine import Failed
+from jax_mla_cp.serve.schemas.base import FieldError
 
 _RETRY_SECONDS = "1"
 """Retry-After: the queue has room as soon as one request finishes."""
@@ -41,14 +43,18 @@ def unavailable(message: str, code: str) -> ApiError:
     return ApiError(503, message, code=code, headers={"retry-after": _RETRY_SECONDS})
 
 
-def failure(event: Failed) -> ApiError:
-    """The error response for a request that the engine failed."""
+def failure(event: Failed, constraint: str | None = None) -> ApiError:
+    """The error response for a request that the engine failed.
+
+    Args:
+      constraint: the request's field that constrains its output.
+    """
     kind, message = event.kind, event.message
     if kind == "timeout":
         # A retry would take as long. OpenAI's clients honor the header.
         return ApiError(408, message, code="request_timeout", headers={"x-should-retry": "false"})
     if kind == "grammar":
-        return ApiError(400, message, param="response_format")
+        return ApiError(400, message, param=constraint)
     if kind in ("queue_timeout", "stopping"):
         return unavailable(message, kind)
     if kind == "dead":
@@ -70,20 +76,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        # For a field of several types, the most useful error is one that isn't about the type.
-        first = min(error.errors(), key=lambda e: e["type"].endswith("_type"))
-        field, *inner = [part for part in first["loc"] if part != "body"] or [None]
-        where = [str(part) for part in (field, *(i for i in inner if isinstance(i, int))) if part is not None]
-        if first["type"] == "json_invalid":
-            return JSONResponse(
-                error_body(400, f"The body is not valid JSON: {first.get('ctx', {}).get('error', '')}."), 400
-            )
-        got = ascii(first.get("input"))
-        got = got if len(got) <= 100 else got[:100] + "..."
-        message = f"{ascii('.'.join(where))[1:-1] or 'body'}: {first['msg']}" + (
-            "." if first["type"] == "missing" else f", got {got}."
-        )
-        return JSONResponse(error_body(400, message, param=ascii(field)[1:-1] if isinstance(field, str) else None), 400)
+        return JSONResponse(invalid_body(error), 400)
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
@@ -93,3 +86,58 @@ def install(app: FastAPI) -> None:
                 f"{request.method} {ascii(request.url.path)[1:-1]}: {message}. GET /openapi.json lists the routes."
             )
         return JSONResponse(error_body(error.status_code, message), error.status_code, headers=error.headers)
+
+
+def invalid_body(error: RequestValidationError) -> dict[str, Any]:
+    """The error for a body that its schema rejects: the field's full path, expected, and got if that is a single value."""
+    # For a field of several types, the most useful error is one that isn't about the type.
+    first = min(error.errors(), key=lambda e: e["type"].endswith("_type"))
+    context = first.get("ctx", {})
+    if first["type"] == "json_invalid":
+        return error_body(400, f"The body is not valid JSON: {context.get('error', '')}.")
+    location = [part for part in first["loc"] if part != "body"]
+    cause = context.get("error")
+    absent = int(first["type"] == "missing")
+    if isinstance(cause, FieldError):
+        location += (named := cause.param.split("."))
+        absent = len(named)
+    path = _path(location, error.body, absent)
+    return error_body(400, f"{path or 'body'}: {_message(first)}.", param=path or None)
+
+
+def _path(location: Sequence[int | str], body: Any, absent: int) -> str:
+    """The path to a field, such as `messages[1].name`.
+
+    Args:
+      location: pydantic's, with the names of a union's types in it, which are not part of the body.
+      absent: number of parts at the end that the body may lack.
+    """
+    path, value = "", body
+    for i, part in enumerate(location):
+        if isinstance(part, int) and isinstance(value, list) and part < len(value):
+            path, value = f"{path}[{part}]", value[part]
+        elif isinstance(part, str) and isinstance(value, dict) and (part in value or i >= len(location) - absent):
+            path, value = f"{path}.{ascii(part)[1:-1][:100]}", value.get(part, {})
+    return path.removeprefix(".")
+
+
+def _message(error: Mapping[str, Any]) -> str:
+    if error["type"] == "extra_forbidden":
+        return "not a field of this API, or not supported here; docs/api.md lists the fields"
+    if error["type"] == "missing":
+        return "is required"
+    message: str = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    if error["type"] == "value_error":
+        return message
+    return f"{message[0].lower()}{message[1:]}, got {_got(error.get('input'))}"
+
+
+def _got(value: object) -> str:
+    """A value in an error: only its type and size if it has parts, which may be the whole conversation."""
+    if isinstance(value, list | dict):
+        return f"{'a list' if isinstance(value, list) else 'an object'} with {len(value)} entries"
+    shown = (
+        {None: "null", True: "true", False: "false"}.get(value) if value is None or isinstance(value, bool) else None
+    )
+    text = shown or ascii(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."

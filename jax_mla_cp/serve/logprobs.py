@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from jax_mla_cp.engine import PromptLogprobs, Token
-from jax_mla_cp.serve.schemas import Logprobs, PromptLogprob, PromptLogprobsJson, TokenLogprob, TopLogprob
+from jax_mla_cp.serve.schemas.responses import Logprobs, PromptLogprob, PromptLogprobsJson, TokenLogprob, TopLogprob
 from jax_mla_cp.serve.token_texts import TokenTexts
 
 

@@ -1,4 +1,4 @@
-"""The middleware stack: request log, CORS, drain, API keys and request size limits, from the outside in."""
+"""The middleware stack: request log, discarding of unread bodies, CORS, drain, API keys and request size limits, from the outside in."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import dataclasses
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
+from jax_mla_cp.serve.discard_body import DiscardBody
 from jax_mla_cp.serve.lifecycle import DrainState, RejectWhileDraining
 from jax_mla_cp.serve.limits import MAX_BODY, LimitRequestSize
 from jax_mla_cp.serve.logs import RequestLog
@@ -40,4 +41,5 @@ class MiddlewareStack:
                 allow_headers=("authorization", "content-type", "x-request-id"),
                 expose_headers=("x-request-id", "retry-after"),
             )
+        app.add_middleware(DiscardBody)
         app.add_middleware(RequestLog, content=self.log_content)

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from jax_mla_cp.serve.schemas import Error
+from jax_mla_cp.serve.schemas.responses import Error
 
 Responses = dict[int | str, dict[str, Any]]
 

@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from jax_mla_cp.engine import GrammarError
 from jax_mla_cp.serve.errors import ApiError
-from jax_mla_cp.serve.fields import MAX_CHOICES, MAX_PROMPT_LOGPROBS, GenerationRequest, SchemaFormat, TextFormat
-from jax_mla_cp.serve.grammar import JsonGrammar
-from jax_mla_cp.serve.schemas import CompletionRequest, Message
+from jax_mla_cp.serve.schemas.chat import ChatRequest, Message, Tool
+from jax_mla_cp.serve.schemas.completions import CompletionRequest
+from jax_mla_cp.serve.schemas.generation import MAX_CHOICES, MAX_PROMPT_LOGPROBS, GenerationRequest
 from jax_mla_cp.serve.served_model import ServedModel
+from jax_mla_cp.serve.structured_output import (
+    ANY_OBJECT,
+    Choice,
+    CompiledGrammar,
+    Constraint,
+    ContextFreeGrammar,
+    JsonSchema,
+    Regex,
+)
 from jax_mla_cp.tokenizer import TokenizerError
+
+_CONSTRAINTS: dict[str, Callable[[Any], Constraint]] = {
+    "json": JsonSchema,
+    "regex": Regex,
+    "choice": Choice,
+    "grammar": ContextFreeGrammar,
+}
+"""By the name that `structured_outputs` has for it, and `guided_` before it."""
+_OWN_VARIABLES = frozenset(
+    {
+        *("messages", "conversation", "tools", "documents", "chat_template", "tokenize"),
+        *("add_generation_prompt", "continue_final_message"),
+    }
+)
+"""Variables that `chat_template_kwargs` can't set: the server's own, and arguments of transformers' `apply_chat_template`
+(CVE-2025-62426)."""
 
 
 def encode_text(served: ServedModel, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -23,14 +49,57 @@ def encode_text(served: ServedModel, text: str, *, add_special_tokens: bool = Tr
 
 
 def encode_messages(
-    served: ServedModel, messages: Sequence[Message], *, add_generation_prompt: bool = True
+    served: ServedModel,
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Tool] = (),
+    variables: Mapping[str, Any] | None = None,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+    add_special_tokens: bool = False,
 ) -> list[int]:
-    """Tokenizes a conversation. Raises 400 if the model has no chat template or the template rejects the messages."""
-    plain = [message.model_dump(include={"role", "content"}) for message in messages]
+    """Tokenizes a conversation.
+
+    Args:
+      variables: further variables of the chat template.
+
+    Raises:
+      ApiError: 400: the model has no chat template, the template rejects the messages or has no place for a part of them, or a
+        variable is the server's own.
+    """
+    tokenizer = served.require_tokenizer("messages")
+    for name in variables or ():
+        if name in _OWN_VARIABLES or name in tokenizer.special_tokens:
+            message = f"chat_template_kwargs.{ascii(name)[1:-1]}: the server sets this variable. Leave it out."
+            raise ApiError(400, message, param=f"chat_template_kwargs.{ascii(name)[1:-1]}")
     try:
-        return served.require_tokenizer("messages").encode_chat(plain, add_generation_prompt=add_generation_prompt)
-    except (TokenizerError, ValueError) as error:
+        ids = tokenizer.encode_chat(
+            [message.for_template() for message in messages],
+            tools=[tool.model_dump(exclude_none=True, exclude={"cache_control"}) for tool in tools] or None,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            **(variables or {}),
+        )
+    except TokenizerError as error:
         raise ApiError(400, f"messages: {error}", param="messages") from error
+    except ValueError as error:  # it begins with the field
+        raise ApiError(400, str(error), param=str(error).partition(":")[0]) from error
+    return [*tokenizer.prefix, *ids, *tokenizer.suffix] if add_special_tokens else ids
+
+
+def encode_chat_request(served: ServedModel, body: ChatRequest) -> list[int]:
+    """Tokenizes a chat request's conversation. Raises as `encode_messages`."""
+    effort = {} if body.reasoning_effort is None else {"reasoning_effort": body.reasoning_effort}
+    ids = encode_messages(
+        served,
+        body.messages,
+        tools=body.callable_tools(),
+        variables={**effort, **(body.chat_template_kwargs or {})},
+        add_generation_prompt=body.add_generation_prompt is not False,
+        continue_final_message=bool(body.continue_final_message),
+        add_special_tokens=bool(body.add_special_tokens),
+    )
+    return _truncate(served, body, ids)
 
 
 def encode_prompts(served: ServedModel, body: CompletionRequest) -> list[list[int]]:
@@ -40,7 +109,23 @@ def encode_prompts(served: ServedModel, body: CompletionRequest) -> list[list[in
     if not 1 <= len(prompts) <= max_prompts:
         message = f"prompt: 1 to {max_prompts} prompts are allowed with n={body.n or 1}, got {len(prompts)}."
         raise ApiError(400, message, param="prompt")
-    return [(encode_text(served, p) if p else []) if isinstance(p, str) else list(p) for p in prompts]
+    special = body.add_special_tokens is not False
+    encoded = [
+        (encode_text(served, p, add_special_tokens=special) if p else []) if isinstance(p, str) else list(p)
+        for p in prompts
+    ]
+    return [_truncate(served, body, ids) for ids in encoded]
+
+
+def _truncate(served: ServedModel, body: GenerationRequest, ids: list[int]) -> list[int]:
+    """Keeps the end of a prompt, as `truncate_prompt_tokens` asks."""
+    count = body.truncate_prompt_tokens
+    if count is None:
+        return ids
+    if count < 0:
+        limit = body.token_limit()
+        count = max(served.max_model_len - max(1, 1 if limit is None else limit), 0)
+    return ids[max(len(ids) - count, 0) :]
 
 
 def check_request(served: ServedModel, body: GenerationRequest, prompts: Sequence[Sequence[int]], param: str) -> None:
@@ -57,7 +142,7 @@ def check_request(served: ServedModel, body: GenerationRequest, prompts: Sequenc
         served.check_token_ids(prompt, param)
         if len(prompt) + max_tokens > served.max_model_len:
             message = (
-                f"The model's maximum context length is {served.max_model_len} tokens, but the request needs "
+                f"This model's maximum context length is {served.max_model_len} tokens, but the request needs "
                 f"{len(prompt) + max_tokens}: {len(prompt)} in {param} and {max_tokens} for max_tokens. "
                 f"Shorten {param} or lower max_tokens."
             )
@@ -83,13 +168,18 @@ def check_request(served: ServedModel, body: GenerationRequest, prompts: Sequenc
         raise ApiError(400, message, param="stop")
 
 
-def compile_grammar(served: ServedModel, body: GenerationRequest) -> JsonGrammar | None:
-    """The grammar of `response_format`; None: free text. Raises 400 for a schema that can't be compiled."""
-    response_format = body.response_format
-    if response_format is None or isinstance(response_format, TextFormat):
-        return None
-    schema = response_format.json_schema.schema_ if isinstance(response_format, SchemaFormat) else {"type": "object"}
-    try:
-        return served.grammars.compile(schema)
-    except GrammarError as error:
-        raise ApiError(400, f"response_format: {error}", param="response_format") from error
+def compile_grammar(served: ServedModel, body: GenerationRequest) -> CompiledGrammar | None:
+    """The grammar of the output's format; None: free text. Raises 400 for a constraint that can't be compiled."""
+    for field, value in body.constraints().items():
+        try:
+            return served.grammars.compile(_constraint(field, value))
+        except GrammarError as error:
+            raise ApiError(400, f"{field}: {error}", param=field) from error
+    return None
+
+
+def _constraint(field: str, value: Any) -> Constraint:
+    if field == "response_format":
+        return JsonSchema(value.json_schema.schema_) if value.type == "json_schema" else ANY_OBJECT
+    kind = field.removeprefix("structured_outputs.").removeprefix("guided_")
+    return ANY_OBJECT if kind == "json_object" else _CONSTRAINTS[kind](value)

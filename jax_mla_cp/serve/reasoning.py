@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +11,8 @@ from numpy.typing import NDArray
 from jax_mla_cp.engine.request import Grammar
 from jax_mla_cp.tokenizer import Tokenizer
 
+ReasoningFormat = Literal["auto", "think", "none"]
+"""think: <think> .. </think>, the format of DeepSeek, Kimi and GLM; auto: if the model knows the tags."""
 START_TAG, END_TAG = "<think>", "</think>"
 _TAIL = 8  # prompt tokens that are decoded to find a template's <think> and the white space after it
 
@@ -34,11 +37,14 @@ class ReasoningParser:
 
     Args:
       in_reasoning: the prompt already ends with <think>.
+      also_ends: texts that end the reasoning as </think> does, and begin the content: the start of tool calls, before which
+        models forget the tag (Kimi K2 does).
     """
 
-    def __init__(self, *, in_reasoning: bool):
+    def __init__(self, *, in_reasoning: bool, also_ends: Sequence[str] = ()):
         self._next_tag: str | None = END_TAG if in_reasoning else START_TAG
         """The tag to look for; None: the content has begun."""
+        self._ends = (END_TAG, *also_ends)
         self._buffer = ""
         self._after_tag = in_reasoning
 
@@ -55,13 +61,15 @@ class ReasoningParser:
             else:
                 self._next_tag, self._after_tag = None, False
         if self._next_tag == END_TAG:
-            reasoning, found, rest = self._skip_white_space().partition(END_TAG)
-            if found:
-                self._buffer, self._next_tag, self._after_tag = rest, None, True
-            else:
-                keep = next(n for n in range(len(END_TAG) - 1, -1, -1) if reasoning.endswith(END_TAG[:n]))
-                reasoning, self._buffer = reasoning[: len(reasoning) - keep], reasoning[len(reasoning) - keep :]
-                return reasoning, ""
+            text = self._skip_white_space()
+            found = min(((at, end) for end in self._ends if (at := text.find(end)) >= 0), default=None)
+            if found is None:
+                keep = max(_overlap(text, end) for end in self._ends)
+                self._buffer = text[len(text) - keep :]
+                return text[: len(text) - keep], ""
+            at, end = found
+            reasoning, self._buffer, self._next_tag = text[:at], text[at:].removeprefix(END_TAG), None
+            self._after_tag = end == END_TAG
         content, self._buffer = self._skip_white_space(), ""
         return reasoning, content
 
@@ -77,24 +85,73 @@ class ReasoningParser:
         return text
 
 
-class GrammarAfterReasoning:
-    """Applies a grammar from the </think> token on. Implements `jax_mla_cp.engine.Grammar`."""
+def _overlap(text: str, tag: str) -> int:
+    """Length of the longest suffix of the text that is a proper prefix of the tag."""
+    return next(n for n in range(len(tag) - 1, -1, -1) if text.endswith(tag[:n]))
 
-    def __init__(self, grammar: Grammar, end_token: int, vocab_size: int):
+
+def _bits(tokens: Collection[int], words: int) -> NDArray[np.uint32]:
+    """A mask of these tokens alone."""
+    mask = np.zeros(words, np.uint32)
+    for token in tokens:
+        mask[token // 32] |= np.uint32(1 << token % 32)
+    return mask
+
+
+class ReasoningGrammar:
+    """Constrains an output that reasons first: the reasoning ends with </think>, never with EOS and after at most `budget`
+    tokens, and a grammar applies from there on. Implements `jax_mla_cp.engine.Grammar`.
+
+    Args:
+      grammar: of the content. None: free text, in which EOS may end the reasoning too.
+      start_token: <think>, if the output is to begin with it. None: the prompt ends with it.
+      budget: maximum number of reasoning tokens. None: no limit.
+      eos_tokens: the stop tokens, which would end the output without content.
+      also_ends: tokens that end the reasoning as </think> does, but begin the content.
+    """
+
+    def __init__(
+        self,
+        grammar: Grammar | None,
+        *,
+        end_token: int,
+        vocab_size: int,
+        start_token: int | None = None,
+        budget: int | None = None,
+        eos_tokens: Collection[int] = (),
+        also_ends: Collection[int] = (),
+    ):
         self._grammar = grammar
         self._end_token = end_token
-        self._allow_all = np.full(-(-vocab_size // 32), 2**32 - 1, np.uint32)
-        self._reasoning = True
+        self._also_ends = frozenset(also_ends)
+        self._left = budget
+        words = -(-vocab_size // 32)
+        self._only_end = _bits([end_token], words)
+        self._inside = ~_bits(eos_tokens if grammar is not None else (), words)
+        self._start_token = start_token
+        self._reasoning = start_token is None
 
-    def mask(self) -> NDArray[np.uint32]:
-        return self._allow_all if self._reasoning else self._grammar.mask()
+    def mask(self) -> NDArray[np.uint32] | None:
+        if self._reasoning:
+            return self._only_end if self._left == 0 else self._inside
+        return None if self._grammar is None else self._grammar.mask()
 
     def accept(self, token: int) -> None:
+        start, self._start_token = self._start_token, None
         if not self._reasoning:
-            self._grammar.accept(token)
-        elif token == self._end_token:
+            self._reasoning = token == start
+            if self._grammar is not None and not self._reasoning:
+                self._grammar.accept(token)
+            return
+        if self._left is not None:
+            self._left -= 1
+        if token == self._end_token:
             self._reasoning = False
+        elif token in self._also_ends:
+            self._reasoning = False
+            if self._grammar is not None:
+                self._grammar.accept(token)
 
     @property
     def finished(self) -> bool:
-        return not self._reasoning and self._grammar.finished
+        return not self._reasoning and self._grammar is not None and self._grammar.finished

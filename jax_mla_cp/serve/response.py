@@ -32,8 +32,8 @@ from jax_mla_cp.engine.logits_processor import LogitsProcessor
 from jax_mla_cp.engine.text import TextStream
 from jax_mla_cp.serve import logs
 from jax_mla_cp.serve.errors import ApiError, failure, unavailable
-from jax_mla_cp.serve.fields import GenerationRequest
-from jax_mla_cp.serve.schemas import PromptTokensDetails, Usage
+from jax_mla_cp.serve.schemas.generation import GenerationRequest
+from jax_mla_cp.serve.schemas.responses import ChatChunk, Completion, PromptTokensDetails, Usage
 from jax_mla_cp.serve.served_model import ServedModel
 
 OutputEvent = PromptLogprobs | Token | Finished
@@ -61,13 +61,17 @@ class ResponseBuilder(Protocol):
     def prompts(self) -> Sequence[list[int]]:
         """Token ids of each prompt."""
 
+    @property
+    def shown_tokens(self) -> frozenset[int]:
+        """Special tokens that are part of the output's text."""
+
     def grammar(self, prompt: int) -> Grammar | None:
         """A new grammar for one choice of this prompt; None: free text."""
 
-    def first_chunks(self) -> Sequence[BaseModel]:
+    def first_chunks(self) -> Sequence[Completion | ChatChunk]:
         """Chunks to send before the first event."""
 
-    def chunk(self, index: int, event: OutputEvent) -> BaseModel | None:
+    def chunk(self, index: int, event: OutputEvent) -> Completion | ChatChunk | None:
         """The chunk for an event of choice `index`; None: nothing to send."""
 
     def usage_chunk(self, usage: Usage) -> BaseModel:
@@ -119,7 +123,13 @@ class RequestGroup:
                 min_p=body.min_p or 0.0,
             ),
             stop_tokens=stop_tokens,
-            text=TextStream(served.tokenizer, body.stop_strings()),
+            text=TextStream(
+                served.tokenizer,
+                body.stop_strings(),
+                include_stop=bool(body.include_stop_str_in_output),
+                skip_special_tokens=body.skip_special_tokens is not False,
+                shown_tokens=self._builder.shown_tokens,
+            ),
             emit=lambda event: self._deliver(index, event),
             id=f"{self._builder.metadata['id']}-{index}",  # unique per choice: the status page tells prompts apart by it
             min_tokens=min_tokens,
@@ -140,7 +150,8 @@ class RequestGroup:
         """Submits all requests to the engine, or none.
 
         Raises:
-          ApiError: 503 if the queue is full or the engine accepts no requests; 400 if a request exceeds the cache.
+          ApiError: 503 if the queue is full or the engine accepts no requests; 400 if a request exceeds the cache, or all of
+            them the queue.
         """
         try:
             self._served.engine.submit_all(self._requests)
@@ -149,7 +160,9 @@ class RequestGroup:
         except EngineDead as error:
             raise ApiError(503, f"The server is not accepting requests: {error}", code="engine_dead") from error
         except ValueError as error:
-            raise ApiError(400, str(error), param="max_tokens", code="context_length_exceeded") from error
+            param = str(error).partition(":")[0]
+            code = "context_length_exceeded" if param == "max_tokens" else None
+            raise ApiError(400, str(error), param=param, code=code) from error
 
     def abort(self) -> None:
         """Aborts the unfinished requests; their pages are freed within a step."""
@@ -167,7 +180,7 @@ class RequestGroup:
             index, event = await self._events.get()
             self._log_entry.record(index, self._requests[index], event)
             if isinstance(event, Failed):
-                raise failure(event)
+                raise failure(event, next(iter(self._body.constraints()), None))
             if isinstance(event, Token):
                 self._completion_tokens += 1
             elif isinstance(event, Finished):
@@ -202,19 +215,25 @@ class RequestGroup:
         """Yields server-sent events: a chunk per output event, the usage if requested, or an error; then [DONE]."""
         try:
             for first in self._builder.first_chunks():
-                yield _sse(first)
+                yield self._event(first)
             async for index, event in self.events():
                 if isinstance(event, PromptLogprobs):
                     chunk = await asyncio.to_thread(self._builder.chunk, index, event)
                 else:
                     chunk = self._builder.chunk(index, event)
                 if chunk is not None:
-                    yield _sse(chunk)
+                    yield self._event(chunk)
             if self._body.stream_options and self._body.stream_options.include_usage:
                 yield _sse(self._builder.usage_chunk(self.usage()))
         except ApiError as error:
             yield f"data: {json.dumps(error.body)}\n\n"
         yield "data: [DONE]\n\n"
+
+    def _event(self, chunk: Completion | ChatChunk) -> str:
+        """The chunk as a server-sent event, with the usage so far if asked for."""
+        if self._body.has_continuous_usage():
+            chunk.usage = self.usage()
+        return _sse(chunk)
 
 
 async def respond(

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 
 from jax_mla_cp.engine import Engine, Finished
 from jax_mla_cp.serve.errors import ApiError
-from jax_mla_cp.serve.grammar import Grammars
+from jax_mla_cp.serve.reasoning import ReasoningFormat, is_reasoning_model
+from jax_mla_cp.serve.structured_output import Grammars
 from jax_mla_cp.serve.token_texts import TokenTexts
+from jax_mla_cp.serve.tool_calls import FORMATS, ToolFormat, detect
 from jax_mla_cp.tokenizer import Tokenizer, TokenizerError, require_tokenizer
 
 
@@ -30,6 +32,9 @@ class ServedModel:
     """Maximum seconds in the waiting queue; None: no limit."""
     request_timeout: float | None = None
     """Maximum seconds from arrival to the end; None: no limit."""
+    tool_parser: str = "auto"
+    """Name of a format in `jax_mla_cp.serve.tool_calls.FORMATS`; auto: by the chat template; none."""
+    reasoning_parser: ReasoningFormat = "auto"
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
     @functools.cached_property
@@ -39,6 +44,21 @@ class ServedModel:
     @functools.cached_property
     def grammars(self) -> Grammars:
         return Grammars(self.tokenizer, self.vocab_size, self.eos_token_ids)
+
+    @functools.cached_property
+    def tool_format(self) -> ToolFormat | None:
+        """The model's format of tool calls; None if it has none."""
+        if self.tool_parser != "auto":
+            return FORMATS.get(self.tool_parser)
+        template = None if self.tokenizer is None else self.tokenizer.chat_template
+        return None if template is None else detect(template.source)
+
+    @functools.cached_property
+    def is_reasoning(self) -> bool:
+        """True if the model's answers may begin with reasoning."""
+        if self.reasoning_parser != "auto":
+            return self.reasoning_parser == "think"
+        return self.tokenizer is not None and is_reasoning_model(self.tokenizer)
 
     def check_model_name(self, name: str) -> None:
         """Raises 404 for the name of another model."""

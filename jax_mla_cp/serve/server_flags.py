@@ -6,6 +6,7 @@ import argparse
 
 from jax_mla_cp.cli import Parser, choice, path, real_number, whole_number
 from jax_mla_cp.launch.flags import add_cache_flags, add_cluster_flags, add_model_flags
+from jax_mla_cp.serve.tool_calls import FORMATS
 
 KEY_VARIABLE = "JAX_MLA_CP_API_KEY"
 """Environment variable with API keys, one per line."""
@@ -59,6 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_cache_flags(p)
     add_cluster_flags(p)
     _add_start_flags(p)
+    _add_chat_flags(p)
     _add_http_flags(p)
     _add_limit_flags(p)
     _add_log_flags(p)
@@ -78,6 +80,24 @@ def _add_start_flags(p: argparse.ArgumentParser) -> None:
         metavar="N",
         type=whole_number,
         help="seed of requests that do not set one (default: a random seed per request)",
+    )
+
+
+def _add_chat_flags(p: argparse.ArgumentParser) -> None:
+    chat = p.add_argument_group("chat formats (see docs/api.md)")
+    formats = ("auto", *FORMATS, "none")
+    chat.add_argument(
+        "--tool-parser",
+        metavar="{" + ",".join(formats) + "}",
+        type=choice(*formats),
+        help="format of the model's tool calls (default: auto, from the chat template)",
+    )
+    chat.add_argument(
+        "--reasoning-parser",
+        metavar="{auto,think,none}",
+        type=choice("auto", "think", "none"),
+        help="format of the model's reasoning; think: between <think> and </think>; none: everything is content "
+        "(default: auto, think if the template or the vocabulary has both tags)",
     )
 
 

@@ -11,7 +11,9 @@ from typing import Literal, get_args
 from jax_mla_cp.cli import fail
 from jax_mla_cp.config.errors import ConfigError, check_choice, check_whole
 from jax_mla_cp.launch import LaunchOptions
+from jax_mla_cp.serve.reasoning import ReasoningFormat
 from jax_mla_cp.serve.server_flags import make_parser
+from jax_mla_cp.serve.tool_calls import FORMATS
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
@@ -28,6 +30,9 @@ class ServerOptions(LaunchOptions):
     served_model_name: str = ""
     """The model's name for clients. Empty: becomes the model directory's name."""
     seed: int | None = None
+    tool_parser: str = "auto"
+    """As in `jax_mla_cp.serve.served_model.ServedModel`."""
+    reasoning_parser: ReasoningFormat = "auto"
     warmup: bool | None = None
     """None: on GPUs, where each program takes XLA 8 to 16 s and a request would wait for it."""
     host: str = "127.0.0.1"
@@ -58,6 +63,8 @@ class ServerOptions(LaunchOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_choice("tool_parser", self.tool_parser, ("auto", *FORMATS, "none"))
+        check_choice("reasoning_parser", self.reasoning_parser, get_args(ReasoningFormat))
         check_choice("log_level", self.log_level, get_args(LogLevel))
         check_choice("log_format", self.log_format, get_args(LogFormat))
         for name, (low, high) in _WHOLE.items():

@@ -19,7 +19,19 @@ class TokenTexts:
             text = self._texts[token] = decoded if decoded and "\ufffd" not in decoded else f"token_id:{token}"
         return text
 
+    @property
+    def as_ids(self) -> TokenIds:
+        """The same with `token_id:N` for every token."""
+        return TokenIds(self._tokenizer)
+
     def bytes(self, token: int) -> list[int] | None:
         """The token's UTF-8 bytes, from which clients can assemble characters; None for special tokens."""
         found = self._tokenizer.token_bytes(token) if self._tokenizer else None
         return None if found is None else list(found)
+
+
+class TokenIds(TokenTexts):
+    """vLLM's `return_tokens_as_token_ids`: tokens that have the same text stay distinct."""
+
+    def __call__(self, token: int) -> str:
+        return f"token_id:{token}"

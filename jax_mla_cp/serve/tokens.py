@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from jax_mla_cp.serve import preprocessing
-from jax_mla_cp.serve.fields import FailFastList, RequestBody, Text, TokenId
-from jax_mla_cp.serve.schemas import MAX_MESSAGES, OMIT_NONE, Message
+from jax_mla_cp.serve.schemas.base import FailFastList, FieldError, RequestBody, Text, TokenId
+from jax_mla_cp.serve.schemas.chat import MAX_MESSAGES, MAX_TOOLS, Message, Tool
+from jax_mla_cp.serve.schemas.responses import OMIT_NONE
 from jax_mla_cp.serve.served_model import ServedModel
 
 
@@ -19,23 +20,38 @@ class TokenizeRequest(RequestBody):
 
     model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["prompt"]}, {"required": ["messages"]}]})
 
+    MEANINGFUL_EMPTY: ClassVar[frozenset[str]] = frozenset({"prompt", "messages"})
+
     model: Text | None = None
     prompt: Text | None = Field(default=None, description="Text to tokenize.")
     messages: Annotated[FailFastList[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = Field(
         default=None, description="Conversation to format with the chat template and tokenize."
     )
-    add_special_tokens: bool = Field(
-        default=True, description="Add BOS and EOS to `prompt`, as the tokenizer's configuration says."
+    tools: Annotated[FailFastList[Tool], Field(max_length=MAX_TOOLS)] | None = Field(
+        default=None, description="Functions that the model may call, for the chat template."
     )
-    add_generation_prompt: bool = Field(
-        default=True, description="End `messages` with the chat template's start of an assistant message."
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        default=None, description="Further variables of the chat template; JSON values."
+    )
+    add_special_tokens: bool | None = Field(
+        default=None,
+        description="Add BOS and EOS, as the tokenizer's configuration says. Default: true for `prompt`, false for `messages`.",
+    )
+    add_generation_prompt: bool | None = Field(
+        default=None,
+        description="End `messages` with the chat template's start of an assistant message (default: true).",
+    )
+    continue_final_message: bool | None = Field(
+        default=False, description="End `messages` within the last message, an assistant's."
     )
     return_token_strs: bool | None = Field(default=False, description="Also return the text of each token.")
 
     @model_validator(mode="after")
     def _check_one_input(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("exactly one of prompt and messages is required")
+            raise FieldError("prompt", "exactly one of prompt and messages is required")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise FieldError("continue_final_message", "can't be combined with add_generation_prompt=true")
         return self
 
 
@@ -95,8 +111,17 @@ def install(app: FastAPI, served: ServedModel) -> None:
 
 def _tokenize(served: ServedModel, body: TokenizeRequest) -> TokenizeResponse:
     if body.messages is not None:
-        tokens = preprocessing.encode_messages(served, body.messages, add_generation_prompt=body.add_generation_prompt)
+        tokens = preprocessing.encode_messages(
+            served,
+            body.messages,
+            tools=body.tools or (),
+            variables=body.chat_template_kwargs,
+            add_generation_prompt=body.add_generation_prompt is not False,
+            continue_final_message=bool(body.continue_final_message),
+            add_special_tokens=bool(body.add_special_tokens),
+        )
     else:
-        tokens = preprocessing.encode_text(served, body.prompt or "", add_special_tokens=body.add_special_tokens)
+        special = body.add_special_tokens is not False
+        tokens = preprocessing.encode_text(served, body.prompt or "", add_special_tokens=special)
     texts = [served.token_texts(token) for token in tokens] if body.return_token_strs else None
     return TokenizeResponse(tokens=tokens, count=len(tokens), max_model_len=served.max_model_len, token_strs=texts)

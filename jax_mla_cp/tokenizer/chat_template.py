@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jax_mla_cp.tokenizer.errors import TokenizerError
+from jax_mla_cp.tokenizer.messages import plain_messages
 from jax_mla_cp.tokenizer.sandbox import SandboxedTemplate
 from jax_mla_cp.tokenizer.tokenizer_config import read_text, special_tokens
 
-ROLES = ("system", "user", "assistant")
+_PROBE = '{"probe_key": "probe_value"}'
 
 
 class ChatTemplate:
@@ -63,63 +66,104 @@ class ChatTemplate:
             raise TokenizerError(name, f"expected a string, got {type(source).__name__}.")
         return cls(source, tokenizer_config, name=name)
 
+    @property
+    def variables(self) -> frozenset[str]:
+        """The names of the variables that the template reads."""
+        return self._template.variables
+
     def render(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **variables: Any,
     ) -> str:
         """Renders the text of a conversation.
 
         Args:
-          messages: each has `role`, one of `ROLES`, and `content`, a string or a list of `{"type": "text", "text": ...}`,
-            which are concatenated. The template decides whether roles must alternate.
+          messages: each has `role`, one of `messages.ROLES`, and `content`, a string or a list of
+            `{"type": "text", "text": ...}`, which are concatenated. An assistant's may have `reasoning_content` and
+            `tool_calls`, in OpenAI's form, a tool's `tool_call_id`, each `name`. The template decides whether roles must
+            alternate.
+          tools: functions in OpenAI's form.
           add_generation_prompt: end with the beginning of an assistant message.
+          continue_final_message: end within the last message, right after its content, as transformers does.
           variables: further variables of the template, for example DeepSeek-V3.1's `thinking`; JSON values.
 
         Raises:
-          ValueError: a message or variable does not have this form.
+          ValueError: a message or variable does not have this form, or the template has no place for tools, for a message's
+            role or for its calls.
           TokenizerError: the template refuses the messages, fails, or exceeds a limit of `sandbox`.
         """
         try:
-            json_values = json.loads(json.dumps(variables))  # templates must not reach the methods of other objects
+            # Templates must not reach the methods of other objects.
+            json_values = json.loads(json.dumps({**variables, "tools": list(tools) if tools else None}))
         except (TypeError, ValueError) as error:
             raise ValueError(f"variables for the chat template: expected JSON values: {error}") from error
+        plain = plain_messages(messages, parse_arguments=self._reads_arguments_as_objects(messages))
+        self._check_places(plain, bool(tools))
+        text = self._render(plain, add_generation_prompt and not continue_final_message, json_values)
+        return _end_after(text, plain[-1]["content"] or "") if continue_final_message else text
+
+    def _render(self, plain: list[dict[str, Any]], add_generation_prompt: bool, variables: Mapping[str, Any]) -> str:
         return self._template.render(
             {"tools": None, "documents": None}  # defined, as in transformers
             | self._special_tokens
-            | json_values
-            | {"messages": plain_messages(messages), "add_generation_prompt": add_generation_prompt}
+            | dict(variables)
+            | {"messages": plain, "add_generation_prompt": add_generation_prompt}
         )
 
+    def _check_places(self, plain: list[dict[str, Any]], has_tools: bool) -> None:
+        """Refuses what the template would drop in silence; turns developers into systems where it knows no developer."""
+        if has_tools and "tools" not in self.variables:
+            raise ValueError(
+                "tools: this model's chat template has no place for tools. Put one that has into the model directory as "
+                "chat_template.jinja."
+            )
+        for i, message in enumerate(plain):
+            if message["role"] == "developer" and "developer" not in self.source:
+                message["role"] = "system"
+            if message["role"] == "tool" and not re.search("""['"]tool['"]""", self.source):
+                raise ValueError(f"messages[{i}].role: this model's chat template has no role 'tool'.")
+            if "tool_calls" in message and "tool_calls" not in self.source:
+                raise ValueError(f"messages[{i}].tool_calls: this model's chat template has no place for tool calls.")
 
-def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Reduces messages to `role` and `content`, both strings.
+    def _reads_arguments_as_objects(self, messages: Sequence[Mapping[str, Any]]) -> bool:
+        """True if there are calls and the template takes their arguments apart."""
+        return (
+            any(isinstance(m, Mapping) and m.get("tool_calls") for m in messages)
+            and not self._writes_arguments_verbatim
+        )
 
-    >>> plain_messages([{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}])
-    [{'role': 'user', 'content': 'ab'}]
+    @functools.cached_property
+    def _writes_arguments_verbatim(self) -> bool:
+        """True if the template writes the text of a call's arguments as it is. Others iterate over an object, or quote a string.
+
+        Text is better where both work: the tokens of an earlier answer stay those that the model wrote."""
+        call = {"id": "probe_id", "type": "function", "function": {"name": "probe", "arguments": _PROBE}}
+        turns: list[dict[str, Any]] = [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+        ]
+        try:
+            return _PROBE in self._render(turns, False, {})
+        except TokenizerError:
+            return False
+
+
+def _end_after(text: str, content: str) -> str:
+    """Ends a rendered conversation right after the content of its last message.
 
     Raises:
-      ValueError: there are none, or one does not have the form that `ChatTemplate.render` takes.
+      ValueError: the content is empty, or the template changes it.
     """
-    if isinstance(messages, str | Mapping) or not messages:
-        raise ValueError("messages: expected a list of one or more messages.")
-    return [_plain_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
-
-
-def _plain_message(message: Mapping[str, Any], where: str) -> dict[str, str]:
-    if not isinstance(message, Mapping):
-        raise ValueError(f"{where}: expected an object with role and content, got {type(message).__name__}.")
-    if extra := sorted(map(str, message.keys() - {"role", "content"})):
-        raise ValueError(f"{where}.{extra[0]}: not supported; a message has role and content.")
-    role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
-        raise ValueError(f"{where}.role: expected one of {', '.join(ROLES)}, got {role!r}.")
-    if isinstance(content, list | tuple):
-        content = "".join(_part_text(part, f"{where}.content[{i}]") for i, part in enumerate(content))
-    if not isinstance(content, str):
-        raise ValueError(f"{where}.content: expected a string or a list of text parts, got {type(content).__name__}.")
-    return {"role": role, "content": content}
-
-
-def _part_text(part: Any, where: str) -> str:
-    if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-        raise ValueError(f'{where}: expected {{"type": "text", "text": ...}}; other parts are not supported.')
-    return part["text"]
+    content = content.strip()
+    at = text.rfind(content) if content else -1
+    if at < 0:
+        raise ValueError(
+            "continue_final_message: the last message's content is empty or changed by the chat template, so there is no "
+            "place to continue from."
+        )
+    return text[: at + len(content)]

@@ -17,7 +17,7 @@ from datetime import datetime
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -50,6 +50,8 @@ class SandboxedTemplate:
             raise TokenizerError(name, f"{len(source)} characters; the limit for a template is {MAX_SOURCE_CHARS}.")
         try:
             self._template = _ENVIRONMENT.from_string(source)
+            self.variables = frozenset(meta.find_undeclared_variables(_ENVIRONMENT.parse(source)))
+            """The names that the template reads and does not define."""
         except Exception as error:  # its type depends on whether Jinja's parser or Python's compiler fails
             raise self._error(error) from error
 

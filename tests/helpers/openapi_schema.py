@@ -10,6 +10,8 @@ import schemathesis
 from hypothesis import HealthCheck
 from schemathesis.checks import CHECKS, load_all_checks
 
+from jax_mla_cp.serve.schemas.base import asks_nothing
+
 MAX_TOKENS = 4
 """Valid requests generate at most so much: their number is what finds faults, not their length."""
 _EXCLUDED = (
@@ -53,10 +55,18 @@ def fuzz(operation: Any, examples: int, model: str, *, seed: int = 0) -> collect
                 _limit(case.body)
         answer = case.call(timeout=60)
         seen[answer.status_code] += 1
-        case.validate_response(answer, excluded_checks=excluded)
+        lenient = CHECKS.get_by_names(("negative_data_rejection",)) if _asks_nothing(case.body) else []
+        case.validate_response(answer, excluded_checks=[*excluded, *lenient])
 
     send()
     return seen
+
+
+def _asks_nothing(value: Any) -> bool:
+    """True if a field somewhere in a body asks for nothing: the server takes it, also where the schema has no such field."""
+    if isinstance(value, list):
+        return any(_asks_nothing(part) for part in value)
+    return isinstance(value, dict) and any(asks_nothing(part) or _asks_nothing(part) for part in value.values())
 
 
 def _limit(body: dict[str, Any]) -> None:

@@ -17,8 +17,9 @@ from pydantic import ValidationError
 
 from jax_mla_cp.engine import Engine
 from jax_mla_cp.serve import preprocessing
-from jax_mla_cp.serve.fields import RequestBody
-from jax_mla_cp.serve.schemas import ChatRequest, CompletionRequest
+from jax_mla_cp.serve.schemas.base import RequestBody
+from jax_mla_cp.serve.schemas.chat import ChatRequest
+from jax_mla_cp.serve.schemas.completions import CompletionRequest
 from jax_mla_cp.serve.served_model import ServedModel
 from jax_mla_cp.serve.tokens import DetokenizeRequest, TokenizeRequest
 from tests.helpers.byte_tokenizer import byte_tokenizer
@@ -163,11 +164,11 @@ BAD = [
     ({"prompt": [["a"]]}, "prompt", "prompt"),
     ({"prompt": [True]}, "prompt", "prompt"),
     ({"prompt": [259]}, "prompt", "token id 259 is not in the vocabulary (0 to 258)"),
-    ({"prompt": [-1]}, "prompt", "greater than or equal to 0"),
-    ({"prompt": [2**70]}, "prompt", "prompt"),
+    ({"prompt": [-1]}, "prompt[0]", "greater than or equal to 0"),
+    ({"prompt": [2**70]}, "prompt[0]", "less than 2147483648"),
     ({"prompt": [1] * MAX_LEN}, "prompt", "maximum context length is 600 tokens"),
     ({"max_tokens": MAX_LEN}, "prompt", "maximum context length is 600 tokens"),
-    ({"max_tokens": 0}, None, "at least 1 unless echo"),
+    ({"max_tokens": 0}, "max_tokens", "at least 1 unless echo"),
     ({"max_tokens": -1, "echo": True}, "max_tokens", "greater than or equal to 0"),
     ({"max_tokens": "5"}, "max_tokens", "valid integer"),
     ({"temperature": 2.5}, "temperature", "less than or equal to 2"),
@@ -176,13 +177,13 @@ BAD = [
     ({"top_k": -2}, "top_k", "greater than or equal to -1"),
     ({"seed": 2**64}, "seed", "less than"),
     ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
-    ({"stop": [""]}, "stop", "at least 1 character"),
-    ({"stop": ["a"] * 5}, "stop", "at most 4 items"),
-    ({"n": 9}, "n", "less than or equal to 8"),
+    ({"stop": [""]}, "stop[0]", "at least 1 character"),
+    ({"stop": ["a"] * 65}, "stop", "at most 64 items"),
+    ({"n": 129}, "n", "less than or equal to 128"),
     ({"n": 0}, "n", "greater than or equal to 1"),
     ({"n": 8, "prompt": ["a"] * 17}, "prompt", "1 to 16 prompts are allowed with n=8"),
-    ({"best_of": 3}, "best_of", "Input should be 1"),
-    ({"best_of": 1, "n": 2}, None, "best_of must not be less than n"),
+    ({"best_of": 3}, "best_of", "must be 1"),
+    ({"best_of": 1, "n": 2}, "best_of", "must not be less than n"),
     ({"min_p": 1.5}, "min_p", "less than or equal to 1"),
     ({"presence_penalty": 2.5}, "presence_penalty", "less than or equal to 2"),
     ({"frequency_penalty": -2.5}, "frequency_penalty", "greater than or equal to -2"),
@@ -190,26 +191,29 @@ BAD = [
     ({"repetition_penalty": 5e-324}, "repetition_penalty", "greater than or equal to 0.0001"),
     ({"logit_bias": {"259": 1}}, "logit_bias", "token id 259 is not in the vocabulary"),
     ({"logit_bias": {"4294967301": 1}}, "logit_bias", "token id 4294967301 is not in the vocabulary"),
-    ({"logit_bias": {"-1": 1}}, "logit_bias", "match pattern"),
-    ({"logit_bias": {"5": 100.5}}, "logit_bias", "less than or equal to 100"),
+    ({"logit_bias": {"-1": 1}}, "logit_bias.-1", "match pattern"),
+    ({"logit_bias": {"5": 100.5}}, "logit_bias.5", "less than or equal to 100"),
     ({"logit_bias": dict.fromkeys(map(str, range(1025)), 1)}, "logit_bias", "at most 1024 entries, not 1025"),
     ({"stop_token_ids": [259]}, "stop_token_ids", "token id 259 is not in the vocabulary"),
-    ({"stop_token_ids": [-1]}, "stop_token_ids", "greater than or equal to 0"),
-    ({"min_tokens": 17}, None, "min_tokens (17) must not exceed max_tokens (16)"),
+    ({"stop_token_ids": [-1]}, "stop_token_ids[0]", "greater than or equal to 0"),
+    ({"min_tokens": 17}, "min_tokens", "must not exceed max_tokens (16), got 17"),
     ({"min_tokens": MAX_LEN, "max_tokens": None}, "min_tokens", "exceed the model's maximum context length of 600"),
     ({"prompt_logprobs": 21}, "prompt_logprobs", "less than or equal to 20"),
-    ({"prompt_logprobs": 1, "stream": True}, None, "prompt_logprobs is not supported with stream=true"),
-    ({"skip_special_tokens": False}, "skip_special_tokens", "Input should be True"),
+    ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "is not supported with stream=true"),
     ({"stop": "a" * 1025}, "stop", "at most 1024 characters"),
-    ({"cache_salt": ""}, "cache_salt", "at least 1 character"),
-    ({"suffix": "b"}, "suffix", "not permitted"),
+    ({"cache_salt": "a" * 257}, "cache_salt", "at most 256 characters"),
+    ({"suffix": "b"}, "suffix", "not a field of this API"),
     ({"response_format": {"type": "xml"}}, "response_format", "json_schema"),
-    ({"response_format": {"type": "json_schema"}}, "response_format", "required"),
-    ({"response_format": schema_format({"type": "foo"})}, "response_format", "Invalid type: foo"),
-    ({"response_format": schema_format({"$ref": "http://localhost/x"})}, "response_format", "not present"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "required"),
+    ({"response_format": schema_format({"type": "foo"})}, "response_format", "type: must be null, boolean,"),
+    (
+        {"response_format": schema_format({"$ref": "http://localhost/x"})},
+        "response_format",
+        "another document is not followed",
+    ),
     ({"response_format": schema_format({"type": "string", "pattern": "(a"})}, "response_format", "unclosed group"),
     ({"response_format": schema_format({"enum": ["a" * 70_000]})}, "response_format", "the limit is 65536"),
-    ({"stream_options": {"include_usage": True}}, None, "stream_options requires stream=true"),
+    ({"stream_options": {"include_usage": True}}, "stream_options", "requires stream=true"),
     ({"model": 5}, "model", "valid string"),
 ]
 
@@ -398,11 +402,18 @@ def test_openapi_and_version(server: Server) -> None:
     assert httpx.get(f"{server.url}/version").json()["version"]
 
 
-def test_a_full_queue_is_a_503_that_says_when_to_come_again(server: Server, client: openai.OpenAI) -> None:
-    answer = httpx.post(f"{server.url}/v1/completions", json={"model": "tiny", "prompt": ["a"] * 17, "n": 4})
+def test_a_full_queue_is_a_503_that_says_when_to_come_again(
+    server: Server, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = {"model": "tiny", "prompt": ["a"] * 17, "n": 4}
+    never = httpx.post(f"{server.url}/v1/completions", json=body)
+    assert never.status_code == 400 and never.json()["error"]["param"] == "n", "more than the queue ever holds"
+    with monkeypatch.context() as patch:
+        patch.setattr(server.engine, "_num_unfinished", 1000)
+        answer = httpx.post(f"{server.url}/v1/completions", json=body | {"prompt": "a", "n": 1})
     assert answer.status_code == 503 and answer.json()["error"]["code"] == "queue_full"
     assert int(answer.headers["retry-after"]) >= 1
-    assert client.completions.create(model="tiny", prompt="a").choices[0].text, "none of the 68 was taken"
+    assert client.completions.create(model="tiny", prompt="a").choices[0].text, "none was taken"
     until_idle(server)
 
 
@@ -467,4 +478,4 @@ def test_openapi_says_what_is_answered(server: Server) -> None:
     for name in ("CompletionRequest", "ChatRequest", "TokenizeRequest", "Message"):
         assert spec["components"]["schemas"][name]["additionalProperties"] is False
     stop = spec["components"]["schemas"]["CompletionRequest"]["properties"]["stop"]["anyOf"]
-    assert stop[0]["maxLength"] == 1024 and stop[1]["maxItems"] == 4
+    assert stop[0]["maxLength"] == 1024 and stop[1]["maxItems"] == 64

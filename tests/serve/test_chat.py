@@ -9,37 +9,9 @@ import httpx
 import openai
 import pytest
 
-from jax_mla_cp.batch.step_request import StepRequest
-from jax_mla_cp.engine import Engine
 from jax_mla_cp.serve.reasoning import ReasoningParser
-from jax_mla_cp.serve.served_model import ServedModel
-from jax_mla_cp.step.results import SampledToken, StepResult
-from jax_mla_cp.tokenizer import ChatTemplate, Tokenizer
-from tests.helpers.byte_tokenizer import EOS, byte_tokenizer
-from tests.helpers.in_process import client_of, serving
-from tests.helpers.standin import PageModel
-
-# The answer follows \x02; who sends "open" gets a prompt that ends with <think>, as DeepSeek-R1's does.
-TEMPLATE = """\
-{%- for m in messages %}{{ m.content }}{% if m.content == 'refuse' %}{{ raise_exception('no such talk') }}{% endif %}
-{%- endfor %}{{ '\\x02' }}{% if messages[-1].content == 'open' %}{{ '<think>\\n' }}{% endif %}
-{#- thoughts end with </think> #}"""
-
-
-class Script(PageModel):
-    """Says `script`, byte by byte, and then EOS, from where the answer begins."""
-
-    script = ""
-
-    def _run(self, group: int, work: StepRequest) -> StepResult:
-        outcome = super()._run(group, work)
-        if not outcome.sampled:
-            return outcome
-        seen = self.slots[group][self.slots_of(work.pages, work.num_computed_tokens + len(work.tokens))].tolist()
-        said = bytes(token for token in seen if token < 256).rpartition(b"\x02")[2].removeprefix(b"<think>\n")
-        whole = [*self.script.encode(), EOS]
-        token, usual = whole[len(said)], outcome.sampled[0]
-        return StepResult([SampledToken(token, usual.logprob, usual.top_tokens, usual.top_logprobs)], [])
+from tests.helpers.in_process import client_of
+from tests.helpers.scripted_model import Script, serving_script
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +21,7 @@ def model() -> Script:
 
 @pytest.fixture(scope="module")
 def url(model: Script) -> Iterator[str]:
-    plain = byte_tokenizer()
-    tokenizer = Tokenizer(plain._vocabulary, chat_template=ChatTemplate(TEMPLATE, {}))
-    with serving(ServedModel("tiny", Engine(model), tokenizer, 259, 600, (EOS,), None)) as address:
+    with serving_script(model) as address:
         yield address
 
 
@@ -80,7 +50,7 @@ def test_thoughts(
     model.script = script
     arguments: Any = {"model": "tiny", "messages": [{"role": "user", "content": ask}]}
     message = client.chat.completions.create(**arguments).choices[0].message.to_dict()
-    assert (message.get("reasoning_content"), message["content"]) == (thoughts, content)
+    assert (message.get("reasoning_content"), message.get("content") or "") == (thoughts, content)
     deltas = [c.choices[0].delta.to_dict() for c in client.chat.completions.create(**arguments, stream=True)]
     assert "".join(str(delta.get("reasoning_content", "")) for delta in deltas) == (thoughts or "")
     assert "".join(str(delta.get("content", "")) for delta in deltas) == content
@@ -103,28 +73,22 @@ def test_a_completion_keeps_the_tags(model: Script, client: openai.OpenAI) -> No
 BAD: list[tuple[dict[str, Any], str | None, str]] = [
     ({"messages": []}, "messages", "at least 1 item"),
     ({"messages": "hi"}, "messages", "valid list"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "'system', 'user' or 'assistant'"),
-    ({"messages": [{"role": "user"}]}, "messages", "required"),
-    ({"messages": [{"role": "user", "content": None}]}, "messages", "valid string"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", ""),
+    ({"messages": [{"role": "user"}]}, "messages[0].content", "is required"),
     ({"messages": [{"role": "user", "content": "refuse"}]}, "messages", "no such talk"),
     ({"messages": [{"role": "user", "content": "x" * 700}]}, "messages", "maximum context length is 600 tokens"),
-    ({"tools": []}, "tools", "not permitted"),
-    ({"tool_choice": "auto"}, "tool_choice", "not permitted"),
-    ({"chat_template": "{{ 1 }}"}, "chat_template", "not permitted"),
-    ({"chat_template_kwargs": {}}, "chat_template_kwargs", "not permitted"),
-    ({"top_logprobs": 2}, None, "top_logprobs requires logprobs=true"),
+    ({"chat_template": "{{ 1 }}"}, "chat_template", "not a field"),
+    ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages", "the server sets this variable"),
     ({"logprobs": 2}, "logprobs", "valid boolean"),
-    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
-    ({"max_tokens": 5, "max_completion_tokens": 6}, None, "alias of max_completion_tokens"),
-    ({"max_completion_tokens": 0}, "max_completion_tokens", "greater than or equal to 1"),
-    ({"prompt": "x"}, "prompt", "not permitted"),
+    ({"prompt": "x"}, "prompt", "not a field"),
+    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "none of the known formats"),
+    ({"thinking_token_budget": 5}, "thinking_token_budget", "</think> is not a single token"),
     (
         {"messages": [{"role": "user", "content": "open"}], "response_format": {"type": "json_object"}},
         "response_format",
-        "reasons before it answers",
+        "can't tell where the answer starts",
     ),
 ]
+"""What a model or template can't do. tests/serve/test_request_bodies.py has what no model can."""
 
 
 @pytest.mark.parametrize(("change", "param", "message"), BAD, ids=[str(change)[:50] for change, _, _ in BAD])
@@ -162,7 +126,7 @@ def test_special_tokens_of_a_prompt_are_optional(url: str) -> None:
         return httpx.post(f"{url}/tokenize", json=body).json()["tokens"]
 
     said = tokens(messages=[{"role": "user", "content": "ab"}], add_generation_prompt=False)
-    assert said == [*b"ab\x02"] and tokens(prompt="ab", add_special_tokens=False) == [*b"ab"]
+    assert said == [*b"ab"] and tokens(prompt="ab", add_special_tokens=False) == [*b"ab"]
     for path, body in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [97]})):
         assert httpx.post(url + path, json=body).status_code == 200
         assert httpx.post(url + path, json={**body, "model": "other"}).status_code == 404

@@ -30,9 +30,20 @@ QUANTIZATION = {
 
 CHAT_TEMPLATE = """\
 {{- bos_token }}
+{%- if tools %}
+{{- '## Tools\\nCall a function by writing <｜tool▁calls▁begin｜><｜tool▁call▁begin｜>NAME<｜tool▁sep｜>ARGUMENTS<｜tool▁call▁end｜><｜tool▁calls▁end｜>, with a JSON object as ARGUMENTS. The functions are:\\n' }}
+{%- for tool in tools %}{{ tool.function | tojson + '\\n' }}{% endfor %}
+{%- endif %}
 {%- for message in messages %}
 {%- if message.role == 'user' %}{{ '<｜User｜>' + message.content }}
-{%- elif message.role == 'assistant' %}{{ '<｜Assistant｜>' + message.content + eos_token }}
+{%- elif message.role == 'assistant' %}{{ '<｜Assistant｜>' + (message.content or '') }}
+{%- if message.tool_calls %}
+{{- '<｜tool▁calls▁begin｜>' }}
+{%- for call in message.tool_calls %}{{ '<｜tool▁call▁begin｜>' + call.function.name + '<｜tool▁sep｜>' + call.function.arguments + '<｜tool▁call▁end｜>' }}{% endfor %}
+{{- '<｜tool▁calls▁end｜>' }}
+{%- endif %}
+{{- eos_token }}
+{%- elif message.role == 'tool' %}{{ '<｜tool▁output▁begin｜>' + message.content + '<｜tool▁output▁end｜>' }}
 {%- else %}{{ message.content }}
 {%- endif %}
 {%- endfor %}

@@ -1,0 +1,114 @@
+"""`ChatFormat`: how one chat request's output is constrained and read, by the model's reasoning and tool-call formats."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jax_mla_cp.engine import Grammar, GrammarError
+from jax_mla_cp.serve import preprocessing
+from jax_mla_cp.serve.errors import ApiError
+from jax_mla_cp.serve.output_parser import OutputParser
+from jax_mla_cp.serve.reasoning import END_TAG, START_TAG, ReasoningGrammar, ReasoningParser, prompt_starts_reasoning
+from jax_mla_cp.serve.schemas.chat import ChatRequest, NamedTool
+from jax_mla_cp.serve.served_model import ServedModel
+from jax_mla_cp.serve.structured_output import CompiledGrammar, LarkGrammar
+
+
+class ChatFormat:
+    """Raises `ApiError` for a request that the model's formats can't serve."""
+
+    def __init__(self, served: ServedModel, body: ChatRequest, prompt: Sequence[int]):
+        tokenizer = served.require_tokenizer("messages")
+        self._served = served
+        self._body = body
+        self._tools = body.callable_tools()
+        self._calls = served.tool_format if self._tools else None
+        if self._tools and self._calls is None:
+            message = (
+                "tools: this model's chat template has none of the known formats of tool calls. Start the server with "
+                "--tool-parser, or send tool_choice none."
+            )
+            raise ApiError(400, message, param="tools")
+        self._in_reasoning = served.is_reasoning and prompt_starts_reasoning(tokenizer, prompt)
+        self._end_token = tokenizer.token_id(END_TAG)
+        self._start_token = tokenizer.token_id(START_TAG)
+        self._holds_calls_only = False
+        self._grammar = self._compile()
+        needs_end = self._grammar is not None and self._in_reasoning
+        if self._end_token is None and (needs_end or body.thinking_token_budget is not None):
+            field = next(iter(body.constraints()), "tool_choice") if needs_end else "thinking_token_budget"
+            message = (
+                f"{field}: not available. This model's {END_TAG} is not a single token, so the server can't tell where the "
+                "answer starts."
+            )
+            raise ApiError(400, message, param=field)
+        # A grammar that applies from the first token on leaves no place for reasoning.
+        is_free = self._grammar is None or self._holds_calls_only
+        self._parses_reasoning = served.is_reasoning and (is_free or self._in_reasoning)
+
+    @property
+    def is_forced_call(self) -> bool:
+        """True if the request names the function to call."""
+        return isinstance(self._body.tool_choice, NamedTool)
+
+    @property
+    def shown_tokens(self) -> frozenset[int]:
+        """Special tokens of the vocabulary that the parsers have to see."""
+        tokenizer = self._served.require_tokenizer("messages")
+        markers = self._calls.markers if self._calls is not None else ()
+        tags = (START_TAG, END_TAG) if self._parses_reasoning else ()
+        return frozenset(token for text in (*markers, *tags) if (token := tokenizer.token_id(text)) is not None)
+
+    def new_parser(self) -> OutputParser:
+        """A parser for one choice."""
+        starts = self._calls.section_start if self._calls is not None else ()
+        reasoning = (
+            ReasoningParser(in_reasoning=self._in_reasoning, also_ends=starts) if self._parses_reasoning else None
+        )
+        calls = None
+        if self._calls is not None:
+            calls = self._calls.new_parser(self._plain_tools())
+        return OutputParser(reasoning, calls, parallel=self._body.parallel_tool_calls is not False)
+
+    def new_grammar(self) -> Grammar | None:
+        """A grammar for one choice. None: free text."""
+        grammar = None if self._grammar is None else self._grammar.copy()
+        budget = self._body.thinking_token_budget
+        reasons = self._in_reasoning or (budget is not None and self._parses_reasoning)
+        if self._end_token is None or not reasons or (grammar is None and budget is None):
+            return grammar
+        tokenizer = self._served.require_tokenizer("messages")
+        starts = self._calls.section_start if self._calls is not None else ()
+        return ReasoningGrammar(
+            grammar,
+            end_token=self._end_token,
+            vocab_size=self._served.vocab_size,
+            start_token=None if self._in_reasoning else self._start_token,
+            budget=budget,
+            eos_tokens=self._served.eos_token_ids,
+            also_ends=[token for text in starts if (token := tokenizer.token_id(text)) is not None],
+        )
+
+    def _compile(self) -> CompiledGrammar | None:
+        body, choice = self._body, self._body.tool_choice
+        is_strict = any(tool.function.strict for tool in self._tools)
+        if self._calls is None or body.constraints() or (choice in (None, "auto") and not is_strict):
+            return preprocessing.compile_grammar(self._served, body)
+        self._holds_calls_only = choice in (None, "auto")
+        try:
+            text = self._calls.grammar(
+                self._plain_tools(),
+                names=[choice.function.name]
+                if isinstance(choice, NamedTool)
+                else [t.function.name for t in self._tools],
+                required=not self._holds_calls_only,
+                parallel=body.parallel_tool_calls is not False and not isinstance(choice, NamedTool),
+                token_id=self._served.require_tokenizer("messages").token_id,
+            )
+            return self._served.grammars.compile(LarkGrammar(text))
+        except GrammarError as error:
+            raise ApiError(400, f"tools: {error}", param="tools") from error
+
+    def _plain_tools(self) -> list[dict[str, Any]]:
+        return [tool.model_dump(exclude_none=True) for tool in self._tools]

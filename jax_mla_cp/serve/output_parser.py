@@ -1,0 +1,65 @@
+"""From a chat model's text to reasoning, content and tool calls."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jax_mla_cp.serve.reasoning import ReasoningParser
+from jax_mla_cp.serve.tool_calls import CallDelta, ToolCallParser
+
+
+@dataclasses.dataclass(frozen=True)
+class ParsedText:
+    """Parts of the text that are certain by now; each may be empty."""
+
+    reasoning: str
+    content: str
+    calls: list[CallDelta]
+
+
+class OutputParser:
+    """Splits the streamed text of one choice, first into reasoning and the rest, then the rest into content and calls.
+
+    Args:
+      reasoning: None: the text has no reasoning.
+      calls: None: calls are not looked for.
+      parallel: False: only the first call counts.
+    """
+
+    def __init__(self, reasoning: ReasoningParser | None, calls: ToolCallParser | None, *, parallel: bool = True):
+        self._reasoning = reasoning
+        self._calls = calls
+        self._parallel = parallel
+        self.has_calls = False
+
+    @property
+    def is_cut_off(self) -> bool:
+        """True if the text ended within a call."""
+        return self._calls is not None and self._calls.is_incomplete
+
+    def push(self, text: str) -> ParsedText:
+        reasoning, content = ("", text) if self._reasoning is None else self._reasoning.push(text)
+        return self._split(reasoning, content)
+
+    def finish(self, text: str) -> ParsedText:
+        """Adds the last text and ends the output."""
+        reasoning, content = ("", text) if self._reasoning is None else self._reasoning.push(text)
+        if self._reasoning is not None:
+            rest = self._reasoning.flush()
+            reasoning, content = reasoning + rest[0], content + rest[1]
+        first = self._split(reasoning, content)
+        if self._calls is None:
+            return first
+        last = self._calls.finish()
+        return ParsedText(first.reasoning, first.content + last.content, first.calls + self._counted(last.calls))
+
+    def _split(self, reasoning: str, content: str) -> ParsedText:
+        if self._calls is None or not content:
+            return ParsedText(reasoning, content, [])
+        parsed = self._calls.push(content)
+        return ParsedText(reasoning, parsed.content, self._counted(parsed.calls))
+
+    def _counted(self, calls: list[CallDelta]) -> list[CallDelta]:
+        counted = [call for call in calls if self._parallel or call.index == 0]
+        self.has_calls = self.has_calls or bool(counted)
+        return counted

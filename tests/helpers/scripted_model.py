@@ -1,0 +1,73 @@
+"""A model that says what a test wants, byte by byte, behind a chat template for all that templates may ask for."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from jax_mla_cp.batch.logit_bias import LogitBias
+from jax_mla_cp.batch.step_request import StepRequest
+from jax_mla_cp.engine import Engine
+from jax_mla_cp.serve.served_model import ServedModel
+from jax_mla_cp.step.results import SampledToken, StepResult
+from jax_mla_cp.tokenizer import ChatTemplate, Tokenizer
+from tests.helpers.byte_tokenizer import EOS, byte_tokenizer
+from tests.helpers.in_process import serving
+from tests.helpers.standin import PageModel
+
+# The answer follows \x02; who sends "open" gets a prompt that ends with <think>, as DeepSeek-R1's does.
+TEMPLATE = """\
+{%- if tools %}{{ tools | tojson }}{% endif %}
+{%- for m in messages %}{{ m.content or '' }}{% if m.content == 'refuse' %}{{ raise_exception('no such talk') }}{% endif %}
+{%- for call in m.tool_calls or [] %}[{{ call.function.name }} {{ call.function.arguments }}]{% endfor %}
+{%- if m.role == 'tool' %}={{ m.tool_call_id }}{% endif %}
+{%- endfor %}{% if effort or reasoning_effort %}{{ reasoning_effort }}{% endif %}
+{%- if add_generation_prompt %}{{ '\\x02' }}{% if messages[-1].content == 'open' %}{{ '<think>\\n' }}{% endif %}{% endif %}
+{#- thoughts end with </think> #}"""
+
+
+_INSTEAD = (EOS, *b'}]"<:,', *range(33, 127), *range(256))
+"""What the model says where its script is forbidden: rather an end than more."""
+
+
+def _is_allowed(token: int, bias: LogitBias | None) -> bool:
+    if bias is None:
+        return True
+    banned = token in bias.tokens[bias.add == -np.inf]
+    return not banned and (bias.mask is None or bool(int(bias.mask[token // 32]) >> token % 32 & 1))
+
+
+class Script(PageModel):
+    """Says `script`, and then EOS, from where the answer begins; what a grammar forbids it replaces by what it allows."""
+
+    script = ""
+
+    def _run(self, group: int, work: StepRequest) -> StepResult:
+        outcome = super()._run(group, work)
+        if not outcome.sampled:
+            return outcome
+        seen = self.slots[group][self.slots_of(work.pages, work.num_computed_tokens + len(work.tokens))].tolist()
+        said = bytes(token for token in seen if token < 256).rpartition(b"\x02")[2].removeprefix(b"<think>\n")
+        whole = [*self.script.encode(), EOS]
+        token, usual = whole[min(len(said), len(whole) - 1)], outcome.sampled[0]
+        token = next(t for t in (token, *_INSTEAD) if _is_allowed(t, work.logit_bias))
+        return StepResult([SampledToken(token, usual.logprob, usual.top_tokens, usual.top_logprobs)], [])
+
+
+@contextlib.contextmanager
+def serving_script(
+    model: Script, template: str = TEMPLATE, max_model_len: int = 600, prefix: Sequence[int] = (), **served: Any
+) -> Iterator[str]:
+    """The address of a server of the model.
+
+    Args:
+      prefix: special tokens before a text.
+    """
+    vocabulary = byte_tokenizer()._vocabulary
+    tokenizer = Tokenizer(vocabulary, prefix=prefix, chat_template=ChatTemplate(template, {}))
+    one = ServedModel("tiny", Engine(model), tokenizer, 259, max_model_len, (EOS,), None, **served)
+    with serving(one) as url:
+        yield url

@@ -1,0 +1,157 @@
+"""Tool calls through chat completions, whole and streamed, with a model that says what a test wants."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+
+from tests.helpers.in_process import client_of
+from tests.helpers.scripted_model import Script, serving_script
+
+PARAMETERS = {
+    "type": "object",
+    "properties": {"a": {"type": "integer"}},
+    "required": ["a"],
+    "additionalProperties": False,
+}
+TOOLS: list[Any] = [
+    {"type": "function", "function": {"name": name, "parameters": PARAMETERS}} for name in ("add", "sub")
+]
+BEGIN, END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
+
+
+def call(name: str, arguments: str) -> str:
+    return f"<｜tool▁call▁begin｜>{name}<｜tool▁sep｜>{arguments}<｜tool▁call▁end｜>"
+
+
+ONE = BEGIN + call("add", '{"a": 1}') + END
+TWO = BEGIN + call("add", '{"a": 1}') + call("sub", '{"a": 2}') + END
+
+
+@pytest.fixture(scope="module")
+def model() -> Script:
+    return Script(pages=1000, max_running=8, prefill_chunk=64)
+
+
+@pytest.fixture(scope="module")
+def client(model: Script) -> Iterator[openai.OpenAI]:
+    with serving_script(model, max_model_len=1200, tool_parser="deepseek_v31") as url:
+        yield client_of(url)
+
+
+def ask(client: openai.OpenAI, content: str = "say", **fields: Any) -> dict[str, Any]:
+    """The message, with `finish_reason` in it; the same whether streamed or not."""
+    arguments: Any = {"model": "tiny", "messages": [{"role": "user", "content": content}], "tools": TOOLS, **fields}
+    choice = client.chat.completions.create(**arguments).choices[0]
+    whole = {"finish_reason": choice.finish_reason, **choice.message.to_dict()}
+    assert whole.pop("role") == "assistant"
+    streamed: dict[str, Any] = {"content": "", "reasoning_content": "", "tool_calls": []}
+    for chunk in client.chat.completions.create(**arguments, stream=True):
+        delta = chunk.choices[0].delta.to_dict()
+        for name in ("content", "reasoning_content"):
+            streamed[name] += delta.get(name) or ""
+        for part in delta.get("tool_calls", []):
+            if part["index"] == len(streamed["tool_calls"]):
+                assert part["id"] and part["type"] == "function" and part["function"]["name"]
+                streamed["tool_calls"].append({"function": {"name": part["function"]["name"], "arguments": ""}})
+            else:
+                assert part.keys() == {"index", "function"} and part["function"].keys() == {"arguments"}
+            streamed["tool_calls"][part["index"]]["function"]["arguments"] += part["function"]["arguments"]
+        streamed["finish_reason"] = chunk.choices[0].finish_reason
+    for each in whole.get("tool_calls", []):
+        assert each.pop("id").startswith("call_") and each.pop("type") == "function"
+    empty: dict[str, Any] = {"content": "", "reasoning_content": "", "tool_calls": []}
+    assert {name: whole.get(name) or empty.get(name) for name in streamed} == streamed
+    return whole
+
+
+def functions(message: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(each["function"]["name"], each["function"]["arguments"]) for each in message.get("tool_calls", [])]
+
+
+def test_a_call(model: Script, client: openai.OpenAI) -> None:
+    model.script = ONE
+    message = ask(client)
+    assert functions(message) == [("add", '{"a": 1}')]
+    assert message["content"] is None and message["finish_reason"] == "tool_calls"
+
+
+def test_text_before_calls(model: Script, client: openai.OpenAI) -> None:
+    model.script = f"Let me see.{TWO}"
+    message = ask(client)
+    assert functions(message) == [("add", '{"a": 1}'), ("sub", '{"a": 2}')]
+    assert message["content"] == "Let me see." and message["finish_reason"] == "tool_calls"
+    assert functions(ask(client, parallel_tool_calls=False)) == [("add", '{"a": 1}')]
+
+
+@pytest.mark.parametrize("script", ["No call.", f"{BEGIN} is a marker", "a < b", BEGIN[:-1]])
+def test_text_that_is_no_call(model: Script, client: openai.OpenAI, script: str) -> None:
+    model.script = script
+    message = ask(client)
+    assert message["content"] == script and message["finish_reason"] == "stop" and not functions(message)
+
+
+def test_no_tools_no_calls(model: Script, client: openai.OpenAI) -> None:
+    model.script = ONE
+    for fields in ({"tool_choice": "none"}, {"tools": []}, {"tools": None}):
+        message = ask(client, **fields)
+        assert message["content"] == ONE and message["finish_reason"] == "stop"
+
+
+def test_a_call_inside_of_thoughts_ends_them(model: Script, client: openai.OpenAI) -> None:
+    """Models forget </think> before a call."""
+    for end in ("", "</think>", "</think>\n\n"):
+        model.script = f"Hm, I add.{end}{ONE}"
+        message = ask(client, "open")
+        assert message["reasoning_content"] == "Hm, I add." and functions(message) == [("add", '{"a": 1}')]
+        assert message["content"] is None and message["finish_reason"] == "tool_calls"
+    assert ask(client, "open", tool_choice="none")["reasoning_content"] == "Hm, I add."
+
+
+def test_a_call_that_is_cut(model: Script, client: openai.OpenAI) -> None:
+    model.script = ONE
+    message = ask(client, max_tokens=len(ONE.encode()) - len(f"1}}<｜tool▁call▁end｜>{END}".encode()))
+    assert functions(message) == [("add", '{"a":')] and message["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("script", ["I'd rather not.", ONE, TWO])
+def test_required_calls(model: Script, client: openai.OpenAI, script: str) -> None:
+    model.script = script
+    message = ask(client, tool_choice="required", max_tokens=400)
+    called = functions(message)
+    assert called and message["finish_reason"] == "tool_calls", message
+    for name, arguments in called:
+        assert name in ("add", "sub") and isinstance(json.loads(arguments)["a"], int)
+    if script == TWO:
+        assert [name for name, _ in called] == ["add", "sub"]
+
+
+def test_a_named_call(model: Script, client: openai.OpenAI) -> None:
+    model.script = ONE
+    named = {"type": "function", "function": {"name": "sub"}}
+    message = ask(client, tool_choice=named, max_tokens=400)
+    ((name, arguments),) = functions(message)
+    assert name == "sub" and isinstance(json.loads(arguments)["a"], int) and message["finish_reason"] == "stop"
+
+
+def test_strict_arguments(model: Script, client: openai.OpenAI) -> None:
+    """Only what `strict` asks for is held: the model may still say anything else."""
+    wrong = BEGIN + call("add", '{"a": "x"}') + END
+    strict = [{"type": "function", "function": {**TOOLS[0]["function"], "strict": True}}]
+    model.script = wrong
+    assert functions(ask(client)) == [("add", '{"a": "x"}')]
+    ((_, arguments),) = functions(ask(client, tools=strict, max_tokens=400))
+    assert isinstance(json.loads(arguments)["a"], int)
+    model.script = "Just text."
+    assert ask(client, tools=strict)["content"] == "Just text."
+
+
+def test_schemas_that_no_call_can_follow(client: openai.OpenAI) -> None:
+    bad = [{"type": "function", "function": {"name": "f", "parameters": {"type": "wish"}}}]
+    with pytest.raises(openai.BadRequestError) as error:
+        ask(client, tools=bad, tool_choice="required")
+    assert error.value.param == "tools"
