@@ -44,7 +44,7 @@ endef
 help:
 	@echo "make serve [ARGS='--port 9000'] [MESH=tp=8,cp=4]   serve the built-in model"
 	@echo "make test [ARGS='-k zigzag']                      run the tests"
-	@echo "make soak                                         load, fault and fuzz tests in full (25 minutes on 2 cores)"
+	@echo "make soak                                         load, fault and fuzz tests in full (about three hours on 2 cores)"
 	@echo "make lint | format                                check | apply the formatting: ruff, mypy, import-linter, clang-format"
 	@echo "make env                                          the run-time environment in $(VENV); compiles nothing without a GPU"
 	@echo "make ffi                                          with the FlashAttention-3 kernels in it (needs nvcc)"

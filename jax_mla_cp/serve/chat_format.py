@@ -35,17 +35,25 @@ class ChatFormat:
         self._start_token = tokenizer.token_id(START_TAG)
         self._holds_calls_only = False
         self._grammar = self._compile()
-        needs_end = self._grammar is not None and self._in_reasoning
-        if self._end_token is None and (needs_end or body.thinking_token_budget is not None):
-            field = next(iter(body.constraints()), "tool_choice") if needs_end else "thinking_token_budget"
-            message = (
-                f"{field}: not available. This model's {END_TAG} is not a single token, so the server can't tell where the "
-                "answer starts."
-            )
-            raise ApiError(400, message, param=field)
+        self._check_tags()
         # A grammar that applies from the first token on leaves no place for reasoning.
         is_free = self._grammar is None or self._holds_calls_only
         self._parses_reasoning = served.is_reasoning and (is_free or self._in_reasoning)
+
+    def _check_tags(self) -> None:
+        """Raises 400 if a constraint or a budget needs the end of the reasoning, and the tags are not single tokens."""
+        has_tags = self._end_token is not None and (self._in_reasoning or self._start_token is not None)
+        if self._grammar is not None and self._in_reasoning and not has_tags:
+            field = next(iter(self._body.constraints()), "tools" if self._holds_calls_only else "tool_choice")
+        elif self._body.thinking_token_budget is not None and not has_tags:
+            field = "thinking_token_budget"
+        else:
+            return
+        message = (
+            f"{field}: not available. This model's {START_TAG} and {END_TAG} are not single tokens, so the server can't tell "
+            "where the answer starts."
+        )
+        raise ApiError(400, message, param=field)
 
     @property
     def is_forced_call(self) -> bool:

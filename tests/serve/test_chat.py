@@ -81,7 +81,7 @@ BAD: list[tuple[dict[str, Any], str | None, str]] = [
     ({"logprobs": 2}, "logprobs", "valid boolean"),
     ({"prompt": "x"}, "prompt", "not a field"),
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "none of the known formats"),
-    ({"thinking_token_budget": 5}, "thinking_token_budget", "</think> is not a single token"),
+    ({"thinking_token_budget": 5}, "thinking_token_budget", "are not single tokens"),
     (
         {"messages": [{"role": "user", "content": "open"}], "response_format": {"type": "json_object"}},
         "response_format",
