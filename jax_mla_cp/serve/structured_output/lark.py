@@ -58,11 +58,13 @@ class LarkText:
             assert found is not None
             kind, lexeme, position = str(found.lastgroup), found[0], found.end()
             if kind == "data":
-                value, position = _value(lexeme, text, position)
+                start = position
+                value, position = _value(lexeme, text, start)
                 if lexeme == "%json":
                     value = prepare(value, budget)
                     self.schemas.append(value)
-                lexeme = f"{lexeme} {json.dumps(value)}"
+                lines = "\n" * text.count("\n", start, position)  # so that llguidance counts as the client does
+                lexeme = f"{lexeme} {lines}{json.dumps(value)}"
             elif kind == "token":
                 lexeme = self._ids(lexeme)
             elif lexeme in ('"', "/"):

@@ -8,7 +8,7 @@ from typing import Any
 
 from jax_mla_cp.serve.structured_output.schema_tree import Slot, subschemas
 
-_SECONDS = 0.3
+_SECONDS = 0.5
 
 
 def locate(root: dict[str, Any], fails: Callable[[], bool]) -> str:

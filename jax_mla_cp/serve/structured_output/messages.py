@@ -41,7 +41,6 @@ _LARK = (
     ("lexer error", "unexpected character. Texts stand in double quotes, regular expressions between slashes."),
     ("no start rule", "there is no rule `start`. Add it."),
     ("Empty grammar", "it is empty."),
-    ("unknown name", "a rule or terminal that is not defined. Terminals are in capitals and can't refer to rules."),
     ("unknown grammar", "@ refers to another grammar, which there is none. Remove it."),
     ("duplicate", "a rule that is defined twice. Rename one."),
     ("circular reference", "a terminal that refers to itself. Make it a rule, in small letters."),
@@ -50,7 +49,8 @@ _LARK = (
     ("not supported", "a feature of Lark that can't be enforced (priorities, templates). Write it without."),
     ("too deeply nested", "nested too deeply. Split it into rules."),
 )
-_PLACE = re.compile(r"^(?:at )?(\d+)\((\d+)\): ")
+_PLACE = re.compile(r"^(?:at )?(\d+)\(\d+\): ")
+_UNDEFINED = re.compile(r'unknown name: "([\w-]{1,100})"')
 _REGEX = re.compile(r"\nerror: ([^\n]{1,200})")
 _TOO_COMPLEX = re.compile(r"too (large|big|many|complex)|fuel|limit", re.IGNORECASE)
 _NO_OUTPUT = "no output satisfies it. Check for rules that lead back to themselves without end."
@@ -76,14 +76,16 @@ def grammar_message(error: str, *, places: bool) -> str:
     """The message for a regular expression or a grammar that llguidance refuses.
 
     Args:
-      places: say the line and column; a client can't use those of a text that it did not write.
+      places: say the line; a client can't use that of a text that it did not write.
     """
     place = _PLACE.search(error) if places else None
-    where = "" if place is None else f"line {place[1]}, column {place[2]}: "
+    where = "" if place is None else f"line {place[1]}: "
     if (reason := _REGEX.search(error)) is not None:
         return f"{where}invalid regular expression: {reason[1]}. Correct it."
     if "lookarounds not supported" in error:
         return f"{where}\\b and other look-around can't be enforced. Write it without."
+    if (name := _UNDEFINED.search(error)) is not None:
+        return f"{where}{name[1]} is not defined. Add it; a terminal, in capitals, can't refer to rules."
     for sign, message in _LARK:
         if re.search(sign, error):
             return where + message

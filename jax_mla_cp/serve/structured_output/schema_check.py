@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jax_mla_cp.engine import GrammarError
+from jax_mla_cp.serve.structured_output.endless import find_endless
 from jax_mla_cp.serve.structured_output.one_of import are_disjoint
 from jax_mla_cp.serve.structured_output.pattern_budget import MAX_INTERSECTED, PatternBudget
 from jax_mla_cp.serve.structured_output.schema_tree import at, resolve, subschemas
@@ -158,6 +159,9 @@ class _Check:
                 raise at(
                     pointer, f"a text would have to match more than {MAX_INTERSECTED} patterns at once. Combine them."
                 )
+        endless = find_endless(self._root, found)
+        if endless is not None:
+            raise at(endless, "no value satisfies it: it has to contain itself without end. Make a property optional.")
         for _, schema in found:
             if (
                 "anyOf" not in schema
