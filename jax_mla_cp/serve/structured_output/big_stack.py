@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import TypeVar
 
 T = TypeVar("T")
-# llguidance recurses over definitions that refer to one another. On a stack of 8 MiB, a schema of 20,000 characters is enough
-# to overflow it, which kills the process; 64 MiB hold what the limits on length allow, several times over.
+# llguidance recurses over definitions that refer to one another, and a stack that overflows kills the process. A schema within
+# the limits overflows 8 MiB; 64 MiB were enough for the worst that was tried.
 _STACK_BYTES = 256 << 20
 _lock = threading.Lock()
 
