@@ -44,7 +44,9 @@ class _CompletionBuilder:
         self._n = body.n or 1
         self._texts = served.token_texts.as_ids if body.return_tokens_as_token_ids else served.token_texts
         echoed = zip(body.prompts(), self.prompts, strict=True) if body.echo else ()
-        self._echoes = [_Echo(served, prompt, ids) for prompt, ids in echoed]
+        # A truncated prompt is echoed as it was used.
+        truncated = body.truncate_prompt_tokens is not None
+        self._echoes = [_Echo(served, ids if truncated else prompt, ids) for prompt, ids in echoed]
         self._offset = [0] * (len(self.prompts) * self._n)
         """Characters of each choice's text so far."""
 

@@ -27,7 +27,7 @@ def is_reasoning_model(tokenizer: Tokenizer) -> bool:
 
 def prompt_starts_reasoning(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
     """True if the prompt ends with <think>, as with DeepSeek-R1's template: the output then starts inside the reasoning."""
-    return tokenizer.decode(prompt[-_TAIL:]).rstrip().endswith(START_TAG)
+    return tokenizer.decode(prompt[-_TAIL:], skip_special_tokens=False).rstrip().endswith(START_TAG)
 
 
 class ReasoningParser:

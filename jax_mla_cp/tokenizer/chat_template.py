@@ -14,6 +14,8 @@ from jax_mla_cp.tokenizer.messages import plain_messages
 from jax_mla_cp.tokenizer.sandbox import SandboxedTemplate
 from jax_mla_cp.tokenizer.tokenizer_config import read_text, special_tokens
 
+_END_MARK = "END_OF_THE_FINAL_MESSAGE "
+"""Follows the content of a message that is to be continued; white space at its end tells if the template trims."""
 _PROBE = '{"probe_key": "probe_value"}'
 
 
@@ -104,8 +106,10 @@ class ChatTemplate:
             raise ValueError(f"variables for the chat template: expected JSON values: {error}") from error
         plain = plain_messages(messages, parse_arguments=self._reads_arguments_as_objects(messages))
         self._check_places(plain, bool(tools))
-        text = self._render(plain, add_generation_prompt and not continue_final_message, json_values)
-        return _end_after(text, plain[-1]["content"] or "") if continue_final_message else text
+        if not continue_final_message:
+            return self._render(plain, add_generation_prompt, json_values)
+        plain[-1]["content"] = (plain[-1]["content"] or "") + _END_MARK
+        return _before_mark(self._render(plain, False, json_values))
 
     def _render(self, plain: list[dict[str, Any]], add_generation_prompt: bool, variables: Mapping[str, Any]) -> str:
         return self._template.render(
@@ -153,17 +157,15 @@ class ChatTemplate:
             return False
 
 
-def _end_after(text: str, content: str) -> str:
-    """Ends a rendered conversation right after the content of its last message.
+def _before_mark(text: str) -> str:
+    """The text up to the mark; without white space before it if the template has trimmed the content.
 
     Raises:
-      ValueError: the content is empty, or the template changes it.
+      ValueError: the template has dropped the mark, and so the message.
     """
-    content = content.strip()
-    at = text.rfind(content) if content else -1
+    at = text.rfind(_END_MARK.strip())
     if at < 0:
         raise ValueError(
-            "continue_final_message: the last message's content is empty or changed by the chat template, so there is no "
-            "place to continue from."
+            "continue_final_message: this model's chat template does not write the last message's content."
         )
-    return text[: at + len(content)]
+    return text[:at] if text.startswith(_END_MARK, at) else text[:at].rstrip()

@@ -54,7 +54,9 @@ class Script(PageModel):
         whole = [*self.script.encode(), EOS]
         token, usual = whole[min(len(said), len(whole) - 1)], outcome.sampled[0]
         token = next(t for t in (token, *_INSTEAD) if _is_allowed(t, work.logit_bias))
-        return StepResult([SampledToken(token, usual.logprob, usual.top_tokens, usual.top_logprobs)], [])
+        return StepResult(
+            [SampledToken(token, usual.logprob, usual.top_tokens, usual.top_logprobs)], [], outcome.prompt_logprobs
+        )
 
 
 @contextlib.contextmanager

@@ -55,7 +55,9 @@ def test_variables(url: str) -> None:
 def test_the_prompts_end(url: str) -> None:
     started = {"role": "assistant", "content": "A page is "}
     assert prompt(url, USER, add_generation_prompt=False) == "Hi"
-    assert prompt(url, USER, started, continue_final_message=True) == "HiA page is"
+    assert prompt(url, USER, started, continue_final_message=True) == "HiA page is "
+    short = {"role": "assistant", "content": "i"}
+    assert prompt(url, short, USER, short, continue_final_message=True) == "iHii", "no text after it is taken for it"
     assert prompt(url, USER, started) == "HiA page is \x02"
     body = {"model": "tiny", "messages": [USER, started], "max_tokens": 3}
     usage = [
@@ -66,10 +68,17 @@ def test_the_prompts_end(url: str) -> None:
             {"truncate_prompt_tokens": 4},
         )
     ]
-    assert usage == [13, 11, 4]
+    assert usage == [13, 12, 4]
     empty = {**body, "messages": [USER, {"role": "assistant", "content": ""}], "continue_final_message": True}
-    answer = httpx.post(f"{url}/v1/chat/completions", json=empty)
-    assert answer.status_code == 400 and answer.json()["error"]["param"] == "continue_final_message"
+    assert httpx.post(f"{url}/v1/chat/completions", json=empty).json()["usage"]["prompt_tokens"] == 2
+
+
+def test_a_final_message_that_the_template_drops() -> None:
+    with serving_script(Script(), "{{ messages[0].content }}") as url:
+        started = {"role": "assistant", "content": "A"}
+        body = {"model": "tiny", "messages": [USER, started], "continue_final_message": True}
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body)
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "continue_final_message"
 
 
 def test_reasoning_effort_is_the_templates(url: str) -> None:

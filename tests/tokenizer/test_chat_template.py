@@ -292,3 +292,14 @@ def test_messages_are_not_changed() -> None:
     before = json.dumps(messages)
     template("kimi_k2").render(messages)
     assert json.dumps(messages) == before
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("content", ["A page is", "e", "ends with space "])
+def test_continues_a_message_as_transformers(name: str, content: str) -> None:
+    special = {"bos_token": BOS, "eos_token": EOS} if name.startswith("deepseek") else {"bos_token": "[BOS]"}
+    theirs = PreTrainedTokenizerFast(tokenizer_object=byte_level(), **special)
+    theirs.chat_template = source(name)
+    messages = conversation("Hello", content)
+    want = theirs.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+    assert template(name).render(messages, continue_final_message=True) == want

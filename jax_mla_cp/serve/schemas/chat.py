@@ -135,7 +135,6 @@ class ChatRequest(GenerationRequest):
         "modalities": (["text"],),
         "function_call": ("none", "auto"),
         "include_reasoning": (True,),
-        "mm_processor_kwargs": ({},),
     }
 
     messages: Annotated[FailFastList[Message], Field(min_length=1, max_length=MAX_MESSAGES)] = Field(

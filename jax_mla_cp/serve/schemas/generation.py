@@ -53,7 +53,6 @@ class GenerationRequest(RequestBody):
         "detokenize": (True,),
         "best_of": (1,),
         "echo": (False,),
-        "allowed_token_ids": ([],),
         "return_hidden_states": (False,),
         "no_stop_trim": (False,),
         "separate_reasoning": (True,),
