@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,8 +14,8 @@ from jax_mla_cp.batch.step_request import StepRequest
 from jax_mla_cp.engine import Engine
 from jax_mla_cp.serve.served_model import ServedModel
 from jax_mla_cp.step.results import SampledToken, StepResult
-from jax_mla_cp.tokenizer import ChatTemplate, Tokenizer
-from tests.helpers.byte_tokenizer import EOS, byte_tokenizer
+from jax_mla_cp.tokenizer import ChatTemplate, JsonVocabulary, Tokenizer
+from tests.helpers.byte_tokenizer import EOS, byte_backend
 from tests.helpers.in_process import serving
 from tests.helpers.standin import PageModel
 
@@ -29,7 +30,9 @@ TEMPLATE = """\
 {#- thoughts end with </think> #}"""
 
 
-_INSTEAD = (EOS, *b'}]"<:,', *range(33, 127), *range(256))
+THINK_TOKENS = ("<think>", "</think>")
+VOCAB_SIZE = EOS + 1 + len(THINK_TOKENS)
+_INSTEAD = (EOS, *b'}]"<:,', *range(33, 127), *range(VOCAB_SIZE))
 """What the model says where its script is forbidden: rather an end than more."""
 
 
@@ -41,17 +44,30 @@ def _is_allowed(token: int, bias: LogitBias | None) -> bool:
 
 
 class Script(PageModel):
-    """Says `script`, and then EOS, from where the answer begins; what a grammar forbids it replaces by what it allows."""
+    """Says `script`, and then EOS, from where the answer begins; what a grammar forbids it replaces by what it allows.
+
+    Args:
+      has_think_tokens: its vocabulary has <think> and </think>; otherwise they are text.
+    """
 
     script = ""
 
+    def __init__(self, *, has_think_tokens: bool = False, **sizes: int):
+        super().__init__(**sizes)
+        backend = byte_backend()
+        if has_think_tokens:
+            backend.add_special_tokens(list(THINK_TOKENS))
+        self.vocabulary = JsonVocabulary(backend)
+
     def _run(self, group: int, work: StepRequest) -> StepResult:
-        outcome = super()._run(group, work)
+        outcome = super()._run(group, dataclasses.replace(work, logit_bias=None))
         if not outcome.sampled:
             return outcome
         seen = self.slots[group][self.slots_of(work.pages, work.num_computed_tokens + len(work.tokens))].tolist()
-        said = bytes(token for token in seen if token < 256).rpartition(b"\x02")[2].removeprefix(b"<think>\n")
-        whole = [*self.script.encode(), EOS]
+        answer = max((at + 1 for at, token in enumerate(seen) if token == 2), default=0)
+        said, opening = seen[answer:], self.vocabulary.encode("<think>\n")
+        said = said[len(opening) :] if said[: len(opening)] == opening else said
+        whole = [*self.vocabulary.encode(self.script), EOS]
         token, usual = whole[min(len(said), len(whole) - 1)], outcome.sampled[0]
         token = next(t for t in (token, *_INSTEAD) if _is_allowed(t, work.logit_bias))
         return StepResult(
@@ -68,8 +84,7 @@ def serving_script(
     Args:
       prefix: special tokens before a text.
     """
-    vocabulary = byte_tokenizer()._vocabulary
-    tokenizer = Tokenizer(vocabulary, prefix=prefix, chat_template=ChatTemplate(template, {}))
-    one = ServedModel("tiny", Engine(model), tokenizer, 259, max_model_len, (EOS,), None, **served)
+    tokenizer = Tokenizer(model.vocabulary, prefix=prefix, chat_template=ChatTemplate(template, {}))
+    one = ServedModel("tiny", Engine(model), tokenizer, VOCAB_SIZE, max_model_len, (EOS,), None, **served)
     with serving(one) as url:
         yield url

@@ -11,7 +11,7 @@ import pytest
 
 from jax_mla_cp.serve.reasoning import ReasoningParser
 from tests.helpers.in_process import client_of
-from tests.helpers.scripted_model import Script, serving_script
+from tests.helpers.scripted_model import VOCAB_SIZE, Script, serving_script
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_another_model_is_not_found(client: openai.OpenAI) -> None:
         ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}),
         ("/tokenize", {"messages": [{"role": "user", "content": "refuse"}]}),
         ("/tokenize", {"prompt": "a", "other": 1}),
-        ("/detokenize", {"tokens": [259]}),
+        ("/detokenize", {"tokens": [VOCAB_SIZE]}),
         ("/detokenize", {"tokens": [-1]}),
         ("/detokenize", {}),
     ],

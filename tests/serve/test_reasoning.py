@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jax_mla_cp.serve.reasoning import ReasoningGrammar, ReasoningParser
+from tests.helpers.scripted_model import Script, serving_script
 
 START, END, EOS, CALL, VOCAB = 3, 4, 5, 6, 70
 
@@ -76,6 +81,49 @@ def test_a_call_ends_the_reasoning_and_begins_the_content() -> None:
     grammar.accept(1)
     grammar.accept(CALL)
     assert inner.accepted == [CALL] and allowed(grammar) == set(range(0, VOCAB, 2))
+
+
+@pytest.fixture(scope="module")
+def thinker() -> Iterator[tuple[Script, str]]:
+    """A model whose tags are tokens, and its server."""
+    model = Script(has_think_tokens=True, pages=400, max_running=4)
+    with serving_script(model) as url:
+        yield model, url
+
+
+def ask(thinker: tuple[Script, str], script: str, content: str = "open", **fields: Any) -> dict[str, Any]:
+    """The only choice."""
+    model, url = thinker
+    model.script = script
+    body = {"model": "tiny", "messages": [{"role": "user", "content": content}], "max_tokens": 40, **fields}
+    answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]
+
+
+OBJECT = {"response_format": {"type": "json_object"}}
+
+
+def test_a_constrained_answer_does_not_end_inside_of_its_reasoning(thinker: tuple[Script, str]) -> None:
+    free = ask(thinker, "Hm.")
+    assert free["finish_reason"] == "stop" and free["message"]["content"] is None
+    held = ask(thinker, "Hm.", **OBJECT)
+    assert held["finish_reason"] == "length" and held["message"]["content"] is None
+    assert held["message"]["reasoning_content"].startswith("Hm.")
+    done = ask(thinker, 'Hm.</think>{"a": 1}', **OBJECT)
+    assert done["message"] == {"role": "assistant", "content": '{"a": 1}', "reasoning_content": "Hm."}
+    assert done["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(("content", "script"), [("open", "One two three."), ("say", "<think>One two three.")])
+def test_a_budget_cuts_the_reasoning(thinker: tuple[Script, str], content: str, script: str) -> None:
+    message = ask(thinker, script, content, thinking_token_budget=7)["message"]
+    assert message["reasoning_content"] == "One two" and message["content"]
+    assert ask(thinker, f"{script}</think>Yes.", content, thinking_token_budget=30)["message"] == {
+        "role": "assistant",
+        "content": "Yes.",
+        "reasoning_content": "One two three.",
+    }
 
 
 @given(
