@@ -63,20 +63,16 @@ class ChatFormat:
     @property
     def shown_tokens(self) -> frozenset[int]:
         """Special tokens of the vocabulary that the parsers have to see."""
-        tokenizer = self._served.require_tokenizer("messages")
         markers = self._calls.markers if self._calls is not None else ()
         tags = (START_TAG, END_TAG) if self._parses_reasoning else ()
-        return frozenset(token for text in (*markers, *tags) if (token := tokenizer.token_id(text)) is not None)
+        return self._tokens([*markers, *tags])
 
     def new_parser(self) -> OutputParser:
         """A parser for one choice."""
-        starts = self._calls.section_start if self._calls is not None else ()
-        reasoning = (
-            ReasoningParser(in_reasoning=self._in_reasoning, also_ends=starts) if self._parses_reasoning else None
-        )
-        calls = None
-        if self._calls is not None:
-            calls = self._calls.new_parser(self._plain_tools())
+        reasoning = None
+        if self._parses_reasoning:
+            reasoning = ReasoningParser(in_reasoning=self._in_reasoning, also_ends=self._call_starts)
+        calls = None if self._calls is None else self._calls.new_parser(self._plain_tools())
         return OutputParser(reasoning, calls, parallel=self._body.parallel_tool_calls is not False)
 
     def new_grammar(self) -> Grammar | None:
@@ -86,8 +82,6 @@ class ChatFormat:
         reasons = self._in_reasoning or (budget is not None and self._parses_reasoning)
         if self._end_token is None or not reasons or (grammar is None and budget is None):
             return grammar
-        tokenizer = self._served.require_tokenizer("messages")
-        starts = self._calls.section_start if self._calls is not None else ()
         return ReasoningGrammar(
             grammar,
             end_token=self._end_token,
@@ -95,8 +89,18 @@ class ChatFormat:
             start_token=None if self._in_reasoning else self._start_token,
             budget=budget,
             eos_tokens=self._served.eos_token_ids,
-            also_ends=[token for text in starts if (token := tokenizer.token_id(text)) is not None],
+            also_ends=self._tokens(self._call_starts),
         )
+
+    @property
+    def _call_starts(self) -> tuple[str, ...]:
+        """Texts that begin calls."""
+        return self._calls.section_start if self._calls is not None else ()
+
+    def _tokens(self, texts: Sequence[str]) -> frozenset[int]:
+        """The ids of those texts that are tokens."""
+        tokenizer = self._served.require_tokenizer("messages")
+        return frozenset(token for text in texts if (token := tokenizer.token_id(text)) is not None)
 
     def _compile(self) -> CompiledGrammar | None:
         body, choice = self._body, self._body.tool_choice
