@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from jax_mla_cp.engine import Grammar, GrammarError
 from jax_mla_cp.serve import preprocessing
@@ -23,6 +22,8 @@ class ChatFormat:
         self._served = served
         self._body = body
         self._tools = body.callable_tools()
+        # Once for all choices: tools may be megabytes.
+        self._plain_tools = [tool.model_dump(exclude_none=True) for tool in self._tools]
         self._calls = served.tool_format if self._tools else None
         if self._tools and self._calls is None:
             message = (
@@ -72,7 +73,7 @@ class ChatFormat:
         reasoning = None
         if self._parses_reasoning:
             reasoning = ReasoningParser(in_reasoning=self._in_reasoning, also_ends=self._call_starts)
-        calls = None if self._calls is None else self._calls.new_parser(self._plain_tools())
+        calls = None if self._calls is None else self._calls.new_parser(self._plain_tools)
         return OutputParser(reasoning, calls, parallel=self._body.parallel_tool_calls is not False)
 
     def new_grammar(self) -> Grammar | None:
@@ -89,7 +90,7 @@ class ChatFormat:
             start_token=None if self._in_reasoning else self._start_token,
             budget=budget,
             eos_tokens=self._served.eos_token_ids,
-            also_ends=self._tokens(self._call_starts),
+            also_ends=() if self._body.constraints() else self._tokens(self._call_starts),
         )
 
     @property
@@ -110,7 +111,7 @@ class ChatFormat:
         self._holds_calls_only = choice in (None, "auto")
         try:
             text = self._calls.grammar(
-                self._plain_tools(),
+                self._plain_tools,
                 names=[choice.function.name]
                 if isinstance(choice, NamedTool)
                 else [t.function.name for t in self._tools],
@@ -121,6 +122,3 @@ class ChatFormat:
             return self._served.grammars.compile(LarkGrammar(text))
         except GrammarError as error:
             raise ApiError(400, f"tools: {error}", param="tools") from error
-
-    def _plain_tools(self) -> list[dict[str, Any]]:
-        return [tool.model_dump(exclude_none=True) for tool in self._tools]

@@ -126,6 +126,8 @@ def _message(error: Mapping[str, Any]) -> str:
         return "not a field of this API, or not supported here; docs/api.md lists the fields"
     if error["type"] == "missing":
         return "is required"
+    if error["type"].startswith("union_tag"):  # pydantic's text has the whole tag
+        return f"type must be one of {error['ctx'].get('expected_tags', 'the known ones')}"
     message: str = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     if error["type"] == "value_error":
         return message

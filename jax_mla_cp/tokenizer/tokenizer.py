@@ -154,7 +154,7 @@ class Tokenizer:
         return [*self.prefix, *ids, *self.suffix] if add_special_tokens else ids
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
+        self, messages: Sequence[Mapping[str, Any]], /, *, add_generation_prompt: bool = True, **variables: Any
     ) -> list[int]:
         """Returns the token ids of a conversation, rendered by the chat template. The template writes BOS; none is added.
 

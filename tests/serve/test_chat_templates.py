@@ -45,7 +45,7 @@ def test_tools(url: str) -> None:
 
 def test_variables(url: str) -> None:
     assert prompt(url, USER, chat_template_kwargs={"effort": True, "reasoning_effort": "low"}) == "Hilow\x02"
-    assert prompt(url, USER, chat_template_kwargs={"thinking": False, "unknown": [1]}) == "Hi\x02"
+    assert prompt(url, USER, chat_template_kwargs={"thinking": False, "unknown": [1], "self": 1}) == "Hi\x02"
     for name in ("tools", "add_generation_prompt", "tokenize", "chat_template"):
         answer = httpx.post(f"{url}/tokenize", json={"messages": [USER], "chat_template_kwargs": {name: 1}})
         assert answer.status_code == 400

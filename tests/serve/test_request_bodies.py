@@ -137,7 +137,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
         "response_format.json_schema.name",
         "is required",
     ),
-    (chat(response_format={"type": "yaml"}), "response_format", "'yaml'"),
+    (chat(response_format={"type": "yaml Hi" * 100}), "response_format", "'json_schema'"),
     (chat(guided_json={}, guided_regex="a"), "guided_regex", "got guided_json and guided_regex"),
     (chat(structured_outputs={"regex": "a", "choice": ["b"]}), "structured_outputs.choice", "one constraint"),
     (chat(structured_outputs={"backend": "x"}), "structured_outputs.backend", "not a field"),

@@ -21,6 +21,8 @@ from jax_mla_cp.serve.schemas.generation import GenerationRequest
 
 MAX_MESSAGES = 4096
 MAX_TOOLS = 128
+MAX_PARTS = 1024
+"""Parts of a message. Each is validated on the event loop."""
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 """OpenAI's rule, and dots, which MCP servers' tools have."""
 CacheControl = Annotated[
@@ -56,7 +58,7 @@ class Message(RequestBody):
     NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {"prefix": (False,), "partial": (False,)}
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | FailFastList[TextPart] | None = Field(
+    content: Text | Annotated[FailFastList[TextPart], Field(max_length=MAX_PARTS)] | None = Field(
         default=None, description="Text. May be absent from an assistant message."
     )
     name: Annotated[str, Field(max_length=256), ENCODABLE] | None = Field(

@@ -3,10 +3,15 @@ with the cube of a pattern's length, minutes for 40,000 characters of `.?`."""
 
 from __future__ import annotations
 
+import math
+from decimal import Decimal
+
 from jax_mla_cp.engine import GrammarError
 
 MAX_PATTERN = 2048
 """Characters of a regular expression, or pieces of a Lark terminal together with the terminals that it refers to."""
+_MAX_STATES = 10_000
+"""States of the automata of all `multipleOf` together: 100,000 take half a second and hundreds of megabytes."""
 MAX_INTERSECTED = 8
 """Patterns that one text has to match at once. The time doubles with each."""
 
@@ -16,6 +21,7 @@ class PatternBudget:
 
     def __init__(self) -> None:
         self._left = MAX_PATTERN**2
+        self._multiples: set[int] = set()
 
     def spend(self, length: int, *, of: str = "a pattern") -> None:
         """Counts a regular expression.
@@ -33,4 +39,21 @@ class PatternBudget:
             raise GrammarError(
                 f"the patterns or terminals are too long together: their squared lengths may add up to {MAX_PATTERN}**2. Shorten them, or "
                 "use fewer."
+            )
+
+    def multiple_of(self, value: float) -> None:
+        """Counts a `multipleOf`, whose automaton has as many states as the number without its decimal point.
+
+        Raises:
+          GrammarError: it exceeds the budget, with the others of the request.
+        """
+        number = Decimal(str(value)).as_tuple()
+        exponent = number.exponent if isinstance(number.exponent, int) else 0
+        digits = len(number.digits) + max(exponent, 0)
+        states = int("".join(map(str, number.digits))) * 10 ** max(exponent, 0) if digits < 8 else _MAX_STATES + 1
+        self._multiples.add(states)
+        if math.prod(self._multiples) > _MAX_STATES:
+            raise GrammarError(
+                f"multipleOf: the different values, without decimal points, multiply to more than {_MAX_STATES}. Leave some "
+                "out and check the answer yourself."
             )

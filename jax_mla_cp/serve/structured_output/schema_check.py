@@ -193,6 +193,9 @@ class _Check:
             # llguidance holds bounds as float64, and whole numbers up to 2**63 - 1.
             if isinstance(bound, int) and abs(bound) < (1 << 63) - 1 and int(float(bound)) != bound:
                 raise GrammarError(f"{word}: not held exactly beyond 2**53. Use a bound within, or none.")
+        multiple = schema.get("multipleOf")
+        if isinstance(multiple, int | float) and not isinstance(multiple, bool) and multiple > 0:
+            self._budget.multiple_of(multiple)
         patterns = list(schema["patternProperties"]) if isinstance(schema.get("patternProperties"), dict) else []
         for pattern in [*patterns, schema.get("pattern")]:
             if isinstance(pattern, str):

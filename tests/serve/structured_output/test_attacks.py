@@ -20,6 +20,8 @@ from jax_mla_cp.serve.structured_output import (
     LarkGrammar,
     Regex,
 )
+from jax_mla_cp.serve.structured_output.pattern_budget import PatternBudget
+from jax_mla_cp.serve.structured_output.schema_check import prepare
 from tests.serve.structured_output.walking import GRAMMARS, allowed, refusal
 
 SECONDS = 5  # an idle machine needs one at most
@@ -182,3 +184,21 @@ def test_looking_for_the_place_of_a_fault_takes_no_time() -> None:
         assert "the branches of oneOf" in refusal({"properties": {**many, "z": fault}})
 
     in_time(run)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "integer", "multipleOf": 2**53},
+        {"type": "integer", "multipleOf": 1e300},
+        {"type": "number", "multipleOf": 0.1234567},
+        {"allOf": [{"type": "integer", "multipleOf": n} for n in (2, 3, 5, 7, 11, 13, 17, 19)]},
+    ],
+    ids=["large", "huge", "many digits", "together"],
+)
+def test_multiples_are_bounded(schema: dict[str, Any]) -> None:
+    """Their automata would take minutes and gigabytes."""
+    with pytest.raises(GrammarError, match="multipleOf"):
+        prepare(schema, PatternBudget())
+    for value in (0.01, 5, 100, 10_000):
+        prepare({"type": "number", "multipleOf": value}, PatternBudget())
