@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jax_mla_cp.engine import Grammar, GrammarError
-from jax_mla_cp.serve import preprocessing
+from jax_mla_cp.serve.constraint import compile_grammar
 from jax_mla_cp.serve.errors import ApiError
 from jax_mla_cp.serve.output_parser import OutputParser
 from jax_mla_cp.serve.reasoning import END_TAG, START_TAG, ReasoningGrammar, ReasoningParser, prompt_starts_reasoning
@@ -21,9 +21,7 @@ class ChatFormat:
         tokenizer = served.require_tokenizer("messages")
         self._served = served
         self._body = body
-        self._tools = body.callable_tools()
-        # Once for all choices: tools may be megabytes.
-        self._plain_tools = [tool.model_dump(exclude_none=True) for tool in self._tools]
+        self._tools = body.plain_tools
         self._calls = served.tool_format if self._tools else None
         if self._tools and self._calls is None:
             message = (
@@ -73,7 +71,7 @@ class ChatFormat:
         reasoning = None
         if self._parses_reasoning:
             reasoning = ReasoningParser(in_reasoning=self._in_reasoning, also_ends=self._call_starts)
-        calls = None if self._calls is None else self._calls.new_parser(self._plain_tools)
+        calls = None if self._calls is None else self._calls.new_parser(self._tools)
         return OutputParser(reasoning, calls, parallel=self._body.parallel_tool_calls is not False)
 
     def new_grammar(self) -> Grammar | None:
@@ -105,16 +103,16 @@ class ChatFormat:
 
     def _compile(self) -> CompiledGrammar | None:
         body, choice = self._body, self._body.tool_choice
-        is_strict = any(tool.function.strict for tool in self._tools)
+        is_strict = any(tool["function"].get("strict") for tool in self._tools)
         if self._calls is None or body.constraints() or (choice in (None, "auto") and not is_strict):
-            return preprocessing.compile_grammar(self._served, body)
+            return compile_grammar(self._served, body)
         self._holds_calls_only = choice in (None, "auto")
         try:
             text = self._calls.grammar(
-                self._plain_tools,
+                self._tools,
                 names=[choice.function.name]
                 if isinstance(choice, NamedTool)
-                else [t.function.name for t in self._tools],
+                else [tool["function"]["name"] for tool in self._tools],
                 required=not self._holds_calls_only,
                 parallel=body.parallel_tool_calls is not False and not isinstance(choice, NamedTool),
                 token_id=self._served.require_tokenizer("messages").token_id,

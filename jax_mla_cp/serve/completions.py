@@ -9,6 +9,7 @@ from fastapi.responses import Response
 
 from jax_mla_cp.engine import Finished, Grammar, PromptLogprobs
 from jax_mla_cp.serve import preprocessing
+from jax_mla_cp.serve.constraint import compile_grammar
 from jax_mla_cp.serve.logprobs import completion_logprobs, concat, echo_logprobs, prompt_logprobs
 from jax_mla_cp.serve.openapi import streaming_response
 from jax_mla_cp.serve.response import OutputEvent, new_metadata, respond
@@ -38,7 +39,7 @@ class _CompletionBuilder:
         self.metadata = new_metadata("cmpl", body.model)
         self.prompts = preprocessing.encode_prompts(served, body)
         preprocessing.check_request(served, body, self.prompts, "prompt")
-        self._grammar = preprocessing.compile_grammar(served, body)
+        self._grammar = compile_grammar(served, body)
         self._served = served
         self._body = body
         self._n = body.n or 1
@@ -76,7 +77,7 @@ class _CompletionBuilder:
         return bool(self._body.echo) and self._body.logprobs is None
 
     def _first(self, index: int) -> Choice | None:
-        """What is known of a choice before its first token."""
+        """The part of a choice that is known before its first token."""
         first = self._echo(index) if self._echo_first else None
         if self._body.return_token_ids:
             first = first or Choice(index=index, text="")

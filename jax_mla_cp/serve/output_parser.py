@@ -43,15 +43,17 @@ class OutputParser:
 
     def finish(self, text: str) -> ParsedText:
         """Adds the last text and ends the output."""
-        reasoning, content = ("", text) if self._reasoning is None else self._reasoning.push(text)
+        parts = [self.push(text)]
         if self._reasoning is not None:
-            rest = self._reasoning.flush()
-            reasoning, content = reasoning + rest[0], content + rest[1]
-        first = self._split(reasoning, content)
-        if self._calls is None:
-            return first
-        last = self._calls.finish()
-        return ParsedText(first.reasoning, first.content + last.content, first.calls + self._counted(last.calls))
+            parts.append(self._split(*self._reasoning.flush()))
+        if self._calls is not None:
+            last = self._calls.finish()
+            parts.append(ParsedText("", last.content, self._counted(last.calls)))
+        return ParsedText(
+            "".join(part.reasoning for part in parts),
+            "".join(part.content for part in parts),
+            [call for part in parts for call in part.calls],
+        )
 
     def _split(self, reasoning: str, content: str) -> ParsedText:
         if self._calls is None or not content:

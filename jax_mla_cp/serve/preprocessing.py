@@ -1,38 +1,21 @@
-"""Request preprocessing: tokenization, length checks and grammar compilation, before the engine sees a request."""
+"""Request preprocessing: tokenization and length checks, before the engine sees a request."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jax_mla_cp.engine import GrammarError
 from jax_mla_cp.serve.errors import ApiError
-from jax_mla_cp.serve.schemas.chat import ChatRequest, Message, Tool
+from jax_mla_cp.serve.schemas.chat import ChatRequest, Message
 from jax_mla_cp.serve.schemas.completions import CompletionRequest
 from jax_mla_cp.serve.schemas.generation import MAX_CHOICES, MAX_PROMPT_LOGPROBS, GenerationRequest
 from jax_mla_cp.serve.served_model import ServedModel
-from jax_mla_cp.serve.structured_output import (
-    ANY_OBJECT,
-    Choice,
-    CompiledGrammar,
-    Constraint,
-    ContextFreeGrammar,
-    JsonSchema,
-    Regex,
-)
 from jax_mla_cp.tokenizer import TokenizerError
 
-_CONSTRAINTS: dict[str, Callable[[Any], Constraint]] = {
-    "json": JsonSchema,
-    "regex": Regex,
-    "choice": Choice,
-    "grammar": ContextFreeGrammar,
-}
-"""By the name that `structured_outputs` has for it, and `guided_` before it."""
 _OWN_VARIABLES = frozenset(
     {
         *("messages", "conversation", "tools", "documents", "chat_template", "tokenize"),
-        *("add_generation_prompt", "continue_final_message"),
+        *("add_generation_prompt", "add_special_tokens", "continue_final_message"),
     }
 )
 """Variables that `chat_template_kwargs` can't set: the server's own, and arguments of transformers' `apply_chat_template`
@@ -52,7 +35,7 @@ def encode_messages(
     served: ServedModel,
     messages: Sequence[Message],
     *,
-    tools: Sequence[Tool] = (),
+    tools: Sequence[Mapping[str, Any]] = (),
     variables: Mapping[str, Any] | None = None,
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
@@ -73,18 +56,18 @@ def encode_messages(
             message = f"chat_template_kwargs.{ascii(name)[1:-1]}: the server sets this variable. Leave it out."
             raise ApiError(400, message, param=f"chat_template_kwargs.{ascii(name)[1:-1]}")
     try:
-        ids = tokenizer.encode_chat(
+        return tokenizer.encode_chat(
             [message.for_template() for message in messages],
-            tools=[tool.model_dump(exclude_none=True, exclude={"cache_control"}) for tool in tools] or None,
+            tools=tools,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
+            add_special_tokens=add_special_tokens,
             **(variables or {}),
         )
     except TokenizerError as error:
         raise ApiError(400, f"messages: {error}", param="messages") from error
     except ValueError as error:  # it begins with the field
         raise ApiError(400, str(error), param=str(error).partition(":")[0]) from error
-    return [*tokenizer.prefix, *ids, *tokenizer.suffix] if add_special_tokens else ids
 
 
 def encode_chat_request(served: ServedModel, body: ChatRequest) -> list[int]:
@@ -93,7 +76,7 @@ def encode_chat_request(served: ServedModel, body: ChatRequest) -> list[int]:
     ids = encode_messages(
         served,
         body.messages,
-        tools=body.callable_tools(),
+        tools=body.plain_tools,
         variables={**effort, **(body.chat_template_kwargs or {})},
         add_generation_prompt=body.add_generation_prompt is not False,
         continue_final_message=bool(body.continue_final_message),
@@ -166,20 +149,3 @@ def check_request(served: ServedModel, body: GenerationRequest, prompts: Sequenc
     if body.stop_strings() and served.tokenizer is None:
         message = "stop: this model has no tokenizer, so it can't match stop strings. Use stop_token_ids."
         raise ApiError(400, message, param="stop")
-
-
-def compile_grammar(served: ServedModel, body: GenerationRequest) -> CompiledGrammar | None:
-    """The grammar of the output's format; None: free text. Raises 400 for a constraint that can't be compiled."""
-    for field, value in body.constraints().items():
-        try:
-            return served.grammars.compile(_constraint(field, value))
-        except GrammarError as error:
-            raise ApiError(400, f"{field}: {error}", param=field) from error
-    return None
-
-
-def _constraint(field: str, value: Any) -> Constraint:
-    if field == "response_format":
-        return JsonSchema(value.json_schema.schema_) if value.type == "json_schema" else ANY_OBJECT
-    kind = field.removeprefix("structured_outputs.").removeprefix("guided_")
-    return ANY_OBJECT if kind == "json_object" else _CONSTRAINTS[kind](value)

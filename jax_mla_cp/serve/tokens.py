@@ -114,7 +114,7 @@ def _tokenize(served: ServedModel, body: TokenizeRequest) -> TokenizeResponse:
         tokens = preprocessing.encode_messages(
             served,
             body.messages,
-            tools=body.tools or (),
+            tools=[tool.plain() for tool in body.tools or ()],
             variables=body.chat_template_kwargs,
             add_generation_prompt=body.add_generation_prompt is not False,
             continue_final_message=bool(body.continue_final_message),

@@ -130,7 +130,7 @@ class ChatTemplate:
         for i, message in enumerate(plain):
             if message["role"] == "developer" and "developer" not in self.source:
                 message["role"] = "system"
-            if message["role"] == "tool" and not re.search("""['"]tool['"]""", self.source):
+            if message["role"] == "tool" and not self._has_tool_role:
                 raise ValueError(f"messages[{i}].role: this model's chat template has no role 'tool'.")
             if "tool_calls" in message and "tool_calls" not in self.source:
                 raise ValueError(f"messages[{i}].tool_calls: this model's chat template has no place for tool calls.")
@@ -141,6 +141,10 @@ class ChatTemplate:
             any(isinstance(m, Mapping) and m.get("tool_calls") for m in messages)
             and not self._writes_arguments_verbatim
         )
+
+    @functools.cached_property
+    def _has_tool_role(self) -> bool:
+        return re.search("""['"]tool['"]""", self.source) is not None
 
     @functools.cached_property
     def _writes_arguments_verbatim(self) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -154,13 +153,17 @@ class Tokenizer:
         return [*self.prefix, *ids, *self.suffix] if add_special_tokens else ids
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], /, *, add_generation_prompt: bool = True, **variables: Any
+        self, messages: Sequence[Mapping[str, Any]], /, *, add_special_tokens: bool = False, **variables: Any
     ) -> list[int]:
-        """Returns the token ids of a conversation, rendered by the chat template. The template writes BOS; none is added.
+        """Returns the token ids of a conversation, rendered by the chat template, which usually writes BOS itself.
 
         Text in a message that spells a special token becomes that token. A user who writes the tokens that end a turn and begin
         another one can therefore speak in another role. transformers (by default), vLLM and SGLang do the same; remove such text
         from untrusted messages first.
+
+        Args:
+          add_special_tokens: as for `encode`.
+          variables: the other arguments of `ChatTemplate.render`.
 
         Raises:
           TokenizerError: there is no template, it fails, or the text has an unpaired surrogate.
@@ -172,9 +175,7 @@ class Tokenizer:
                 "the model directory has no chat template, so messages can't be turned into a prompt. Send the prompt as text, "
                 "or put the model's chat_template.jinja there.",
             )
-        return self._encode(
-            self.chat_template.render(messages, add_generation_prompt=add_generation_prompt, **variables)
-        )
+        return self.encode(self.chat_template.render(messages, **variables), add_special_tokens=add_special_tokens)
 
     def decode(
         self, ids: Sequence[int], *, skip_special_tokens: bool = True, shown: frozenset[int] = frozenset()
@@ -239,7 +240,7 @@ def _check_ends(tokens: Mapping[str, str], vocabulary: Vocabulary, template: Cha
     """
     for role in ("bos_token", "eos_token"):
         text = tokens.get(role)
-        if template is None or not re.search(rf"\b{role}\b", template.source):
+        if template is None or role not in template.variables:
             continue
         if text is None:
             _log.warning(

@@ -17,6 +17,6 @@ def model() -> Script:
 
 @pytest.fixture(scope="module")
 def url(model: Script) -> Iterator[str]:
-    """Of the server, without /v1. The model is called "tiny"."""
+    """The server's address, without /v1. The model is called "tiny"."""
     with serving_script(model, max_model_len=1500, tool_parser=PARSER) as address:
         yield address

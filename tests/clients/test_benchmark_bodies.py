@@ -106,7 +106,7 @@ BODIES: dict[str, dict[str, Any]] = {
 
 
 def chunks(url: str, body: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of a stream: lines as these programs take them, each `data: ` and JSON, the last one [DONE]."""
+    """The events of a stream: lines as these programs take them, each `data: ` and JSON, the last one [DONE]."""
     path = "completions" if "prompt" in body else "chat/completions"
     answer = httpx.post(f"{url}/v1/{path}", json={"model": "tiny", **body}, timeout=30)
     assert answer.status_code == 200, answer.text

@@ -19,7 +19,7 @@ EOS = "<|endoftext|>"
 
 
 def humaneval_stops() -> list[str]:
-    """Of lm_eval's own task."""
+    """Stop strings of lm_eval's own task."""
     text = (Path(lm_eval.__file__).parent / "tasks/humaneval/humaneval.yaml").read_text()
     settings = yaml.safe_load(text.replace("!function", ""))
     found: list[str] = settings["generation_kwargs"]["until"]
@@ -27,7 +27,7 @@ def humaneval_stops() -> list[str]:
 
 
 EIGHT = ["\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif", "\n```", "<file_sep>"]
-"""Of bigcode-evaluation-harness (bigcode_eval/tasks/humaneval.py)."""
+"""Stop strings of bigcode-evaluation-harness (bigcode_eval/tasks/humaneval.py)."""
 
 
 def ask(lm: LocalCompletionsAPI, context: Any, until: list[str]) -> str:

@@ -46,7 +46,7 @@ def test_nothing_is_held_back_for_a_stop_string_that_is_included(text: str, stop
 
 @given(texts, texts, stop_strings)
 def test_stop_strings_are_looked_for_from_where_the_text_may_stop(before: str, after: str, stops: list[str]) -> None:
-    """What comes before is sent at once and belongs to no match."""
+    """Text before them is sent at once and belongs to no match."""
     stream = TextStream(TOKENIZER, stops)
     assert "".join(stream.push(token, may_stop=False) for token in before.encode()) == before
     alone = TextStream(TOKENIZER, stops)

@@ -33,7 +33,7 @@ TEMPLATE = """\
 THINK_TOKENS = ("<think>", "</think>")
 VOCAB_SIZE = EOS + 1 + len(THINK_TOKENS)
 _INSTEAD = (EOS, *b'}]"<:,', *range(33, 127), *range(VOCAB_SIZE))
-"""What the model says where its script is forbidden: rather an end than more."""
+"""Tokens that the model says, the first that is allowed, where its script is forbidden: rather an end than more."""
 
 
 def _is_allowed(token: int, bias: LogitBias | None) -> bool:

@@ -88,7 +88,7 @@ BAD: list[tuple[dict[str, Any], str | None, str]] = [
         "can't tell where the answer starts",
     ),
 ]
-"""What a model or template can't do. tests/serve/test_request_bodies.py has what no model can."""
+"""Requests that a model or template can't serve. tests/serve/test_request_bodies.py has those that no model can."""
 
 
 @pytest.mark.parametrize(("change", "param", "message"), BAD, ids=[str(change)[:50] for change, _, _ in BAD])

@@ -1,13 +1,15 @@
-"""What of a chat request reaches the template: roles, calls, tools, variables, and where the prompt ends."""
+"""The parts of a chat request that reach the template: roles, calls, tools, variables; and the place where the prompt ends."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 
+from jax_mla_cp.tokenizer import ChatTemplate, Tokenizer
 from tests.helpers.scripted_model import Script, serving_script
 
 USER = {"role": "user", "content": "Hi"}
@@ -105,3 +107,12 @@ def test_what_a_template_would_drop_is_refused(fields: dict[str, Any], param: st
         assert answer.status_code == 400 and answer.json()["error"]["param"] == param, answer.text
         without = {"model": "tiny", "messages": [USER], "tools": TOOLS, "tool_choice": "none", "max_tokens": 1}
         assert httpx.post(f"{url}/v1/chat/completions", json=without).status_code == 200
+
+
+def test_no_variable_is_taken_for_an_argument(url: str) -> None:
+    """Variables become keyword arguments on their way to the template."""
+    for function in (Tokenizer.encode_chat, ChatTemplate.render):
+        for name, parameter in inspect.signature(function).parameters.items():
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+                answer = httpx.post(f"{url}/tokenize", json={"messages": [USER], "chat_template_kwargs": {name: 1}})
+                assert answer.status_code == 400, name

@@ -140,6 +140,7 @@ def test_streamed_is_whole(pieces: list[str], size: int) -> None:
 
     reasoning, content = split(size)
     assert (reasoning, content) == split(max(1, len(text)))
-    ends = [at for at in (text.find("</think>"), text.find("<|call|>")) if at >= 0]
-    assert reasoning == text[: min(ends, default=len(text))].lstrip() or not ends
-    assert content.startswith("<|call|>") == bool(ends and text[min(ends) :].startswith("<|call|>")) or content
+    ends = [(at, end) for end in ("</think>", "<|call|>") if (at := text.find(end)) >= 0]
+    at, end = min(ends, default=(len(text), ""))
+    assert reasoning == text[:at].lstrip()
+    assert content == (text[at:] if end == "<|call|>" else text[at + len(end) :].lstrip())

@@ -102,5 +102,5 @@ class RequestBody(BaseModel):
 
 
 def _is_one_of(value: object, neutral: tuple[Any, ...]) -> bool:
-    """Membership that tells 1 from true."""
-    return any(value == each and type(value) is type(each) for each in neutral)
+    """Membership that tells 1 from true, and not from 1.0."""
+    return any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in neutral)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -116,6 +117,10 @@ class Tool(RequestBody):
     function: Function
     cache_control: CacheControl = None
 
+    def plain(self) -> dict[str, Any]:
+        """The tool as chat templates and tool-call formats know it, without absent fields."""
+        return self.model_dump(include={"type", "function"}, exclude_none=True)
+
 
 class NamedFunction(RequestBody):
     name: FunctionName
@@ -212,6 +217,7 @@ class ChatRequest(GenerationRequest):
     def token_limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
-    def callable_tools(self) -> list[Tool]:
-        """The tools that the model may call."""
-        return [] if self.tool_choice == "none" else list(self.tools or ())
+    @functools.cached_property
+    def plain_tools(self) -> list[dict[str, Any]]:
+        """The tools that the model may call. They may be megabytes, so this is done once."""
+        return [] if self.tool_choice == "none" else [tool.plain() for tool in self.tools or ()]

@@ -47,7 +47,7 @@ class GenerationRequest(RequestBody):
     MEANINGFUL_EMPTY: ClassVar[frozenset[str]] = frozenset({"guided_json", "guided_regex"})
     NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "use_beam_search": (False,),
-        "length_penalty": (1, 1.0),
+        "length_penalty": (1,),
         "early_stopping": (False,),
         "priority": (0,),
         "detokenize": (True,),

@@ -22,7 +22,7 @@ from jax_mla_cp.serve.structured_output.constraints import (
     LarkGrammar,
     Regex,
 )
-from jax_mla_cp.serve.structured_output.lark import LarkText
+from jax_mla_cp.serve.structured_output.lark import LarkText, quoted
 from jax_mla_cp.serve.structured_output.locate import locate
 from jax_mla_cp.serve.structured_output.messages import grammar_message, schema_message
 from jax_mla_cp.serve.structured_output.pattern_budget import PatternBudget
@@ -126,8 +126,7 @@ def _of_choices(choices: Sequence[str]) -> str:
         raise GrammarError("a choice must not be empty. Leave it out.")
     for choice in choices:
         _check_unicode(choice)
-    written = (json.dumps(choice, ensure_ascii=False).replace("\x7f", "\\u007f") for choice in dict.fromkeys(choices))
-    return f"start: CHOICE\nCHOICE: {' | '.join(written)}"
+    return f"start: CHOICE\nCHOICE: {' | '.join(map(quoted, dict.fromkeys(choices)))}"
 
 
 def _lark_text(constraint: ContextFreeGrammar | LarkGrammar, tokenizer: Tokenizer) -> LarkText:

@@ -31,6 +31,12 @@ _REFUSED_OPTIONS = frozenset({"stop", "temperature"})
 _DECODER = json.JSONDecoder()
 
 TokenId = Callable[[str], int | None]
+"""The id of a text that is one token of the vocabulary; None if it is none."""
+
+
+def quoted(text: str) -> str:
+    """A text as a literal of Lark, whose strings are JSON's but for DEL."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 class LarkText:

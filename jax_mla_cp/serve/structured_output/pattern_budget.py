@@ -1,5 +1,5 @@
-"""Limits on regular expressions. llguidance's own limits bound what repetitions cost, but not this: it takes time that grows
-with the cube of a pattern's length, minutes for 40,000 characters of `.?`."""
+"""Limits on regular expressions and `multipleOf`, which llguidance's own limits don't bound: it takes time that grows with the cube
+of a pattern's length, and memory that grows with a multiple."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from jax_mla_cp.engine import GrammarError
 MAX_PATTERN = 2048
 """Characters of a regular expression, or pieces of a Lark terminal together with the terminals that it refers to."""
 _MAX_STATES = 10_000
-"""States of the automata of all `multipleOf` together: 100,000 take half a second and hundreds of megabytes."""
+"""States of the automaton of all `multipleOf` together."""
 MAX_INTERSECTED = 8
 """Patterns that one text has to match at once. The time doubles with each."""
 
 
 class PatternBudget:
-    """Sums up the regular expressions of one schema or grammar."""
+    """Sums up what the automata of one schema or grammar cost: those of regular expressions and of `multipleOf`."""
 
     def __init__(self) -> None:
         self._left = MAX_PATTERN**2
@@ -47,11 +47,9 @@ class PatternBudget:
         Raises:
           GrammarError: it exceeds the budget, with the others of the request.
         """
-        number = Decimal(str(value)).as_tuple()
-        exponent = number.exponent if isinstance(number.exponent, int) else 0
-        digits = len(number.digits) + max(exponent, 0)
-        states = int("".join(map(str, number.digits))) * 10 ** max(exponent, 0) if digits < 8 else _MAX_STATES + 1
-        self._multiples.add(states)
+        number = Decimal(str(min(value, _MAX_STATES + 1))).normalize()
+        places = max(0, -int(number.as_tuple().exponent))
+        self._multiples.add(int(number.scaleb(places)))
         if math.prod(self._multiples) > _MAX_STATES:
             raise GrammarError(
                 f"multipleOf: the different values, without decimal points, multiply to more than {_MAX_STATES}. Leave some "

@@ -202,7 +202,7 @@ class _Check:
                 self._budget.spend(len(pattern))
 
     def _target(self, pointer: str, schema: dict[str, Any]) -> Any:
-        """What `$ref` points at; None without one, or if only llguidance can tell."""
+        """The target of `$ref`; None without one, or if only llguidance can tell."""
         reference = schema.get("$ref")
         if reference is None:
             return None

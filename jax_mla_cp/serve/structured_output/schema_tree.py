@@ -53,7 +53,7 @@ def at(pointer: str, message: str) -> GrammarError:
 
 
 def resolve(root: Any, reference: str) -> Any:
-    """What a reference into the same document points at (RFC 6901).
+    """Returns the value at a reference into the same document (RFC 6901).
 
     Raises:
       LookupError: nothing is there, or the reference is of another kind.

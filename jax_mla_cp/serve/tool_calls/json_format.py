@@ -6,9 +6,10 @@ import dataclasses
 import re
 from collections.abc import Collection
 
+from jax_mla_cp.serve.structured_output.lark import TokenId, quoted
 from jax_mla_cp.serve.tool_calls.functions import Tools, schemas_to_hold
 from jax_mla_cp.serve.tool_calls.json_arguments import JsonArguments
-from jax_mla_cp.serve.tool_calls.lark import Grammar, TokenId, json_value, literal
+from jax_mla_cp.serve.tool_calls.lark import Grammar, json_value
 from jax_mla_cp.serve.tool_calls.parser import Boundaries, ToolCallParser
 from jax_mla_cp.serve.tool_calls.pattern import NAME, Pattern, Word, beginnings
 from jax_mla_cp.serve.tool_calls.tool_format import ToolFormat
@@ -59,12 +60,12 @@ class JsonFormat(ToolFormat):
         )
         bodies = []
         for i, (name, schema) in enumerate(schemas_to_hold(tools, names, required=required).items()):
-            written = [literal(f"functions.{name}:"), "/0|[1-9][0-9]{0,3}/"] if self.is_numbered else [literal(name)]
+            written = [quoted(f"functions.{name}:"), "/0|[1-9][0-9]{0,3}/"] if self.is_numbered else [quoted(name)]
             bodies.append(grammar.rule(f"f{i}", " ".join([*before, *written, *after, json_value(schema), *end])))
         grammar.rule("body", *bodies)
         begin, finish = map(grammar.marker, self.call)
         call = grammar.rule("call", f"{begin} body {finish}")
-        more = f" ({literal(self.between) if self.between else ''} {call})*" if parallel else ""
+        more = f" ({quoted(self.between) if self.between else ''} {call})*" if parallel else ""
         rest = grammar.rule("rest", f"{call}{more} {grammar.marker(self.section[1])}")
         grammar.start(self.section[0], rest, required=required)
         return grammar.text()
@@ -73,7 +74,7 @@ class JsonFormat(ToolFormat):
         return f"functions.{name}:{index}" if self.is_numbered else super().call_id(name, index)
 
     def _written(self, text: str, grammar: Grammar) -> str:
-        return grammar.marker(text) if text in self.markers else literal(text)
+        return grammar.marker(text) if text in self.markers else quoted(text)
 
 
 def _bare(texts: tuple[str, ...]) -> tuple[str, ...]:

@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
+from jax_mla_cp.serve.structured_output.schema_tree import resolve
+
 MAX_PARTS = 256
 """Subschemas and enumerated values that are looked at for one argument; more of them count as any type."""
 
@@ -35,11 +37,13 @@ def schema_types(schema: Any, root: Mapping[str, Any]) -> frozenset[str] | None:
         if id(part) in seen:
             continue
         seen.add(id(part))
+        if len(seen) > MAX_PARTS:
+            return None
         known = _own_types(part)
         if known is not None:
             types |= known
         elif "$ref" in part:
-            waiting.append(resolve(part["$ref"], root))
+            waiting.append(referred(part["$ref"], root))
         elif alternatives := [part[word] for word in _ALTERNATIVES if isinstance(part.get(word), list) and part[word]]:
             if len(seen) + len(waiting) + sum(map(len, alternatives)) > MAX_PARTS:
                 return None
@@ -49,14 +53,12 @@ def schema_types(schema: Any, root: Mapping[str, Any]) -> frozenset[str] | None:
     return frozenset(types | {"integer"} if "number" in types else types)
 
 
-def resolve(reference: Any, root: Any) -> Any:
+def referred(reference: Any, root: Any) -> Any:
     """The schema at a local reference such as `#/$defs/City`; None if there is none."""
-    if not isinstance(reference, str) or not reference.startswith("#/"):
+    try:
+        return resolve(root, reference) if isinstance(reference, str) else None
+    except LookupError:
         return None
-    found = root
-    for name in reference[2:].split("/"):
-        found = found.get(name.replace("~1", "/").replace("~0", "~")) if isinstance(found, Mapping) else None
-    return found
 
 
 def json_type(value: Any) -> str:

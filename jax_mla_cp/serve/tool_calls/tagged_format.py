@@ -6,8 +6,9 @@ import dataclasses
 import re
 from collections.abc import Collection, Mapping
 
+from jax_mla_cp.serve.structured_output.lark import TokenId, quoted
 from jax_mla_cp.serve.tool_calls.functions import Tools, parameters_by_name, schemas_to_hold
-from jax_mla_cp.serve.tool_calls.lark import Grammar, TokenId, literal
+from jax_mla_cp.serve.tool_calls.lark import Grammar
 from jax_mla_cp.serve.tool_calls.parser import Boundaries, ToolCallParser
 from jax_mla_cp.serve.tool_calls.pattern import NAME, Pattern, Word
 from jax_mla_cp.serve.tool_calls.tagged_arguments import CALL_END, KEY, TaggedArguments
@@ -33,7 +34,7 @@ class TaggedFormat(ToolFormat):
         bodies = []
         for i, (name, schema) in enumerate(schemas_to_hold(tools, names, required=required).items()):
             pairs = add_pairs(grammar, f"f{i}", schema)
-            bodies.append(grammar.rule(f"f{i}", f"{literal(name)} {pairs} GAP {grammar.marker(CALL_END)}"))
+            bodies.append(grammar.rule(f"f{i}", f"{quoted(name)} {pairs} GAP {grammar.marker(CALL_END)}"))
         grammar.rule("body", *bodies)
         rest = grammar.rule("rest", f"body (GAP {grammar.marker(CALL)} body)*" if parallel else "body")
         grammar.start(CALL, rest, required=required)

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jax_mla_cp.engine import GrammarError
-from jax_mla_cp.serve.tool_calls.lark import Grammar, json_value, literal
-from jax_mla_cp.serve.tool_calls.schema_types import resolve, schema_types
+from jax_mla_cp.serve.structured_output.lark import quoted
+from jax_mla_cp.serve.tool_calls.lark import Grammar, json_value
+from jax_mla_cp.serve.tool_calls.schema_types import referred, schema_types
 from jax_mla_cp.serve.tool_calls.tagged_arguments import KEY, KEY_END, VALUE, VALUE_END
 
 _DEFINITIONS = ("$defs", "definitions")
@@ -47,7 +48,7 @@ def add_pairs(grammar: Grammar, prefix: str, parameters: Mapping[str, Any]) -> s
     pairs = []
     for i, key in enumerate(dict.fromkeys([*properties, *required])):
         value = _value(grammar, f"{prefix}_v{i}", properties.get(key, True), parameters)
-        name = f"{grammar.marker(KEY)} {literal(key)} {grammar.marker(KEY_END)}"
+        name = f"{grammar.marker(KEY)} {quoted(key)} {grammar.marker(KEY_END)}"
         pair = grammar.rule(f"{prefix}_p{i}", f"GAP {name} GAP {grammar.marker(VALUE)} {value}")
         pairs.append(pair if key in required else f"{pair}?")
     return " ".join(pairs)
@@ -60,7 +61,7 @@ def _value(grammar: Grammar, name: str, schema: Any, root: Mapping[str, Any]) ->
     allowed = _allowed_values(schema)
     if allowed is not None:
         texts = [value if isinstance(value, str) else json.dumps(value) for value in allowed]
-        return f"({' | '.join(map(literal, texts))}) {grammar.marker(VALUE_END)}"
+        return f"({' | '.join(map(quoted, texts))}) {grammar.marker(VALUE_END)}"
     if types is not None and "string" not in types:
         definitions = {word: root[word] for word in _DEFINITIONS if word in root}
         return f"{json_value({**definitions, **schema})} {grammar.marker(VALUE_END)}"
@@ -69,11 +70,11 @@ def _value(grammar: Grammar, name: str, schema: Any, root: Mapping[str, Any]) ->
 
 
 def _followed(schema: Any, root: Mapping[str, Any]) -> Any:
-    """What a schema that only refers to another stands for."""
+    """Follows a schema that does nothing but refer to another."""
     for _ in range(_MAX_REFERENCES):
         if not isinstance(schema, Mapping) or "$ref" not in schema or not set(schema) <= _REFERENCE:
             break
-        schema = resolve(schema["$ref"], root)
+        schema = referred(schema["$ref"], root)
     return schema
 
 

@@ -7,8 +7,8 @@ import dataclasses
 import uuid
 from collections.abc import Collection
 
+from jax_mla_cp.serve.structured_output.lark import TokenId
 from jax_mla_cp.serve.tool_calls.functions import Tools
-from jax_mla_cp.serve.tool_calls.lark import TokenId
 from jax_mla_cp.serve.tool_calls.parser import ToolCallParser
 
 
