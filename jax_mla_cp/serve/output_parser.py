@@ -30,12 +30,17 @@ class OutputParser:
         self._reasoning = reasoning
         self._calls = calls
         self._parallel = parallel
-        self.has_calls = False
+        self._last_call = -1
+        """Index of the call that has come last, counted or not."""
+
+    @property
+    def has_calls(self) -> bool:
+        return self._last_call >= 0
 
     @property
     def is_cut_off(self) -> bool:
-        """True if the text ended within a call."""
-        return self._calls is not None and self._calls.is_incomplete
+        """True if the text ended within a call that counts."""
+        return self._calls is not None and self._calls.is_incomplete and self._counts(self._last_call)
 
     def push(self, text: str) -> ParsedText:
         reasoning, content = ("", text) if self._reasoning is None else self._reasoning.push(text)
@@ -62,6 +67,9 @@ class OutputParser:
         return ParsedText(reasoning, parsed.content, self._counted(parsed.calls))
 
     def _counted(self, calls: list[CallDelta]) -> list[CallDelta]:
-        counted = [call for call in calls if self._parallel or call.index == 0]
-        self.has_calls = self.has_calls or bool(counted)
-        return counted
+        if calls:
+            self._last_call = calls[-1].index
+        return [call for call in calls if self._counts(call.index)]
+
+    def _counts(self, index: int) -> bool:
+        return self._parallel or index == 0

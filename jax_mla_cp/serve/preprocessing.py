@@ -107,8 +107,9 @@ def _truncate(served: ServedModel, body: GenerationRequest, ids: list[int]) -> l
         return ids
     if count < 0:
         limit = body.token_limit()
-        count = max(served.max_model_len - max(1, 1 if limit is None else limit), 0)
-    return ids[max(len(ids) - count, 0) :]
+        count = served.max_model_len - (1 if limit is None else limit)
+    # Without any room, `check_request` says what is too long.
+    return ids[-count:] if count > 0 else ids
 
 
 def check_request(served: ServedModel, body: GenerationRequest, prompts: Sequence[Sequence[int]], param: str) -> None:

@@ -50,6 +50,9 @@ class TokenizeRequest(RequestBody):
     def _check_one_input(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
             raise FieldError("prompt", "exactly one of prompt and messages is required")
+        for name in ("tools", "chat_template_kwargs", "continue_final_message"):
+            if self.messages is None and getattr(self, name):
+                raise FieldError(name, "requires messages")
         if self.continue_final_message and self.add_generation_prompt:
             raise FieldError("continue_final_message", "can't be combined with add_generation_prompt=true")
         return self

@@ -92,7 +92,7 @@ class ChatTemplate:
             alternate.
           tools: functions in OpenAI's form.
           add_generation_prompt: end with the beginning of an assistant message.
-          continue_final_message: end within the last message, right after its content, as transformers does.
+          continue_final_message: end within the last message, an assistant's, right after its content, as transformers does.
           variables: further variables of the template, for example DeepSeek-V3.1's `thinking`; JSON values.
 
         Raises:
@@ -109,7 +109,9 @@ class ChatTemplate:
         self._check_places(plain, bool(tools))
         if not continue_final_message:
             return self._render(plain, add_generation_prompt, json_values)
-        plain[-1]["content"] = (plain[-1]["content"] or "") + _END_MARK
+        if plain[-1]["role"] != "assistant" or "tool_calls" in plain[-1]:
+            raise ValueError("continue_final_message: the last message must be an assistant's, without tool calls.")
+        plain[-1]["content"] += _END_MARK
         return _before_mark(self._render(plain, False, json_values))
 
     def _render(self, plain: list[dict[str, Any]], add_generation_prompt: bool, variables: Mapping[str, Any]) -> str:

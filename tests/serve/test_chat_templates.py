@@ -75,6 +75,25 @@ def test_the_prompts_end(url: str) -> None:
     assert httpx.post(f"{url}/v1/chat/completions", json=empty).json()["usage"]["prompt_tokens"] == 2
 
 
+@pytest.mark.parametrize(
+    "last", [USER, {"role": "assistant", "content": "A", "tool_calls": [CALL]}], ids=["user", "calls"]
+)
+@pytest.mark.parametrize("path", ["/tokenize", "/v1/chat/completions"])
+def test_final_messages_that_can_not_be_continued(url: str, path: str, last: dict[str, Any]) -> None:
+    body = {"model": "tiny", "messages": [USER, last], "continue_final_message": True}
+    answer = httpx.post(url + path, json=body)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "continue_final_message"
+    assert "must be an assistant's, without tool calls" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "fields", [{"tools": TOOLS}, {"chat_template_kwargs": {"a": 1}}, {"continue_final_message": True}]
+)
+def test_a_prompt_takes_no_fields_of_messages(url: str, fields: dict[str, Any]) -> None:
+    answer = httpx.post(f"{url}/tokenize", json={"prompt": "a", **fields})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == next(iter(fields))
+
+
 def test_a_final_message_that_the_template_drops() -> None:
     with serving_script(Script(), "{{ messages[0].content }}") as url:
         started = {"role": "assistant", "content": "A"}

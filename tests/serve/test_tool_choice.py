@@ -118,6 +118,13 @@ def test_a_call_that_is_cut(model: Script, client: openai.OpenAI) -> None:
     assert functions(message) == [("add", '{"a":')] and message["finish_reason"] == "length"
 
 
+def test_a_second_call_that_does_not_count_may_be_cut(model: Script, client: openai.OpenAI) -> None:
+    model.script = BEGIN + call("add", '{"a": 1}') + "<｜tool▁call▁begin｜>sub<｜tool▁sep｜>{"
+    assert ask(client)["finish_reason"] == "stop"
+    message = ask(client, parallel_tool_calls=False)
+    assert functions(message) == [("add", '{"a": 1}')] and message["finish_reason"] == "tool_calls"
+
+
 @pytest.mark.parametrize("script", ["I'd rather not.", ONE, TWO])
 def test_required_calls(model: Script, client: openai.OpenAI, script: str) -> None:
     model.script = script

@@ -83,6 +83,8 @@ class Message(RequestBody):
         for name in ("tool_calls", "reasoning_content", "reasoning"):
             if self.role != "assistant" and getattr(self, name) is not None:
                 raise FieldError(name, f"only an assistant message has it, got role {self.role}")
+        if None not in (self.reasoning, self.reasoning_content) and self.reasoning != self.reasoning_content:
+            raise FieldError("reasoning", "is an alias of reasoning_content; the two must not differ")
         if self.tool_call_id is not None and self.role != "tool":
             raise FieldError("tool_call_id", f"only a tool message has it, got role {self.role}")
         return self
@@ -193,11 +195,8 @@ class ChatRequest(GenerationRequest):
             raise FieldError("top_logprobs", "requires logprobs=true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise FieldError("max_tokens", "is an alias of max_completion_tokens; the two must not differ")
-        if self.continue_final_message:
-            if self.add_generation_prompt:
-                raise FieldError("continue_final_message", "can't be combined with add_generation_prompt=true")
-            if self.messages[-1].role != "assistant":
-                raise FieldError("continue_final_message", "the last message must be an assistant's")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise FieldError("continue_final_message", "can't be combined with add_generation_prompt=true")
         self._check_tools()
         return self
 

@@ -177,6 +177,8 @@ class GenerationRequest(RequestBody):
         limit = self.token_limit()
         if limit is not None and (self.min_tokens or 0) > limit:
             raise FieldError("min_tokens", f"must not exceed max_tokens ({limit}), got {self.min_tokens}")
+        if self.truncate_prompt_tokens == 0:
+            raise FieldError("truncate_prompt_tokens", "must be -1 or at least 1, got 0")
         if len(given := list(self.constraints())) > 1:
             raise FieldError(given[1], f"an output has one constraint, got {' and '.join(given)}. Send one of them")
         return self
