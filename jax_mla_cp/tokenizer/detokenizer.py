@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
+
 from jax_mla_cp.tokenizer.tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"  # stands for bytes that are not, or not yet, a code point
-# U+FFFD at the end of a text that the next token may still turn into a code point: 3 bytes that lack the fourth, and because
-# byte-fallback decoders reject a run of bytes as a whole, the 4 bytes of a code point just before.
+# U+FFFD at the end of a text that stand for an incomplete code point: 3 bytes that lack the fourth, and because byte-fallback
+# decoders reject a run of bytes as a whole, the 4 bytes of a code point just before.
 _MAX_INCOMPLETE = 7
 _WINDOW = 32  # tokens that are decoded again, before `Detokenizer` looks for a place to drop some
 
@@ -35,6 +37,8 @@ class Detokenizer:
         self._ids: list[int] = []  # the latest tokens; the text of a token may depend on those before it
         self._returned = 0  # characters of these tokens' text that have been returned
         self._pending = 0  # tokens since the text last ended with a complete code point
+        # Tells an incomplete code point from U+FFFD itself.
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token: int) -> str:
         """Returns the text that `token` completes; often empty."""
@@ -44,7 +48,9 @@ class Detokenizer:
         self._ids.append(token)
         self._pending += 1
         text = self._decode(self._ids)
-        incomplete = min(len(text) - len(text.rstrip(_REPLACEMENT)), _MAX_INCOMPLETE)
+        incomplete = self._ends_within_code_point(token) and min(
+            len(text) - len(text.rstrip(_REPLACEMENT)), _MAX_INCOMPLETE
+        )
         end = max(len(text) - incomplete, self._returned)
         piece = text[self._returned : end]
         self._returned = end
@@ -60,6 +66,15 @@ class Detokenizer:
         rest = self._decode(self._ids)[self._returned :]
         self._returned += len(rest)
         return rest
+
+    def _ends_within_code_point(self, token: int) -> bool:
+        """True if the bytes up to this token, the next one, end with the first bytes of a code point."""
+        token_bytes = self._tokenizer.token_bytes(token)
+        if token_bytes is None:
+            self._utf8.reset()
+            return False
+        self._utf8.decode(token_bytes)
+        return bool(self._utf8.getstate()[0])
 
     def _drop(self, tokens: int) -> None:
         """Drops the first tokens."""

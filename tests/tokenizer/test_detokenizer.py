@@ -61,7 +61,9 @@ def test_any_ids_stream_to_what_decode_gives(tokenizer: Tokenizer, ids: list[int
 
 
 WORDS = st.sampled_from([[257], [258], [259], [259, 259], [260], [261], [262], [9999]])
-CHARACTERS = st.characters(exclude_categories=["Cs"]).map(lambda char: [byte + 1 for byte in char.encode()])
+CHARACTERS = (st.just("\ufffd") | st.characters(exclude_categories=["Cs"])).map(
+    lambda char: [byte + 1 for byte in char.encode()]
+)
 
 
 @pytest.mark.parametrize("tokenizer", [LLAMA, METASPACE], ids=["llama", "metaspace"])
@@ -72,6 +74,15 @@ def test_words_with_leading_spaces_stream_to_what_decode_gives(
 ) -> None:
     ids, chosen = [token for part in parts for token in part], options(tokenizer, flags)
     assert "".join(pieces(tokenizer, ids, **chosen)) == tokenizer.decode(ids, **chosen)
+
+
+@pytest.mark.parametrize("replacements", [1, 3, 20])
+def test_a_replacement_character_is_text(replacements: int) -> None:
+    """U+FFFD that the model writes is a code point, complete like any other; after it a run of bytes goes on."""
+    text = "\ufffd" * replacements + "\U00010000" * 2
+    got = pieces(LLAMA, [byte + 1 for byte in text.encode()])
+    assert "".join(got) == text
+    assert got[2] == "\ufffd"
 
 
 @pytest.mark.parametrize("tokenizer", [LLAMA, METASPACE], ids=["llama", "metaspace"])
@@ -88,7 +99,7 @@ def test_a_skipped_token_within_a_code_point(tokenizer: Tokenizer) -> None:
     ids = [euro[0], special, *euro[1:]]
     assert pieces(tokenizer, ids) == ["", "", "", "€", ""]
     name = tokenizer.decode([special], skip_special_tokens=False)
-    assert pieces(tokenizer, ids, skip_special_tokens=False) == ["", f"\ufffd{name}", "", "", "\ufffd" * 2]
+    assert pieces(tokenizer, ids, skip_special_tokens=False) == ["", f"\ufffd{name}", "\ufffd", "\ufffd", ""]
 
 
 @KINDS
