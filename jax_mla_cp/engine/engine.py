@@ -151,8 +151,11 @@ class Engine:
                     f"{self._num_unfinished} requests are running or waiting, the limit is {self._max_requests}. "
                     "Try again later."
                 )
+            now = time.monotonic()
             for request in requests:
-                request.arrival_time = time.monotonic()
+                request.submit_time = now
+                if math.isnan(request.arrival_time):
+                    request.arrival_time = now
             self._num_unfinished += len(requests)
             self._submitted.extend(requests)
             self._lock.notify_all()

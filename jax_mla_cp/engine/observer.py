@@ -93,7 +93,7 @@ class Reporter:
         if request.start_time is None:
             request.start_time = time.monotonic()
             with _log_errors("started"):
-                self._observer.started(request.start_time - request.arrival_time)
+                self._observer.started(request.start_time - request.submit_time)
 
     def token(self, request: Request, now: float) -> None:
         if request.last_token_time is None:
@@ -119,7 +119,7 @@ class Reporter:
             prompt_tokens=len(request.prompt),
             cached_tokens=request.cached_tokens,
             output_tokens=request.num_output_tokens,
-            queue_seconds=started - request.arrival_time,
+            queue_seconds=started - request.submit_time,
             prefill_seconds=first - started,
             e2e_seconds=now - request.arrival_time,
         )

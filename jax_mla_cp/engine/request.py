@@ -122,9 +122,11 @@ class Request:
     cache_salt: str = ""
     """Requests share cached pages only if they have the same salt."""
     queue_timeout: float | None = None
-    """Seconds from arrival within which the request must start."""
+    """Seconds from submission within which the request must start."""
     timeout: float | None = None
     """Seconds from arrival within which the request must finish."""
+    arrival_time: float = math.nan
+    """`time.monotonic()` when the client's request arrived. Default: when it is submitted."""
 
     # State.
     tokens: list[int] = dataclasses.field(init=False)
@@ -151,7 +153,7 @@ class Request:
     prompt_logprobs_chunks: list[TokenLogprobs] = dataclasses.field(default_factory=list, init=False)
     """While `needs_prompt_logprobs`: the scores of the first `num_computed_tokens` tokens, one item per chunk."""
     # Seconds of `time.monotonic`.
-    arrival_time: float = dataclasses.field(default=math.nan, init=False)
+    submit_time: float = dataclasses.field(default=math.nan, init=False)
     start_time: float | None = dataclasses.field(default=None, init=False)
     first_token_time: float | None = dataclasses.field(default=None, init=False)
     last_token_time: float | None = dataclasses.field(default=None, init=False)
@@ -215,6 +217,6 @@ class Request:
         """The deadlines that still apply: time, kind of failure, message for the client."""
         if self.queue_timeout is not None and self.start_time is None:
             message = f"The request did not start within {self.queue_timeout:g} s: the server is busy."
-            yield self.arrival_time + self.queue_timeout, "queue_timeout", message
+            yield self.submit_time + self.queue_timeout, "queue_timeout", message
         if self.timeout is not None:
             yield self.arrival_time + self.timeout, "timeout", f"The request did not finish within {self.timeout:g} s."

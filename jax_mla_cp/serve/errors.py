@@ -43,6 +43,11 @@ def unavailable(message: str, code: str) -> ApiError:
     return ApiError(503, message, code=code, headers={"retry-after": _RETRY_SECONDS})
 
 
+def timed_out(message: str) -> ApiError:
+    """A 408. A retry would take as long; OpenAI's clients honor the header that says so."""
+    return ApiError(408, message, code="request_timeout", headers={"x-should-retry": "false"})
+
+
 def failure(event: Failed, constraint: str | None = None) -> ApiError:
     """The error response for a request that the engine failed.
 
@@ -51,8 +56,7 @@ def failure(event: Failed, constraint: str | None = None) -> ApiError:
     """
     kind, message = event.kind, event.message
     if kind == "timeout":
-        # A retry would take as long. OpenAI's clients honor the header.
-        return ApiError(408, message, code="request_timeout", headers={"x-should-retry": "false"})
+        return timed_out(message)
     if kind == "grammar":
         return ApiError(400, message, param=constraint)
     if kind in ("queue_timeout", "stopping"):

@@ -60,7 +60,7 @@ class RequestLogEntry:
     def record(self, index: int, request: Request, event: Event) -> None:
         """Records an engine event of choice `index`, as it reaches the client."""
         if index not in self.queue_seconds and request.start_time is not None:
-            self.queue_seconds[index] = request.start_time - request.arrival_time
+            self.queue_seconds[index] = request.start_time - request.submit_time
             self.prompt_tokens += len(request.prompt)
         if isinstance(event, Token):
             self.output_tokens += 1

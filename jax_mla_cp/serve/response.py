@@ -8,8 +8,8 @@ import json
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Protocol, TypedDict
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from typing import Any, Protocol, TypedDict, TypeVar
 
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -31,11 +31,12 @@ from jax_mla_cp.engine import (
 from jax_mla_cp.engine.logits_processor import LogitsProcessor
 from jax_mla_cp.engine.text import TextStream
 from jax_mla_cp.serve import logs
-from jax_mla_cp.serve.errors import ApiError, failure, unavailable
+from jax_mla_cp.serve.errors import ApiError, failure, timed_out, unavailable
 from jax_mla_cp.serve.schemas.generation import GenerationRequest
 from jax_mla_cp.serve.schemas.responses import ChatChunk, Completion, PromptTokensDetails, Usage
 from jax_mla_cp.serve.served_model import ServedModel
 
+T = TypeVar("T")
 OutputEvent = PromptLogprobs | Token | Finished
 """The engine's events other than `Failed`."""
 
@@ -90,11 +91,17 @@ class RequestGroup:
         body: GenerationRequest,
         builder: ResponseBuilder,
         loop: asyncio.AbstractEventLoop,
+        arrival_time: float,
     ):
+        """
+        Args:
+          arrival_time: of the HTTP request, `time.monotonic()`.
+        """
         self._served = served
         self._body = body
         self._builder = builder
         self._loop = loop
+        self._arrival_time = arrival_time
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._n = body.n or 1
         seed = body.seed if body.seed is not None else served.default_seed
@@ -139,6 +146,7 @@ class RequestGroup:
             cache_salt=body.cache_salt or "",
             queue_timeout=served.queue_timeout,
             timeout=served.request_timeout,
+            arrival_time=self._arrival_time,
         )
 
     def _deliver(self, index: int, event: Event) -> None:
@@ -248,12 +256,33 @@ async def respond(
       ApiError: the request is invalid or fails.
     """
     served.check_model_name(body.model)
-    loop = asyncio.get_running_loop()
-    group = await asyncio.to_thread(lambda: RequestGroup(served, body, make_builder(), loop))
+    group = await _unless_disconnected(_prepare(served, body, make_builder), http)
     group.submit()
     if body.stream:
         return _EventStream(group)
-    return _SerializedJson(await _collect_unless_disconnected(group, http))
+    try:
+        return _SerializedJson(await _unless_disconnected(group.collect(), http))
+    finally:
+        group.abort()
+
+
+async def _prepare(
+    served: ServedModel, body: GenerationRequest, make_builder: Callable[[], ResponseBuilder]
+) -> RequestGroup:
+    """Makes the requests on another thread. Raises 408 if that takes longer than the whole request may."""
+    loop, arrival_time = asyncio.get_running_loop(), time.monotonic()
+
+    def prepare() -> RequestGroup:
+        return RequestGroup(served, body, make_builder(), loop, arrival_time)
+
+    try:
+        async with asyncio.timeout(served.request_timeout):
+            if body.needs_grammar():
+                return await served.grammar_workers.run(prepare)
+            return await asyncio.to_thread(prepare)
+    except TimeoutError:
+        message = f"The request did not finish within {served.request_timeout:g} s: its preparation took as long."
+        raise timed_out(message) from None
 
 
 class _EventStream(StreamingResponse):
@@ -277,18 +306,17 @@ class _SerializedJson(JSONResponse):
         return content.encode()
 
 
-async def _collect_unless_disconnected(group: RequestGroup, http: HttpRequest) -> str:
-    """The full response as JSON; aborted as soon as the client disconnects."""
-    response = asyncio.ensure_future(group.collect())
+async def _unless_disconnected(work: Coroutine[Any, Any, T], http: HttpRequest) -> T:
+    """The work's result; cancelled as soon as the client disconnects."""
+    task = asyncio.ensure_future(work)
     disconnected = asyncio.ensure_future(_disconnected(http))
     try:
-        await asyncio.wait({response, disconnected}, return_when=asyncio.FIRST_COMPLETED)
-        if not response.done():
+        await asyncio.wait({task, disconnected}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
             raise ApiError(499, "The client disconnected.")
-        return response.result()
+        return task.result()
     finally:
-        group.abort()
-        response.cancel()
+        task.cancel()
         disconnected.cancel()
 
 

@@ -13,7 +13,10 @@ from jax_mla_cp.serve.reasoning import ReasoningFormat, is_reasoning_model
 from jax_mla_cp.serve.structured_output import Grammars
 from jax_mla_cp.serve.token_texts import TokenTexts
 from jax_mla_cp.serve.tool_calls import FORMATS, ToolFormat, detect
+from jax_mla_cp.serve.workers import Workers
 from jax_mla_cp.tokenizer import Tokenizer, TokenizerError, require_tokenizer
+
+_MAX_QUEUED_GRAMMARS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +47,11 @@ class ServedModel:
     @functools.cached_property
     def grammars(self) -> Grammars:
         return Grammars(self.tokenizer, self.vocab_size, self.eos_token_ids)
+
+    @functools.cached_property
+    def grammar_workers(self) -> Workers:
+        """The threads that prepare requests with a grammar. One may take seconds to compile."""
+        return Workers("their grammars", threads=2, max_queued=_MAX_QUEUED_GRAMMARS)
 
     @functools.cached_property
     def tool_format(self) -> ToolFormat | None:

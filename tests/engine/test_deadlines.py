@@ -21,7 +21,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
 
 def arrived(at: float, **limits: float) -> Request:
     request = RecordedRequest([1], 1, **limits).request
-    request.arrival_time = at
+    request.arrival_time = request.submit_time = at
     return request
 
 

@@ -47,7 +47,7 @@ class Echo:
         if self.refuse is not None:
             raise self.refuse
         for request in requests:
-            request.arrival_time = request.start_time = time.monotonic()
+            request.submit_time = request.start_time = time.monotonic()
             self.requests.append(request)
             self._threads.append(threading.Thread(target=self._run, args=(request,), daemon=True))
             self._threads[-1].start()

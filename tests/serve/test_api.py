@@ -37,7 +37,8 @@ class Server:
         self.model = PageModel(pages=400, max_running=8, draft_tokens=draft_tokens)
         self.engine = Engine(self.model, max_queued=8)
         # 259 ids, so that BOS (256) is one; the stand-in's answers are below 251. Token 3 is its end of sequence.
-        self._running = serving(ServedModel("tiny", self.engine, TOKENIZER, 259, MAX_LEN, (3,), None, **served))
+        self.served = ServedModel("tiny", self.engine, TOKENIZER, 259, MAX_LEN, (3,), None, **served)
+        self._running = serving(self.served)
 
     def start(self) -> None:
         self.url = self._running.__enter__()
@@ -431,6 +432,73 @@ def test_a_request_that_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
         answer = httpx.post(f"{server.url}/v1/completions", json={"model": "tiny", "prompt": "a"})
         assert answer.status_code == 408 and answer.json()["error"]["code"] == "request_timeout"
     finally:
+        server.stop()
+
+
+class _Held:
+    """Holds up whoever compiles a grammar, until released."""
+
+    def __init__(self, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.entered = threading.Semaphore(0)
+        self.release = threading.Event()
+        self.compiled = 0
+        real = server.served.grammars.compile
+
+        def compile(constraint: Any) -> Any:
+            self.entered.release()
+            assert self.release.wait(60)
+            self.compiled += 1
+            return real(constraint)
+
+        monkeypatch.setattr(server.served.grammars, "compile", compile)
+
+
+GUIDED = {"model": "tiny", "prompt": "a", "guided_choice": ["x"]}
+
+
+def test_grammars_hold_up_only_requests_with_a_grammar(
+    server: Server, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More of them than there are threads in asyncio's pool. One whose client leaves is never compiled."""
+    held, url = _Held(server, monkeypatch), f"{server.url}/v1/completions"
+    monkeypatch.setattr(server.served.grammar_workers, "_max_queued", 38)
+    with ThreadPoolExecutor(40) as clients:
+        gone = httpx.Timeout(60, read=0.3)
+        waiting = [clients.submit(httpx.post, url, json=GUIDED, timeout=60) for _ in range(8)]
+        for _ in range(2):
+            assert held.entered.acquire(timeout=30)
+        until(lambda: server.served.grammar_workers._unfinished == 8)
+        left = [clients.submit(httpx.post, url, json=GUIDED, timeout=gone) for _ in range(32)]
+        for each in left:
+            assert isinstance(each.exception(), httpx.ReadTimeout)
+        assert client.completions.create(model="tiny", prompt="a").choices[0].text, "not held up"
+        until(lambda: server.served.grammar_workers._unfinished == 8)
+        monkeypatch.setattr(server.served.grammar_workers, "_max_queued", 6)
+        full = httpx.post(url, json=GUIDED)
+        assert full.status_code == 503 and full.json()["error"]["code"] == "queue_full"
+        assert "6 requests wait for their grammars" in full.json()["error"]["message"] and full.headers["retry-after"]
+        held.release.set()
+        assert [each.result().json()["choices"][0]["text"] for each in waiting] == ["x"] * 8
+    assert held.compiled == 8
+    until_idle(server)
+
+
+def test_the_time_limit_counts_from_the_arrival(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling the grammar is part of it."""
+    server = Server(request_timeout=0.3)
+    server.start()
+    held = _Held(server, monkeypatch)
+    try:
+        answer = httpx.post(f"{server.url}/v1/completions", json=GUIDED)
+        assert answer.status_code == 408 and answer.json()["error"]["code"] == "request_timeout"
+        assert "within 0.3 s: its preparation" in answer.json()["error"]["message"]
+        assert held.compiled == 0, "it was told before"
+        held.release.set()
+        until(lambda: server.served.grammar_workers._unfinished == 0)
+        assert httpx.post(f"{server.url}/v1/completions", json=GUIDED).json()["choices"][0]["text"] == "x"
+        until_idle(server)
+    finally:
+        held.release.set()
         server.stop()
 
 

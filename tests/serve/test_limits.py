@@ -20,7 +20,14 @@ from hypothesis import strategies as st
 from jax_mla_cp.serve import limits
 from jax_mla_cp.serve.connection import Connection
 from jax_mla_cp.serve.errors import ApiError
-from jax_mla_cp.serve.limits import MAX_DEPTH, MAX_HEADER_BYTES, MAX_HEADERS, LimitRequestSize, check_json
+from jax_mla_cp.serve.limits import (
+    MAX_CONTAINERS,
+    MAX_DEPTH,
+    MAX_HEADER_BYTES,
+    MAX_HEADERS,
+    LimitRequestSize,
+    check_json,
+)
 from jax_mla_cp.serve.middleware import MiddlewareStack
 from tests.helpers.echo_server import BODY, Running, running
 from tests.helpers.waiting import until
@@ -141,6 +148,12 @@ def test_depth_is_counted_over_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     check_json(b"[" * MAX_DEPTH + b"]" * MAX_DEPTH + b"[]" * 200)
     with pytest.raises(ApiError, match=f"nested {MAX_DEPTH + 1} levels deep"):
         check_json(b"[]" * 50 + b"[" * (MAX_DEPTH + 1) + b"]" * (MAX_DEPTH + 1))
+
+
+def test_arrays_and_objects_are_counted_outside_of_strings() -> None:
+    check_json(b"[" + b"{}," * (MAX_CONTAINERS - 1) + b'"' + b"{[" * MAX_CONTAINERS + b'"]')
+    with pytest.raises(ApiError, match=f"{MAX_CONTAINERS + 1} arrays and objects; the limit is {MAX_CONTAINERS}"):
+        check_json(b"[" + b"{}," * MAX_CONTAINERS + b"0]")
 
 
 @pytest.mark.parametrize("unit", [b"[", b"[],", b'"', b'\\"', b'"\\"', b'"a",', b"\\", b'"\\', b"1,"], ids=repr)

@@ -46,6 +46,20 @@ def test_fields_that_ask_for_nothing(model: type[RequestBody], nothing: object) 
     assert model.model_validate({**base, "no_field_of_ours": nothing, "audio": nothing}) == plain
 
 
+def test_an_object_of_too_many_fields() -> None:
+    """Each costs time, even one that asks for nothing."""
+    param, message = refusal(ChatRequest, chat({"role": "user", "content": "x", **{f"f{i}": None for i in range(500)}}))
+    assert param == "messages[1]" and message == "messages[1]: must have at most 256 fields, not 502."
+
+
+@pytest.mark.parametrize("prompt", [["a"] * 129, [[1]] * 129], ids=["texts", "tokens"])
+def test_prompts_are_counted_before_they_are_read(prompt: list[Any]) -> None:
+    assert len(CompletionRequest.model_validate({**COMPLETION, "prompt": prompt[1:]}).prompts()) == 128
+    param, message = refusal(CompletionRequest, {**COMPLETION, "prompt": prompt})
+    assert param == "prompt" and "at most 128 items" in message
+    assert CompletionRequest.model_validate({**COMPLETION, "prompt": [1] * 129}).prompts() == [[1] * 129]
+
+
 def test_null_has_its_own_meaning_in_one_field() -> None:
     assert CompletionRequest.model_validate(COMPLETION).max_tokens == 16
     assert CompletionRequest.model_validate({**COMPLETION, "max_tokens": None}).max_tokens is None

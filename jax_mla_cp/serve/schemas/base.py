@@ -9,6 +9,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIASES = 1024
+MAX_FIELDS = 256
+"""Fields of an object, known or not."""
 
 
 class FieldError(ValueError):
@@ -83,6 +85,8 @@ class RequestBody(BaseModel):
     def _drop_what_asks_nothing(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
+        if len(value) > MAX_FIELDS:
+            raise ValueError(f"must have at most {MAX_FIELDS} fields, not {len(value)}")
         fields = {field.alias or name: field.is_required() for name, field in cls.model_fields.items()}
         kept: dict[Any, Any] = {}
         unknown = False

@@ -216,6 +216,13 @@ class ChatRequest(GenerationRequest):
     def token_limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
+    def needs_grammar(self) -> bool:
+        if super().needs_grammar():
+            return True
+        is_forced = self.tool_choice not in (None, "auto", "none")
+        is_strict = self.tool_choice != "none" and any(tool.function.strict for tool in self.tools or ())
+        return is_forced or is_strict
+
     @functools.cached_property
     def plain_tools(self) -> list[dict[str, Any]]:
         """The tools that the model may call. They may be megabytes, so this is done once."""

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal, cast
 from pydantic import Field, model_validator
 
 from jax_mla_cp.serve.schemas.base import MAX_LOGPROBS, FailFastList, FieldError, Text, TokenCount, TokenId, Whole
-from jax_mla_cp.serve.schemas.generation import GenerationRequest
+from jax_mla_cp.serve.schemas.generation import MAX_CHOICES, GenerationRequest
 
 
 class CompletionRequest(GenerationRequest):
@@ -15,9 +15,12 @@ class CompletionRequest(GenerationRequest):
 
     MEANINGFUL_NULL: ClassVar[frozenset[str]] = frozenset({"max_tokens"})
 
-    prompt: Text | FailFastList[Text] | FailFastList[TokenId] | FailFastList[FailFastList[TokenId]] = Field(
-        description="The prompt or prompts: a string, a list of token ids, or a list of either."
-    )
+    prompt: (
+        Text
+        | Annotated[FailFastList[Text], Field(max_length=MAX_CHOICES)]
+        | FailFastList[TokenId]
+        | Annotated[FailFastList[FailFastList[TokenId]], Field(max_length=MAX_CHOICES)]
+    ) = Field(description="The prompt or prompts: a string, a list of token ids, or a list of either.")
     max_tokens: TokenCount | None = Field(
         default=16,
         description="Maximum number of tokens to generate. 0 is allowed with `echo`; null means up to the maximum context "

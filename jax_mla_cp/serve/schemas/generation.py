@@ -200,6 +200,10 @@ class GenerationRequest(RequestBody):
                 found[name] = value
         return found
 
+    def needs_grammar(self) -> bool:
+        """True if a grammar has to be compiled."""
+        return bool(self.constraints())
+
     def stop_strings(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from jax_mla_cp.serve.schemas.base import ENCODABLE, FailFastList, FieldError, RequestBody, Text
+from jax_mla_cp.serve.structured_output.grammars import MAX_CHOICES
 
 
 class JsonSchema(RequestBody):
@@ -41,7 +42,7 @@ class SchemaFormat(RequestBody):
 ResponseFormat = Annotated[TextFormat | JsonFormat | SchemaFormat, Field(discriminator="type")]
 
 JsonSchemaOrText = dict[str, Any] | Text
-Choices = FailFastList[Text]
+Choices = Annotated[FailFastList[Text], Field(max_length=MAX_CHOICES)]
 
 
 class StructuredOutputs(RequestBody):
@@ -57,7 +58,7 @@ class StructuredOutputs(RequestBody):
     json_: JsonSchemaOrText | None = Field(default=None, alias="json", description="A JSON Schema, or its text.")
     regex: Text | None = Field(default=None, description="A regular expression that the whole output matches.")
     choice: Choices | None = Field(default=None, description="The texts that are allowed.")
-    grammar: Text | None = Field(default=None, description="A context-free grammar in Lark's syntax.")
+    grammar: Text | None = Field(default=None, description="A context-free grammar, in Lark or GBNF.")
     json_object: bool | None = Field(default=None, description="True: any JSON object.")
 
     @model_validator(mode="after")
