@@ -95,7 +95,7 @@ def install(app: FastAPI) -> None:
 def invalid_body(error: RequestValidationError) -> dict[str, Any]:
     """The error for a body that its schema rejects: the field's full path, expected, and got if that is a single value."""
     # For a field of several types, the most useful error is one that isn't about the type.
-    first = min(error.errors(), key=lambda e: e["type"].endswith("_type"))
+    first = min(error.errors(), key=_is_about_type)
     context = first.get("ctx", {})
     if first["type"] == "json_invalid":
         return error_body(400, f"The body is not valid JSON: {context.get('error', '')}.")
@@ -107,6 +107,12 @@ def invalid_body(error: RequestValidationError) -> dict[str, Any]:
         absent = len(named)
     path = _path(location, error.body, absent)
     return error_body(400, f"{path or 'body'}: {_message(first)}.", param=path or None)
+
+
+def _is_about_type(error: Mapping[str, Any]) -> bool:
+    """True if the value has another type than expected; an object in place of one of several strings too."""
+    kind: str = error["type"]
+    return kind.endswith("_type") or (kind == "literal_error" and isinstance(error["input"], list | dict))
 
 
 def _path(location: Sequence[int | str], body: Any, absent: int) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from jax_mla_cp.serve import preprocessing
-from jax_mla_cp.serve.schemas.base import FailFastList, FieldError, RequestBody, Text, TokenId
+from jax_mla_cp.serve.schemas.base import FailFastList, FieldError, JsonObject, RequestBody, Text, TokenId
 from jax_mla_cp.serve.schemas.chat import MAX_MESSAGES, MAX_TOOLS, Message, Tool
 from jax_mla_cp.serve.schemas.responses import OMIT_NONE
 from jax_mla_cp.serve.served_model import ServedModel
@@ -30,7 +30,7 @@ class TokenizeRequest(RequestBody):
     tools: Annotated[FailFastList[Tool], Field(max_length=MAX_TOOLS)] | None = Field(
         default=None, description="Functions that the model may call, for the chat template."
     )
-    chat_template_kwargs: dict[str, Any] | None = Field(
+    chat_template_kwargs: JsonObject | None = Field(
         default=None, description="Further variables of the chat template; JSON values."
     )
     add_special_tokens: bool | None = Field(

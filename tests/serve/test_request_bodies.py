@@ -46,6 +46,34 @@ def test_fields_that_ask_for_nothing(model: type[RequestBody], nothing: object) 
     assert model.model_validate({**base, "no_field_of_ours": nothing, "audio": nothing}) == plain
 
 
+SURROGATE: dict[str, Any] = {"type": "object", "properties": {"\ud800": {"const": ["\ud800"]}}}
+UNPAIRED: list[tuple[dict[str, Any], str]] = [
+    (
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": SURROGATE}}]},
+        "tools[0].function.parameters",
+    ),
+    ({"chat_template_kwargs": {"a": ["\ud800"]}}, "chat_template_kwargs"),
+    ({"guided_json": SURROGATE}, "guided_json"),
+    ({"structured_outputs": {"json": SURROGATE}}, "structured_outputs.json"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SURROGATE}}},
+        "response_format.json_schema.schema",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "path"), UNPAIRED, ids=[path for _, path in UNPAIRED])
+def test_surrogates_are_found_at_any_depth(fields: dict[str, Any], path: str) -> None:
+    param, message = refusal(ChatRequest, chat(**fields))
+    assert param == path and message == f"{path}: must be valid Unicode, without lone surrogates."
+
+
+def test_an_object_in_place_of_a_name() -> None:
+    tool_choice: dict[str, Any] = {"type": "function"}
+    param, message = refusal(ChatRequest, chat(tools=[FUNCTION], tool_choice=tool_choice))
+    assert param == "tool_choice.function" and message == "tool_choice.function: is required."
+
+
 def test_an_object_of_too_many_fields() -> None:
     """Each costs time, even one that asks for nothing."""
     param, message = refusal(ChatRequest, chat({"role": "user", "content": "x", **{f"f{i}": None for i in range(500)}}))

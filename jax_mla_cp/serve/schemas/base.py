@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -30,6 +31,11 @@ def _encodable(text: str) -> str:
     return text
 
 
+def _encodable_parts(value: dict[str, Any]) -> dict[str, Any]:
+    _encodable(json.dumps(value, ensure_ascii=False))
+    return value
+
+
 def _whole(value: object) -> object:
     """Converts a whole number that is written as 8.0: JSON does not tell it from 8, and some serializers write it."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
@@ -48,6 +54,8 @@ FailFastList = Annotated[list[T], Field(fail_fast=True)]
 would produce a kilobyte of errors for each."""
 ENCODABLE = AfterValidator(_encodable)
 Text = Annotated[str, ENCODABLE]
+JsonObject = Annotated[dict[str, Any], AfterValidator(_encodable_parts)]
+"""A JSON object of any form."""
 Whole = Annotated[int, BeforeValidator(_whole)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 StopString = Annotated[str, Field(min_length=1, max_length=1024), ENCODABLE]

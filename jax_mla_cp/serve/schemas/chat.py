@@ -13,6 +13,7 @@ from jax_mla_cp.serve.schemas.base import (
     MAX_LOGPROBS,
     FailFastList,
     FieldError,
+    JsonObject,
     RequestBody,
     Text,
     TokenCount,
@@ -106,7 +107,7 @@ class Function(RequestBody):
 
     name: FunctionName
     description: Text | None = None
-    parameters: dict[str, Any] | None = Field(
+    parameters: JsonObject | None = Field(
         default=None, description="JSON Schema of the arguments. Absent: a function without arguments."
     )
     strict: bool | None = Field(
@@ -169,7 +170,7 @@ class ChatRequest(GenerationRequest):
         "function: a call of it.",
     )
     parallel_tool_calls: bool | None = Field(default=True, description="False: at most one call in an answer.")
-    chat_template_kwargs: dict[str, Any] | None = Field(
+    chat_template_kwargs: JsonObject | None = Field(
         default=None, description="Further variables of the chat template, such as `thinking`; JSON values."
     )
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(

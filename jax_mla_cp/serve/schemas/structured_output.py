@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from jax_mla_cp.serve.schemas.base import ENCODABLE, FailFastList, FieldError, RequestBody, Text
+from jax_mla_cp.serve.schemas.base import ENCODABLE, FailFastList, FieldError, JsonObject, RequestBody, Text
 from jax_mla_cp.serve.structured_output.grammars import MAX_CHOICES
 
 
@@ -18,7 +18,7 @@ class JsonSchema(RequestBody):
         description="Name of the schema. Accepted and ignored."
     )
     description: Text | None = Field(default=None, description="Accepted and ignored.")
-    schema_: dict[str, Any] = Field(
+    schema_: JsonObject = Field(
         alias="schema", description="The JSON Schema, limited to the features that llguidance supports."
     )
     strict: bool | None = Field(
@@ -41,7 +41,7 @@ class SchemaFormat(RequestBody):
 
 ResponseFormat = Annotated[TextFormat | JsonFormat | SchemaFormat, Field(discriminator="type")]
 
-JsonSchemaOrText = dict[str, Any] | Text
+JsonSchemaOrText = JsonObject | Text
 Choices = Annotated[FailFastList[Text], Field(max_length=MAX_CHOICES)]
 
 
