@@ -68,7 +68,7 @@ def load(
       ConfigError: the directory, the config, the mesh, a parameter or the checkpoint's tensors don't fit.
     """
     directory = DIRECTORY if model is None else Path(model)
-    converted, config, tokenizer = _open(directory)
+    converted, config, tokenizer = open_directory(directory)
     if converted:
         weights = converted.resolve_weights(weights)
     build = plan_build(config, mesh, dtype=dtype, weights=weights, ep_axes=ep_axes, attention=attention, mtp=mtp)
@@ -80,8 +80,8 @@ def load(
     return Model(params, build, mesh), tokenizer
 
 
-def _open(directory: Path) -> tuple[ConvertedCheckpoint | None, ModelConfig, Tokenizer | None]:
-    """A directory's manifest, if it is a converted checkpoint, its config and its tokenizer.
+def open_directory(directory: Path) -> tuple[ConvertedCheckpoint | None, ModelConfig, Tokenizer | None]:
+    """Opens a model directory: its manifest, if it is a converted checkpoint, its config and its tokenizer.
 
     The config's stop tokens are those of config.json, generation_config.json and the tokenizer, for all that generate.
     """
@@ -142,7 +142,7 @@ def config_and_tokenizer(model: Path | None) -> tuple[ModelConfig, Tokenizer | N
     Raises:
       ConfigError: as `load`.
     """
-    _, config, tokenizer = _open(DIRECTORY if model is None else model)
+    _, config, tokenizer = open_directory(DIRECTORY if model is None else model)
     return config, tokenizer
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from jax_mla_cp.checkpoint import CheckpointError
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.default_model import DIRECTORY
 from jax_mla_cp.distributed.agreement import agree
@@ -187,6 +188,14 @@ def test_versions_config_and_files_are_compared(facts: Any, tmp_path: Path) -> N
     tokenizer.write_text(text + " ")
     after = facts(dataclasses.replace(options, model=tmp_path))
     assert {name for name in before if before[name] != after[name]} == {"tokenizer.json"}
+
+
+def test_a_half_converted_checkpoint_is_called_that(facts: Any, tmp_path: Path) -> None:
+    """Its config.json is copied last, and its absence is not the problem."""
+    (tmp_path / "weights" / "state").mkdir(parents=True)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(CheckpointError, match="half-converted"):
+        facts(LaunchOptions(**AT, process_id=0, model=tmp_path))
 
 
 def test_a_process_that_is_alone_compares_nothing() -> None:
