@@ -56,8 +56,9 @@ def _append(request: Request, sampled: SampledToken) -> tuple[Token, Finished | 
         request.grammar.accept(sampled.token)
     # As in vLLM, a stop token's text belongs to the output with `include_stop` only, even if special tokens are shown.
     omit = is_stop_token and not request.text.include_stop
+    offset = request.text.num_characters
     text = "" if omit else request.text.push(sampled.token, may_stop=may_stop)
-    token = Token(sampled.token, text, sampled.logprob, sampled.top_tokens, sampled.top_logprobs)
+    token = Token(sampled.token, text, sampled.logprob, sampled.top_tokens, sampled.top_logprobs, offset)
     stop: int | str | None = request.text.stopped_by
     if stop is None and is_stop_token:
         stop = sampled.token

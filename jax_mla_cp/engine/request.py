@@ -53,6 +53,8 @@ class Token:
     logprob: float
     top_tokens: np.ndarray
     top_logprobs: np.ndarray
+    text_offset: int = 0
+    """Characters of output before the token's own text, which may have been held back or begin in a later event."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,6 +40,8 @@ class TextStream:
         self._stops = _automaton(tuple(stop)) if stop else None
         self._state = START
         self._held = ""
+        self.num_characters = 0
+        """Characters of the tokens' text so far, with those held back or cut off."""
         self.include_stop = include_stop
         self.stopped_by: str | None = None
         """The stop string that was found. The text ends before it, or after it with `include_stop`."""
@@ -53,6 +55,7 @@ class TextStream:
         if self._detokenizer is None or self.stopped:
             return ""
         piece = self._detokenizer.add(token)
+        self.num_characters += len(piece)
         return self._release(piece) if may_stop else piece
 
     def finish(self) -> str:

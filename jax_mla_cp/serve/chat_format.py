@@ -8,7 +8,14 @@ from jax_mla_cp.engine import Grammar, GrammarError
 from jax_mla_cp.serve.constraint import compile_grammar
 from jax_mla_cp.serve.errors import ApiError
 from jax_mla_cp.serve.output_parser import OutputParser
-from jax_mla_cp.serve.reasoning import END_TAG, START_TAG, ReasoningGrammar, ReasoningParser, prompt_starts_reasoning
+from jax_mla_cp.serve.reasoning import (
+    END_TAG,
+    START_TAG,
+    ReasoningGrammar,
+    ReasoningParser,
+    ReasoningStart,
+    prompt_starts_reasoning,
+)
 from jax_mla_cp.serve.schemas.chat import ChatRequest, NamedTool
 from jax_mla_cp.serve.served_model import ServedModel
 from jax_mla_cp.serve.structured_output import CompiledGrammar, LarkGrammar
@@ -41,6 +48,12 @@ class ChatFormat:
 
     def _check_tags(self) -> None:
         """Raises 400 if a constraint or a budget needs the end of the reasoning, and the tags are not single tokens."""
+        if self._body.thinking_token_budget is not None and not self._served.is_reasoning:
+            message = (
+                "thinking_token_budget: not available. This model does not reason, or the server was started with "
+                "--reasoning-parser none. Leave it out."
+            )
+            raise ApiError(400, message, param="thinking_token_budget")
         has_tags = self._end_token is not None and (self._in_reasoning or self._start_token is not None)
         if self._grammar is not None and self._in_reasoning and not has_tags:
             field = next(iter(self._body.constraints()), "tools" if self._holds_calls_only else "tool_choice")
@@ -77,18 +90,28 @@ class ChatFormat:
     def new_grammar(self) -> Grammar | None:
         """A grammar for one choice. None: free text."""
         grammar = None if self._grammar is None else self._grammar.copy()
-        budget = self._body.thinking_token_budget
-        reasons = self._in_reasoning or (budget is not None and self._parses_reasoning)
+        budget, start = self._body.thinking_token_budget, self._reasoning_start
+        reasons = self._in_reasoning or start is not None
         if self._end_token is None or not reasons or (grammar is None and budget is None):
             return grammar
         return ReasoningGrammar(
             grammar,
             end_token=self._end_token,
             vocab_size=self._served.vocab_size,
-            start_token=None if self._in_reasoning else self._start_token,
+            start=start,
             budget=budget,
             eos_tokens=self._served.eos_token_ids,
             also_ends=() if self._body.constraints() else self._tokens(self._call_starts),
+        )
+
+    @property
+    def _reasoning_start(self) -> ReasoningStart | None:
+        """None if the output can't begin with <think>."""
+        if self._in_reasoning or not self._parses_reasoning or self._start_token is None:
+            return None
+        token_bytes = self._served.require_tokenizer("messages").token_bytes
+        return ReasoningStart(
+            self._start_token, lambda token: (token_bytes(token) or b"").decode(errors="replace").isspace()
         )
 
     @property

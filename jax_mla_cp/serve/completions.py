@@ -45,17 +45,17 @@ class _CompletionBuilder:
         self._n = body.n or 1
         self._texts = served.token_texts.as_ids if body.return_tokens_as_token_ids else served.token_texts
         echoed = zip(body.prompts(), self.prompts, strict=True) if body.echo else ()
-        # A truncated prompt is echoed as it was used.
-        truncated = body.truncate_prompt_tokens is not None
-        self._echoes = [_Echo(served, ids if truncated else prompt, ids) for prompt, ids in echoed]
-        self._offset = [0] * (len(self.prompts) * self._n)
-        """Characters of each choice's text so far."""
+        self._echoes = [_Echo(served, body, prompt, ids) for prompt, ids in echoed]
 
     def grammar(self, prompt: int) -> Grammar | None:
         return self._grammar and self._grammar.copy()
 
     def first_chunks(self) -> Sequence[Completion]:
-        return [self._completion([first]) for i in range(len(self._offset)) if (first := self._first(i)) is not None]
+        return [
+            self._completion([first])
+            for i in range(len(self.prompts) * self._n)
+            if (first := self._first(i)) is not None
+        ]
 
     def chunk(self, index: int, event: OutputEvent) -> Completion | None:
         choice = self._choice(index, event)
@@ -85,22 +85,22 @@ class _CompletionBuilder:
         return first
 
     def _echo(self, index: int, logprobs: Logprobs | None = None) -> Choice:
-        text = self._echoes[index // self._n].text
-        self._offset[index] += len(text)
-        return Choice(index=index, text=text, logprobs=logprobs)
+        return Choice(index=index, text=self._echoes[index // self._n].text, logprobs=logprobs)
+
+    def _echo_length(self, index: int) -> int:
+        """Characters of a choice's text before its output."""
+        return len(self._echoes[index // self._n].text) if self._echoes else 0
 
     def _choice(self, index: int, event: OutputEvent) -> Choice | None:
         if isinstance(event, PromptLogprobs):
             return self._prompt_choice(index, event)
-        offset = self._offset[index]
-        self._offset[index] += len(event.text)
         if isinstance(event, Finished):
-            return Choice(
-                index=index, text=event.text, finish_reason=event.reason, stop_reason=self._served.stop_reason(event)
-            )
+            stop = self._served.stop_reason(event, ignore_eos=bool(self._body.ignore_eos))
+            return Choice(index=index, text=event.text, finish_reason=event.reason, stop_reason=stop)
         logprobs = None
         if (count := self._body.logprobs) is not None:
             top = (event.top_tokens, event.top_logprobs)
+            offset = self._echo_length(index) + event.text_offset
             logprobs = completion_logprobs(self._texts, event.token, event.logprob, *top, count, offset)
         token_ids = [event.token] if self._body.return_token_ids else None
         return Choice(index=index, text=event.text, logprobs=logprobs, token_ids=token_ids)
@@ -122,22 +122,34 @@ class _CompletionBuilder:
 
 
 class _Echo:
-    """An echoed prompt: the client's text, or the text of its token ids."""
+    """An echoed prompt: the client's text, or the text of its token ids. A truncated prompt is echoed as it was used."""
 
-    def __init__(self, served: ServedModel, prompt: str | list[int], ids: list[int]):
+    def __init__(self, served: ServedModel, body: CompletionRequest, prompt: str | list[int], ids: list[int]):
         self._tokenizer = served.tokenizer
         self._ids = ids
-        decoded = "" if self._tokenizer is None else self._tokenizer.decode(ids)
-        self.text = prompt if isinstance(prompt, str) else decoded
+        self._is_text = isinstance(prompt, str) and body.truncate_prompt_tokens is None
+        self._adds_special = body.add_special_tokens is not False
+        # Special tokens of a text are those that it spells.
+        self._skips_special = not self._is_text and body.skip_special_tokens is not False
+        if isinstance(prompt, str) and self._is_text:
+            self.text = prompt
+        else:
+            self.text = (
+                "" if self._tokenizer is None else self._tokenizer.decode(ids, skip_special_tokens=self._skips_special)
+            )
 
     def offsets(self) -> list[int]:
-        """The character offset at which each token's text begins."""
+        """The character offset at which each token's text begins; for a token without text, at which the next one's does."""
         if self._tokenizer is None:
             return [0] * len(self._ids)
-        detokenizer, offsets, offset = Detokenizer(self._tokenizer), [], 0
-        for token in self._ids:
-            offsets.append(offset)
-            offset += len(detokenizer.add(token))
+        first, end = 0, len(self._ids)
+        if self._is_text and self._adds_special:  # BOS and EOS, which the text does not have
+            first, end = len(self._tokenizer.prefix), end - len(self._tokenizer.suffix)
+        detokenizer, offsets, offset = Detokenizer(self._tokenizer, skip_special_tokens=self._skips_special), [], 0
+        for i, token in enumerate(self._ids):
+            offsets.append(min(offset, len(self.text)))  # a tokenizer may normalize the text to a longer one
+            if first <= i < end:
+                offset += len(detokenizer.add(token))
         return offsets
 
 

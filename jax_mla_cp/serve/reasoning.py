@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import dataclasses
+from collections.abc import Callable, Collection, Sequence
 from typing import Literal
 
 import numpy as np
@@ -45,21 +46,27 @@ class ReasoningParser:
         self._next_tag: str | None = END_TAG if in_reasoning else START_TAG
         """The tag to look for; None: the content has begun."""
         self._ends = (END_TAG, *also_ends)
+        self._blank: list[str] = []
+        """White space before what may be <think>. It belongs to the content if it is not."""
         self._buffer = ""
         self._after_tag = in_reasoning
 
     def push(self, delta: str) -> tuple[str, str]:
         """Adds text and returns the (reasoning, content) that is certain by now; either may be empty."""
+        if self._next_tag == START_TAG and not self._buffer:
+            text = delta.lstrip()
+            self._blank.append(delta[: len(delta) - len(text)])
+            delta = text
         self._buffer += delta
         reasoning = ""
         if self._next_tag == START_TAG:
-            text = self._buffer.lstrip()
-            if len(text) < len(START_TAG) and START_TAG.startswith(text):
+            if len(self._buffer) < len(START_TAG) and START_TAG.startswith(self._buffer):
                 return "", ""
-            if text.startswith(START_TAG):
-                self._buffer, self._next_tag, self._after_tag = text.removeprefix(START_TAG), END_TAG, True
+            if self._buffer.startswith(START_TAG):
+                self._buffer, self._next_tag, self._after_tag = self._buffer.removeprefix(START_TAG), END_TAG, True
             else:
-                self._next_tag, self._after_tag = None, False
+                self._buffer, self._next_tag = "".join([*self._blank, self._buffer]), None
+            self._blank = []
         if self._next_tag == END_TAG:
             text = self._skip_white_space()
             found = min(((at, end) for end in self._ends if (at := text.find(end)) >= 0), default=None)
@@ -75,7 +82,7 @@ class ReasoningParser:
 
     def flush(self) -> tuple[str, str]:
         """The buffered rest, at the end of the output."""
-        rest, self._buffer = self._buffer, ""
+        rest, self._blank, self._buffer = "".join([*self._blank, self._buffer]), [], ""
         return (rest, "") if self._next_tag == END_TAG else ("", rest)
 
     def _skip_white_space(self) -> str:
@@ -98,14 +105,23 @@ def _bits(tokens: Collection[int], words: int) -> NDArray[np.uint32]:
     return mask
 
 
+@dataclasses.dataclass(frozen=True)
+class ReasoningStart:
+    """The beginning of reasoning that the prompt has not begun: <think>, perhaps after white space."""
+
+    token: int
+    is_blank: Callable[[int], bool]
+    """True for tokens of white space alone."""
+
+
 class ReasoningGrammar:
     """Constrains an output that reasons first: the reasoning ends with </think>, never with EOS and after at most `budget`
     tokens, and a grammar applies from there on. Implements `jax_mla_cp.engine.Grammar`.
 
     Args:
-      grammar: of the content. None: free text, in which EOS may end the reasoning too.
-      start_token: <think>, if the output is to begin with it. None: the prompt ends with it.
-      budget: maximum number of reasoning tokens. None: no limit.
+      grammar: of the content, and of white space before <think>. None: free text, in which EOS may end the reasoning too.
+      start: the output may begin with <think>. None: the prompt ends with it.
+      budget: maximum number of tokens between the tags. None: no limit.
       eos_tokens: the stop tokens, which would end the output without content.
       also_ends: tokens that end the reasoning as </think> does, but begin the content.
     """
@@ -116,7 +132,7 @@ class ReasoningGrammar:
         *,
         end_token: int,
         vocab_size: int,
-        start_token: int | None = None,
+        start: ReasoningStart | None = None,
         budget: int | None = None,
         eos_tokens: Collection[int] = (),
         also_ends: Collection[int] = (),
@@ -128,19 +144,26 @@ class ReasoningGrammar:
         words = -(-vocab_size // 32)
         self._only_end = _bits([end_token], words)
         self._inside = ~_bits(eos_tokens if grammar is not None else (), words)
-        self._start_token = start_token
-        self._reasoning = start_token is None
+        self._start = start
+        """None: the reasoning has begun, or the content has."""
+        self._only_start = _bits([] if start is None else [start.token], words)
+        self._reasoning = start is None
 
     def mask(self) -> NDArray[np.uint32] | None:
         if self._reasoning:
             return self._only_end if self._left == 0 else self._inside
-        return None if self._grammar is None else self._grammar.mask()
+        mask = None if self._grammar is None else self._grammar.mask()
+        return mask if mask is None or self._start is None else mask | self._only_start
 
     def accept(self, token: int) -> None:
-        start, self._start_token = self._start_token, None
+        start = self._start
         if not self._reasoning:
-            self._reasoning = token == start
-            if self._grammar is not None and not self._reasoning:
+            if start is not None and token == start.token:
+                self._start, self._reasoning = None, True
+                return
+            if start is not None and not start.is_blank(token):
+                self._start = None
+            if self._grammar is not None:
                 self._grammar.accept(token)
             return
         if self._left is not None:

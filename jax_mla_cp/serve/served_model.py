@@ -81,9 +81,13 @@ class ServedModel:
                 message = f"{param}: token id {token} is not in the vocabulary (0 to {self.vocab_size - 1})."
                 raise ApiError(400, message, param=param)
 
-    def stop_reason(self, finished: Finished) -> int | str | None:
-        """vLLM's `stop_reason`: the requested stop string or token id; None if the model's own EOS ended the answer."""
-        return None if finished.stop in self.eos_token_ids else finished.stop
+    def stop_reason(self, finished: Finished, *, ignore_eos: bool) -> int | str | None:
+        """vLLM's `stop_reason`: the requested stop string or token id; None if the model's own EOS ended the answer.
+
+        Args:
+          ignore_eos: the request's: an EOS token that ends the answer nonetheless is one of its `stop_token_ids`.
+        """
+        return None if finished.stop in self.eos_token_ids and not ignore_eos else finished.stop
 
     def require_tokenizer(self, param: str) -> Tokenizer:
         """The tokenizer. Raises 400 if the model has none."""

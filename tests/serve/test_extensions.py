@@ -101,6 +101,39 @@ def test_prompts_are_truncated_at_their_start(url: str) -> None:
     assert answer.status_code == 400 and answer.json()["error"]["code"] == "context_length_exceeded"
 
 
+def test_text_offsets_while_a_stop_string_may_begin(url: str) -> None:
+    """The text of "on" is held back as long as it may become the stop string; each token's own place is known all the same."""
+    for stop, text, tokens in (("onward", "one. two", 8), ("e. tw", "on", 7)):
+        fields = {"prompt": "Hi\x02", "logprobs": 0, "max_tokens": 8, "stop": [stop]}
+        choice = complete(url, echo=True, **fields)["choices"][0]
+        assert choice["text"] == f"Hi\x02{text}" and choice["logprobs"]["text_offset"] == list(range(3 + tokens))
+        choices = [chunk["choices"][0] for chunk in stream(url, "/v1/completions", fields)]
+        offsets = [at for choice in choices for at in (choice["logprobs"] or {}).get("text_offset", [])]
+        assert offsets == list(range(tokens))
+
+
+def test_text_offsets_of_an_echo_with_special_tokens(url: str) -> None:
+    """A text's special tokens are as long as it spells them; those of ids as long as they are shown."""
+    fields = {"echo": True, "logprobs": 0, "max_tokens": 1}
+    special = len("<|eos|>")
+    text = complete(url, prompt="a<|eos|>b\x02", **fields)["choices"][0]
+    assert text["text"] == "a<|eos|>b\x02o"
+    assert text["logprobs"]["text_offset"] == [0, 1, 1 + special, 2 + special, 3 + special]
+    ids = {"prompt": [ord("a"), EOS, ord("b"), 2], **fields}
+    hidden = complete(url, **ids)["choices"][0]
+    assert hidden["text"] == "ab\x02o" and hidden["logprobs"]["text_offset"] == [0, 1, 1, 2, 3]
+    shown = complete(url, skip_special_tokens=False, **ids)["choices"][0]
+    assert shown["text"] == text["text"] and shown["logprobs"]["text_offset"] == text["logprobs"]["text_offset"]
+
+
+def test_an_eos_that_the_request_names_is_its_stop_reason(url: str) -> None:
+    fields = {"stop_token_ids": [EOS], "max_tokens": 30}
+    for ignore_eos, reason in ((False, None), (True, EOS)):
+        for answer in (complete(url, ignore_eos=ignore_eos, **fields), chat(url, ignore_eos=ignore_eos, **fields)):
+            choice = answer["choices"][0]
+            assert choice["finish_reason"] == "stop" and choice["stop_reason"] == reason
+
+
 def test_usage_in_every_chunk(url: str) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
     for path, body in (("/v1/completions", {"prompt": "Hi\x02"}), ("/v1/chat/completions", {"messages": USER})):
@@ -128,3 +161,5 @@ def test_bos_is_optional() -> None:
         assert prompt(complete, add_special_tokens=False) == [*b"Hi\x02"]
         assert prompt(chat) == prompt(chat, add_special_tokens=False) == [*b"Hi\x02"], "the template writes it"
         assert prompt(chat, add_special_tokens=True) == [BOS, *b"Hi\x02"]
+        echo = complete(url, echo=True, logprobs=0, max_tokens=1)["choices"][0]
+        assert echo["logprobs"]["text_offset"] == [0, 0, 1, 2, 3], "BOS has no text in the client's"
