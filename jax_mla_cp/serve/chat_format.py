@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jax_mla_cp.engine import Grammar, GrammarError
+from jax_mla_cp.engine import Grammar
 from jax_mla_cp.serve.constraint import compile_grammar
 from jax_mla_cp.serve.errors import ApiError
 from jax_mla_cp.serve.output_parser import OutputParser
@@ -18,7 +18,8 @@ from jax_mla_cp.serve.reasoning import (
 )
 from jax_mla_cp.serve.schemas.chat import ChatRequest, NamedTool
 from jax_mla_cp.serve.served_model import ServedModel
-from jax_mla_cp.serve.structured_output import CompiledGrammar, LarkGrammar
+from jax_mla_cp.serve.structured_output import CompiledGrammar
+from jax_mla_cp.serve.tool_grammar import compile_calls
 
 
 class ChatFormat:
@@ -56,7 +57,7 @@ class ChatFormat:
             raise ApiError(400, message, param="thinking_token_budget")
         has_tags = self._end_token is not None and (self._in_reasoning or self._start_token is not None)
         if self._grammar is not None and self._in_reasoning and not has_tags:
-            field = next(iter(self._body.constraints()), "tools" if self._holds_calls_only else "tool_choice")
+            field = self._body.grammar_field()
         elif self._body.thinking_token_budget is not None and not has_tags:
             field = "thinking_token_budget"
         else:
@@ -125,21 +126,7 @@ class ChatFormat:
         return frozenset(token for text in texts if (token := tokenizer.token_id(text)) is not None)
 
     def _compile(self) -> CompiledGrammar | None:
-        body, choice = self._body, self._body.tool_choice
-        is_strict = any(tool["function"].get("strict") for tool in self._tools)
-        if self._calls is None or body.constraints() or (choice in (None, "auto") and not is_strict):
-            return compile_grammar(self._served, body)
-        self._holds_calls_only = choice in (None, "auto")
-        try:
-            text = self._calls.grammar(
-                self._tools,
-                names=[choice.function.name]
-                if isinstance(choice, NamedTool)
-                else [tool["function"]["name"] for tool in self._tools],
-                required=not self._holds_calls_only,
-                parallel=body.parallel_tool_calls is not False and not isinstance(choice, NamedTool),
-                token_id=self._served.require_tokenizer("messages").token_id,
-            )
-            return self._served.grammars.compile(LarkGrammar(text))
-        except GrammarError as error:
-            raise ApiError(400, f"tools: {error}", param="tools") from error
+        if self._calls is None or not self._body.holds_calls:
+            return compile_grammar(self._served, self._body)
+        self._holds_calls_only = self._body.tool_choice in (None, "auto")
+        return compile_calls(self._served, self._body, self._calls)

@@ -188,7 +188,7 @@ class RequestGroup:
             index, event = await self._events.get()
             self._log_entry.record(index, self._requests[index], event)
             if isinstance(event, Failed):
-                raise failure(event, next(iter(self._body.constraints()), None))
+                raise failure(event, self._body.grammar_field())
             if isinstance(event, Token):
                 self._completion_tokens += 1
             elif isinstance(event, Finished):
@@ -277,7 +277,7 @@ async def _prepare(
 
     try:
         async with asyncio.timeout(served.request_timeout):
-            if body.needs_grammar():
+            if body.grammar_field():
                 return await served.grammar_workers.run(prepare)
             return await asyncio.to_thread(prepare)
     except TimeoutError:

@@ -68,6 +68,24 @@ def test_surrogates_are_found_at_any_depth(fields: dict[str, Any], path: str) ->
     assert param == path and message == f"{path}: must be valid Unicode, without lone surrogates."
 
 
+STRICT: dict[str, Any] = {"type": "function", "function": {"name": "s", "strict": True}}
+CONSTRAINED: list[tuple[dict[str, Any], str | None]] = [
+    ({}, None),
+    ({"tools": [FUNCTION]}, None),
+    ({"tools": [FUNCTION], "tool_choice": "required"}, "tool_choice"),
+    ({"tools": [FUNCTION], "tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+    ({"tools": [FUNCTION, STRICT]}, "tools"),
+    ({"tools": [FUNCTION, STRICT], "tool_choice": "none"}, None),
+    ({"tools": [STRICT], "guided_regex": "a"}, "guided_regex"),
+]
+
+
+@pytest.mark.parametrize(("fields", "field"), CONSTRAINED)
+def test_the_field_that_asks_for_a_grammar(fields: dict[str, Any], field: str | None) -> None:
+    """It is named if the grammar fails, and its request waits for the threads that compile grammars."""
+    assert ChatRequest.model_validate({**CHAT, **fields}).grammar_field() == field
+
+
 def test_an_object_in_place_of_a_name() -> None:
     tool_choice: dict[str, Any] = {"type": "function"}
     param, message = refusal(ChatRequest, chat(tools=[FUNCTION], tool_choice=tool_choice))

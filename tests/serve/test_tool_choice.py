@@ -158,7 +158,17 @@ def test_strict_arguments(model: Script, client: openai.OpenAI) -> None:
 
 
 def test_schemas_that_no_call_can_follow(client: openai.OpenAI) -> None:
-    bad = [{"type": "function", "function": {"name": "f", "parameters": {"type": "wish"}}}]
-    with pytest.raises(openai.BadRequestError) as error:
-        ask(client, tools=bad, tool_choice="required")
-    assert error.value.param == "tools"
+    """Found before the grammar is made, or by llguidance: the tool is named, and the place in its schema."""
+    for schema, message in (
+        ({"type": "object", "properties": {"a": {"type": "wish"}}}, "at /properties/a: type"),
+        ({"type": "object", "properties": {"a": {"not": {}}}}, "at /properties/a: `not` can't be enforced"),
+        (
+            {"type": "object", "properties": {"a": {"minimum": 5, "maximum": 3, "type": "integer"}}, "required": ["a"]},
+            "",
+        ),
+    ):
+        bad = {"type": "function", "function": {"name": "f", "parameters": schema}}
+        with pytest.raises(openai.BadRequestError) as error:
+            ask(client, tools=[TOOLS[0], bad], tool_choice="required")
+        path = "tools[1].function.parameters"
+        assert error.value.param == path and f"{path}: {message}" in error.value.message

@@ -217,12 +217,20 @@ class ChatRequest(GenerationRequest):
     def token_limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
-    def needs_grammar(self) -> bool:
-        if super().needs_grammar():
-            return True
-        is_forced = self.tool_choice not in (None, "auto", "none")
-        is_strict = self.tool_choice != "none" and any(tool.function.strict for tool in self.tools or ())
-        return is_forced or is_strict
+    def grammar_field(self) -> str | None:
+        if field := super().grammar_field():
+            return field
+        if not self.holds_calls:
+            return None
+        return "tools" if self.tool_choice in (None, "auto") else "tool_choice"
+
+    @property
+    def holds_calls(self) -> bool:
+        """True if a grammar holds the calls: the request forces one, or a function is `strict`. An output has one constraint, so not
+        beside another."""
+        if self.constraints() or self.tool_choice == "none":
+            return False
+        return self.tool_choice not in (None, "auto") or any(tool.function.strict for tool in self.tools or ())
 
     @functools.cached_property
     def plain_tools(self) -> list[dict[str, Any]]:

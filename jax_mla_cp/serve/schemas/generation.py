@@ -200,9 +200,9 @@ class GenerationRequest(RequestBody):
                 found[name] = value
         return found
 
-    def needs_grammar(self) -> bool:
-        """True if a grammar has to be compiled."""
-        return bool(self.constraints())
+    def grammar_field(self) -> str | None:
+        """The field for which a grammar has to be compiled; None: there is none."""
+        return next(iter(self.constraints()), None)
 
     def stop_strings(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])

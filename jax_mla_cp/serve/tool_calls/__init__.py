@@ -7,8 +7,9 @@ content and calls; its `grammar` makes the model call. Nothing here knows of HTT
 from __future__ import annotations
 
 from jax_mla_cp.serve.tool_calls.formats import FORMATS, detect
+from jax_mla_cp.serve.tool_calls.functions import SchemaError, schemas_to_hold
 from jax_mla_cp.serve.tool_calls.parsed import CallDelta, Parsed
 from jax_mla_cp.serve.tool_calls.parser import ToolCallParser
 from jax_mla_cp.serve.tool_calls.tool_format import ToolFormat
 
-__all__ = ["FORMATS", "CallDelta", "Parsed", "ToolCallParser", "ToolFormat", "detect"]
+__all__ = ["FORMATS", "CallDelta", "Parsed", "SchemaError", "ToolCallParser", "ToolFormat", "detect", "schemas_to_hold"]

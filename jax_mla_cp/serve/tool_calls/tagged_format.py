@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Mapping
 
 from jax_mla_cp.serve.structured_output.lark import TokenId, quoted
-from jax_mla_cp.serve.tool_calls.functions import Tools, parameters_by_name, schemas_to_hold
+from jax_mla_cp.serve.tool_calls.functions import Tools, naming, parameters_by_name, schemas_to_hold
 from jax_mla_cp.serve.tool_calls.lark import Grammar
 from jax_mla_cp.serve.tool_calls.parser import Boundaries, ToolCallParser
 from jax_mla_cp.serve.tool_calls.pattern import NAME, Pattern, Word
@@ -33,7 +33,8 @@ class TaggedFormat(ToolFormat):
         grammar = Grammar(token_id)
         bodies = []
         for i, (name, schema) in enumerate(schemas_to_hold(tools, names, required=required).items()):
-            pairs = add_pairs(grammar, f"f{i}", schema)
+            with naming(name):
+                pairs = add_pairs(grammar, f"f{i}", schema)
             bodies.append(grammar.rule(f"f{i}", f"{quoted(name)} {pairs} GAP {grammar.marker(CALL_END)}"))
         grammar.rule("body", *bodies)
         rest = grammar.rule("rest", f"body (GAP {grammar.marker(CALL)} body)*" if parallel else "body")

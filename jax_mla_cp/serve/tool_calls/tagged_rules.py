@@ -2,121 +2,159 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jax_mla_cp.engine import GrammarError
 from jax_mla_cp.serve.structured_output.lark import quoted
+from jax_mla_cp.serve.structured_output.schema_tree import at, escaped
 from jax_mla_cp.serve.tool_calls.lark import Grammar, json_value
-from jax_mla_cp.serve.tool_calls.schema_types import referred, schema_types
+from jax_mla_cp.serve.tool_calls.raw_string import WORDS, raw_string
+from jax_mla_cp.serve.tool_calls.schema_types import MAX_PARTS, json_type, referred
 from jax_mla_cp.serve.tool_calls.tagged_arguments import KEY, KEY_END, VALUE, VALUE_END
 
 _DEFINITIONS = ("$defs", "definitions")
-_REFERENCE = frozenset({"$ref", "default", "description", "title"})
+_UNHELD = ("$ref", "allOf", "anyOf", "oneOf", "enum", "const", "patternProperties", "minProperties", "maxProperties")
+"""What a schema of arguments may say about all of them together."""
+_STRING_WORDS = WORDS | {"type", "enum", "const", "$ref", "anyOf", "oneOf", "allOf"}
+_NO_ASSERTIONS = frozenset({"title", "description", "default", "examples", "deprecated", "$comment"})
+_TYPES = ("null", "boolean", "number", "string", "array", "object")
 _MAX_REFERENCES = 8
-_IN_LARK = {
-    "/": r"\/",
-    "\n": r"\n",
-    r"\d": "[0-9]",
-    r"\D": "[^0-9]",
-    r"\w": "[0-9A-Za-z_]",
-    r"\W": "[^0-9A-Za-z_]",
-}
 
 
 def add_pairs(grammar: Grammar, prefix: str, parameters: Mapping[str, Any]) -> str:
     """Adds rules for a function's arguments, in the schema's order, and returns what stands for them.
 
-    Strings are raw text, held to `enum`, `const`, `pattern`, `minLength` and `maxLength`; one with a pattern has no "<". A
-    schema without `properties` allows any pairs.
+    Strings are raw text, all other values JSON. A schema without `properties` allows any pairs.
+
+    Args:
+      parameters: the function's schema, prepared.
 
     Raises:
-      GrammarError: a length is not a whole number, or no string satisfies two of them.
+      GrammarError: the schema says something that can't be enforced on tagged arguments.
     """
-    properties = parameters.get("properties")
-    if not isinstance(properties, Mapping):
-        if parameters.get("additionalProperties") is False:
-            return ""
-        key = grammar.up_to(f"{prefix}_key", KEY_END, body="/[^<>]{1,64}/")
-        value = grammar.up_to(f"{prefix}_text", VALUE_END)
-        pair = grammar.rule(f"{prefix}_pair", f"{grammar.marker(KEY)} {key} GAP {grammar.marker(VALUE)} {value}")
-        return f"(GAP {pair})*"
-    listed = parameters.get("required")
-    required = [key for key in listed if isinstance(key, str)] if isinstance(listed, list) else []
+    root, parameters = parameters, _followed(parameters)
+    if said := [word for word in _UNHELD if word in parameters]:
+        raise GrammarError(
+            f"`{said[0]}` of all arguments can't be enforced in this model's format of calls, which tags each of them. State "
+            "`properties` and `required`."
+        )
+    properties, required = parameters.get("properties", {}), parameters.get("required", [])
+    if not isinstance(required, list) or not all(isinstance(key, str) for key in required):
+        raise GrammarError("required: expected a list of names. Correct it.")
+    if not properties and not required:
+        return _any_pairs(grammar, prefix, parameters.get("additionalProperties", True))
     pairs = []
     for i, key in enumerate(dict.fromkeys([*properties, *required])):
-        value = _value(grammar, f"{prefix}_v{i}", properties.get(key, True), parameters)
+        try:
+            value = _value(grammar, f"{prefix}_v{i}", properties.get(key, True), root)
+        except GrammarError as error:
+            raise at(f"/properties/{escaped(key)}", str(error)) from error
         name = f"{grammar.marker(KEY)} {quoted(key)} {grammar.marker(KEY_END)}"
         pair = grammar.rule(f"{prefix}_p{i}", f"GAP {name} GAP {grammar.marker(VALUE)} {value}")
         pairs.append(pair if key in required else f"{pair}?")
     return " ".join(pairs)
 
 
+def _followed(parameters: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Follows a schema that does nothing but refer to one of its definitions, as some generators write it."""
+    found: Any = parameters
+    for _ in range(_MAX_REFERENCES):
+        if set(found) & {*_UNHELD, "properties", "required", "additionalProperties"} != {"$ref"}:
+            break
+        found = referred(found["$ref"], parameters)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _any_pairs(grammar: Grammar, prefix: str, values: Any) -> str:
+    if values is False:
+        return ""
+    if values not in (True, {}):
+        raise GrammarError("`additionalProperties` with a schema can't be enforced in this model's format of calls.")
+    key = grammar.up_to(f"{prefix}_key", KEY_END, body="/[^<>]{1,64}/")
+    value = grammar.up_to(f"{prefix}_text", VALUE_END)
+    pair = grammar.rule(f"{prefix}_pair", f"{grammar.marker(KEY)} {key} GAP {grammar.marker(VALUE)} {value}")
+    return f"(GAP {pair})*"
+
+
 def _value(grammar: Grammar, name: str, schema: Any, root: Mapping[str, Any]) -> str:
     """Adds rules for a value up to and with its end marker, and returns what stands for them."""
-    types = schema_types(schema, root)
-    schema = _followed(schema, root)
-    allowed = _allowed_values(schema)
-    if allowed is not None:
-        texts = [value if isinstance(value, str) else json.dumps(value) for value in allowed]
-        return f"({' | '.join(map(quoted, texts))}) {grammar.marker(VALUE_END)}"
-    if types is not None and "string" not in types:
+    branches = list(_branches(schema, root, itertools.count()))
+    if not branches:
+        raise GrammarError("no value satisfies it.")
+    if not any(branch["type"] == "string" for branch in branches):
         definitions = {word: root[word] for word in _DEFINITIONS if word in root}
         return f"{json_value({**definitions, **schema})} {grammar.marker(VALUE_END)}"
-    body = _string(schema) if types == frozenset({"string"}) else "ANY"
-    return grammar.up_to(name, VALUE_END, body)
+    if all("enum" in branch for branch in branches):
+        values = [value for branch in branches for value in branch["enum"]]
+        texts = [value if isinstance(value, str) else json.dumps(value) for value in values]
+        return f"({' | '.join(map(quoted, dict.fromkeys(texts)))}) {grammar.marker(VALUE_END)}"
+    bodies = [raw_string(branch) for branch in branches if branch["type"] == "string" and "enum" not in branch]
+    if None in bodies:  # any text is a string
+        return grammar.up_to(name, VALUE_END)
+    if len(branches) == 1 and bodies[0] is not None:
+        return grammar.up_to(name, VALUE_END, bodies[0])
+    raise GrammarError(
+        "a string with limits beside other values can't be enforced in this model's format of calls. Allow any string, or the "
+        "string alone."
+    )
 
 
-def _followed(schema: Any, root: Mapping[str, Any]) -> Any:
-    """Follows a schema that does nothing but refer to another."""
-    for _ in range(_MAX_REFERENCES):
-        if not isinstance(schema, Mapping) or "$ref" not in schema or not set(schema) <= _REFERENCE:
-            break
-        schema = referred(schema["$ref"], root)
-    return schema
+def _branches(schema: Any, root: Mapping[str, Any], visits: Iterator[int]) -> Iterator[dict[str, Any]]:
+    """The schema as a union of schemas of one `type`, or of finitely many values: those have `enum`.
 
-
-def _allowed_values(schema: Any) -> list[Any] | None:
-    if not isinstance(schema, Mapping):
-        return None
-    if "const" in schema:
-        return [schema["const"]]
-    return schema["enum"] if isinstance(schema.get("enum"), list) and schema["enum"] else None
-
-
-def _string(schema: Mapping[str, Any]) -> str:
-    """A terminal for the raw text of a string.
-
-    While the schema is not satisfied, the text has no "<", lest it ends too early.
+    Raises:
+      GrammarError: it has too many parts, or says something about strings that can't be enforced on raw text.
     """
-    least, most = _length(schema, "minLength") or 0, _length(schema, "maxLength")
-    if most is not None and least > most:
-        raise GrammarError(f"minLength: {least} is more than maxLength, {most}: no string satisfies both.")
-    limit = "" if most is None else most
-    if not isinstance(pattern := schema.get("pattern"), str):
-        if least == 0 and most is None:
-            return "ANY"
-        rest = "" if most is None else most - least
-        return f"/[^<]{{{least}}}(?s:.){{0,{rest}}}/"
-    before = "" if pattern.startswith("^") else "(?s:.*)"
-    is_anchored = re.search(r"(?<!\\)(?:\\\\)*\$$", pattern)
-    bare = pattern.removeprefix("^")
-    bare, after = (bare[:-1], "") if is_anchored else (bare, "(?s:.*)")
-    return f"/{before}(?:{_translated(bare)}){after}/ & /[^<]{{{least},{limit}}}/"
+    if next(visits) >= MAX_PARTS:
+        raise GrammarError(f"more than {MAX_PARTS} subschemas for one argument. Simplify it.")
+    if not isinstance(schema, Mapping):
+        schema = {} if schema else {"enum": []}
+    said = {word: value for word, value in schema.items() if word in _STRING_WORDS}
+    for word in ("$ref", "anyOf", "oneOf", "allOf"):
+        if word in said:
+            yield from _combined(word, said, root, visits)
+            return
+    if "enum" in said or "const" in said:
+        yield from _listed(schema)
+        return
+    named = said.get("type", _TYPES)
+    for name in [named] if isinstance(named, str) else named:
+        finite: Mapping[str, list[Any]] = {"null": [None], "boolean": [True, False]}
+        yield {**said, "type": name, **({"enum": finite[name]} if name in finite else {})}
 
 
-def _length(schema: Mapping[str, Any], word: str) -> int | None:
-    if word not in schema:
-        return None
-    value = schema[word]
-    is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-    if not is_whole or isinstance(value, bool) or value < 0:
-        raise GrammarError(f"{word}: expected a whole number from 0 on, got {str(value)[:40]!r}.")
-    return int(value)
+def _combined(
+    word: str, said: Mapping[str, Any], root: Mapping[str, Any], visits: Iterator[int]
+) -> Iterator[dict[str, Any]]:
+    parts = [referred(said[word], root)] if word == "$ref" else said[word]
+    found = [branch for part in parts for branch in _branches(part, root, visits)]
+    if "type" in said:
+        found = [branch for branch in found if _is_type(branch["type"], said["type"])]
+    if any(branch["type"] == "string" for branch in found):
+        if others := set(said) - {word, "type"}:
+            raise GrammarError(f"`{word}` beside `{min(others)}` can't be enforced in this model's format of calls.")
+        if word in ("oneOf", "allOf") and len(parts) > 1:
+            raise GrammarError(f"`{word}` of strings can't be enforced in this model's format of calls. Use anyOf.")
+    yield from found
 
 
-def _translated(pattern: str) -> str:
-    """A pattern of JSON Schema, whose classes are ASCII, as Lark has it: in slashes, on one line."""
-    return re.sub(r"\\.|/|\n", lambda found: _IN_LARK.get(found[0], found[0]), pattern)
+def _listed(schema: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    values = [schema["const"]] if "const" in schema else schema["enum"]
+    if not isinstance(values, list):
+        raise GrammarError("enum: expected a list. Correct it.")
+    if "type" in schema:
+        values = [value for value in values if _is_type(json_type(value), schema["type"])]
+    has_strings = any(isinstance(value, str) for value in values)
+    if has_strings and (others := set(schema) - {"const", "enum", "type"} - _NO_ASSERTIONS):
+        raise GrammarError(f"`{min(others)}` beside the values can't be enforced in this model's format of calls.")
+    if values:
+        yield {"type": "string" if has_strings else "", "enum": values}
+
+
+def _is_type(name: str, allowed: Any) -> bool:
+    """True for a type that is among those allowed; "" stands for listed values without strings."""
+    names = [allowed] if isinstance(allowed, str) else allowed
+    return name in ("", *names) or (name == "integer" and "number" in names)

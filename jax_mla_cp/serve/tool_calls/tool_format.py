@@ -42,7 +42,7 @@ class ToolFormat(abc.ABC):
           token_id: the id of a text that is one token of the vocabulary. A marker has to be written with its token.
 
         Raises:
-          GrammarError: a schema is malformed where the grammar has to read it.
+          SchemaError: a function's schema is malformed or can't be enforced.
         """
 
     def call_id(self, name: str, index: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ import pytest
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from jax_mla_cp.engine import GrammarError
-from jax_mla_cp.serve.tool_calls import FORMATS
+from jax_mla_cp.serve.tool_calls import FORMATS, SchemaError
 from tests.serve.tool_calls.formats import BEGIN, END, NAMES, Reading, head, read, section
 
 Kind = Literal["special", "added", "none"]
@@ -242,21 +243,94 @@ def glm_accepts(schema: Any, text: str, root: dict[str, Any]) -> bool:
         ({"anyOf": [{"type": "string"}, {"type": "null"}]}, ["null", "x"], []),
         ({}, ["null", "x"], []),
         (True, ["null", "x"], []),
-        ({"$ref": "#/$defs/none"}, ["x"], []),
+        ({"type": "string", "pattern": "^a|b$"}, ["a", "axx", "xxb"], ["xa", "bx"]),
+        ({"type": "string", "pattern": "^(a|b)$"}, ["a", "b"], ["ab", "xa"]),
+        ({"type": "string", "pattern": "[|^$]x"}, ["|x", "a^xb"], ["x"]),
+        ({"type": "string", "format": "date"}, ["2026-11-27"], ["2026-13-01", "27.11.2026", ""]),
+        ({"type": "string", "format": "date-time"}, ["2026-11-27T20:15:00Z"], ["2026-11-27"]),
+        ({"type": "string", "format": "uuid"}, ["123e4567-e89b-12d3-a456-426614174000"], ["123"]),
+        ({"type": "string", "format": "ipv4"}, ["10.0.0.255"], ["10.0.0.256"]),
+        ({"type": "string", "format": "email"}, ["a.b@example.org"], ["a.b", "@x"]),
+        ({"type": "string", "format": "hostname", "maxLength": 5}, ["a.b-c"], ["-a", "aa.bbb"]),
+        ({"type": "string", "format": "color"}, ["red"], []),
+        ({"$ref": "#/$defs/short"}, ["ab"], ["abc"]),
+        ({"$ref": "#/$defs/short", "description": "short"}, ["ab"], ["abc"]),
+        ({"allOf": [{"$ref": "#/$defs/short"}], "default": "a"}, ["ab"], ["abc"]),
+        ({"anyOf": [{"enum": ["a", "b"], "type": "string"}, {"type": "null"}]}, ["a", "null"], ["c", '"a"']),
+        ({"type": ["string", "null"]}, ["x", "null"], []),
+        ({"type": ["integer", "null"], "maximum": 5}, ["5", "null"], ["6", "x"]),
+        ({"type": "string", "enum": ["a", 1]}, ["a"], ["1"]),
+        ({"type": "integer", "enum": [1, 7], "maximum": 5}, ["1"], ["7"]),
+        ({"type": "boolean"}, ["true"], ["yes"]),
+        ({"type": "object", "additionalProperties": {"type": "integer"}}, ['{"a": 1}'], ['{"a": "b"}', "x"]),
+        ({"type": "array", "items": {"type": "string"}, "maxItems": 1}, ['["a"]'], ['["a", "b"]']),
     ],
 )
 def test_values_of_tagged_arguments(schema: Any, good: list[str], bad: list[str]) -> None:
     root = {
         "$defs": {
+            "short": {"type": "string", "maxLength": 2},
             "a": {
                 "type": "object",
                 "properties": {"b": {"type": "boolean"}},
                 "required": ["b"],
                 "additionalProperties": False,
-            }
+            },
         }
     }
     assert [glm_accepts(schema, text, root) for text in good + bad] == [True] * len(good) + [False] * len(bad)
+
+
+NOT_HELD: list[tuple[Any, str]] = [
+    (
+        {"type": "string", "format": "uri"},
+        "format: uri can't be enforced in this model's format of calls. Use a pattern",
+    ),
+    ({"type": "string", "pattern": "(^a|b)"}, "pattern: ^ and $ can only be enforced at the ends"),
+    ({"type": "string", "pattern": 5}, "pattern"),
+    ({"anyOf": [{"type": "string", "maxLength": 2}, {"type": "integer"}]}, "a string with limits beside other values"),
+    ({"type": ["string", "integer"], "maxLength": 2}, "a string with limits beside other values"),
+    ({"enum": ["a", "b"], "maxLength": 2}, "`maxLength` beside the values"),
+    ({"$ref": "#/$defs/s", "maxLength": 2}, "`$ref` beside `maxLength`"),
+    ({"allOf": [{"type": "string"}, {"maxLength": 2}]}, "`allOf` of strings"),
+    ({"type": "string", "enum": [1]}, "no value satisfies it"),
+    (False, "no value satisfies it"),
+    ({"not": {"type": "string"}}, "`not` can't be enforced"),
+    ({"anyOf": [{"type": "string", "maxLength": 1}] * 300}, "more than 256 subschemas"),
+]
+
+
+@pytest.mark.parametrize(("schema", "message"), NOT_HELD, ids=[message for _, message in NOT_HELD])
+def test_what_is_not_held_on_tagged_arguments_is_refused_by_its_place(schema: Any, message: str) -> None:
+    with pytest.raises(SchemaError) as refused:
+        glm_accepts(schema, "x", {"$defs": {"s": {"type": "string"}}})
+    assert refused.value.function == "f"
+    assert str(refused.value).startswith("at /properties/k") and message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"anyOf": [{"required": ["a"]}, {"required": ["k"]}]},
+        {"patternProperties": {"^x": {}}},
+        {"minProperties": 1},
+        {"enum": [{}]},
+        {"$ref": "#/$defs/s"},
+    ],
+    ids=lambda more: next(iter(more)),
+)
+def test_what_is_not_held_of_all_tagged_arguments_is_refused(more: dict[str, Any]) -> None:
+    with pytest.raises(SchemaError, match=f"`{re.escape(next(iter(more)))}` of all arguments"):
+        glm_accepts({"type": "string"}, "x", {"$defs": {"s": {"type": "object"}}, **more})
+
+
+def test_parameters_that_only_refer_to_a_definition() -> None:
+    schema = {"type": "object", "properties": {"k": {"$ref": "#/$defs/n"}}, "required": ["k"]}
+    parameters = {"$ref": "#/$defs/args", "$defs": {"args": schema, "n": {"type": "integer"}}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    call = "<tool_call>f<arg_key>k</arg_key><arg_value>{}</arg_value></tool_call>"
+    held = [Held("glm47", "none", tools).accepts(call.format(text)) for text in ("5", "x")]
+    assert held == [True, False]
 
 
 @pytest.mark.parametrize("length", [-1, "5}/ | /.*", True, 1.5, None])
