@@ -86,6 +86,8 @@ class Batch:
     last_index: Int32[Array, " J"] = field(metadata=_PER_RANK)
     """Index in the rank's buffer of the tokens that are sampled after; `T` for those of other ranks."""
     sampling: SamplingArrays = field(metadata=_PER_RANK)
+    slots: Int32[Array, " I"] | None = field(metadata=_PER_GROUP)
+    """The request slot of each place's sampled token; `I` for none. None with speculation."""
     speculation: SpeculationArrays | None = field(metadata=_PER_GROUP)
     """None without speculation (`d = 0`)."""
     absorbed_tokens: int = field(metadata={"static": True})

@@ -32,6 +32,7 @@ def check_requests(c: RequestColumns, shape: BatchShape, config: ModelConfig) ->
     _check_pages(c, shape)
     _check_tokens(c, shape, config)
     _check_drafts(c, shape)
+    _check_slots(c, shape)
     for i, request in enumerate(c.requests):
         if request.logit_bias is not None:
             _check_logit_bias(i, request.logit_bias, bool(c.needs_sampling[i]), int(c.num_drafts[i]), config.vocab_size)
@@ -74,7 +75,13 @@ def _check_tokens(c: RequestColumns, shape: BatchShape, config: ModelConfig) -> 
             raise ValueError(f"request {i}: embeds must be [{c.num_new_tokens[i]}, {config.hidden_size}], got {got}.")
         if shape.draft_tokens:
             raise ValueError(f"request {i}: embeds can't be combined with draft_tokens: the MTP layer reads token ids.")
-    bad = ((c.tokens < 0) | (c.tokens >= len(vocabulary))) & ~np.repeat(embeds, c.num_new_tokens)
+    # Decoding requests alone may name the token by its slot.
+    least = (
+        0
+        if shape.draft_tokens
+        else np.repeat(np.where(c.num_new_tokens == 1, -shape.max_requests, 0), c.num_new_tokens)
+    )
+    bad = ((c.tokens < least) | (c.tokens >= len(vocabulary))) & ~np.repeat(embeds, c.num_new_tokens)
     if (at := _first(bad)) is not None:
         raise _unknown(int(np.searchsorted(c.start, at, "right")) - 1, c.tokens[at], config.vocab_size)
     for i, request in enumerate(c.requests):
@@ -99,6 +106,17 @@ def _check_drafts(c: RequestColumns, shape: BatchShape) -> None:
         )
     if (i := _first((c.num_drafts > 0) & ~c.needs_sampling)) is not None:
         raise ValueError(f"request {i}: drafts are verified by sampling; give sampling too.")
+
+
+def _check_slots(c: RequestColumns, shape: BatchShape) -> None:
+    if shape.draft_tokens and (i := _first(c.slot >= 0)) is not None:
+        raise ValueError(f"request {i}: slot can't be combined with draft_tokens.")
+    given = np.array([request.slot is not None for request in c.requests])
+    if (i := _first(given & ((c.slot < 0) | (c.slot >= shape.max_requests)))) is not None:
+        raise ValueError(f"request {i}: slot must be 0 to {shape.max_requests - 1}, got {c.requests[i].slot}.")
+    used = np.sort(c.slot[given])
+    if (at := _first(used[1:] == used[:-1])) is not None:
+        raise ValueError(f"slot {used[at]} is given to two requests.")
 
 
 def _check_logit_bias(i: int, logit_bias: LogitBias, sampled: bool, drafts: int, vocab_size: int) -> None:

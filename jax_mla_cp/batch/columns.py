@@ -31,6 +31,8 @@ class RequestColumns:
     """[I]: a token is sampled after the request's tokens."""
     next_token: Ints
     """[I]; -1: not given."""
+    slot: Ints
+    """[I]; -1: none."""
     tokens: Ints
     """[M]: those of request i are `start[i]` to `start[i + 1]`."""
     start: Ints
@@ -76,11 +78,12 @@ class RequestColumns:
                 r.sampling is not None,
                 -1 if r.next_token is None else r.next_token,
                 len(r.pages),
+                -1 if r.slot is None else r.slot,
             )
             for r in requests
         ]
-        num_new_tokens, num_computed_tokens, num_drafts, needs_sampling, next_token, num_pages = (
-            np.array(facts, np.int64).reshape(-1, 6).T
+        num_new_tokens, num_computed_tokens, num_drafts, needs_sampling, next_token, num_pages, slot = (
+            np.array(facts, np.int64).reshape(-1, 7).T
         )
         if not num_new_tokens.all():
             raise ValueError(f"request {int(np.argmin(num_new_tokens))}: needs at least 1 token, got none.")
@@ -96,6 +99,7 @@ class RequestColumns:
             num_drafts=num_drafts,
             needs_sampling=needs_sampling.astype(bool),
             next_token=next_token,
+            slot=slot,
             tokens=_joined("tokens must be a list of token ids", [r.tokens for r in requests]),
             start=np.concatenate([[0], np.cumsum(num_new_tokens)]),
             writable_end=writable_end,

@@ -172,6 +172,7 @@ def _group_batch(layout: GroupLayout, shape: BatchShape, step: StepShape) -> Bat
         absorbed=_rows(layout, shape, key_start, expanded=False),
         last_index=last_index.reshape(-1),
         sampling=_sampling(c, shape),
+        slots=None if shape.draft_tokens else _slots(c, shape),
         speculation=_speculation(c, shape) if shape.draft_tokens else None,
         absorbed_tokens=step.absorbed_tokens,
     )
@@ -268,6 +269,13 @@ def _sampling(c: RequestColumns, shape: BatchShape) -> SamplingArrays:
         seed=at_places(np.stack(seed, axis=1), 0, np.uint32),
         position=position.reshape(-1),
     )
+
+
+def _slots(c: RequestColumns, shape: BatchShape) -> NDArray[np.int32]:
+    slots = np.full(shape.max_requests, shape.max_requests, np.int32)
+    kept = np.flatnonzero(c.needs_sampling & (c.slot >= 0))
+    slots[kept] = c.slot[kept]
+    return slots
 
 
 def _speculation(c: RequestColumns, shape: BatchShape) -> SpeculationArrays:

@@ -24,12 +24,19 @@ class SamplingParams:
     """Minimum probability of a token that may be drawn, relative to the most likely one at this temperature."""
 
 
+def last_sampled(slot: int) -> int:
+    """Stands in `StepRequest.tokens` for the token that was sampled last for a request slot: the devices know it before the
+    host does."""
+    return -1 - slot
+
+
 @dataclasses.dataclass(frozen=True)
 class StepRequest:
     """One request's part of one step."""
 
     tokens: Sequence[int] | NDArray[np.integer[Any]]
-    """The new tokens, at positions `num_computed_tokens` and following. The last `drafts` of them are drafts."""
+    """The new tokens, at positions `num_computed_tokens` and following. The last `drafts` of them are drafts. A request's only new
+    token may be `last_sampled(slot)`."""
     num_computed_tokens: int
     """Tokens before the new ones: their latents are in the pages already."""
     pages: Sequence[int]
@@ -46,3 +53,6 @@ class StepRequest:
     """Applied to the logits of the token after these. Not with drafts: each draft would change it."""
     prompt_logprobs: bool = False
     """Return the log-probability of the token after each of these (`jax_mla_cp.step.results.TokenLogprobs`)."""
+    slot: int | None = None
+    """Request slot, 0 to `max_requests - 1`, in which the devices keep the token that is sampled after these. Not with
+    speculation."""

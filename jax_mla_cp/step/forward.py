@@ -6,25 +6,27 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from jax_mla_cp.batch.arrays import Batch
 from jax_mla_cp.batch.packing import DeviceBatch, pack
 from jax_mla_cp.cache import PAGES_SPEC
-from jax_mla_cp.mesh import CP, TOKENS, declared_specs, mesh_shape, on_devices
+from jax_mla_cp.mesh import CP, DP, TOKENS, declared_specs, mesh_shape, on_devices
 from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.loaded_model import Model, param_specs
 from jax_mla_cp.step.logit_bias import LogitBiasArrays
 from jax_mla_cp.step.sampling import SamplerOutput, TokenLogprobsArrays, gather_logprobs, sample
 from jax_mla_cp.step.speculation import propose
 
+SLOTS_SPEC = PartitionSpec(DP)
+"""Of `forward_from_slots`'s `last_tokens`."""
 _LOGPROBS_BLOCK = 256
 """Tokens whose logits `_prompt_logprobs` holds in memory at a time: with a vocabulary of 129K, 132 MB."""
 
@@ -72,24 +74,51 @@ def forward_and_sample(
     def run(
         decoder: Decoder, pages: jax.Array, batch: Batch, *bias: LogitBiasArrays
     ) -> tuple[SamplerOutput, jax.Array]:
-        hidden, pages = decoder(pages, batch)
-        logits = _last_logits(decoder, hidden, batch)
-        with jax.named_scope("sample"):
-            sampled = sample(logits[:, : model.config.vocab_size], batch.sampling, *bias)
-        if batch.speculation is not None:
-            with jax.named_scope("propose"):
-                drafts, pages = propose(decoder, hidden, pages, batch, sampled.token)
-                sampled = dataclasses.replace(sampled, drafts=drafts)
-        if prompt_logprobs:
-            sampled = dataclasses.replace(sampled, prompt_logprobs=_prompt_logprobs(decoder, hidden, batch))
-        return sampled, pages
+        return _sample(decoder, pages, batch, *bias, prompt_logprobs=prompt_logprobs)
 
     output, pages = _run(
-        run, (PartitionSpec(TOKENS), PAGES_SPEC), model, pages, batch, *([] if bias is None else [bias])
+        run,
+        (PartitionSpec(TOKENS), PAGES_SPEC),
+        model,
+        pages,
+        batch,
+        [] if bias is None else [(bias, PartitionSpec(TOKENS))],
     )
-    if model.mesh is not None and model.mesh.is_multi_process:
-        output = lax.with_sharding_constraint(output, NamedSharding(model.mesh, PartitionSpec()))
-    return output, pages
+    return _readable(model, output), pages
+
+
+def forward_from_slots(
+    model: Model,
+    pages: jax.Array,
+    batch: DeviceBatch,
+    bias: LogitBiasArrays,
+    last_tokens: Int32[Array, " dp*I"],
+    *,
+    prompt_logprobs: bool = False,
+) -> tuple[SamplerOutput, jax.Array, jax.Array]:
+    """`forward_and_sample` for steps that are dispatched before the one before has been read: tokens may be named by their
+    request slots, and sampled ones are kept there.
+
+    Args:
+      last_tokens: the token that was sampled last for each of a dp group's request slots, sharded P("dp").
+
+    Returns:
+      As `forward_and_sample`, and the new `last_tokens`, equal on all cp ranks: a request's next row may be on another one.
+    """
+
+    def run(
+        decoder: Decoder, pages: jax.Array, batch: Batch, bias: LogitBiasArrays, last_tokens: jax.Array
+    ) -> tuple[SamplerOutput, jax.Array, jax.Array]:
+        sampled, pages = _sample(
+            decoder, pages, _with_last_tokens(batch, last_tokens), bias, prompt_logprobs=prompt_logprobs
+        )
+        drawn = decoder.build.axes.all_gather(sampled.token, CP)
+        return sampled, pages, last_tokens.at[batch.slots].set(drawn, mode="drop")
+
+    specs = (PartitionSpec(TOKENS), PAGES_SPEC, SLOTS_SPEC)
+    per_device = ((bias, PartitionSpec(TOKENS)), (last_tokens, SLOTS_SPEC))
+    output, pages, last_tokens = _run(run, specs, model, pages, batch, per_device)
+    return _readable(model, output), pages, last_tokens
 
 
 def to_devices(model: Model, batch: Batch) -> DeviceBatch:
@@ -108,23 +137,49 @@ def _run(
     model: Model,
     pages: jax.Array,
     batch: DeviceBatch,
-    *per_token: Any,
+    more: Sequence[tuple[Any, PartitionSpec]] = (),
 ) -> Any:
-    """Calls `per_device(decoder, pages, batch, *per_token)` on each device; `per_token` is divided like the tokens."""
+    """Calls `per_device(decoder, pages, batch, *more)` on each device; each of `more` with its spec."""
+    arrays = [array for array, _ in more]
 
-    def run(params: Any, pages: jax.Array, batch: DeviceBatch, *per_token: Any) -> Any:
-        return per_device(model.decoder(params), pages, batch.unpack(), *per_token)
+    def run(params: Any, pages: jax.Array, batch: DeviceBatch, *arrays: Any) -> Any:
+        return per_device(model.decoder(params), pages, batch.unpack(), *arrays)
 
     if model.mesh is None:
-        return run(model.params, pages, batch, *per_token)
-    in_specs = (
-        param_specs(model.params),
-        PAGES_SPEC,
-        declared_specs(batch),
-        *(PartitionSpec(TOKENS),) * len(per_token),
-    )
+        return run(model.params, pages, batch, *arrays)
+    in_specs = (param_specs(model.params), PAGES_SPEC, declared_specs(batch), *(spec for _, spec in more))
     mapped = jax.shard_map(run, mesh=model.mesh, in_specs=in_specs, out_specs=out_specs)
-    return mapped(model.params, pages, batch, *per_token)
+    return mapped(model.params, pages, batch, *arrays)
+
+
+def _sample(
+    decoder: Decoder, pages: jax.Array, batch: Batch, *bias: LogitBiasArrays, prompt_logprobs: bool
+) -> tuple[SamplerOutput, jax.Array]:
+    """The model, the head and the sampler, per device; with speculation the next drafts too."""
+    hidden, pages = decoder(pages, batch)
+    logits = _last_logits(decoder, hidden, batch)
+    with jax.named_scope("sample"):
+        sampled = sample(logits[:, : decoder.build.config.vocab_size], batch.sampling, *bias)
+    if batch.speculation is not None:
+        with jax.named_scope("propose"):
+            drafts, pages = propose(decoder, hidden, pages, batch, sampled.token)
+            sampled = dataclasses.replace(sampled, drafts=drafts)
+    if prompt_logprobs:
+        sampled = dataclasses.replace(sampled, prompt_logprobs=_prompt_logprobs(decoder, hidden, batch))
+    return sampled, pages
+
+
+def _readable(model: Model, output: SamplerOutput) -> SamplerOutput:
+    """On a mesh of several processes, the output replicated."""
+    if model.mesh is None or not model.mesh.is_multi_process:
+        return output
+    return lax.with_sharding_constraint(output, NamedSharding(model.mesh, PartitionSpec()))
+
+
+def _with_last_tokens(batch: Batch, last_tokens: jax.Array) -> Batch:
+    """The batch with the tokens that it names by their slots (`jax_mla_cp.batch.step_request.last_sampled`)."""
+    named = last_tokens.at[-1 - batch.tokens].get(mode="clip")
+    return dataclasses.replace(batch, tokens=jnp.where(batch.tokens < 0, named, batch.tokens))
 
 
 def _last_logits(decoder: Decoder, hidden: jax.Array, batch: Batch) -> jax.Array:

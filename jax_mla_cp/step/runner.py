@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import logging
@@ -11,18 +12,19 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import NamedSharding
 
 from jax_mla_cp.batch.layout import StepLayout, build_batch
 from jax_mla_cp.batch.packing import pack
-from jax_mla_cp.batch.shapes import StepShape
+from jax_mla_cp.batch.shapes import BatchShape, StepShape
 from jax_mla_cp.batch.step_request import StepRequest
 from jax_mla_cp.cache import PAGES_SPEC
-from jax_mla_cp.mesh import declared_specs, mesh_shape
+from jax_mla_cp.mesh import declared_specs, mesh_shape, on_devices
 from jax_mla_cp.model.loaded_model import Model
 from jax_mla_cp.step import logit_bias
 from jax_mla_cp.step.compile_progress import CompileProgress, CompileTracker
-from jax_mla_cp.step.forward import forward_and_sample, place
+from jax_mla_cp.step.forward import SLOTS_SPEC, forward_and_sample, forward_from_slots, place
 from jax_mla_cp.step.inputs import StepInputs
 from jax_mla_cp.step.planner import Planner
 from jax_mla_cp.step.results import RunnerOutput, read_results
@@ -48,7 +50,7 @@ class Runner:
         self._programs: dict[StepShape, jax.stages.Compiled] = {}
         self._fingerprints: dict[StepShape, str] = {}
         self._compile_tracker = CompileTracker(len(self._shapes))
-        self._pages = planner.new_cache()
+        self.reset()
         self._bias_builder = logit_bias.LogitBiasBuilder(planner.model, planner.shape)
 
     @property
@@ -65,6 +67,11 @@ class Runner:
         return self.planner.shape.draft_tokens
 
     @property
+    def runs_ahead(self) -> bool:
+        """True if a step may be dispatched before the one before it has been read. Drafts are verified on the host."""
+        return not self.draft_tokens
+
+    @property
     def page_size(self) -> int:
         return self.planner.shape.cache.page_size
 
@@ -73,8 +80,12 @@ class Runner:
         return self.planner.shape.cache.pages_per_layer
 
     def reset(self) -> None:
-        """A new, empty cache: after a step failed, the donated one may be gone."""
+        """A new, empty cache: after a step failed, the donated one may be gone, and so may what the step gave."""
         self._pages = self.planner.new_cache()
+        shape = self.planner.shape
+        self._last_tokens: jax.Array | None = None
+        if not shape.draft_tokens:
+            self._last_tokens = on_devices(_no_tokens(shape), SLOTS_SPEC, self.planner.model.mesh)
 
     def check(self, request: StepRequest) -> None:
         """Checks one request alone.
@@ -85,17 +96,21 @@ class Runner:
         self.planner.lay_out([[request], *[[]] * (self.dp - 1)])
 
     def step(self, groups: Sequence[Sequence[StepRequest]]) -> RunnerOutput:
-        """Runs one step and waits for its results.
+        """Runs one step and waits for its results. Arguments and errors as in `dispatch`."""
+        return self.dispatch(groups).result()
+
+    def dispatch(self, groups: Sequence[Sequence[StepRequest]]) -> DispatchedStep:
+        """Starts one step. The devices run steps in the order in which they are dispatched.
 
         Args:
           groups: per dp group, at most `max_running` requests; their new tokens, those of decoding requests aside, at most
             `prefill_chunk`.
 
         Raises:
-          ValueError: a request that doesn't fit; nothing has run then.
+          ValueError: a request that doesn't fit; nothing runs then.
         """
         layout, inputs = self.prepare(groups)
-        return read_results(self.execute(inputs), layout, self.planner.shape)
+        return DispatchedStep(self.launch(inputs), layout, self.planner.shape)
 
     def prepare(self, groups: Sequence[Sequence[StepRequest]]) -> tuple[StepLayout, StepInputs]:
         """Lays out a step on the host.
@@ -108,14 +123,21 @@ class Runner:
         return layout, StepInputs(layout.step, packed, self._bias_builder.collect(groups))
 
     def execute(self, inputs: StepInputs) -> SamplerOutput:
-        """Runs a step on the devices and waits for its output, as NumPy arrays. On a mesh of several processes, all of them must
-        execute the same inputs in the same order."""
+        """`launch`, and waits for the output, as NumPy arrays."""
+        on_host: SamplerOutput = jax.device_get(self.launch(inputs))
+        return on_host
+
+    def launch(self, inputs: StepInputs) -> SamplerOutput:
+        """Starts a step on the devices and returns its output to be. On a mesh of several processes, all of them must launch the
+        same inputs in the same order."""
         model = self.planner.model
         program = self._program(inputs.shape)
         batch, bias = place(model, inputs.batch), self._bias_builder.place(inputs.bias)
-        output, self._pages = program(model, self._pages, batch, bias)
-        on_host: SamplerOutput = jax.device_get(output)
-        return on_host
+        if self._last_tokens is None:
+            output, self._pages = program(model, self._pages, batch, bias)
+        else:
+            output, self._pages, self._last_tokens = program(model, self._pages, batch, bias, self._last_tokens)
+        return output
 
     def is_compiled(self, shape: StepShape) -> bool:
         return shape in self._programs
@@ -166,8 +188,23 @@ class Runner:
         return self._programs[shape]
 
 
+@dataclasses.dataclass(frozen=True)
+class DispatchedStep:
+    """A step that the devices run, or have run."""
+
+    output: SamplerOutput
+    """On the devices."""
+    layout: StepLayout
+    shape: BatchShape
+
+    def result(self) -> RunnerOutput:
+        """Waits for the step and returns its results. Raises what it failed with."""
+        return read_results(jax.device_get(self.output), self.layout, self.shape)
+
+
 def compile_step(planner: Planner, shape: StepShape) -> jax.stages.Compiled:
-    """Compiles the step of one shape, its cache donated: called with (model, pages, batch, bias)."""
+    """Compiles the step of one shape, its cache donated: called with (model, pages, batch, bias), and without speculation the
+    slots' last tokens."""
     return lower_step(planner, shape).compile()
 
 
@@ -177,8 +214,16 @@ def lower_step(planner: Planner, shape: StepShape) -> jax.stages.Lowered:
     packed = pack(planner.dummy_batch(shape), mesh_shape(model.mesh))
     batch = jax.tree.map(lambda x, spec: _struct(model, x, spec), packed, declared_specs(packed))
     pages = _struct(model, jax.eval_shape(planner.new_cache), PAGES_SPEC)
-    program = jax.jit(functools.partial(forward_and_sample, prompt_logprobs=shape.prompt_logprobs), donate_argnums=1)
-    return program.lower(model, pages, batch, logit_bias.shapes(model, planner.shape))
+    inputs = [model, pages, batch, logit_bias.shapes(model, planner.shape)]
+    if not planner.shape.draft_tokens:
+        inputs.append(_struct(model, _no_tokens(planner.shape), SLOTS_SPEC))
+    step = forward_and_sample if planner.shape.draft_tokens else forward_from_slots
+    program = jax.jit(functools.partial(step, prompt_logprobs=shape.prompt_logprobs), donate_argnums=1)
+    return program.lower(*inputs)
+
+
+def _no_tokens(shape: BatchShape) -> Any:
+    return np.zeros(shape.dp * shape.max_requests, np.int32)
 
 
 def _struct(model: Model, x: Any, spec: Any) -> jax.ShapeDtypeStruct:

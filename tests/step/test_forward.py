@@ -158,8 +158,9 @@ def test_collectives_are_the_ones_designed() -> None:
     text = compile_step(driver.planner, step).as_text()
     gathers = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather(?:-start)?\(", text)
     latents = f"{2 * step.tokens},{CONFIG.latent_dim}"
-    # One in the dense layers' scan, one in the experts'; and the logits' over tp.
-    assert sorted(gathers) == sorted([latents, latents, f"2,{CONFIG.vocab_size}"])
+    # One in the dense layers' scan, one in the experts'; the logits' over tp; the sampled tokens' over cp.
+    sampled = str(driver.planner.shape.max_requests)
+    assert sorted(gathers) == sorted([latents, latents, f"2,{CONFIG.vocab_size}", sampled])
     assert not re.search(r"all-to-all|collective-permute", text)
 
 
