@@ -16,10 +16,11 @@ from jax_mla_cp.engine.text import TextStream
 from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.serve.status import ServerInfo, Telemetry
 from jax_mla_cp.step.results import RunnerOutput, SampledToken, StepResult
+from jax_mla_cp.step.synchronous_runner import SynchronousRunner
 from jax_mla_cp.tokenizer import Tokenizer
 
 
-class NullRunner:
+class NullRunner(SynchronousRunner):
     """A runner whose steps cost nothing and always sample the same token.
 
     Implements `jax_mla_cp.engine.step_runner.StepRunner`.
@@ -27,6 +28,7 @@ class NullRunner:
 
     draft_tokens = 0
     compiling = None
+    runs_ahead = True
 
     def __init__(
         self,

@@ -11,9 +11,10 @@ from jax_mla_cp.distributed.step_message import StepMessage
 from jax_mla_cp.step.compile_progress import CompileProgress
 from jax_mla_cp.step.results import RunnerOutput, read_results
 from jax_mla_cp.step.runner import Runner
+from jax_mla_cp.step.synchronous_runner import SynchronousRunner
 
 
-class LeadingRunner:
+class LeadingRunner(SynchronousRunner):
     """Runs each step in all processes. Implements `jax_mla_cp.engine.step_runner.StepRunner`."""
 
     def __init__(self, runner: Runner, leader: Leader):

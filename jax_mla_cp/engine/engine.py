@@ -2,30 +2,52 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from jax_mla_cp.batch.step_request import StepRequest
 from jax_mla_cp.engine.deadlines import Deadlines
-from jax_mla_cp.engine.group_scheduler import ScheduledRequest
-from jax_mla_cp.engine.observer import Observer, Reporter, describe
+from jax_mla_cp.engine.group_scheduler import DispatchedRequest, ScheduledRequest
+from jax_mla_cp.engine.observer import Observer, Reporter, StepReport, describe
 from jax_mla_cp.engine.output_processor import process_output
 from jax_mla_cp.engine.request import Failed, FailedKind, Finished, GrammarError, Request, Token
 from jax_mla_cp.engine.scheduler import Scheduler
 from jax_mla_cp.engine.status import EngineStatus, SpeculationStats
-from jax_mla_cp.engine.step_runner import StepRunner
+from jax_mla_cp.engine.step_runner import PendingStep, StepRunner
 from jax_mla_cp.step.errors import RunnerFailed
-from jax_mla_cp.step.results import StepResult
+from jax_mla_cp.step.results import RunnerOutput, StepResult
 
 log = logging.getLogger(__name__)
 
 _MAX_FAILURES_IN_A_ROW = 3
 _ABANDON_SECONDS = 1.0
 """Time for the loop to end by itself when it is abandoned."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _StepInFlight:
+    """A dispatched step that has not been read."""
+
+    pending: PendingStep
+    groups: list[list[DispatchedRequest]]
+    """Per dp group, in the order of the results."""
+    report: StepReport
+    began: float
+    """When it was scheduled."""
+
+    @property
+    def requests(self) -> list[Request]:
+        return [dispatched.request for group in self.groups for dispatched in group]
+
+    @property
+    def may_be_overtaken(self) -> bool:
+        """True if the next step can be prepared before this one is read."""
+        return not any(request.follows_output and not request.ended for request in self.requests)
 
 
 class EngineDead(RuntimeError):
@@ -43,6 +65,7 @@ class Engine:
       max_queued: limit of waiting requests, beside those that can run; None: no limit.
       observer: receives reports of steps, requests and tokens.
       watchdog_seconds: a step that takes longer makes the engine unhealthy until it ends; None: no limit.
+      overlap: dispatch a step before the one before it is read, where the runner can and no request keeps it from doing so.
     """
 
     def __init__(
@@ -52,6 +75,7 @@ class Engine:
         max_queued: int | None = None,
         observer: Observer | None = None,
         watchdog_seconds: float | None = None,
+        overlap: bool = True,
     ):
         self._runner = runner
         self._scheduler = Scheduler(
@@ -78,7 +102,14 @@ class Engine:
         self._failures = 0
         """Failed steps in a row."""
         self._deadlines = Deadlines()
-        self._step_began: float | None = None
+        self._overlap = overlap and runner.runs_ahead
+        self._in_flight: _StepInFlight | None = None
+        """The step that was dispatched last, until it is read."""
+        self._running_since: float | None = None
+        """When the oldest step in flight began, as far as the host can tell."""
+        self._runner_seconds = 0.0
+        """Time in the runner since the last report."""
+        self._last_report = 0.0
         self._steps = 0
         self._speculation = SpeculationStats() if runner.draft_tokens else None
         self.on_death: Callable[[str], None] = lambda reason: None
@@ -92,7 +123,7 @@ class Engine:
             return self._dead
         if not self._thread.is_alive():
             return "the engine is not running."
-        began = self._step_began
+        began = self._running_since
         if self._watchdog is not None and began is not None and (took := time.monotonic() - began) > self._watchdog:
             return f"a step has been running for {took:.0f} s; --watchdog is {self._watchdog:g}."
         return None
@@ -199,8 +230,10 @@ class Engine:
         try:
             while self._receive():
                 self._expire()
-                if self._scheduler.has_requests:
+                if self._scheduler.has_requests or self._in_flight is not None:
                     self._step()
+            if self._in_flight is not None and not self._dead:
+                self._read(self._in_flight)
         except BaseException as error:
             log.exception("the engine loop failed")
             self._dead = f"the engine loop failed ({type(error).__name__})."
@@ -214,7 +247,13 @@ class Engine:
     def _receive(self) -> bool:
         """Waits for requests, then takes in submitted and aborted ones. Returns False when the loop must end."""
         with self._lock:
-            while not (self._submitted or self._aborted or self._stopping or self._scheduler.has_requests):
+            while not (
+                self._submitted
+                or self._aborted
+                or self._stopping
+                or self._scheduler.has_requests
+                or self._in_flight is not None
+            ):
                 self._lock.wait()
             for request in self._submitted:
                 self._scheduler.add(request)
@@ -230,44 +269,111 @@ class Engine:
             self._fail(request, message, kind)
 
     def _step(self) -> None:
+        """Dispatches the next step, then reads the one before it, which the devices have run meanwhile. Where the next step needs
+        what the one before gives, it is read first."""
+        before = self._in_flight
+        if before is not None and not before.may_be_overtaken:
+            self._read(before)
+            before = None
+            if self._dead:
+                return
+        if not self._dispatch(overlapped=before is not None):
+            return
+        if before is not None:
+            self._read(before)
+        elif self._in_flight is not None and not self._overlap:
+            self._read(self._in_flight)
+
+    def _dispatch(self, *, overlapped: bool) -> bool:
+        """Schedules and dispatches the next step, if there is anything to run. Returns False if the dispatch has failed."""
         began, preemptions = time.monotonic(), self._scheduler.stats.preemptions
         scheduled_groups = self._scheduler.schedule()
-        if not any(scheduled_groups):
+        if not (any(scheduled_groups) or overlapped or not self._scheduler.has_requests):
             raise RuntimeError("requests are waiting, but none can run")
         self._reporter.preempted(self._scheduler.stats.preemptions - preemptions)
         step = [self._step_requests(group) for group in scheduled_groups]
         if not any(step):
-            return
+            self._in_flight = None
+            return True
         for scheduled, _ in (part for group in step for part in group):
             self._reporter.started(scheduled.request)
-        self._step_began = dispatched = time.monotonic()
+        report = dataclasses.replace(describe(step), overlapped=overlapped)
         try:
-            output = self._runner.step([[step_request for _, step_request in group] for group in step])
+            with self._running():
+                pending = self._runner.dispatch([[step_request for _, step_request in group] for group in step])
+        except Exception as error:
+            self._dispatch_failed(step, error)
+            return False
+        self._in_flight = _StepInFlight(
+            pending, [[scheduled.dispatched() for scheduled, _ in group] for group in step], report, began
+        )
+        return True
+
+    def _dispatch_failed(
+        self, step: Sequence[Sequence[tuple[ScheduledRequest, StepRequest]]], error: Exception
+    ) -> None:
+        if self._in_flight is None:
+            self._running_since = None
+        if isinstance(error, RunnerFailed):
+            self._dead = self._dead or str(error)
+            return
+        log.error("a step failed", exc_info=error)
+        # The runner rejects invalid requests before it runs any: the others have lost nothing.
+        invalid = self._invalid_requests(step) if isinstance(error, ValueError) else []
+        for request in invalid:
+            self._fail(request, "The request's next step is invalid and can't be run.", "internal")
+        if not invalid:
+            self._recover([scheduled.request for group in step for scheduled, _ in group])
+
+    def _read(self, step: _StepInFlight) -> None:
+        """Waits for the oldest step in flight and applies its results."""
+        try:
+            with self._running():
+                output = step.pending.result()
         except RunnerFailed as error:
             self._dead = self._dead or str(error)
             return
-        except Exception as error:
+        except Exception:
             log.exception("a step failed")
-            # The runner rejects invalid requests before it runs any: the others have lost nothing.
-            invalid = self._invalid_requests(step) if isinstance(error, ValueError) else []
-            for request in invalid:
-                self._fail(request, "The request's next step is invalid and can't be run.", "internal")
-            if not invalid:
-                self._recover([scheduled.request for group in step for scheduled, _ in group])
+            self._recover(step.requests)
             return
-        finally:
-            self._step_began, ended = None, time.monotonic()
+        ended = time.monotonic()
+        if self._in_flight is step:
+            self._in_flight = None
+        self._running_since = None if self._in_flight is None else ended
         if self._dead:  # abandoned, and all requests have failed
             return
         self._failures = 0
-        report = describe(step, output)
-        for group, results in zip(step, output.results, strict=True):
-            for (scheduled, _), result in zip(group, results, strict=True):
-                self._update(scheduled, result, ended)
+        for group, results in zip(step.groups, output.results, strict=True):
+            for dispatched, result in zip(group, results, strict=True):
+                if not dispatched.request.ended:
+                    self._update(dispatched, result, ended)
         self._steps += 1
-        seconds = time.monotonic() - began
-        report = dataclasses.replace(report, seconds=seconds, host_seconds=seconds - (ended - dispatched))
+        self._report(step, output)
+
+    def _report(self, step: _StepInFlight, output: RunnerOutput) -> None:
+        now = time.monotonic()
+        seconds = now - max(step.began, self._last_report)
+        report = dataclasses.replace(
+            step.report,
+            seconds=seconds,
+            host_seconds=max(seconds - self._runner_seconds, 0.0),
+            rank_tokens=tuple(output.rank_tokens.tolist()),
+            rank_pairs=tuple(output.rank_pairs.tolist()),
+        )
+        self._last_report, self._runner_seconds = now, 0.0
         self._reporter.step(report)
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        """Around the runner's work: counts its time, and starts the watchdog's unless a step is in flight already."""
+        began = time.monotonic()
+        if self._running_since is None:
+            self._running_since = began
+        try:
+            yield
+        finally:
+            self._runner_seconds += time.monotonic() - began
 
     def _step_requests(self, group: Sequence[ScheduledRequest]) -> list[tuple[ScheduledRequest, StepRequest]]:
         """The runner's input. A request whose grammar fails is dropped; the others are not affected."""
@@ -292,16 +398,16 @@ class Engine:
                 invalid.append(scheduled.request)
         return invalid
 
-    def _update(self, scheduled: ScheduledRequest, result: StepResult, now: float) -> None:
+    def _update(self, dispatched: DispatchedRequest, result: StepResult, now: float) -> None:
         """Applies a result and sends its events. A request whose text or owner fails doesn't affect the others."""
-        request = scheduled.request
+        request = dispatched.request
         if self._speculation and result.sampled:
             self._speculation = SpeculationStats(
                 self._speculation.num_drafts + len(request.drafts),
                 self._speculation.num_accepted + len(result.sampled) - 1,
             )
         try:
-            events = process_output(scheduled, result)
+            events = process_output(dispatched, result)
             self._scheduler.commit_pages(request)
             last = events[-1] if events else None
             for event in events:
@@ -318,9 +424,13 @@ class Engine:
             self._fail(request, "The request's output could not be processed.", "internal")
 
     def _recover(self, failed: Sequence[Request]) -> None:
-        """Recovers from a failed step. Its requests fail. The donated cache may be gone: all others are computed again."""
-        for request in failed:
-            self._fail(request, "The step that this request was part of failed.", "step")
+        """Recovers from a failed step, and from those dispatched after or read after it. Their requests fail. The donated cache may
+        be gone: all others are computed again."""
+        in_flight, self._in_flight, self._running_since = self._in_flight, None, None
+        lost = [*failed, *(() if in_flight is None else in_flight.requests)]
+        for request in dict.fromkeys(lost):
+            if not request.ended:
+                self._fail(request, "The step that this request was part of failed.", "step")
         self._scheduler.reset_cache()
         self._failures += 1
         try:
@@ -359,6 +469,8 @@ class Engine:
     def _end(self, request: Request, reason: str) -> None:
         """Removes a request and releases its pages. Does nothing if it has ended already."""
         if self._scheduler.remove(request):
+            request.ended = True
+            request.drop_pending_tokens()
             with self._lock:
                 self._num_unfinished -= 1
                 self._lock.notify_all()

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 from array import array
 
-from jax_mla_cp.batch.step_request import StepRequest
+from jax_mla_cp.batch.step_request import StepRequest, last_sampled
 from jax_mla_cp.engine.page_pool import PagePool
 from jax_mla_cp.engine.prefix_hash import PrefixHasher
 from jax_mla_cp.engine.request import Request
 from jax_mla_cp.engine.request_queue import RequestQueue
+
+PENDING = -1
+"""The token that a step in flight samples, for a request without slot."""
 
 
 @dataclasses.dataclass
@@ -47,7 +50,29 @@ class ScheduledRequest:
             drafts=len(r.drafts),
             logit_bias=r.logit_bias(),
             prompt_logprobs=r.needs_prompt_logprobs,
+            slot=r.slot,
         )
+
+    def dispatched(self) -> DispatchedRequest:
+        """Advances the request past the step, which has been dispatched."""
+        r, samples = self.request, self.needs_sampling
+        r.num_computed_tokens += self.num_tokens
+        if samples:
+            r.tokens.append(PENDING if r.slot is None else last_sampled(r.slot))
+            r.num_pending_tokens += 1
+        return DispatchedRequest(r, r.num_computed_tokens, samples, r.num_starts)
+
+
+@dataclasses.dataclass(frozen=True)
+class DispatchedRequest:
+    """A request's part of a step that has been dispatched."""
+
+    request: Request
+    end: int
+    """The position after the step's tokens, drafts aside: that of the token that it samples."""
+    samples: bool
+    start_number: int
+    """`Request.num_starts` in the step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +114,8 @@ class GroupScheduler:
         self._prefill_budget = 0
         self._reserved_pages = 0
         self._hashes_in_progress: set[bytes] = set()
+        # With speculation, steps are never in flight together.
+        self._free_slots = [] if draft_tokens else list(reversed(range(max_running)))
 
     @property
     def num_admissible(self) -> int:
@@ -106,6 +133,8 @@ class GroupScheduler:
             if request.group is None:
                 break  # preempted for an older one, like all that follow
             wanted = 1 if request.is_decoding else min(request.num_uncomputed_tokens, self._prefill_budget)
+            if request.num_pending_tokens and not request.num_remaining_tokens:
+                wanted = 0  # the last token is in flight
             while wanted and not (num_tokens := self._allocate(request, wanted)):
                 victim = self.running.last
                 self._preempt(victim)
@@ -123,10 +152,10 @@ class GroupScheduler:
     def check_admission(self, request: Request) -> Admission | None:
         """Checks whether a waiting request can run in this step; None if not.
 
-        A preempted request waits until there are pages for all of its tokens. It could be preempted again and again
-        otherwise.
+        A preempted request waits until its tokens are known and there are pages for all of them. It could be preempted again
+        and again otherwise.
         """
-        if not (self.num_admissible and self._prefill_budget):
+        if not (self.num_admissible and self._prefill_budget) or request.num_pending_tokens:
             return None
         prefix_pages, in_progress = self._lookup_prefix(request)
         start = len(prefix_pages) * self.page_pool.page_size
@@ -143,6 +172,9 @@ class GroupScheduler:
         request.pages = array("i", admission.prefix_pages)
         request.num_committed_pages = len(admission.prefix_pages)
         request.num_computed_tokens = request.num_committed_pages * self.page_pool.page_size
+        request.num_verified_tokens = request.num_computed_tokens
+        request.num_starts += 1
+        request.slot = self._free_slots.pop() if self._free_slots else None
         self.running.add(request)
         self._schedule(request, self._allocate(request, admission.num_tokens))
         self._reserved_pages += self._pages_to_reserve(request)
@@ -166,9 +198,9 @@ class GroupScheduler:
             del request.drafts[len(request.pages) * self.page_pool.page_size - end :]
 
     def commit_pages(self, request: Request) -> None:
-        """Commits the pages that the last step completed: other requests may use them."""
+        """Commits the pages that steps which have succeeded completed: other requests may use them."""
         complete = min(
-            request.num_computed_tokens // self.page_pool.page_size, self._hasher.num_hashable(len(request.tokens))
+            request.num_verified_tokens // self.page_pool.page_size, self._hasher.num_hashable(request.num_known_tokens)
         )
         for n in range(request.num_committed_pages, complete):
             page_hash = self._hasher.page_hash(request, n)
@@ -178,8 +210,12 @@ class GroupScheduler:
 
     def remove(self, request: Request) -> None:
         """Removes a running request and releases its pages. Committed pages stay cached."""
+        # Steps in flight may still write the pages and the slot. Whoever gets them next is in a later step.
         self.running.remove(request)
         self.page_pool.release(request.pages)
+        if request.slot is not None:
+            self._free_slots.append(request.slot)
+            request.slot = None
         request.reset_computed()
 
     def _schedule(self, request: Request, num_tokens: int) -> None:
@@ -203,7 +239,7 @@ class GroupScheduler:
 
     def _mark_in_progress(self, request: Request) -> None:
         """Notes the hash of the prompt page that a request is computing."""
-        if request.is_decoding:
+        if request.is_decoding and request.num_verified_tokens >= len(request.prompt):
             return
         page_hash = self._hasher.page_hash(request, request.num_committed_pages)
         if page_hash is not None:

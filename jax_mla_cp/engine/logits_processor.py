@@ -56,9 +56,14 @@ class LogitsProcessor:
         self._count = np.zeros(len(self._tokens), np.int64)
         self._seen = np.isin(self._tokens, seen)
 
+    @property
+    def follows_output(self) -> bool:
+        """True if the bias depends on the sampled tokens."""
+        return self._counts_output or self._repetition != 1
+
     def push(self, token: int) -> None:
         """Counts a sampled token."""
-        if not self._counts_output and self._repetition == 1:
+        if not self.follows_output:
             return
         at = int(np.searchsorted(self._tokens, token))
         if at == len(self._tokens) or self._tokens[at] != token:

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from jax_mla_cp.batch.step_request import StepRequest
 from jax_mla_cp.engine.group_scheduler import ScheduledRequest
 from jax_mla_cp.engine.request import Request
-from jax_mla_cp.step.results import RunnerOutput
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +33,11 @@ class StepReport:
     """One step, summed over the dp groups."""
 
     seconds: float
-    """From scheduling to the last event."""
+    """From scheduling to the last event; from the last event of the step before, if that is later."""
     host_seconds: float
     """The part of `seconds` outside the runner: the engine's own work."""
+    overlapped: bool
+    """True if it was dispatched before the step before it had been read."""
     prefill_tokens: int
     decode_tokens: int
     """Decoding requests' last tokens and drafts."""
@@ -140,8 +141,8 @@ def _log_errors(event: str) -> Iterator[None]:
         log.exception("the engine's observer failed in %s", event)
 
 
-def describe(step: Sequence[Sequence[tuple[ScheduledRequest, StepRequest]]], output: RunnerOutput) -> StepReport:
-    """Describes a step that has run, before its results are applied to its requests; `Engine` adds the times.
+def describe(step: Sequence[Sequence[tuple[ScheduledRequest, StepRequest]]]) -> StepReport:
+    """Describes a step that is about to be dispatched; `Engine` adds the times and the ranks' loads.
 
     Args:
       step: per dp group, its requests as scheduled and as given to the runner.
@@ -156,10 +157,11 @@ def describe(step: Sequence[Sequence[tuple[ScheduledRequest, StepRequest]]], out
     return StepReport(
         seconds=0.0,
         host_seconds=0.0,
+        overlapped=False,
         prefill_tokens=prefill_tokens,
         decode_tokens=total - prefill_tokens,
         requests=sum(map(len, step)),
-        rank_tokens=tuple(output.rank_tokens.tolist()),
-        rank_pairs=tuple(output.rank_pairs.tolist()),
+        rank_tokens=(),
+        rank_pairs=(),
         prefills=tuple(prefills),
     )

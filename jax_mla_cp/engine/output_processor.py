@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from jax_mla_cp.engine.group_scheduler import ScheduledRequest
+from jax_mla_cp.engine.group_scheduler import DispatchedRequest
 from jax_mla_cp.engine.request import Event, Finished, PromptLogprobs, Request, Token
 from jax_mla_cp.step.results import SampledToken, StepResult
 
 
-def process_output(scheduled: ScheduledRequest, result: StepResult) -> list[Event]:
-    """Updates a request from its step's result.
+def process_output(dispatched: DispatchedRequest, result: StepResult) -> list[Event]:
+    """Updates a request from its step's result. Further steps with the request may be in flight.
 
     Returns:
       The events for its owner, in order. `Finished` is the last one if the request has ended.
@@ -18,7 +18,7 @@ def process_output(scheduled: ScheduledRequest, result: StepResult) -> list[Even
     Raises:
       GrammarError: the request's grammar does not accept a sampled token.
     """
-    request, end = scheduled.request, scheduled.request.num_computed_tokens + scheduled.num_tokens
+    request, end = dispatched.request, dispatched.end
     events: list[Event] = []
     if request.needs_prompt_logprobs:
         assert result.prompt_logprobs is not None
@@ -26,30 +26,40 @@ def process_output(scheduled: ScheduledRequest, result: StepResult) -> list[Even
         if end == len(request.prompt):
             events.append(_prompt_logprobs(request))
             request.needs_prompt_logprobs, request.prompt_logprobs_chunks = False, []
-    if not scheduled.needs_sampling:
-        request.num_computed_tokens = end
-        if end == len(request.tokens):  # max_tokens is 0
+    if not dispatched.samples:
+        _verify(dispatched, end)
+        if end == len(request.prompt) and not request.max_tokens:
             events.append(Finished("length", "", request.cached_tokens))
         return events
     finished = None
-    for sampled in result.sampled:
-        token, finished = _append(request, sampled)
+    for position, sampled in enumerate(result.sampled, end):
+        token, finished = _take(request, position, sampled)
         events.append(token)
         if finished:
             events.append(finished)
             break  # accepted drafts after the end are dropped
     # Accepted drafts are computed; the token sampled after them is not.
-    request.num_computed_tokens = len(request.tokens) - 1
+    request.num_computed_tokens += position - end
+    _verify(dispatched, position)
     # A logits processor needs all tokens before the one it biases: its request runs without drafts.
     drop = finished or request.logits_processor
     request.drafts = [] if drop else result.drafts[: max(request.num_remaining_tokens - 1, 0)]
     return events
 
 
-def _append(request: Request, sampled: SampledToken) -> tuple[Token, Finished | None]:
-    may_stop = request.min_tokens_reached
+def _verify(dispatched: DispatchedRequest, num_tokens: int) -> None:
+    """Notes that the pages have so many tokens' latents, unless the request has been preempted meanwhile."""
+    request = dispatched.request
+    if request.num_starts == dispatched.start_number and request.group is not None:
+        request.num_verified_tokens = num_tokens
+
+
+def _take(request: Request, position: int, sampled: SampledToken) -> tuple[Token, Finished | None]:
+    """Appends a sampled token to the known ones."""
+    assert position == request.num_known_tokens
+    may_stop = position - len(request.prompt) >= request.min_tokens
     is_stop_token = may_stop and sampled.token in request.stop_tokens
-    request.tokens.append(sampled.token)
+    request.add_known_token(sampled.token)
     if request.logits_processor:
         request.logits_processor.push(sampled.token)
     if request.grammar and not is_stop_token:
@@ -64,7 +74,7 @@ def _append(request: Request, sampled: SampledToken) -> tuple[Token, Finished | 
         stop = sampled.token
     if stop is not None or (request.grammar and request.grammar.finished):
         return token, Finished("stop", request.text.finish(), request.cached_tokens, stop)
-    if not request.num_remaining_tokens:
+    if request.num_known_tokens == len(request.prompt) + request.max_tokens:
         return token, Finished("length", request.text.finish(), request.cached_tokens)
     return token, None
 

@@ -41,7 +41,7 @@ class PrefixHasher:
 
         Hashes are kept in `request.page_hashes`, so that each page is hashed once.
         """
-        if page >= self.num_hashable(len(request.tokens)):
+        if page >= self.num_hashable(request.num_known_tokens):
             return None
         hashes = request.page_hashes
         while len(hashes) <= page:

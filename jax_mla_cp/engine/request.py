@@ -132,9 +132,19 @@ class Request:
 
     # State.
     tokens: list[int] = dataclasses.field(init=False)
-    """The prompt and the sampled tokens."""
+    """The prompt and the sampled tokens. The last `num_pending_tokens` are `last_sampled(slot)`."""
+    num_pending_tokens: int = dataclasses.field(default=0, init=False)
+    """Sampled tokens that steps in flight will give."""
     num_computed_tokens: int = dataclasses.field(default=0, init=False)
-    """Tokens whose latents are in the pages."""
+    """Tokens whose latents are in the pages, or will be after the steps in flight."""
+    num_verified_tokens: int = dataclasses.field(default=0, init=False)
+    """Tokens whose latents are in the pages: steps that have succeeded computed them."""
+    slot: int | None = dataclasses.field(default=None, init=False)
+    """The request slot, in which the devices keep the last sampled token, while the request runs."""
+    num_starts: int = dataclasses.field(default=0, init=False)
+    """Times that the request has been started: once, and after each preemption."""
+    ended: bool = dataclasses.field(default=False, init=False)
+    """True once the request has finished, failed or been aborted. Steps in flight may still compute it."""
     drafts: list[int] = dataclasses.field(default_factory=list, init=False)
     """Draft tokens that follow `tokens`, verified by the next step."""
     pages: array[int] = dataclasses.field(default_factory=lambda: array("i"), init=False)
@@ -175,7 +185,13 @@ class Request:
 
     @property
     def num_output_tokens(self) -> int:
+        """Sampled tokens, pending ones too."""
         return len(self.tokens) - len(self.prompt)
+
+    @property
+    def num_known_tokens(self) -> int:
+        """Tokens of the prompt and the output that the host knows."""
+        return len(self.tokens) - self.num_pending_tokens
 
     @property
     def num_remaining_tokens(self) -> int:
@@ -199,8 +215,27 @@ class Request:
 
     @property
     def min_tokens_reached(self) -> bool:
-        """True if a stop token or stop string may end the output now."""
+        """True if a stop token or stop string may end the output with the next token to be sampled."""
         return self.num_output_tokens >= self.min_tokens
+
+    @property
+    def follows_output(self) -> bool:
+        """True if the host must know every token before it can prepare the next one, or reads more than tokens from a step."""
+        counts = self.logits_processor is not None and self.logits_processor.follows_output
+        return counts or self.grammar is not None or self.needs_prompt_logprobs
+
+    def add_known_token(self, token: int) -> None:
+        """Adds a token that has been read: in the place of the first pending one, or at the end."""
+        if self.num_pending_tokens:
+            self.tokens[self.num_known_tokens] = token
+            self.num_pending_tokens -= 1
+        else:
+            self.tokens.append(token)
+
+    def drop_pending_tokens(self) -> None:
+        """Forgets the tokens that steps in flight will give."""
+        del self.tokens[self.num_known_tokens :]
+        self.num_pending_tokens = 0
 
     def logit_bias(self) -> LogitBias | None:
         """The bias of the next token's logits."""
@@ -212,7 +247,7 @@ class Request:
     def reset_computed(self) -> None:
         """Returns to the state of a waiting request: no pages, nothing computed. Sampled tokens stay."""
         self.pages, self.group = array("i"), None
-        self.num_computed_tokens, self.num_committed_pages = 0, 0
+        self.num_computed_tokens = self.num_verified_tokens = self.num_committed_pages = 0
         self.drafts, self.prompt_logprobs_chunks = [], []
 
     def deadlines(self) -> Iterator[tuple[float, FailedKind, str]]:

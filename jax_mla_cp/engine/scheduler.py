@@ -81,9 +81,10 @@ class Scheduler:
         return [group.scheduled for group in self.groups]
 
     def commit_pages(self, request: Request) -> None:
-        """Commits the pages that a request's last step completed. Call it after the step's output is processed."""
-        assert request.group is not None
-        self.groups[request.group].commit_pages(request)
+        """Commits the pages that a request's last step completed. Call it after the step's output is processed. Does nothing for a
+        request that has been preempted since the step was dispatched."""
+        if request.group is not None:
+            self.groups[request.group].commit_pages(request)
 
     def remove(self, request: Request) -> bool:
         """Removes a finished or aborted request and releases its pages. Returns False if it isn't here."""

@@ -10,11 +10,23 @@ from jax_mla_cp.step.compile_progress import CompileProgress
 from jax_mla_cp.step.results import RunnerOutput
 
 
+class PendingStep(Protocol):
+    """A step that has been dispatched."""
+
+    def result(self) -> RunnerOutput:
+        """Waits for the step and returns its results. Raises what it failed with."""
+        ...
+
+
 class StepRunner(Protocol):
     """`jax_mla_cp.step.runner.Runner`, or a stand-in for it."""
 
     prefill_chunk: int
     max_running: int
+
+    @property
+    def runs_ahead(self) -> bool:
+        """True if a step may be dispatched before the one before it has been read, with tokens named by their slots."""
 
     @property
     def dp(self) -> int: ...
@@ -33,21 +45,22 @@ class StepRunner(Protocol):
         """The compilation in progress; None: nothing is being compiled. Read from any thread."""
 
     def check(self, request: StepRequest, /) -> None:
-        """Checks one request as `step` would.
+        """Checks one request as `dispatch` would.
 
         Raises:
           ValueError: it can't be run.
         """
 
-    def step(self, groups: Sequence[Sequence[StepRequest]], /) -> RunnerOutput:
-        """Runs one step.
+    def dispatch(self, groups: Sequence[Sequence[StepRequest]], /) -> PendingStep:
+        """Starts one step. Steps run in the order in which they are dispatched. What the requests refer to may change
+        afterwards.
 
         Args:
           groups: per dp group, its requests.
 
         Raises:
           ValueError: a request can't be run. No request has run then.
-          RunnerFailed: no step can be run any more, and `reset` doesn't help.
+          RunnerFailed: no step can be run any more, and `reset` doesn't help. Also raised by `PendingStep.result`.
         """
         ...
 

@@ -124,7 +124,13 @@ def _serve(
     )
     # The cluster has a watchdog of its own, which knows the programs' first runs.
     watchdog = config.watchdog_seconds if leader is None else None
-    engine = Engine(stepper, max_queued=config.max_queued, observer=telemetry, watchdog_seconds=watchdog)
+    engine = Engine(
+        stepper,
+        max_queued=config.max_queued,
+        observer=telemetry,
+        watchdog_seconds=watchdog,
+        overlap=config.overlap,
+    )
     served = ServedModel(
         config.served_model_name,
         engine,

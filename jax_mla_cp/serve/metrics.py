@@ -146,6 +146,14 @@ class Metrics(Observer):
         lengths = buckets_1_2_5(max_model_len)
         self._request_prompt = self._histogram("request_prompt_tokens", "Prompt tokens per request.", lengths)
         self._request_output = self._histogram("request_generation_tokens", "Generated tokens per request.", lengths)
+        self._steps = Counter(
+            PREFIX + "engine_steps",
+            "Steps; overlapped: dispatched before the step before had been read.",
+            ("model_name", "mode"),
+            registry=self._registry,
+        )
+        for mode in ("overlapped", "synchronous"):
+            self._steps.labels(model_name, mode)
         self._balance = self._histogram(
             "cp_prefill_balance",
             "Mean divided by maximum of the cp ranks' query-key pairs in a prefill step; 1 is perfect balance.",
@@ -185,6 +193,7 @@ class Metrics(Observer):
     def step(self, report: StepReport) -> None:
         self._step_seconds.observe(report.seconds)
         self._host_seconds.observe(report.host_seconds)
+        self._steps.labels(self._model, "overlapped" if report.overlapped else "synchronous").inc()
         if report.prefill_tokens:
             self._prompt_tokens.inc(report.prefill_tokens)
             self._prefill_steps.inc()

@@ -178,6 +178,13 @@ def _add_limit_flags(p: argparse.ArgumentParser) -> None:
         "use has ten times as long (default: 600, with several processes 60)",
     )
     limits.add_argument(
+        "--no-overlap",
+        dest="overlap",
+        action="store_false",
+        help="read each step's tokens before the next step is dispatched; for comparisons and debugging (default: the "
+        "engine runs one step ahead of the host, except with --speculative and with several processes)",
+    )
+    limits.add_argument(
         "--drain-timeout",
         metavar="S",
         type=real_number,

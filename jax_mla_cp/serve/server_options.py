@@ -55,6 +55,8 @@ class ServerOptions(LaunchOptions):
     request_timeout: float | None = None
     watchdog: float | Literal["auto"] | None = "auto"
     """As in `watchdog_seconds`."""
+    overlap: bool = True
+    """Dispatch a step before the one before it is read."""
     drain_timeout: float = 30.0
     """Seconds."""
     log_level: LogLevel = "info"

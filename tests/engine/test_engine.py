@@ -54,9 +54,9 @@ def test_a_new_request_joins_while_another_decodes(model: PageModel, engine: Eng
     model.gate.release(5)
     until(lambda: first.events.qsize() == 5)
     engine.submit(second.request)
-    model.gate.release(5)
-    until(lambda: first.events.qsize() == 10)  # decoding went on, token by token, beside the chunks
-    until(lambda: second.events.qsize() == 2)  # one step was under way already, three were its chunks
+    model.gate.release(6)
+    until(lambda: first.events.qsize() == 11)  # decoding went on, token by token, beside the chunks
+    until(lambda: second.events.qsize() == 2)  # two steps were under way already, three were its chunks
     model.gate.release(100)
     assert second.result()[0] == continuation([5] * 40, 3)
     assert first.result()[0] == continuation([1, 2], 50)
@@ -113,7 +113,7 @@ class Seen(Observer):
 
 
 def test_what_an_observer_is_told() -> None:
-    model, seen = PageModel(pages=13, cp=2), Seen()
+    model, seen = PageModel(pages=15, cp=2), Seen()
     engine = Engine(model, observer=seen)
     asked = [RecordedRequest([i] * 19, 9, id=f"r{i}") for i in range(3)] + [RecordedRequest([0] * 19, 1)]
     engine.submit_all([a.request for a in asked])

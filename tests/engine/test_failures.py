@@ -39,13 +39,13 @@ def test_a_failed_step_fails_its_requests_and_the_others_go_on(model: PageModel,
     model.gate = threading.Semaphore(0)
     decoding, first, beside, waiting = (
         RecordedRequest([1] * 4, 150),
-        RecordedRequest([9] * 40, 9),
+        RecordedRequest([9] * 60, 9),
         RecordedRequest([8] * 20, 9),
-        RecordedRequest([9] * 40, 30),
+        RecordedRequest([9] * 60, 30),
     )
     for asked in (first, beside):
         engine.submit(asked.request)
-    model.gate.release(1)  # the first's chunk fills the step
+    model.gate.release(1)  # the first's chunk fills the step, and the two after it
     until(lambda: model.steps == 1)
     model.fail_next = 1
     engine.submit(waiting.request)
@@ -108,7 +108,7 @@ def test_an_engine_without_a_cache_ends(model: PageModel, engine: Engine, monkey
 
     monkeypatch.setattr(model, "reset", no_memory)
     model.gate, model.fail_next = threading.Semaphore(0), 1
-    failed, waiting = RecordedRequest([9] * 16, 9), RecordedRequest([8], 9)  # the first's prompt fills the step
+    failed, waiting = RecordedRequest([9] * 40, 9), RecordedRequest([8], 9)  # the first's prompt fills two steps
     engine.submit_all([failed.request, waiting.request])
     model.gate.release(1)
     kinds = [end.kind for a in (failed, waiting) if isinstance(end := a.result()[1], Failed)]

@@ -14,6 +14,7 @@ from jax_mla_cp.engine import Engine, Failed, Finished, Observer, StepReport
 from jax_mla_cp.step.results import RunnerOutput
 from tests.helpers.engine_requests import RecordedRequest, is_idle
 from tests.helpers.speculative import CONFIG, OneBucket, model
+from tests.helpers.standin import PendingStep
 
 PREFIX = np.random.default_rng(5).integers(0, CONFIG.vocab_size, 27).tolist()
 PROMPTS = [[*PREFIX, *tail] for tail in ([1], [2, 3], [1], [4, 5, 6, 7, 8, 9, 1], [2, 3, 5])]
@@ -38,13 +39,18 @@ class Few:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._steps, name)
 
-    def step(self, groups: Sequence[Sequence[StepRequest]]) -> RunnerOutput:
-        output = self._steps.step(groups)
-        self._count += 1
-        if self._count == self._fail_at:
-            self._steps._pages.delete()  # as after an error on the device: the donated cache is gone
-            raise RuntimeError("the device stopped")
-        return output
+    def dispatch(self, groups: Sequence[Sequence[StepRequest]]) -> PendingStep:
+        step = self._steps.dispatch(groups)
+
+        def result() -> RunnerOutput:
+            output = step.result()
+            self._count += 1
+            if self._count == self._fail_at:
+                self._steps._pages.delete()  # as after an error on the device: the donated cache is gone
+                raise RuntimeError("the device stopped")
+            return output
+
+        return PendingStep(result)
 
 
 def ask(

@@ -1,25 +1,19 @@
-"""The scheduler under any arrivals, aborts, preemptions and failures: right tokens, no page lost or shared wrongly."""
+"""The scheduler: who runs, who waits, who gives way, and where."""
 
 from __future__ import annotations
 
-import collections
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any, ClassVar
-
-import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from typing import Any
 
 from jax_mla_cp.batch.step_request import SamplingParams
-from jax_mla_cp.engine import Event, Finished, PromptLogprobs, Request, Token
+from jax_mla_cp.engine import Event, Finished, Request
 from jax_mla_cp.engine.group_scheduler import ScheduledRequest
 from jax_mla_cp.engine.output_processor import process_output
 from jax_mla_cp.engine.scheduler import Scheduler
 from jax_mla_cp.engine.text import TextStream
-from tests.helpers.standin import PageModel, continuation, logprob
+from tests.helpers.standin import PageModel, continuation
 
 STOP = frozenset({3})
 
@@ -52,157 +46,17 @@ def run(scheduler: Scheduler, model: PageModel) -> list[list[ScheduledRequest]]:
     """One step, as the engine does it."""
     planned = scheduler.schedule()
     assert any(planned) or not scheduler.has_requests, "requests wait and none runs"
-    output = model.step([[s.step_request() for s in group] for group in planned])
-    for group, results in zip(planned, output.results, strict=True):
-        for scheduled, result in zip(group, results, strict=True):
-            events = process_output(scheduled, result)
-            scheduler.commit_pages(scheduled.request)
+    step = model.dispatch([[s.step_request() for s in group] for group in planned])
+    dispatched_groups = [[s.dispatched() for s in group] for group in planned]
+    for group, results in zip(dispatched_groups, step.result().results, strict=True):
+        for dispatched, result in zip(group, results, strict=True):
+            events = process_output(dispatched, result)
+            scheduler.commit_pages(dispatched.request)
             if events and isinstance(events[-1], Finished):
-                scheduler.remove(scheduled.request)
+                scheduler.remove(dispatched.request)
             for event in events:
-                scheduled.request.emit(event)
+                dispatched.request.emit(event)
     return planned
-
-
-class Anything(RuleBasedStateMachine):
-    """Prompts are cut from two texts, so that many share pages, some of them only the tokens of a page."""
-
-    seen: ClassVar[collections.Counter[str]] = collections.Counter()
-    """Over all examples, how often each thing happened that the assertions are about."""
-
-    @initialize(
-        dp=st.integers(1, 2),
-        page_size=st.sampled_from([1, 3, 8]),
-        running=st.integers(1, 5),
-        chunk=st.integers(1, 20),
-        drafts=st.sampled_from([0, 0, 1, 3]),
-        room=st.integers(0, 60),
-    )
-    def begin(self, dp: int, page_size: int, running: int, chunk: int, drafts: int, room: int) -> None:
-        pages = -(-(70 + room) // page_size)
-        self.model = PageModel(
-            dp=dp, pages=pages, page_size=page_size, max_running=running, prefill_chunk=chunk, draft_tokens=drafts
-        )
-        self.scheduler = scheduler_of(self.model)
-        self.requests: list[Request] = []
-        self.events: dict[Request, list[Event]] = {}
-        self.gone: set[Request] = set()
-
-    @rule(
-        text=st.integers(0, 1),
-        length=st.integers(1, 50),
-        change=st.integers(0, 60),
-        most=st.integers(0, 20),
-        salt=st.sampled_from(["", "", "", "x"]),
-        score=st.sampled_from([False, False, True]),
-    )
-    def arrives(self, text: int, length: int, change: int, most: int, salt: str, score: bool) -> None:
-        prompt = [(n * 7) % 5 + text for n in range(length)]
-        if change < length:
-            prompt[change] = 200
-        made = request(prompt, most if score else max(most, 1), cache_salt=salt, prompt_logprobs=score)
-        made.emit = self.events.setdefault(made, []).append
-        self.requests.append(made)
-        self.scheduler.add(made)
-
-    @rule(which=st.integers(0, 1000))
-    def is_aborted(self, which: int) -> None:
-        if self.requests:
-            chosen = self.requests[which % len(self.requests)]
-            if self.scheduler.remove(chosen):
-                self.gone.add(chosen)
-
-    @rule(times=st.integers(1, 6))
-    def steps(self, times: int) -> None:
-        for _ in range(times):
-            if self.scheduler.has_requests:
-                run(self.scheduler, self.model)
-                self.what_is_written_is_right()
-
-    @rule()
-    def a_step_fails(self) -> None:
-        if not self.scheduler.has_requests:
-            return
-        self.model.fail_next = 1
-        planned = self.scheduler.schedule()
-        with pytest.raises(RuntimeError, match="fell over"):
-            self.model.step([[s.step_request() for s in group] for group in planned])
-        for scheduled in [s for group in planned for s in group]:
-            self.scheduler.remove(scheduled.request)
-            self.gone.add(scheduled.request)
-        self.scheduler.reset_cache()
-        self.model.reset()
-
-    def what_is_written_is_right(self) -> None:
-        """What a request has computed is there, whoever else has written meanwhile."""
-        for g, group in enumerate(self.scheduler.groups):
-            for r in group.running:
-                slots = self.model.slots_of(r.pages, r.num_computed_tokens)
-                assert self.model.slots[g, slots].tolist() == r.tokens[: r.num_computed_tokens]
-                self.seen["computed"] += r.num_computed_tokens
-
-    @invariant()
-    def pages_add_up(self) -> None:
-        for group in self.scheduler.groups:
-            pool = group.page_pool
-            used = collections.Counter(page for r in group.running for page in r.pages)
-            assert pool.num_free + pool.num_cached + len(used) == pool.num_pages
-            assert all(pool._refcount[page] == times for page, times in used.items())
-            for page, times in used.items():
-                if times > 1:
-                    self.seen["shared pages"] += 1
-                    assert page in pool._hash_by_page, "a page that is not committed is shared"
-            salts: dict[int, set[str]] = {}
-            for r in group.running:
-                for page in r.pages:
-                    salts.setdefault(page, set()).add(r.cache_salt)
-            assert all(len(found) == 1 for found in salts.values()), "shared by requests with different salts"
-
-    def teardown(self) -> None:
-        if not hasattr(self, "scheduler"):
-            return
-        for _ in range(4000):
-            if not self.scheduler.has_requests:
-                break
-            run(self.scheduler, self.model)
-        assert not self.scheduler.has_requests, "no end"
-        self.pages_add_up()
-        self.seen["preemptions"] += self.scheduler.stats.preemptions
-        self.seen["prefix hits"] += self.scheduler.stats.prefix_hits
-        self.seen["finished"] += len(self.requests) - len(self.gone)
-        self.seen["aborted or failed"] += len(self.gone)
-        for r in self.requests:
-            tokens = [e.token for e in self.events[r] if isinstance(e, Token)]
-            want = continuation(r.prompt, r.max_tokens, STOP)
-            assert tokens == (want[: len(tokens)] if r in self.gone else want)
-            scored = [e for e in self.events[r] if isinstance(e, PromptLogprobs)]
-            assert len(scored) == (r.prompt_logprobs and (r not in self.gone or bool(scored)))
-            for event in scored:
-                self.seen["scored prompts"] += 1
-                assert self.events[r][0] is event
-                assert event.logprobs.tolist()[1:] == [
-                    logprob(r.prompt[:n], r.prompt[n]) for n in range(1, len(r.prompt))
-                ]
-                assert len(event.top_tokens) == len(event.top_logprobs) == len(r.prompt)
-
-
-def test_anything() -> None:
-    Anything.seen.clear()
-    run_state_machine_as_test(
-        Anything,
-        settings=settings(
-            max_examples=300, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
-        ),
-    )
-    assert set(+Anything.seen) == {
-        "computed",
-        "shared pages",
-        "preemptions",
-        "prefix hits",
-        "finished",
-        "aborted or failed",
-        "scored prompts",
-    }
 
 
 def finish(scheduler: Scheduler, model: PageModel, most: int = 2000) -> list[list[list[ScheduledRequest]]]:

@@ -29,6 +29,7 @@ from jax_mla_cp.step.forward import to_devices
 from jax_mla_cp.step.planner import Planner
 from jax_mla_cp.step.results import RunnerOutput, StepResult
 from jax_mla_cp.step.runner import Runner
+from jax_mla_cp.step.synchronous_runner import SynchronousRunner
 from tests.helpers.array_source import ArraySource
 from tests.helpers.engine_requests import is_idle
 from tests.helpers.random_weights import random_weights
@@ -140,7 +141,7 @@ class OneBucket(Runner):
         return found
 
 
-class Watched:
+class Watched(SynchronousRunner):
     """A runner that calls `look` with every request of a step and its result, which `look` may change."""
 
     def __init__(self, runner: Runner, look: Callable[[StepRequest, StepResult], object]):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -62,6 +63,34 @@ def logprob(before: Sequence[int], token: int) -> float:
 NOTHING, STALE = -1, -2
 
 
+class PendingStep:
+    """A dispatched step of `PageModel`."""
+
+    def __init__(self, run: Callable[[], RunnerOutput]):
+        self._run = run
+        self._output: RunnerOutput | None = None
+        self._error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            self._output = self._run()
+        except Exception as error:
+            self._error = error
+
+    def result(self) -> RunnerOutput:
+        if self._output is None and self._error is None:
+            self.run()
+        if self._error is not None:
+            raise self._error
+        assert self._output is not None
+        return self._output
+
+
+def _copy(request: StepRequest) -> StepRequest:
+    """What a real runner has read when `dispatch` returns."""
+    return dataclasses.replace(request, tokens=list(request.tokens), pages=list(request.pages))
+
+
 class PageModel:
     """A `StepRunner` that keeps tokens in pages as the real one keeps latents, and checks the engine's side of the contract.
 
@@ -90,18 +119,35 @@ class PageModel:
         """A token: requests with it are invalid."""
         self.steps = 0
         """Steps that succeeded."""
+        self.runs_ahead = not draft_tokens
+        self.runs_late = True
+        """A dispatched step runs when its result is asked for. False: at once; its error shows late all the same."""
         self.compiling: CompileProgress | None = None
         self.gate: threading.Semaphore | None = None
         """If set, every step waits for a permit."""
+        self.resets = -1
         self.reset()
 
     def reset(self) -> None:
+        self.resets += 1
+        self.is_broken = False
+        """True from a step that fails until `reset`."""
         shape = (self.dp, self.pages_per_group * self.page_size)
+        self._last_tokens = np.full((self.dp, self.max_running), STALE)
         self.slots, self._following = np.full(shape, NOTHING), np.full(shape, NOTHING)
 
     def check(self, request: StepRequest) -> None:
         if self.refused in request.tokens:
             raise ValueError("a token that is refused")
+
+    def dispatch(self, groups: Sequence[Sequence[StepRequest]]) -> PendingStep:
+        for request in (request for requests in groups for request in requests):
+            self.check(request)
+        copies = [[_copy(request) for request in requests] for requests in groups]
+        step = PendingStep(lambda: self.step(copies))
+        if not self.runs_late:
+            step.run()
+        return step
 
     def step(self, groups: Sequence[Sequence[StepRequest]]) -> RunnerOutput:
         if self.gate:
@@ -110,7 +156,8 @@ class PageModel:
             self.check(request)
         if self.fail_next:  # after dispatch: the donated cache is gone
             self.fail_next -= 1
-            self.slots[:] = self._following[:] = STALE
+            self.is_broken = True
+            self.slots[:] = self._following[:] = self._last_tokens[:] = STALE
             raise RuntimeError("a device fell over")
         for requests in groups:
             self._check(requests)
@@ -142,6 +189,10 @@ class PageModel:
             assert len(set(r.pages)) == len(r.pages)
 
     def _run(self, group: int, request: StepRequest) -> StepResult:
+        request = dataclasses.replace(
+            request, tokens=[self._last_tokens[group][-1 - t] if t < 0 else t for t in request.tokens]
+        )
+        assert min(request.tokens) >= 0, "a slot without a token"
         end, size = request.num_computed_tokens + len(request.tokens), self.page_size
         slots = self.slots_of(request.pages, end)
         memory, following = self.slots[group], self._following[group]
@@ -171,6 +222,8 @@ class PageModel:
             seen.append(allowed(next_token(seen), request.logit_bias))
             if not drafts or seen[-1] != drafts.pop(0):
                 break
+        if request.slot is not None:
+            self._last_tokens[group][request.slot] = seen[-1]
         following[slots[request.num_computed_tokens :]] = NOTHING
         following[slots[request.num_computed_tokens : len(seen) - 1]] = seen[request.num_computed_tokens + 1 :]
         self.accepted[request.drafts, len(seen) - start - 1] += 1

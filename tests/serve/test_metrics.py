@@ -106,7 +106,7 @@ def test_counts_are_those_of_the_requests(observed: Observed) -> None:
 def test_every_number_has_its_place() -> None:
     """Each is told a value that no other is."""
     metrics = Metrics("tiny", 1000, {})
-    metrics.step(StepReport(0.01, 0.002, 30, 7, 8, (20, 17), (100, 60), ()))
+    metrics.step(StepReport(0.01, 0.002, True, 30, 7, 8, (20, 17), (100, 60), ()))
     metrics.started(0.1)
     metrics.first_token(0.3)
     metrics.token(0.05)
@@ -143,14 +143,14 @@ def test_every_number_has_its_place() -> None:
 
 
 def test_what_is_true_at_a_moment() -> None:
-    """Two run, on 5 pages and on 6, and one waits, which gives up; the two do not fit the 12 pages to their ends."""
+    """Two run, on 6 pages each, and one waits, which gives up; the two do not fit the 12 pages to their ends."""
     observed = Observed(pages=12, max_running=2)
     observed.model.gate = gate = threading.Semaphore(2)  # 32 of the 40 prompt tokens
     asked = [RecordedRequest([i] * 20, 9) for i in range(3)]
     try:
         observed.engine.submit_all([a.request for a in asked])
         until(lambda: observed.now()["engine_step_seconds_count"] == 2)
-        until(lambda: observed.now()["kv_cache_usage_perc"] == 11 / 12)
+        until(lambda: observed.now()["kv_cache_usage_perc"] == 1)
         now = observed.now()
         assert (now["num_requests_running"], now["num_requests_waiting"]) == (2, 1)
         observed.engine.abort(asked[2].request)
@@ -353,6 +353,7 @@ def test_nothing_outside_the_folder_is_served(observed: Observed, path: str) -> 
 REPORT = StepReport(
     seconds=0.1,
     host_seconds=0.01,
+    overlapped=False,
     prefill_tokens=8,
     decode_tokens=0,
     requests=1,
