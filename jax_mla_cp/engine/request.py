@@ -54,7 +54,9 @@ class Token:
     top_tokens: np.ndarray
     top_logprobs: np.ndarray
     text_offset: int = 0
-    """Characters of output before the token's own text, which may have been held back or begin in a later event."""
+    """Characters of the output before the token's own text. It does not depend on when text is delivered: the token's text may be
+    held back, or be complete only with a later token. A stop string that is cut off counts, so the offset may be beyond the end
+    of the final text. A token without text has the offset at which the next text begins."""
 
 
 @dataclasses.dataclass(frozen=True)

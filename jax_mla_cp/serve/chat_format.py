@@ -110,10 +110,13 @@ class ChatFormat:
         """None if the output can't begin with <think>."""
         if self._in_reasoning or not self._parses_reasoning or self._start_token is None:
             return None
-        token_bytes = self._served.require_tokenizer("messages").token_bytes
-        return ReasoningStart(
-            self._start_token, lambda token: (token_bytes(token) or b"").decode(errors="replace").isspace()
-        )
+        tokenizer, shown = self._served.require_tokenizer("messages"), self.shown_tokens
+        skip = self._body.skip_special_tokens is not False
+
+        def is_blank(token: int) -> bool:
+            return not tokenizer.decode([token], skip_special_tokens=skip, shown=shown).strip()
+
+        return ReasoningStart(self._start_token, is_blank)
 
     @property
     def _call_starts(self) -> tuple[str, ...]:

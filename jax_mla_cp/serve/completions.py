@@ -10,13 +10,13 @@ from fastapi.responses import Response
 from jax_mla_cp.engine import Finished, Grammar, PromptLogprobs
 from jax_mla_cp.serve import preprocessing
 from jax_mla_cp.serve.constraint import compile_grammar
+from jax_mla_cp.serve.echo import Echo
 from jax_mla_cp.serve.logprobs import completion_logprobs, concat, echo_logprobs, prompt_logprobs
 from jax_mla_cp.serve.openapi import streaming_response
 from jax_mla_cp.serve.response import OutputEvent, new_metadata, respond
 from jax_mla_cp.serve.schemas.completions import CompletionRequest
 from jax_mla_cp.serve.schemas.responses import Choice, Completion, Logprobs, Usage
 from jax_mla_cp.serve.served_model import ServedModel
-from jax_mla_cp.tokenizer import Detokenizer
 
 
 def install(app: FastAPI, served: ServedModel) -> None:
@@ -45,7 +45,7 @@ class _CompletionBuilder:
         self._n = body.n or 1
         self._texts = served.token_texts.as_ids if body.return_tokens_as_token_ids else served.token_texts
         echoed = zip(body.prompts(), self.prompts, strict=True) if body.echo else ()
-        self._echoes = [_Echo(served, body, prompt, ids) for prompt, ids in echoed]
+        self._echoes = [Echo(served, body, prompt, ids) for prompt, ids in echoed]
 
     def grammar(self, prompt: int) -> Grammar | None:
         return self._grammar and self._grammar.copy()
@@ -119,38 +119,6 @@ class _CompletionBuilder:
 
     def _completion(self, choices: list[Choice], usage: Usage | None = None) -> Completion:
         return Completion(**self.metadata, choices=choices, usage=usage)
-
-
-class _Echo:
-    """An echoed prompt: the client's text, or the text of its token ids. A truncated prompt is echoed as it was used."""
-
-    def __init__(self, served: ServedModel, body: CompletionRequest, prompt: str | list[int], ids: list[int]):
-        self._tokenizer = served.tokenizer
-        self._ids = ids
-        self._is_text = isinstance(prompt, str) and body.truncate_prompt_tokens is None
-        self._adds_special = body.add_special_tokens is not False
-        # Special tokens of a text are those that it spells.
-        self._skips_special = not self._is_text and body.skip_special_tokens is not False
-        if isinstance(prompt, str) and self._is_text:
-            self.text = prompt
-        else:
-            self.text = (
-                "" if self._tokenizer is None else self._tokenizer.decode(ids, skip_special_tokens=self._skips_special)
-            )
-
-    def offsets(self) -> list[int]:
-        """The character offset at which each token's text begins; for a token without text, at which the next one's does."""
-        if self._tokenizer is None:
-            return [0] * len(self._ids)
-        first, end = 0, len(self._ids)
-        if self._is_text and self._adds_special:  # BOS and EOS, which the text does not have
-            first, end = len(self._tokenizer.prefix), end - len(self._tokenizer.suffix)
-        detokenizer, offsets, offset = Detokenizer(self._tokenizer, skip_special_tokens=self._skips_special), [], 0
-        for i, token in enumerate(self._ids):
-            offsets.append(min(offset, len(self.text)))  # a tokenizer may normalize the text to a longer one
-            if first <= i < end:
-                offset += len(detokenizer.add(token))
-        return offsets
 
 
 def _concat(chunks: list[Choice]) -> Choice:

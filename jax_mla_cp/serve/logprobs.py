@@ -28,7 +28,8 @@ def completion_logprobs(
     """One token in the format of /v1/completions, with the `count` most likely tokens and the token itself.
 
     Args:
-      offset: where the token's text begins.
+      offset: where the token's text begins in the choice's text, in characters, the echo included. Beyond its end for tokens
+        that a stop string cut off.
     """
     text, own = texts(token), finite(logprob)
     top: dict[str, float] = {}

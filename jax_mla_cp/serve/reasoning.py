@@ -111,7 +111,7 @@ class ReasoningStart:
 
     token: int
     is_blank: Callable[[int], bool]
-    """True for tokens of white space alone."""
+    """True for tokens that the parser sees as white space or not at all, such as hidden special tokens."""
 
 
 class ReasoningGrammar:

@@ -56,6 +56,17 @@ def test_stop_strings_are_looked_for_from_where_the_text_may_stop(before: str, a
     assert stream.finish() == alone.finish()
 
 
+@given(texts, stop_strings, st.booleans())
+def test_a_place_in_the_text_does_not_depend_on_what_is_held_back(text: str, stops: list[str], include: bool) -> None:
+    held, free = TextStream(TOKENIZER, stops, include_stop=include), TextStream(TOKENIZER)
+    for i, token in enumerate(text.encode()):
+        assert held.num_characters == free.num_characters == len(text.encode()[:i].decode(errors="ignore"))
+        held.push(token)
+        free.push(token)
+        if held.stopped:
+            break
+
+
 def test_without_a_tokenizer_there_is_no_text() -> None:
     stream = TextStream(None)
     assert stream.push(5) == "" and stream.finish() == ""

@@ -142,6 +142,7 @@ def test_a_constrained_answer_does_not_end_inside_of_its_reasoning(thinker: tupl
         ("open", "One two three."),
         ("say", "<think>One two three."),
         ("say", " \n<think>One two three."),
+        ("say", "<|bos|>\n<think>One two three."),
     ],
 )
 def test_a_budget_cuts_the_reasoning(thinker: tuple[Script, str], content: str, script: str) -> None:
@@ -179,6 +180,8 @@ def test_strict_tools_let_the_model_think_first(caller: tuple[Script, str]) -> N
         message = ask(caller, script, "say", tools=[tool], max_tokens=400)["message"]
         assert message["reasoning_content"] == "Hm." and message["content"] is None
         assert message["tool_calls"][0]["function"] == {"name": "f", "arguments": '{"a": 1}'}
+    late = ask(caller, f"Hi <think>{call}", "say", tools=[tool], max_tokens=400)["message"]
+    assert "reasoning_content" not in late, "reasoning begins before anything but white space"
     held = ask(caller, call.replace("1", '"x"'), "say", tools=[tool], max_tokens=400)["message"]
     assert '"x"' not in str(held), "the grammar holds without reasoning, too"
 
