@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jax_mla_cp.engine import Grammar
-from jax_mla_cp.serve.constraint import compile_grammar
+from jax_mla_cp.serve.constraint import answer_schema, compile_grammar
 from jax_mla_cp.serve.errors import ApiError
 from jax_mla_cp.serve.output_parser import OutputParser
 from jax_mla_cp.serve.reasoning import (
@@ -41,6 +41,8 @@ class ChatFormat:
         self._end_token = tokenizer.token_id(END_TAG)
         self._start_token = tokenizer.token_id(START_TAG)
         self._holds_calls_only = False
+        self._can_call = True
+        """False: a constraint leaves no place for calls."""
         self._grammar = self._compile()
         self._check_tags()
         # A grammar that applies from the first token on leaves no place for reasoning.
@@ -102,7 +104,7 @@ class ChatFormat:
             start=start,
             budget=budget,
             eos_tokens=self._served.eos_token_ids,
-            also_ends=() if self._body.constraints() else self._tokens(self._call_starts),
+            also_ends=self._tokens(self._call_starts) if self._can_call else (),
         )
 
     @property
@@ -130,6 +132,11 @@ class ChatFormat:
 
     def _compile(self) -> CompiledGrammar | None:
         if self._calls is None or not self._body.holds_calls:
-            return compile_grammar(self._served, self._body)
+            grammar = compile_grammar(self._served, self._body)
+            answer = answer_schema(self._body)
+            if self._calls is None or answer is None:
+                self._can_call = grammar is None
+                return grammar
+            return compile_calls(self._served, self._body, self._calls, answer)
         self._holds_calls_only = self._body.tool_choice in (None, "auto")
         return compile_calls(self._served, self._body, self._calls)

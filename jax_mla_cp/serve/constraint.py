@@ -18,6 +18,8 @@ from jax_mla_cp.serve.structured_output import (
     JsonSchema,
     Regex,
 )
+from jax_mla_cp.serve.structured_output.pattern_budget import PatternBudget
+from jax_mla_cp.serve.structured_output.schema_check import prepare
 
 _CONSTRAINTS: dict[str, Callable[[Any], Constraint]] = {
     "json": JsonSchema,
@@ -38,8 +40,16 @@ def compile_grammar(served: ServedModel, body: GenerationRequest) -> CompiledGra
     return None
 
 
+def answer_schema(body: GenerationRequest) -> dict[str, Any] | None:
+    """The prepared JSON schema of the output's format, which `compile_grammar` has checked; None: it is another kind."""
+    for field, value in body.constraints().items():
+        constraint = _constraint(field, value)
+        return prepare(constraint.schema, PatternBudget()) if isinstance(constraint, JsonSchema) else None
+    return None
+
+
 def _constraint(field: str, value: Any) -> Constraint:
-    if field == "response_format":
+    if field.startswith("response_format"):
         return JsonSchema(value.json_schema.schema_) if value.type == "json_schema" else ANY_OBJECT
     kind = field.removeprefix("structured_outputs.").removeprefix("guided_")
     return ANY_OBJECT if kind == "json_object" else _CONSTRAINTS[kind](value)

@@ -94,8 +94,9 @@ def install(app: FastAPI) -> None:
 
 def invalid_body(error: RequestValidationError) -> dict[str, Any]:
     """The error for a body that its schema rejects: the field's full path, expected, and got if that is a single value."""
-    # For a field of several types, the most useful error is one that isn't about the type.
-    first = min(error.errors(), key=_is_about_type)
+    # For a field of several types, the most useful error is one that isn't about the type; of those that are, the one that
+    # came furthest.
+    first = max(error.errors(), key=lambda e: (not _is_about_type(e), *_depth(e["loc"], error.body)))
     context = first.get("ctx", {})
     if first["type"] == "json_invalid":
         return error_body(400, f"The body is not valid JSON: {context.get('error', '')}.")
@@ -105,6 +106,8 @@ def invalid_body(error: RequestValidationError) -> dict[str, Any]:
     if isinstance(cause, FieldError):
         location += (named := cause.param.split("."))
         absent = len(named)
+    if first["type"].startswith("union_tag"):
+        location, absent = [*location, "type"], 1
     path = _path(location, error.body, absent)
     return error_body(400, f"{path or 'body'}: {_message(first)}.", param=path or None)
 
@@ -113,6 +116,17 @@ def _is_about_type(error: Mapping[str, Any]) -> bool:
     """True if the value has another type than expected; an object in place of one of several strings too."""
     kind: str = error["type"]
     return kind.endswith("_type") or (kind == "literal_error" and isinstance(error["input"], list | dict))
+
+
+def _depth(location: Sequence[int | str], body: Any) -> tuple[int, int]:
+    """Parts of a location that are in the body, and the last index among them."""
+    depth, last, value = 0, -1, body
+    for part in location:
+        if isinstance(part, int) and isinstance(value, list) and part < len(value):
+            depth, last, value = depth + 1, part, value[part]
+        elif isinstance(part, str) and isinstance(value, dict) and part in value:
+            depth, value = depth + 1, value[part]
+    return depth, last
 
 
 def _path(location: Sequence[int | str], body: Any, absent: int) -> str:
@@ -136,8 +150,12 @@ def _message(error: Mapping[str, Any]) -> str:
         return "not a field of this API, or not supported here; docs/api.md lists the fields"
     if error["type"] == "missing":
         return "is required"
+    if error["type"] == "union_tag_not_found":
+        return "is required"
     if error["type"].startswith("union_tag"):  # pydantic's text has the whole tag
-        return f"type must be one of {error['ctx'].get('expected_tags', 'the known ones')}"
+        return f"must be one of {error['ctx']['expected_tags']}"
+    if error["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return f"must be an object, got {_got(error.get('input'))}"
     message: str = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     if error["type"] == "value_error":
         return message

@@ -38,7 +38,7 @@ class MiddlewareStack:
                 CORSMiddleware,
                 allow_origins=self.cors_origins,
                 allow_methods=("GET", "POST"),
-                allow_headers=("authorization", "content-type", "x-request-id"),
+                allow_headers=("*",),  # OpenAI's client sends a dozen of its own
                 expose_headers=("x-request-id", "retry-after"),
             )
         app.add_middleware(DiscardBody)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax_mla_cp.engine import GrammarError
@@ -13,8 +13,13 @@ from jax_mla_cp.serve.structured_output import CompiledGrammar, JsonSchema, Lark
 from jax_mla_cp.serve.tool_calls import SchemaError, ToolFormat, schemas_to_hold
 
 
-def compile_calls(served: ServedModel, body: ChatRequest, calls: ToolFormat) -> CompiledGrammar:
+def compile_calls(
+    served: ServedModel, body: ChatRequest, calls: ToolFormat, answer: Mapping[str, Any] | None = None
+) -> CompiledGrammar:
     """The grammar of `tool_choice` and of functions with `strict`.
+
+    Args:
+      answer: schema of the JSON that an output without calls is.
 
     Raises:
       ApiError: 400: a function's schema is malformed or can't be enforced; names the place in it.
@@ -29,6 +34,7 @@ def compile_calls(served: ServedModel, body: ChatRequest, calls: ToolFormat) -> 
             names=names,
             required=required,
             parallel=body.parallel_tool_calls is not False and named is None,
+            answer=answer,
             token_id=served.require_tokenizer("messages").token_id,
         )
         return served.grammars.compile(LarkGrammar(text))

@@ -64,7 +64,8 @@ class SandboxedTemplate:
         pieces, length = [], 0
         token = _deadline.set(time.monotonic() + MAX_SECONDS)
         try:
-            for piece in self._template.generate(variables):
+            given = {name: _Given(value) if isinstance(value, list) else value for name, value in variables.items()}
+            for piece in self._template.generate(given):
                 pieces.append(piece)
                 length += len(piece)
                 if length > MAX_OUTPUT_CHARS:
@@ -85,8 +86,17 @@ class SandboxedTemplate:
         return TokenizerError(where, message)
 
 
+class _Given(list[Any]):
+    """A list that a template is given: it can't change it while it walks through it."""
+
+
 class _Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"*", "**"})
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        """Lets a template keep a queue in a list of its own, as Kimi's does with the ids of calls."""
+        is_own = type(obj) is list  # not a `_Given`
+        return (is_own and attr in ("append", "pop")) or super().is_safe_attribute(obj, attr, value)
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Checks the deadline at every call of a function, macro or method: nothing takes long without any."""

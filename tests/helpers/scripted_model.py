@@ -70,6 +70,7 @@ class Script(PageModel):
         whole = [*self.vocabulary.encode(self.script), EOS]
         token, usual = whole[min(len(said), len(whole) - 1)], outcome.sampled[0]
         token = next(t for t in (token, *_INSTEAD) if _is_allowed(t, work.logit_bias))
+        self.keep(group, work, token)
         return StepResult(
             [SampledToken(token, usual.logprob, usual.top_tokens, usual.top_logprobs)], [], outcome.prompt_logprobs
         )

@@ -222,13 +222,17 @@ class PageModel:
             seen.append(allowed(next_token(seen), request.logit_bias))
             if not drafts or seen[-1] != drafts.pop(0):
                 break
-        if request.slot is not None:
-            self._last_tokens[group][request.slot] = seen[-1]
+        self.keep(group, request, seen[-1])
         following[slots[request.num_computed_tokens :]] = NOTHING
         following[slots[request.num_computed_tokens : len(seen) - 1]] = seen[request.num_computed_tokens + 1 :]
         self.accepted[request.drafts, len(seen) - start - 1] += 1
         drawn = [SampledToken(token, -0.5, np.arange(20), np.linspace(-1, -9, 20)) for token in seen[start:]]
         return StepResult(drawn, guesses(seen, self.draft_tokens), scored)
+
+    def keep(self, group: int, request: StepRequest, token: int) -> None:
+        """Keeps a sampled token in the request's slot."""
+        if request.slot is not None:
+            self._last_tokens[group][request.slot] = token
 
     def _score(self, seen: Sequence[int], request: StepRequest) -> TokenLogprobs:
         after = [

@@ -86,6 +86,21 @@ def test_the_field_that_asks_for_a_grammar(fields: dict[str, Any], field: str | 
     assert ChatRequest.model_validate({**CHAT, **fields}).grammar_field() == field
 
 
+def test_calls_of_an_answer_are_taken_as_history() -> None:
+    """Whatever the model called, and however often; fields that clients add."""
+    calls = [{**CALL, "function": {"name": name, "arguments": "{}"}} for name in ("добавь", "mcp/add", "x" * 300)] * 100
+    history = {"role": "assistant", "content": None, "tool_calls": calls, "provider_specific_fields": {"refusal": None}}
+    result = {"role": "tool", "tool_call_id": "c", "content": "5", "cache_control": {"type": "ephemeral"}}
+    body = ChatRequest.model_validate(chat(history, result, {**CHAT["messages"][0], "type": "text"}))
+    assert [call["function"]["name"] for call in body.messages[1].for_template()["tool_calls"][:2]] == [
+        "добавь",
+        "mcp/add",
+    ]
+    assert "cache_control" not in body.messages[2].for_template()
+    tool = {"type": "function", "function": {**FUNCTION["function"], "cache_control": {"type": "ephemeral"}}}
+    assert ChatRequest.model_validate(chat(tools=[tool])).plain_tools == [FUNCTION]
+
+
 def test_an_object_in_place_of_a_name() -> None:
     tool_choice: dict[str, Any] = {"type": "function"}
     param, message = refusal(ChatRequest, chat(tools=[FUNCTION], tool_choice=tool_choice))
@@ -114,7 +129,8 @@ def test_null_has_its_own_meaning_in_one_field() -> None:
 def test_empty_schemas_and_texts_mean_something() -> None:
     assert ChatRequest.model_validate({**CHAT, "guided_json": {}}).constraints() == {"guided_json": {}}
     schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}
-    assert list(ChatRequest.model_validate({**CHAT, "response_format": schema}).constraints()) == ["response_format"]
+    path = "response_format.json_schema.schema"
+    assert list(ChatRequest.model_validate({**CHAT, "response_format": schema}).constraints()) == [path]
     assert Message.model_validate({"role": "user", "content": ""}).content == ""
 
 
@@ -197,7 +213,17 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
         "response_format.json_schema.name",
         "is required",
     ),
-    (chat(response_format={"type": "yaml Hi" * 100}), "response_format", "'json_schema'"),
+    (chat(response_format={"type": "yaml Hi" * 100}), "response_format.type", "'json_schema'"),
+    (chat(response_format={"json_schema": {}}), "response_format.type", "is required"),
+    (chat({"role": "user", "content": [{"type": "text", "text": 5}]}), "messages[1].content[0].text", "valid string"),
+    (chat({"role": "user", "content": [{"type": "text", "text": "a"}, "x"]}), "messages[1].content[1]", "object"),
+    (chat(stop=["a", 5]), "stop[1]", "valid string"),
+    (chat(tools=[FUNCTION], tool_choice={"type": "function", "function": 5}), "tool_choice.function", "object"),
+    (
+        chat(tools=[{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]),
+        "tools[0].function.parameters.type",
+        "must be object",
+    ),
     (chat(guided_json={}, guided_regex="a"), "guided_regex", "got guided_json and guided_regex"),
     (chat(structured_outputs={"regex": "a", "choice": ["b"]}), "structured_outputs.choice", "one constraint"),
     (chat(structured_outputs={"backend": "x"}), "structured_outputs.backend", "not a field"),
@@ -242,6 +268,8 @@ def test_completions_name_theirs() -> None:
     assert refusal(CompletionRequest, {**COMPLETION, "max_tokens": 0})[0] == "max_tokens"
     assert refusal(CompletionRequest, {**COMPLETION, "n": 2, "best_of": 1})[0] == "best_of"
     assert refusal(CompletionRequest, {**COMPLETION, "prompt": [[1, -1]]})[0] == "prompt[0][1]"
+    assert refusal(CompletionRequest, {**COMPLETION, "prompt": [1, "a"]})[0] == "prompt[1]"
+    assert refusal(CompletionRequest, {**COMPLETION, "prompt": [[1, "a"]]})[0] == "prompt[0][1]"
     assert refusal(CompletionRequest, {**COMPLETION, "messages": [1]})[0] == "messages"
 
 

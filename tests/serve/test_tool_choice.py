@@ -157,6 +157,28 @@ def test_strict_arguments(model: Script, client: openai.OpenAI) -> None:
     assert ask(client, tools=strict)["content"] == "Just text."
 
 
+FORMAT = {
+    "type": "json_schema",
+    "json_schema": {"name": "x", "schema": {**PARAMETERS, "properties": {"a": {"type": "boolean"}}}},
+}
+
+
+def test_a_format_of_the_answer_leaves_a_place_for_calls(model: Script, client: openai.OpenAI) -> None:
+    """As OpenAI's agents send it: tools, and the format of the last answer."""
+    model.script = ONE
+    called = ask(client, response_format=FORMAT, max_tokens=400)
+    assert functions(called) == [("add", '{"a": 1}')] and called["finish_reason"] == "tool_calls"
+    model.script = '{"a": true}'
+    answered = ask(client, response_format=FORMAT, max_tokens=400)
+    assert answered["content"] == '{"a": true}' and answered["finish_reason"] == "stop" and not functions(answered)
+    model.script = '{"a": 5}'
+    assert isinstance(json.loads(ask(client, response_format=FORMAT, max_tokens=400)["content"])["a"], bool)
+    strict = [{"type": "function", "function": {**TOOLS[0]["function"], "strict": True}}]
+    model.script = BEGIN + call("add", '{"a": "x"}') + END
+    ((_, arguments),) = functions(ask(client, tools=strict, response_format=FORMAT, max_tokens=400))
+    assert isinstance(json.loads(arguments)["a"], int)
+
+
 def test_schemas_that_no_call_can_follow(client: openai.OpenAI) -> None:
     """Found before the grammar is made, or by llguidance: the tool is named, and the place in its schema."""
     for schema, message in (

@@ -48,6 +48,30 @@ def conversation(*texts: str, system: str | None = None) -> list[dict[str, str]]
     return turns if system is None else [{"role": "system", "content": system}, *turns]
 
 
+@pytest.mark.parametrize("name", ["kimi_k2", "kimi_k2_thinking"])
+def test_kimi_calls_and_results(name: str) -> None:
+    """The template numbers the calls itself and gives each result the id of its call, by a queue."""
+    calls: list[dict[str, Any]] = [
+        {"id": f"functions.{function}:{n}", "type": "function", "function": {"name": function, "arguments": arguments}}
+        for n, (function, arguments) in enumerate((("add", '{"a": 1}'), ("sub", "{}")))
+    ]
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "Count."},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        *(
+            {"role": "tool", "tool_call_id": call["id"], "content": text}
+            for call, text in zip(calls, ("2", "0"), strict=True)
+        ),
+    ]
+    text = template(name).render(messages)
+    called = [
+        f"<|tool_call_begin|>functions.{call}<|tool_call_argument_begin|>{arguments}<|tool_call_end|>"
+        for call, arguments in (("add:0", '{"a": 1}'), ("sub:1", "{}"))
+    ]
+    assert f"<|tool_calls_section_begin|>{''.join(called)}<|tool_calls_section_end|>" in text
+    assert text.index("## Return of functions.add:0\n2") < text.index("## Return of functions.sub:1\n0")
+
+
 def test_deepseek_v3() -> None:
     """As in the model card's chat template: BOS, the system's text without a tag, and EOS after each answer."""
     messages = conversation("Who are you?", "I am DeepSeek.", "1+1=?", system="You are a helpful assistant.")

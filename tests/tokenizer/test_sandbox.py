@@ -63,6 +63,13 @@ def test_no_way_out(expression: str) -> None:
     assert text in ("", "[{'role': 'user', 'content': 'hello'}]")
 
 
+def test_a_template_may_keep_a_queue() -> None:
+    source = "{% set ns = namespace(q=[]) %}{% set _ = ns.q.append('a') %}{{ ns.q.pop(0) }}{{ ns.q | length }}"
+    assert render(source) == "a0"
+    with pytest.raises(TokenizerError, match="unsafe"):
+        render("{% set ns = namespace(q=[]) %}{{ ns.q.extend([1]) }}")
+
+
 @pytest.mark.parametrize(
     "source",
     [

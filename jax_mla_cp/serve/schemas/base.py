@@ -102,7 +102,7 @@ class RequestBody(BaseModel):
             required = fields.get(name)
             if required is None:
                 # One unknown field is enough to reject the request; a million would each add an error.
-                if unknown or asks_nothing(part) or _is_one_of(part, cls.NEUTRAL.get(name, ())):
+                if unknown or asks_nothing(part) or _is_all_null(part) or _is_one_of(part, cls.NEUTRAL.get(name, ())):
                     continue
                 unknown = True
             elif (not required and part is None and name not in cls.MEANINGFUL_NULL) or (
@@ -111,6 +111,10 @@ class RequestBody(BaseModel):
                 continue
             kept[name] = part
         return kept
+
+
+def _is_all_null(value: object) -> bool:
+    return isinstance(value, dict) and all(part is None for part in value.values())
 
 
 def _is_one_of(value: object, neutral: tuple[Any, ...]) -> bool:

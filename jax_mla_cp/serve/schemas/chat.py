@@ -24,7 +24,7 @@ from jax_mla_cp.serve.schemas.generation import GenerationRequest
 MAX_MESSAGES = 4096
 MAX_TOOLS = 128
 MAX_PARTS = 1024
-"""Parts of a message. Each is validated on the event loop."""
+"""Parts or calls of a message. Each is validated on the event loop."""
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 """OpenAI's rule, and dots, which MCP servers' tools have."""
 CacheControl = Annotated[
@@ -41,7 +41,9 @@ class TextPart(RequestBody):
 
 
 class CalledFunction(RequestBody):
-    name: FunctionName
+    name: Annotated[str, Field(min_length=1, max_length=512), ENCODABLE] = Field(
+        description="As the model wrote it, which need not be the name of a tool."
+    )
     arguments: Text = Field(default="{}", description="The arguments as the text of a JSON object.")
     parsed_arguments: Any = Field(default=None, description="Accepted and ignored: OpenAI's Python client adds it.")
 
@@ -57,7 +59,7 @@ class ToolCall(RequestBody):
 
 class Message(RequestBody):
     MEANINGFUL_EMPTY: ClassVar[frozenset[str]] = frozenset({"content"})
-    NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {"prefix": (False,), "partial": (False,)}
+    NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {"prefix": (False,), "partial": (False,), "type": ("text",)}
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | Annotated[FailFastList[TextPart], Field(max_length=MAX_PARTS)] | None = Field(
@@ -66,7 +68,7 @@ class Message(RequestBody):
     name: Annotated[str, Field(max_length=256), ENCODABLE] | None = Field(
         default=None, description="Name of the speaker or tool, for chat templates that write it."
     )
-    tool_calls: Annotated[FailFastList[ToolCall], Field(max_length=MAX_TOOLS)] | None = Field(
+    tool_calls: Annotated[FailFastList[ToolCall], Field(max_length=MAX_PARTS)] | None = Field(
         default=None, description="Calls of an assistant message."
     )
     tool_call_id: Text | None = Field(default=None, description="The call that a tool message answers.")
@@ -76,6 +78,7 @@ class Message(RequestBody):
     )
     reasoning: Text | None = Field(default=None, description="Alias of `reasoning_content`.")
     parsed: Any = Field(default=None, description="Accepted and ignored: OpenAI's Python client adds it.")
+    cache_control: CacheControl = None
 
     @model_validator(mode="after")
     def _check_role(self) -> Message:
@@ -113,6 +116,14 @@ class Function(RequestBody):
     strict: bool | None = Field(
         default=None, description="True: arguments always conform to `parameters`, also with tool_choice auto."
     )
+    cache_control: CacheControl = None
+
+    @model_validator(mode="after")
+    def _check_parameters(self) -> Function:
+        kind = (self.parameters or {}).get("type", "object")
+        if kind != "object":
+            raise FieldError("parameters.type", "must be object: a call's arguments are one")
+        return self
 
 
 class Tool(RequestBody):
@@ -122,7 +133,9 @@ class Tool(RequestBody):
 
     def plain(self) -> dict[str, Any]:
         """The tool as chat templates and tool-call formats know it, without absent fields."""
-        return self.model_dump(include={"type", "function"}, exclude_none=True)
+        return self.model_dump(
+            include={"type": True, "function": {"name", "description", "parameters", "strict"}}, exclude_none=True
+        )
 
 
 class NamedFunction(RequestBody):
@@ -142,7 +155,7 @@ class ChatRequest(GenerationRequest):
 
     NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         **GenerationRequest.NEUTRAL,
-        "modalities": (["text"],),
+        "verbosity": ("medium",),
         "function_call": ("none", "auto"),
         "include_reasoning": (True,),
     }

@@ -33,6 +33,8 @@ would take ten gigabytes."""
 
 
 class StreamOptions(RequestBody):
+    NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {"include_obfuscation": (False,)}
+
     include_usage: bool = Field(
         default=False, description="Send a last chunk with the token usage and an empty `choices` list."
     )
@@ -46,6 +48,7 @@ class GenerationRequest(RequestBody):
 
     MEANINGFUL_EMPTY: ClassVar[frozenset[str]] = frozenset({"guided_json", "guided_regex"})
     NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "modalities": (["text"],),
         "use_beam_search": (False,),
         "length_penalty": (1,),
         "early_stopping": (False,),
@@ -191,7 +194,8 @@ class GenerationRequest(RequestBody):
         """The constraints of the output's format, by the field's path."""
         found: dict[str, Any] = {}
         if self.response_format is not None and self.response_format.type != "text":
-            found["response_format"] = self.response_format
+            is_schema = self.response_format.type == "json_schema"
+            found["response_format.json_schema.schema" if is_schema else "response_format"] = self.response_format
         if self.structured_outputs is not None:
             for name, value in self.structured_outputs.constraints().items():
                 found[f"structured_outputs.{name}"] = value

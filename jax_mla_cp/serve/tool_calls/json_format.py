@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from jax_mla_cp.serve.structured_output.lark import TokenId, quoted
 from jax_mla_cp.serve.tool_calls.functions import Tools, schemas_to_hold
@@ -51,7 +52,14 @@ class JsonFormat(ToolFormat):
         return ToolCallParser(boundaries, lambda _: JsonArguments(ends, stops), self.call_id)
 
     def grammar(
-        self, tools: Tools, *, names: Collection[str], required: bool, parallel: bool, token_id: TokenId
+        self,
+        tools: Tools,
+        *,
+        names: Collection[str],
+        required: bool,
+        parallel: bool,
+        token_id: TokenId,
+        answer: Mapping[str, Any] | None = None,
     ) -> str:
         grammar = Grammar(token_id)
         before, after, end = (
@@ -67,7 +75,7 @@ class JsonFormat(ToolFormat):
         call = grammar.rule("call", f"{begin} body {finish}")
         more = f" ({quoted(self.between) if self.between else ''} {call})*" if parallel else ""
         rest = grammar.rule("rest", f"{call}{more} {grammar.marker(self.section[1])}")
-        grammar.start(self.section[0], rest, required=required)
+        grammar.start(self.section[0], rest, required=required, answer=answer)
         return grammar.text()
 
     def call_id(self, name: str, index: int) -> str:

@@ -43,14 +43,15 @@ class Grammar:
         self.rule(f"{name}[lazy]", f"{text} {quoted(end)}")
         return name if self._token_id(end) is None else f"({text} {self.marker(end)} | {name})"
 
-    def start(self, first: str, rest: str, *, required: bool) -> None:
+    def start(self, first: str, rest: str, *, required: bool, answer: Mapping[str, Any] | None) -> None:
         """Adds the rule `start`: calls that begin with the marker `first`, and `rest` behind it.
 
         Args:
-          required: as for `ToolFormat.grammar`.
+          required, answer: as for `ToolFormat.grammar`.
         """
-        if required:
-            self.rule("start", f"GAP {self.marker(first)} {rest}")
+        if required or answer is not None:
+            answers = [] if answer is None else [json_value(answer)]
+            self.rule("start", f"GAP {self.marker(first)} {rest}", *answers)
         else:
             self.rule("start", "ANY", f"{self.up_to('head', first)} {rest}")
 

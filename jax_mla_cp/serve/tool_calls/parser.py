@@ -37,7 +37,7 @@ class Arguments(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Boundaries:
-    """Where calls begin.
+    """The marks at which calls begin.
 
     Attributes:
       call: from a marker to the place where the arguments begin; the field `name`, and for formats that have it `number`.

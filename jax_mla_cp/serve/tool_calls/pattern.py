@@ -28,7 +28,7 @@ class Word:
 @dataclasses.dataclass(frozen=True)
 class Match:
     end: int
-    """Where the text goes on."""
+    """Index of the text behind the match."""
     fields: Mapping[str, str]
 
 

@@ -34,7 +34,7 @@ _PIECE = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|.", re.DOTALL)
 """An escape, a class or a character."""
 _ANY = "(?s:.*)"
 WORDS = frozenset({"minLength", "maxLength", "pattern", "format"})
-"""What a schema may say about a string."""
+"""Keywords of a schema about a string."""
 
 
 def raw_string(schema: Mapping[str, Any]) -> str | None:

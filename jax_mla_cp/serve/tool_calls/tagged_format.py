@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from jax_mla_cp.serve.structured_output.lark import TokenId, quoted
 from jax_mla_cp.serve.tool_calls.functions import Tools, naming, parameters_by_name, schemas_to_hold
@@ -28,7 +29,14 @@ class TaggedFormat(ToolFormat):
         return ToolCallParser(_BOUNDARIES, lambda name: TaggedArguments(known.get(name, unknown)), self.call_id)
 
     def grammar(
-        self, tools: Tools, *, names: Collection[str], required: bool, parallel: bool, token_id: TokenId
+        self,
+        tools: Tools,
+        *,
+        names: Collection[str],
+        required: bool,
+        parallel: bool,
+        token_id: TokenId,
+        answer: Mapping[str, Any] | None = None,
     ) -> str:
         grammar = Grammar(token_id)
         bodies = []
@@ -38,5 +46,5 @@ class TaggedFormat(ToolFormat):
             bodies.append(grammar.rule(f"f{i}", f"{quoted(name)} {pairs} GAP {grammar.marker(CALL_END)}"))
         grammar.rule("body", *bodies)
         rest = grammar.rule("rest", f"body (GAP {grammar.marker(CALL)} body)*" if parallel else "body")
-        grammar.start(CALL, rest, required=required)
+        grammar.start(CALL, rest, required=required, answer=answer)
         return grammar.text()

@@ -17,7 +17,7 @@ from jax_mla_cp.serve.tool_calls.tagged_arguments import KEY, KEY_END, VALUE, VA
 
 _DEFINITIONS = ("$defs", "definitions")
 _UNHELD = ("$ref", "allOf", "anyOf", "oneOf", "enum", "const", "patternProperties", "minProperties", "maxProperties")
-"""What a schema of arguments may say about all of them together."""
+"""Keywords of a schema about all arguments together."""
 _STRING_WORDS = WORDS | {"type", "enum", "const", "$ref", "anyOf", "oneOf", "allOf"}
 _NO_ASSERTIONS = frozenset({"title", "description", "default", "examples", "deprecated", "$comment"})
 _TYPES = ("null", "boolean", "number", "string", "array", "object")
