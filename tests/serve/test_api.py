@@ -65,8 +65,8 @@ def text_of(tokens: list[int]) -> str:
 
 
 def until_idle(server: Server) -> None:
-    """Every page has been given back."""
-    until(lambda: is_idle(server.engine))
+    """Every page has been given back, and no step is in flight."""
+    until(lambda: is_idle(server.engine) and server.engine._running_since is None)
 
 
 def test_completion(client: openai.OpenAI) -> None:
@@ -162,8 +162,8 @@ BAD = [
     ({"prompt": ""}, "prompt", "must not be empty"),
     ({"prompt": []}, "prompt", "1 to 128 prompts"),
     ({"prompt": [[]]}, "prompt", "must not be empty"),
-    ({"prompt": [["a"]]}, "prompt", "prompt"),
-    ({"prompt": [True]}, "prompt", "prompt"),
+    ({"prompt": [["a"]]}, "prompt[0][0]", "integer"),
+    ({"prompt": [True]}, "prompt[0]", "got true"),
     ({"prompt": [259]}, "prompt", "token id 259 is not in the vocabulary (0 to 258)"),
     ({"prompt": [-1]}, "prompt[0]", "greater than or equal to 0"),
     ({"prompt": [2**70]}, "prompt[0]", "less than 2147483648"),
@@ -204,16 +204,28 @@ BAD = [
     ({"stop": "a" * 1025}, "stop", "at most 1024 characters"),
     ({"cache_salt": "a" * 257}, "cache_salt", "at most 256 characters"),
     ({"suffix": "b"}, "suffix", "not a field of this API"),
-    ({"response_format": {"type": "xml"}}, "response_format", "json_schema"),
+    ({"response_format": {"type": "xml"}}, "response_format.type", "json_schema"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "required"),
-    ({"response_format": schema_format({"type": "foo"})}, "response_format", "type: must be null, boolean,"),
+    (
+        {"response_format": schema_format({"type": "foo"})},
+        "response_format.json_schema.schema",
+        "type: must be null, boolean,",
+    ),
     (
         {"response_format": schema_format({"$ref": "http://localhost/x"})},
-        "response_format",
+        "response_format.json_schema.schema",
         "another document is not followed",
     ),
-    ({"response_format": schema_format({"type": "string", "pattern": "(a"})}, "response_format", "unclosed group"),
-    ({"response_format": schema_format({"enum": ["a" * 70_000]})}, "response_format", "the limit is 65536"),
+    (
+        {"response_format": schema_format({"type": "string", "pattern": "(a"})},
+        "response_format.json_schema.schema",
+        "unclosed group",
+    ),
+    (
+        {"response_format": schema_format({"enum": ["a" * 70_000]})},
+        "response_format.json_schema.schema",
+        "the limit is 65536",
+    ),
     ({"stream_options": {"include_usage": True}}, "stream_options", "requires stream=true"),
     ({"model": 5}, "model", "valid string"),
 ]
@@ -357,6 +369,7 @@ def test_a_client_that_goes_away_frees_its_pages(server: Server, stream: bool) -
 
 
 def test_a_failed_step_is_a_500_and_the_server_goes_on(server: Server, client: openai.OpenAI) -> None:
+    until_idle(server)  # no step in flight that would fail in place of this request's
     server.model.fail_next = 1
     with pytest.raises(openai.InternalServerError) as failed:
         client.completions.create(model="tiny", prompt=[1], max_tokens=5)

@@ -9,7 +9,7 @@ import pytest
 
 from jax_mla_cp.serve.schemas import chat, completions, generation, structured_output
 from jax_mla_cp.serve.schemas.base import RequestBody
-from jax_mla_cp.serve.tokens import DetokenizeRequest, TokenizerInfo, TokenizeRequest
+from jax_mla_cp.serve.tokens import DetokenizeRequest, TokenizeRequest, TokenizerInfo
 
 PAGE = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
 NAMES = frozenset(
