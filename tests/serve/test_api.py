@@ -538,6 +538,7 @@ def test_a_request_that_waits_too_long() -> None:
 
 
 def test_a_stream_that_fails_says_so_and_ends(server: Server) -> None:
+    until_idle(server)
     server.model.fail_next = 1
     body = {"model": "tiny", "prompt": [9, 9, 7], "stream": True}
     answer = httpx.post(f"{server.url}/v1/completions", json=body)
