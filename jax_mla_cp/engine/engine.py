@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from jax_mla_cp.batch.step_request import StepRequest
 from jax_mla_cp.engine.deadlines import Deadlines
 from jax_mla_cp.engine.group_scheduler import DispatchedRequest, ScheduledRequest
-from jax_mla_cp.engine.observer import Observer, Reporter, StepReport, describe
+from jax_mla_cp.engine.observer import Observer, Reporter, describe
 from jax_mla_cp.engine.output_processor import process_output
 from jax_mla_cp.engine.request import Failed, FailedKind, Finished, GrammarError, Request, Token
 from jax_mla_cp.engine.scheduler import Scheduler
 from jax_mla_cp.engine.status import EngineStatus, SpeculationStats
-from jax_mla_cp.engine.step_runner import PendingStep, StepRunner
+from jax_mla_cp.engine.step_in_flight import StepInFlight
+from jax_mla_cp.engine.step_runner import StepRunner
 from jax_mla_cp.step.errors import RunnerFailed
 from jax_mla_cp.step.results import RunnerOutput, StepResult
 
@@ -27,27 +28,6 @@ log = logging.getLogger(__name__)
 _MAX_FAILURES_IN_A_ROW = 3
 _ABANDON_SECONDS = 1.0
 """Time for the loop to end by itself when it is abandoned."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _StepInFlight:
-    """A dispatched step that has not been read."""
-
-    pending: PendingStep
-    groups: list[list[DispatchedRequest]]
-    """Per dp group, in the order of the results."""
-    report: StepReport
-    began: float
-    """When it was scheduled."""
-
-    @property
-    def requests(self) -> list[Request]:
-        return [dispatched.request for group in self.groups for dispatched in group]
-
-    @property
-    def may_be_overtaken(self) -> bool:
-        """True if the next step can be prepared before this one is read."""
-        return not any(request.follows_output and not request.ended for request in self.requests)
 
 
 class EngineDead(RuntimeError):
@@ -103,7 +83,7 @@ class Engine:
         """Failed steps in a row."""
         self._deadlines = Deadlines()
         self._overlap = overlap and runner.runs_ahead
-        self._in_flight: _StepInFlight | None = None
+        self._in_flight: StepInFlight | None = None
         """The step that was dispatched last, until it is read."""
         self._running_since: float | None = None
         """When the oldest step in flight began, as far as the host can tell."""
@@ -304,7 +284,7 @@ class Engine:
         except Exception as error:
             self._dispatch_failed(step, error)
             return False
-        self._in_flight = _StepInFlight(
+        self._in_flight = StepInFlight(
             pending, [[scheduled.dispatched() for scheduled, _ in group] for group in step], report, began
         )
         return True
@@ -325,7 +305,7 @@ class Engine:
         if not invalid:
             self._recover([scheduled.request for group in step for scheduled, _ in group])
 
-    def _read(self, step: _StepInFlight) -> None:
+    def _read(self, step: StepInFlight) -> None:
         """Waits for the oldest step in flight and applies its results."""
         try:
             with self._running():
@@ -351,7 +331,7 @@ class Engine:
         self._steps += 1
         self._report(step, output)
 
-    def _report(self, step: _StepInFlight, output: RunnerOutput) -> None:
+    def _report(self, step: StepInFlight, output: RunnerOutput) -> None:
         now = time.monotonic()
         seconds = now - max(step.began, self._last_report)
         report = dataclasses.replace(
