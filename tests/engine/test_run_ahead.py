@@ -7,10 +7,12 @@ import threading
 import pytest
 
 from jax_mla_cp.batch.step_request import last_sampled
-from jax_mla_cp.engine import Engine, Failed, Finished, Token
+from jax_mla_cp.engine import Engine, Failed, Finished, Observer, RequestReport, Token
 from jax_mla_cp.engine.output_processor import process_output
 from jax_mla_cp.engine.scheduler import Scheduler
+from jax_mla_cp.engine.text import TextStream
 from jax_mla_cp.step.results import StepResult
+from tests.helpers.byte_tokenizer import byte_tokenizer
 from tests.helpers.engine_requests import RecordedRequest, is_idle
 from tests.helpers.standin import PageModel, continuation
 from tests.helpers.waiting import until
@@ -85,8 +87,28 @@ def test_who_has_ended_is_not_told_of_a_failure_after_it() -> None:
     assert ending.events.empty() and model.resets == 1
 
 
+def test_pending_tokens_count_neither_for_min_tokens_nor_as_output() -> None:
+    """The second token would be a stop string, and a stop token ends the request while another token is in flight."""
+    prompt = next([n] for n in range(251) if all(32 <= t < 127 for t in continuation([n], 3)))
+    want = continuation(prompt, 4)
+    text = TextStream(byte_tokenizer(), [chr(want[1])])
+    early = RecordedRequest(prompt, 4, text=text, min_tokens=2)
+    stopped = RecordedRequest(prompt, 9, frozenset({want[2]}))
+    reports: list[RequestReport] = []
+    observer = Observer()
+    observer.finished = reports.append  # type: ignore[method-assign]
+    engine = Engine(PageModel(), observer=observer)
+    engine.submit_all([early.request, stopped.request])
+    engine.start()
+    tokens = early.result()[0]
+    assert len(tokens) > 2 and stopped.result()[0] == want[:3]
+    engine.stop(5)
+    assert sorted(report.output_tokens for report in reports) == sorted([len(tokens), 3])
+
+
 def test_the_step_in_flight_is_read_before_the_engine_stops() -> None:
     model = PageModel()
+    model.runs_late = False
     model.gate = threading.Semaphore(0)
     asked = RecordedRequest([1, 2], 50)
     engine = Engine(model)
