@@ -9,6 +9,7 @@ from typing import Any
 import openai
 import pytest
 
+from jax_mla_cp.serve.structured_output.pattern_budget import MAX_PATTERN
 from tests.helpers.in_process import client_of
 from tests.helpers.scripted_model import Script, serving_script
 
@@ -194,3 +195,52 @@ def test_schemas_that_no_call_can_follow(client: openai.OpenAI) -> None:
             ask(client, tools=[TOOLS[0], bad], tool_choice="required")
         path = "tools[1].function.parameters"
         assert error.value.param == path and f"{path}: {message}" in error.value.message
+
+
+@pytest.fixture(scope="module")
+def glm() -> Iterator[openai.OpenAI]:
+    model = Script(pages=1000, max_running=2, prefill_chunk=64)
+    with serving_script(model, max_model_len=8000, tool_parser="glm47") as url:
+        yield client_of(url)
+
+
+def refusal(client: openai.OpenAI, tools: list[Any]) -> tuple[str | None, str]:
+    """The `param` and the message."""
+    with pytest.raises(openai.BadRequestError) as error:
+        ask(client, tools=tools, tool_choice="required")
+    return error.value.param, error.value.message
+
+
+def with_b(name: str, schema: Any) -> Any:
+    parameters = {"type": "object", "properties": {"a": {"type": "integer"}, "b": schema}}
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+LOOK_AHEAD = {"type": "string", "pattern": "^(?=a)a$"}
+
+
+@pytest.mark.parametrize(
+    ("schema", "place", "message"),
+    [
+        (LOOK_AHEAD, "/properties/b", "look-ahead"),
+        ({"type": "array", "items": LOOK_AHEAD}, "/properties/b/items", "look-ahead"),
+        # It fits as JSON, but not with what is around a raw string.
+        ({"type": "string", "pattern": f"^{'a' * (MAX_PATTERN - 2)}$"}, "/properties/b", "characters long"),
+        ({"type": ["string", "integer"], "maximum": 5}, "/properties/b", "a string beside other values"),
+    ],
+    ids=["string", "items", "long", "mixed"],
+)
+def test_what_fails_in_the_grammar_names_the_tool_and_the_place(
+    glm: openai.OpenAI, schema: Any, place: str, message: str
+) -> None:
+    param, text = refusal(glm, [*TOOLS, with_b("f", schema), with_b("g", {"type": "string"})])
+    assert param == "tools[2].function.parameters" and f"{param}: at {place}: " in text and message in text
+
+
+def test_schemas_that_are_too_much_together(glm: openai.OpenAI) -> None:
+    """The limits are those of all tools: the one that exceeds them is named, or none if each could go alone."""
+    long = [with_b(f"f{i}", {"type": "string", "pattern": "a" * 1400}) for i in range(3)]
+    param, text = refusal(glm, long)
+    assert param == "tools[2].function.parameters" and "too long together" in text
+    param, text = refusal(glm, [with_b(f"f{i}", {"type": "string", "pattern": "a" * 1180}) for i in range(3)])
+    assert param == "tools" and "too long together" in text

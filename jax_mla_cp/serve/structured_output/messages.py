@@ -35,7 +35,7 @@ _SCHEMA = (
     ("lookarounds not supported", "pattern: \\b and other look-around can't be enforced. Write it without."),
 )
 _MALFORMED = re.compile(r"^(?P<word>\$?[A-Za-z]+) must be |^Expected [a-z0-9 ]+ for '(?P<name>\$?[A-Za-z]+)'")
-_TYPE = "type: must be null, boolean, integer, number, string, array or object, or a list of these. Correct it."
+TYPE = "type: must be null, boolean, integer, number, string, array or object, or a list of these. Correct it."
 
 _LARK = (
     ("lexer error", "unexpected character. Texts stand in double quotes, regular expressions between slashes."),
@@ -64,7 +64,7 @@ def schema_message(error: str) -> str:
         if re.search(sign, error):
             return message
     if error.startswith(("type must be", "Invalid type")):
-        return _TYPE
+        return TYPE
     if (malformed := _MALFORMED.search(error)) is not None:
         return f"{malformed['word'] or malformed['name']}: a value of the wrong type. Correct it."
     if _TOO_COMPLEX.search(error):

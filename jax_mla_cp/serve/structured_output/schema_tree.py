@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jax_mla_cp.engine import GrammarError
@@ -70,3 +71,47 @@ def resolve(root: Any, reference: str) -> Any:
         else:
             raise LookupError(reference)
     return found
+
+
+def extracted(schema: Mapping[str, Any], root: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a subschema of `root` as a schema of its own. What its references reach comes along, under `$defs`.
+
+    Raises:
+      GrammarError: a reference is no pointer into `root`, or a part has an `$id`, which changes what they point into.
+    """
+    document = copy.deepcopy(dict(schema))
+    names: dict[int, str] = {}
+    definitions: dict[str, Any] = {}
+    stack: list[Any] = [document]
+    while stack:
+        part = stack.pop()
+        if not isinstance(part, dict):
+            continue
+        for word in _DEFINITIONS:  # what is needed of them is found by reference
+            part.pop(word, None)
+        if "$ref" in part:
+            target = pointed(part, root)
+            if id(target) not in names:
+                name = names[id(target)] = f"d{len(names)}"
+                definitions[name] = copy.deepcopy(target)
+                stack.append(definitions[name])
+            part["$ref"] = f"#/$defs/{names[id(target)]}"
+        refuse_id(part)
+        stack += [container[key] for container, key, _ in subschemas(part, definitions=False)]
+    draft = {"$schema": root["$schema"]} if "$schema" in root else {}
+    return {**draft, **document, **({"$defs": definitions} if definitions else {})}
+
+
+def pointed(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Any:
+    """The target of a schema's `$ref`. Raises `GrammarError` if it is no pointer into `root`."""
+    try:
+        return resolve(root, schema["$ref"])
+    except LookupError as error:
+        raise GrammarError(
+            "$ref: only pointers into `parameters`, such as #/$defs/Name, can be followed in this model's format of calls."
+        ) from error
+
+
+def refuse_id(schema: Mapping[str, Any]) -> None:
+    if isinstance(schema.get("$id", schema.get("id")), str):
+        raise GrammarError("`$id` inside of a schema can't be enforced in this model's format of calls. Leave it out.")

@@ -30,7 +30,7 @@ def parameters_by_name(tools: Tools) -> dict[str, Mapping[str, Any]]:
     return {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
 
 
-def schemas_to_hold(tools: Tools, names: Collection[str], *, required: bool) -> dict[str, Mapping[str, Any]]:
+def schemas_to_hold(tools: Tools, names: Collection[str], *, required: bool) -> dict[str, dict[str, Any]]:
     """The schema that a grammar holds for each function in `names`, prepared.
 
     Args:
@@ -39,7 +39,7 @@ def schemas_to_hold(tools: Tools, names: Collection[str], *, required: bool) -> 
     Raises:
       SchemaError: as `prepare`.
     """
-    held: dict[str, Mapping[str, Any]] = {}
+    held: dict[str, dict[str, Any]] = {}
     budget = PatternBudget()
     for tool in tools:
         function = tool["function"]

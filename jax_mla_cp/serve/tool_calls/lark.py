@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from jax_mla_cp.engine import GrammarError
+from jax_mla_cp.serve.structured_output.grammars import MAX_OWN_TEXT
 from jax_mla_cp.serve.structured_output.lark import TokenId, quoted
 
 _COMMON = r"""GAP: /[ \t\r\n]{0,4}/
@@ -23,10 +25,20 @@ class Grammar:
     def __init__(self, token_id: TokenId):
         self._token_id = token_id
         self._rules: list[str] = []
+        self._length = 0
 
     def rule(self, name: str, *alternatives: str) -> str:
-        """Adds a rule, or a terminal if the name is in capitals, and returns the name."""
+        """Adds a rule, or a terminal if the name is in capitals, and returns the name.
+
+        Raises:
+          GrammarError: the grammar is too long.
+        """
         self._rules.append(f"{name}: {' | '.join(alternatives)}")
+        self._length += len(self._rules[-1])
+        if self._length > MAX_OWN_TEXT:
+            raise GrammarError(
+                f"the grammar of all tools is more than {MAX_OWN_TEXT} characters long. Send fewer tools, or shorter schemas."
+            )
         return name
 
     def marker(self, text: str) -> str:

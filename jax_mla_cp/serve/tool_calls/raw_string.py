@@ -25,6 +25,7 @@ _FORMATS = {
 _IN_LARK = {
     "/": r"\/",
     "\n": r"\n",
+    "\\\n": r"\n",
     r"\d": "[0-9]",
     r"\D": "[^0-9]",
     r"\w": "[0-9A-Za-z_]",
@@ -32,6 +33,8 @@ _IN_LARK = {
 }
 _PIECE = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|.", re.DOTALL)
 """An escape, a class or a character."""
+_TO_WRITE = re.compile(r"\\.|/|\n", re.DOTALL)
+_FLAGS = re.compile(r"\(\?[a-zA-Z-]+\)")
 _ANY = "(?s:.*)"
 WORDS = frozenset({"minLength", "maxLength", "pattern", "format"})
 """Keywords of a schema about a string."""
@@ -86,6 +89,8 @@ def _branches(pattern: Any) -> Iterator[str]:
     belong to theirs alone."""
     if not isinstance(pattern, str):
         raise GrammarError("pattern: expected a string. Correct it.")
+    if _FLAGS.search("".join(piece if len(piece) == 1 else "." for piece in _PIECE.findall(pattern))):
+        raise GrammarError("pattern: flags such as (?i) can't be enforced. Write the characters out: [aA].")
     for pieces in _alternatives(_PIECE.findall(pattern)):
         begins, ends = pieces[:1] == ["^"], pieces[-1:] == ["$"]
         inner = pieces[begins : len(pieces) - ends]
@@ -94,7 +99,7 @@ def _branches(pattern: Any) -> Iterator[str]:
                 "pattern: ^ and $ can only be enforced at the ends of the pattern or of one of its outer alternatives."
             )
         # JSON Schema's classes are ASCII; Lark's patterns stand in slashes, on one line.
-        text = re.sub(r"\\.|/|\n", lambda found: _IN_LARK.get(found[0], found[0]), "".join(inner))
+        text = _TO_WRITE.sub(lambda found: _IN_LARK.get(found[0], found[0]), "".join(inner))
         yield f"{'' if begins else _ANY}(?:{text}){'' if ends else _ANY}"
 
 
@@ -103,9 +108,13 @@ def _alternatives(pieces: list[str]) -> Iterator[list[str]]:
     depth, branch = 0, list[str]()
     for piece in pieces:
         depth += (piece == "(") - (piece == ")")
+        if depth < 0:
+            break
         if piece == "|" and depth == 0:
             yield branch
             branch = []
         else:
             branch.append(piece)
+    if depth != 0:
+        raise GrammarError("pattern: its parentheses don't match. Correct it.")
     yield branch

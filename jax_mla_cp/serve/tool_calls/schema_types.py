@@ -12,6 +12,10 @@ MAX_PARTS = 256
 """Subschemas and enumerated values that are looked at for one argument; more of them count as any type."""
 
 _ALTERNATIVES = ("anyOf", "oneOf", "allOf")
+_MAX_REFERENCES = 8
+UNHELD = ("$ref", "allOf", "anyOf", "oneOf", "enum", "const", "patternProperties", "minProperties", "maxProperties")
+"""Keywords of a schema about all arguments together."""
+_OF_ARGUMENTS = frozenset({*UNHELD, "properties", "required", "additionalProperties"})
 
 
 def argument_types(parameters: Mapping[str, Any], key: str) -> frozenset[str] | None:
@@ -19,10 +23,27 @@ def argument_types(parameters: Mapping[str, Any], key: str) -> frozenset[str] | 
 
     `allOf` counts as its union: a superset, which is all that reading a value needs.
     """
-    properties = parameters.get("properties")
+    found, _ = followed(parameters)
+    properties = found.get("properties") if isinstance(found, Mapping) else None
     if not isinstance(properties, Mapping) or key not in properties:
         return None
     return schema_types(properties[key], parameters)
+
+
+def followed(parameters: Mapping[str, Any]) -> tuple[Any, str]:
+    """Follows a schema that does nothing but refer to one of its definitions, as some generators write it.
+
+    Returns:
+      What it stands for, and its JSON pointer.
+    """
+    found: Any = parameters
+    pointer = ""
+    for _ in range(_MAX_REFERENCES):
+        if not isinstance(found, Mapping) or found.keys() & _OF_ARGUMENTS != {"$ref"}:
+            break
+        pointer = str(found["$ref"])[1:]
+        found = referred(found["$ref"], parameters)
+    return found, pointer
 
 
 def schema_types(schema: Any, root: Mapping[str, Any]) -> frozenset[str] | None:

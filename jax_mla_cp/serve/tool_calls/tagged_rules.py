@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax_mla_cp.engine import GrammarError
 from jax_mla_cp.serve.structured_output.lark import quoted
-from jax_mla_cp.serve.structured_output.schema_tree import at, escaped
+from jax_mla_cp.serve.structured_output.schema_tree import at, escaped, extracted, refuse_id
+from jax_mla_cp.serve.tool_calls.branches import TYPES, Branch, branches
 from jax_mla_cp.serve.tool_calls.lark import Grammar, json_value
-from jax_mla_cp.serve.tool_calls.raw_string import WORDS, raw_string
-from jax_mla_cp.serve.tool_calls.schema_types import MAX_PARTS, json_type, referred
-from jax_mla_cp.serve.tool_calls.tagged_arguments import KEY, KEY_END, VALUE, VALUE_END
+from jax_mla_cp.serve.tool_calls.raw_string import raw_string
+from jax_mla_cp.serve.tool_calls.schema_types import UNHELD, argument_types, followed
+from jax_mla_cp.serve.tool_calls.tagged_arguments import CALL_END, KEY, KEY_END, VALUE, VALUE_END
+from jax_mla_cp.serve.tool_calls.tagged_value import TaggedValue
 
-_DEFINITIONS = ("$defs", "definitions")
-_UNHELD = ("$ref", "allOf", "anyOf", "oneOf", "enum", "const", "patternProperties", "minProperties", "maxProperties")
-"""Keywords of a schema about all arguments together."""
-_STRING_WORDS = WORDS | {"type", "enum", "const", "$ref", "anyOf", "oneOf", "allOf"}
-_NO_ASSERTIONS = frozenset({"title", "description", "default", "examples", "deprecated", "$comment"})
-_TYPES = ("null", "boolean", "number", "string", "array", "object")
-_MAX_REFERENCES = 8
+Types = frozenset[str] | None
+"""The types as which the parser may read a value; None: any. It reads what is no JSON of another of them as a string."""
+
+_MIXED = (
+    "a string beside other values can't be enforced in this model's format of calls if they or the string have limits. State one "
+    "`type`, or allow any value of each."
+)
 
 
 def add_pairs(grammar: Grammar, prefix: str, parameters: Mapping[str, Any]) -> str:
@@ -35,43 +36,47 @@ def add_pairs(grammar: Grammar, prefix: str, parameters: Mapping[str, Any]) -> s
     Raises:
       GrammarError: the schema says something that can't be enforced on tagged arguments.
     """
-    root, parameters = parameters, _followed(parameters)
-    if said := [word for word in _UNHELD if word in parameters]:
+    root, (schema, pointer) = parameters, followed(parameters)
+    if schema is True:
+        schema = {}
+    if not isinstance(schema, Mapping):
+        raise at(pointer, "no value satisfies it.")
+    if schema is not root:
+        refuse_id(schema)
+    if said := [word for word in UNHELD if word in schema]:
         raise GrammarError(
             f"`{said[0]}` of all arguments can't be enforced in this model's format of calls, which tags each of them. State "
             "`properties` and `required`."
         )
-    properties, required = parameters.get("properties", {}), parameters.get("required", [])
+    properties, required = schema.get("properties", {}), schema.get("required", [])
     if not isinstance(required, list) or not all(isinstance(key, str) for key in required):
         raise GrammarError("required: expected a list of names. Correct it.")
+    others = schema.get("additionalProperties", True)
     if not properties and not required:
-        return _any_pairs(grammar, prefix, parameters.get("additionalProperties", True))
-    pairs = []
+        return _any_pairs(grammar, prefix, others)
+    pairs, needed = [], frozenset(required)
     for i, key in enumerate(dict.fromkeys([*properties, *required])):
         try:
-            value = _value(grammar, f"{prefix}_v{i}", properties.get(key, True), root)
+            _check_key(key)
+            types = argument_types(root, key)
+            value = _value(grammar, f"{prefix}_v{i}", properties.get(key, others), root, types)
         except GrammarError as error:
-            raise at(f"/properties/{escaped(key)}", str(error)) from error
+            raise at(f"{pointer}/properties/{escaped(key)}", str(error)) from error
         name = f"{grammar.marker(KEY)} {quoted(key)} {grammar.marker(KEY_END)}"
         pair = grammar.rule(f"{prefix}_p{i}", f"GAP {name} GAP {grammar.marker(VALUE)} {value}")
-        pairs.append(pair if key in required else f"{pair}?")
+        pairs.append(pair if key in needed else f"{pair}?")
     return " ".join(pairs)
 
 
-def _followed(parameters: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Follows a schema that does nothing but refer to one of its definitions, as some generators write it."""
-    found: Any = parameters
-    for _ in range(_MAX_REFERENCES):
-        if set(found) & {*_UNHELD, "properties", "required", "additionalProperties"} != {"$ref"}:
-            break
-        found = referred(found["$ref"], parameters)
-    return found if isinstance(found, Mapping) else {}
+def _check_key(key: str) -> None:
+    if key != key.strip() or KEY_END in key or CALL_END in key:
+        raise GrammarError("its name can't be written in this model's format of calls. Rename it.")
 
 
 def _any_pairs(grammar: Grammar, prefix: str, values: Any) -> str:
     if values is False:
         return ""
-    if values not in (True, {}):
+    if values is not True and values != {}:
         raise GrammarError("`additionalProperties` with a schema can't be enforced in this model's format of calls.")
     key = grammar.up_to(f"{prefix}_key", KEY_END, body="/[^<>]{1,64}/")
     value = grammar.up_to(f"{prefix}_text", VALUE_END)
@@ -79,82 +84,60 @@ def _any_pairs(grammar: Grammar, prefix: str, values: Any) -> str:
     return f"(GAP {pair})*"
 
 
-def _value(grammar: Grammar, name: str, schema: Any, root: Mapping[str, Any]) -> str:
+def _value(grammar: Grammar, name: str, schema: Any, root: Mapping[str, Any], types: Types) -> str:
     """Adds rules for a value up to and with its end marker, and returns what stands for them."""
-    branches = list(_branches(schema, root, itertools.count()))
-    if not branches:
+    found = branches(schema, root)
+    if not found:
         raise GrammarError("no value satisfies it.")
-    if not any(branch["type"] == "string" for branch in branches):
-        definitions = {word: root[word] for word in _DEFINITIONS if word in root}
-        return f"{json_value({**definitions, **schema})} {grammar.marker(VALUE_END)}"
-    if all("enum" in branch for branch in branches):
-        values = [value for branch in branches for value in branch["enum"]]
-        texts = [value if isinstance(value, str) else json.dumps(value) for value in values]
-        return f"({' | '.join(map(quoted, dict.fromkeys(texts)))}) {grammar.marker(VALUE_END)}"
-    bodies = [raw_string(branch) for branch in branches if branch["type"] == "string" and "enum" not in branch]
-    if None in bodies:  # any text is a string
+    if not any(branch.has_strings for branch in found):
+        return f"{json_value(extracted(schema, root))} {grammar.marker(VALUE_END)}"
+    if not all(branch.is_exact for branch in found):
+        raise GrammarError(_MIXED)
+    listed = [value for branch in found for value in branch.values or ()]
+    texts = list(dict.fromkeys(map(_text, listed)))
+    if any(VALUE_END in text for text in texts):
+        raise GrammarError(f"a value with {VALUE_END} in it can't be written in this model's format of calls.")
+    strings = [branch for branch in found if branch.type == "string"]
+    if not strings and all(branch.values is not None for branch in found):
+        _check_readable(listed, types)
+        return f"({' | '.join(map(quoted, texts))}) {grammar.marker(VALUE_END)}"
+    bodies = [raw_string(branch.limits) for branch in strings]
+    _check_other_values(found, types, any_string=None in bodies)
+    if None in bodies:
         return grammar.up_to(name, VALUE_END)
-    if len(branches) == 1 and bodies[0] is not None:
-        return grammar.up_to(name, VALUE_END, bodies[0])
-    raise GrammarError(
-        "a string with limits beside other values can't be enforced in this model's format of calls. Allow any string, or the "
-        "string alone."
-    )
+    return grammar.up_to(name, VALUE_END, " | ".join([*(f"({body})" for body in bodies), *map(quoted, texts)]))
 
 
-def _branches(schema: Any, root: Mapping[str, Any], visits: Iterator[int]) -> Iterator[dict[str, Any]]:
-    """The schema as a union of schemas of one `type`, or of finitely many values: those have `enum`.
+def _text(value: Any) -> str:
+    """A listed value as GLM writes it."""
+    return value if isinstance(value, str) else json.dumps(value)
 
-    Raises:
-      GrammarError: it has too many parts, or says something about strings that can't be enforced on raw text.
+
+def _check_readable(listed: Sequence[Any], types: Types) -> None:
+    """Raises `GrammarError` if the parser would read one of the values as another."""
+    for value in listed:
+        text, parser = _text(value), TaggedValue(types)
+        expected = json.dumps(value, ensure_ascii=False) if isinstance(value, str) else text
+        if parser.push(text) + parser.end() != expected:
+            raise GrammarError(
+                f"the listed value {ascii(text)[:40]} can't be told from one of another type in this model's format of calls. State "
+                "the type, or list values of one type."
+            )
+
+
+def _check_other_values(found: Sequence[Branch], types: Types, *, any_string: bool) -> None:
+    """Raises `GrammarError` if values beside strings can't be enforced.
+
+    The parser reads the text of a string as JSON of another type where it may, so all JSON of such a type has to be allowed. And
+    to text of limited strings only listed values can be added.
     """
-    if next(visits) >= MAX_PARTS:
-        raise GrammarError(f"more than {MAX_PARTS} subschemas for one argument. Simplify it.")
-    if not isinstance(schema, Mapping):
-        schema = {} if schema else {"enum": []}
-    said = {word: value for word, value in schema.items() if word in _STRING_WORDS}
-    for word in ("$ref", "anyOf", "oneOf", "allOf"):
-        if word in said:
-            yield from _combined(word, said, root, visits)
-            return
-    if "enum" in said or "const" in said:
-        yield from _listed(schema)
-        return
-    named = said.get("type", _TYPES)
-    for name in [named] if isinstance(named, str) else named:
-        finite: Mapping[str, list[Any]] = {"null": [None], "boolean": [True, False]}
-        yield {**said, "type": name, **({"enum": finite[name]} if name in finite else {})}
-
-
-def _combined(
-    word: str, said: Mapping[str, Any], root: Mapping[str, Any], visits: Iterator[int]
-) -> Iterator[dict[str, Any]]:
-    parts = [referred(said[word], root)] if word == "$ref" else said[word]
-    found = [branch for part in parts for branch in _branches(part, root, visits)]
-    if "type" in said:
-        found = [branch for branch in found if _is_type(branch["type"], said["type"])]
-    if any(branch["type"] == "string" for branch in found):
-        if others := set(said) - {word, "type"}:
-            raise GrammarError(f"`{word}` beside `{min(others)}` can't be enforced in this model's format of calls.")
-        if word in ("oneOf", "allOf") and len(parts) > 1:
-            raise GrammarError(f"`{word}` of strings can't be enforced in this model's format of calls. Use anyOf.")
-    yield from found
-
-
-def _listed(schema: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    values = [schema["const"]] if "const" in schema else schema["enum"]
-    if not isinstance(values, list):
-        raise GrammarError("enum: expected a list. Correct it.")
-    if "type" in schema:
-        values = [value for value in values if _is_type(json_type(value), schema["type"])]
-    has_strings = any(isinstance(value, str) for value in values)
-    if has_strings and (others := set(schema) - {"const", "enum", "type"} - _NO_ASSERTIONS):
-        raise GrammarError(f"`{min(others)}` beside the values can't be enforced in this model's format of calls.")
-    if values:
-        yield {"type": "string" if has_strings else "", "enum": values}
-
-
-def _is_type(name: str, allowed: Any) -> bool:
-    """True for a type that is among those allowed; "" stands for listed values without strings."""
-    names = [allowed] if isinstance(allowed, str) else allowed
-    return name in ("", *names) or (name == "integer" and "number" in names)
+    unlisted = [branch for branch in found if branch.values is None]
+    listed = [value for branch in found for value in branch.values or ()]
+    whole = {branch.type for branch in unlisted if not branch.limits}
+    whole |= {"integer"} if "number" in whole else set()
+    whole |= {"null"} if None in listed else set()
+    whole |= {"boolean"} if {True, False} <= {value for value in listed if isinstance(value, bool)} else set()
+    may_be = (TYPES if types is None else types) - {"string"}
+    has_others = any(branch.type != "string" for branch in unlisted)
+    if not may_be <= whole or (has_others and not any_string):
+        raise GrammarError(_MIXED)
