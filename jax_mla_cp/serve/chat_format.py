@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jax_mla_cp.engine import Grammar
-from jax_mla_cp.serve.constraint import answer_schema, compile_grammar
+from jax_mla_cp.serve.constraint import compile_grammar, has_json_format
 from jax_mla_cp.serve.errors import ApiError
 from jax_mla_cp.serve.output_parser import OutputParser
 from jax_mla_cp.serve.reasoning import (
@@ -40,17 +40,20 @@ class ChatFormat:
         self._in_reasoning = served.is_reasoning and prompt_starts_reasoning(tokenizer, prompt)
         self._end_token = tokenizer.token_id(END_TAG)
         self._start_token = tokenizer.token_id(START_TAG)
-        self._holds_calls_only = False
-        self._can_call = True
-        """False: a constraint leaves no place for calls."""
-        self._grammar = self._compile()
-        self._check_tags()
-        # A grammar that applies from the first token on leaves no place for reasoning.
-        is_free = self._grammar is None or self._holds_calls_only
+        is_constrained = bool(body.constraints())
+        self._can_call = self._calls is not None and (not is_constrained or has_json_format(body))
+        if self._calls is not None and self._can_call and (body.holds_calls or is_constrained):
+            self._grammar: CompiledGrammar | None = compile_calls(served, body, self._calls)
+        else:
+            self._grammar = compile_grammar(served, body)
+        self._check_reasoning()
+        # A grammar that applies from the first token on leaves no place for reasoning; that of `strict` applies from a call on.
+        is_free = self._grammar is None or (not is_constrained and body.tool_choice in (None, "auto"))
         self._parses_reasoning = served.is_reasoning and (is_free or self._in_reasoning)
 
-    def _check_tags(self) -> None:
-        """Raises 400 if a constraint or a budget needs the end of the reasoning, and the tags are not single tokens."""
+    def _check_reasoning(self) -> None:
+        """Raises 400 for a budget where nothing reasons, or if a constraint or a budget needs the end of the reasoning, and the tags
+        are not single tokens."""
         if self._body.thinking_token_budget is not None and not self._served.is_reasoning:
             message = (
                 "thinking_token_budget: not available. This model does not reason, or the server was started with "
@@ -129,14 +132,3 @@ class ChatFormat:
         """The ids of those texts that are tokens."""
         tokenizer = self._served.require_tokenizer("messages")
         return frozenset(token for text in texts if (token := tokenizer.token_id(text)) is not None)
-
-    def _compile(self) -> CompiledGrammar | None:
-        if self._calls is None or not self._body.holds_calls:
-            grammar = compile_grammar(self._served, self._body)
-            answer = answer_schema(self._body)
-            if self._calls is None or answer is None:
-                self._can_call = grammar is None
-                return grammar
-            return compile_calls(self._served, self._body, self._calls, answer)
-        self._holds_calls_only = self._body.tool_choice in (None, "auto")
-        return compile_calls(self._served, self._body, self._calls)

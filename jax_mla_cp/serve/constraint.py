@@ -40,10 +40,14 @@ def compile_grammar(served: ServedModel, body: GenerationRequest) -> CompiledGra
     return None
 
 
+def has_json_format(body: GenerationRequest) -> bool:
+    """True if the output's format is JSON."""
+    return any(isinstance(_constraint(*each), JsonSchema) for each in body.constraints().items())
+
+
 def answer_schema(body: GenerationRequest) -> dict[str, Any] | None:
-    """The prepared JSON schema of the output's format, which `compile_grammar` has checked; None: it is another kind."""
-    for field, value in body.constraints().items():
-        constraint = _constraint(field, value)
+    """The JSON schema of the output's format, prepared; None if it is not JSON. Raises `GrammarError` as `prepare`."""
+    for constraint in (_constraint(*each) for each in body.constraints().items()):
         return prepare(constraint.schema, PatternBudget()) if isinstance(constraint, JsonSchema) else None
     return None
 

@@ -6,10 +6,11 @@ content and calls; its `grammar` makes the model call. Nothing here knows of HTT
 
 from __future__ import annotations
 
+from jax_mla_cp.serve.tool_calls.call_rules import CallRules
 from jax_mla_cp.serve.tool_calls.formats import FORMATS, detect
-from jax_mla_cp.serve.tool_calls.functions import SchemaError, schemas_to_hold
+from jax_mla_cp.serve.tool_calls.functions import SchemaError
 from jax_mla_cp.serve.tool_calls.parsed import CallDelta, Parsed
 from jax_mla_cp.serve.tool_calls.parser import ToolCallParser
 from jax_mla_cp.serve.tool_calls.tool_format import ToolFormat
 
-__all__ = ["FORMATS", "CallDelta", "Parsed", "SchemaError", "ToolCallParser", "ToolFormat", "detect", "schemas_to_hold"]
+__all__ = ["FORMATS", "CallDelta", "CallRules", "Parsed", "SchemaError", "ToolCallParser", "ToolFormat", "detect"]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection, Mapping
-from typing import Any
 
 from jax_mla_cp.serve.structured_output.lark import TokenId, quoted
-from jax_mla_cp.serve.tool_calls.functions import Tools, schemas_to_hold
+from jax_mla_cp.serve.tool_calls.call_rules import CallRules
+from jax_mla_cp.serve.tool_calls.functions import Tools
 from jax_mla_cp.serve.tool_calls.json_arguments import JsonArguments
 from jax_mla_cp.serve.tool_calls.lark import Grammar, json_value
 from jax_mla_cp.serve.tool_calls.parser import Boundaries, ToolCallParser
@@ -51,31 +50,22 @@ class JsonFormat(ToolFormat):
         )
         return ToolCallParser(boundaries, lambda _: JsonArguments(ends, stops), self.call_id)
 
-    def grammar(
-        self,
-        tools: Tools,
-        *,
-        names: Collection[str],
-        required: bool,
-        parallel: bool,
-        token_id: TokenId,
-        answer: Mapping[str, Any] | None = None,
-    ) -> str:
+    def grammar(self, rules: CallRules, token_id: TokenId) -> str:
         grammar = Grammar(token_id)
         before, after, end = (
             [self._written(text, grammar) for text in texts]
             for texts in (self.before_name, self.after_name, self.before_end)
         )
         bodies = []
-        for i, (name, schema) in enumerate(schemas_to_hold(tools, names, required=required).items()):
+        for i, (name, schema) in enumerate(rules.schemas().items()):
             written = [quoted(f"functions.{name}:"), "/0|[1-9][0-9]{0,3}/"] if self.is_numbered else [quoted(name)]
             bodies.append(grammar.rule(f"f{i}", " ".join([*before, *written, *after, json_value(schema), *end])))
         grammar.rule("body", *bodies)
         begin, finish = map(grammar.marker, self.call)
         call = grammar.rule("call", f"{begin} body {finish}")
-        more = f" ({quoted(self.between) if self.between else ''} {call})*" if parallel else ""
+        more = f" ({quoted(self.between) if self.between else ''} {call})*" if rules.parallel else ""
         rest = grammar.rule("rest", f"{call}{more} {grammar.marker(self.section[1])}")
-        grammar.start(self.section[0], rest, required=required, answer=answer)
+        grammar.start(self.section[0], rest, rules)
         return grammar.text()
 
     def call_id(self, name: str, index: int) -> str:

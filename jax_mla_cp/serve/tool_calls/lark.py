@@ -9,6 +9,7 @@ from typing import Any
 from jax_mla_cp.engine import GrammarError
 from jax_mla_cp.serve.structured_output.grammars import MAX_OWN_TEXT
 from jax_mla_cp.serve.structured_output.lark import TokenId, quoted
+from jax_mla_cp.serve.tool_calls.call_rules import CallRules
 
 _COMMON = r"""GAP: /[ \t\r\n]{0,4}/
 ANY: /(?s:.*)/"""
@@ -55,14 +56,10 @@ class Grammar:
         self.rule(f"{name}[lazy]", f"{text} {quoted(end)}")
         return name if self._token_id(end) is None else f"({text} {self.marker(end)} | {name})"
 
-    def start(self, first: str, rest: str, *, required: bool, answer: Mapping[str, Any] | None) -> None:
-        """Adds the rule `start`: calls that begin with the marker `first`, and `rest` behind it.
-
-        Args:
-          required, answer: as for `ToolFormat.grammar`.
-        """
-        if required or answer is not None:
-            answers = [] if answer is None else [json_value(answer)]
+    def start(self, first: str, rest: str, rules: CallRules) -> None:
+        """Adds the rule `start`: calls that begin with the marker `first`, and `rest` behind it."""
+        if rules.required or rules.answer is not None:
+            answers = [] if rules.answer is None else [json_value(rules.answer)]
             self.rule("start", f"GAP {self.marker(first)} {rest}", *answers)
         else:
             self.rule("start", "ANY", f"{self.up_to('head', first)} {rest}")

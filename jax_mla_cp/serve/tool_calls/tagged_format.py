@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from jax_mla_cp.serve.structured_output.lark import TokenId, quoted
-from jax_mla_cp.serve.tool_calls.functions import Tools, naming, parameters_by_name, schemas_to_hold
+from jax_mla_cp.serve.tool_calls.call_rules import CallRules
+from jax_mla_cp.serve.tool_calls.functions import Tools, naming, parameters_by_name
 from jax_mla_cp.serve.tool_calls.lark import Grammar
 from jax_mla_cp.serve.tool_calls.parser import Boundaries, ToolCallParser
 from jax_mla_cp.serve.tool_calls.pattern import NAME, Pattern, Word
@@ -28,23 +28,14 @@ class TaggedFormat(ToolFormat):
         unknown: Mapping[str, object] = {}
         return ToolCallParser(_BOUNDARIES, lambda name: TaggedArguments(known.get(name, unknown)), self.call_id)
 
-    def grammar(
-        self,
-        tools: Tools,
-        *,
-        names: Collection[str],
-        required: bool,
-        parallel: bool,
-        token_id: TokenId,
-        answer: Mapping[str, Any] | None = None,
-    ) -> str:
+    def grammar(self, rules: CallRules, token_id: TokenId) -> str:
         grammar = Grammar(token_id)
         bodies = []
-        for i, (name, schema) in enumerate(schemas_to_hold(tools, names, required=required).items()):
+        for i, (name, schema) in enumerate(rules.schemas().items()):
             with naming(name):
                 pairs = add_pairs(grammar, f"f{i}", schema)
             bodies.append(grammar.rule(f"f{i}", f"{quoted(name)} {pairs} GAP {grammar.marker(CALL_END)}"))
         grammar.rule("body", *bodies)
-        rest = grammar.rule("rest", f"body (GAP {grammar.marker(CALL)} body)*" if parallel else "body")
-        grammar.start(CALL, rest, required=required, answer=answer)
+        rest = grammar.rule("rest", f"body (GAP {grammar.marker(CALL)} body)*" if rules.parallel else "body")
+        grammar.start(CALL, rest, rules)
         return grammar.text()

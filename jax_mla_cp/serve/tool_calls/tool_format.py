@@ -5,10 +5,9 @@ from __future__ import annotations
 import abc
 import dataclasses
 import uuid
-from collections.abc import Collection, Mapping
-from typing import Any
 
 from jax_mla_cp.serve.structured_output.lark import TokenId
+from jax_mla_cp.serve.tool_calls.call_rules import CallRules
 from jax_mla_cp.serve.tool_calls.functions import Tools
 from jax_mla_cp.serve.tool_calls.parser import ToolCallParser
 
@@ -30,24 +29,10 @@ class ToolFormat(abc.ABC):
         """A parser for one output."""
 
     @abc.abstractmethod
-    def grammar(
-        self,
-        tools: Tools,
-        *,
-        names: Collection[str],
-        required: bool,
-        parallel: bool,
-        token_id: TokenId,
-        answer: Mapping[str, Any] | None = None,
-    ) -> str:
-        """Lark text for llguidance that holds an output to calls of functions of `tools`.
+    def grammar(self, rules: CallRules, token_id: TokenId) -> str:
+        """Lark text for llguidance that holds an output to the rules.
 
         Args:
-          names: the functions that may be called; at least one of `tools`.
-          required: the output is calls, with nothing but white space before them. False: free text, with calls at its end or
-            without; the arguments of functions with `strict` follow their schema, those of others are any JSON object.
-          parallel: several calls may follow one another.
-          answer: schema of the JSON that the output is if it is no calls; in place of free text.
           token_id: the id of a text that is one token of the vocabulary. A marker has to be written with its token.
 
         Raises:

@@ -14,7 +14,7 @@ import pytest
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from jax_mla_cp.engine import GrammarError
-from jax_mla_cp.serve.tool_calls import FORMATS, SchemaError
+from jax_mla_cp.serve.tool_calls import FORMATS, CallRules, SchemaError
 from tests.serve.tool_calls.formats import BEGIN, END, NAMES, Reading, head, read, section
 
 Kind = Literal["special", "added", "none"]
@@ -90,13 +90,16 @@ class Vocabulary:
         return tokens
 
 
+GET_TIME = [tool for tool in TOOLS if tool["function"]["name"] == "get_time"]
+
+
 class Held:
     """An output that is held by a grammar."""
 
     def __init__(self, name: str, kind: Kind, tools: Sequence[Any] = TOOLS, **arguments: Any):
         vocabulary = Vocabulary(name, kind)
-        settings = {"names": [tool["function"]["name"] for tool in tools], "required": True, "parallel": True}
-        text = FORMATS[name].grammar(tools, **{**settings, **arguments}, token_id=vocabulary.token_id)
+        rules = CallRules(**{"tools": tools, "required": True, "parallel": True, **arguments})
+        text = FORMATS[name].grammar(rules, vocabulary.token_id)
         self.vocabulary = vocabulary
         self._matcher = LLMatcher(vocabulary.llguidance, text, log_level=0, limits=LIMITS)
         assert not self._matcher.is_error(), self._matcher.get_error()
@@ -152,7 +155,7 @@ def test_required(name: str, kind: Kind) -> None:
 @every_format
 def test_a_named_function(name: str, kind: Kind) -> None:
     for seed in range(4):
-        found = read(name, [Held(name, kind, names=["get_time"], parallel=False).walk(seed)], TOOLS)
+        found = read(name, [Held(name, kind, GET_TIME, parallel=False).walk(seed)], TOOLS)
         ((function, arguments),) = found.calls
         assert function == "get_time" and json.loads(arguments) == {} and found.content == ""
 
@@ -185,7 +188,7 @@ def test_what_is_not_allowed(name: str, kind: Kind) -> None:
     assert not allowed(section(name, ("get", '{"city": "x", "unit": "C"}'))), "an enumerated value"
     assert not allowed(section(name, ("get", '{"city": "x y", "unit": "C", "note": "long"}')))
     assert not allowed(section(name, ("get", '{"city": "x y", "unit": "C", "code": "ab"}')))
-    assert not allowed(section(name, one), names=["get_time"]), "another function"
+    assert not allowed(section(name, one), tools=GET_TIME), "another function"
     assert allowed(two) and not allowed(two, parallel=False)
 
 
