@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jax_mla_cp.batch.columns import RequestColumns
+from jax_mla_cp.batch.columns import NO_SLOT, RequestColumns
 from jax_mla_cp.batch.logit_bias import LogitBias
 from jax_mla_cp.batch.shapes import BatchShape
 from jax_mla_cp.config.model import ModelConfig
@@ -75,12 +75,9 @@ def _check_tokens(c: RequestColumns, shape: BatchShape, config: ModelConfig) -> 
             raise ValueError(f"request {i}: embeds must be [{c.num_new_tokens[i]}, {config.hidden_size}], got {got}.")
         if shape.draft_tokens:
             raise ValueError(f"request {i}: embeds can't be combined with draft_tokens: the MTP layer reads token ids.")
-    # Decoding requests alone may name the token by its slot.
-    least = (
-        0
-        if shape.draft_tokens
-        else np.repeat(np.where(c.num_new_tokens == 1, -shape.max_requests, 0), c.num_new_tokens)
-    )
+    # A decoding request's only token may be named by its slot.
+    may_name = (c.num_new_tokens == 1) & (shape.draft_tokens == 0)
+    least = np.repeat(np.where(may_name, -shape.max_requests, 0), c.num_new_tokens)
     bad = ((c.tokens < least) | (c.tokens >= len(vocabulary))) & ~np.repeat(embeds, c.num_new_tokens)
     if (at := _first(bad)) is not None:
         raise _unknown(int(np.searchsorted(c.start, at, "right")) - 1, c.tokens[at], config.vocab_size)
@@ -109,11 +106,9 @@ def _check_drafts(c: RequestColumns, shape: BatchShape) -> None:
 
 
 def _check_slots(c: RequestColumns, shape: BatchShape) -> None:
-    if shape.draft_tokens and (i := _first(c.slot >= 0)) is not None:
-        raise ValueError(f"request {i}: slot can't be combined with draft_tokens.")
-    given = np.array([request.slot is not None for request in c.requests])
+    given = c.slot != NO_SLOT
     if (i := _first(given & ((c.slot < 0) | (c.slot >= shape.max_requests)))) is not None:
-        raise ValueError(f"request {i}: slot must be 0 to {shape.max_requests - 1}, got {c.requests[i].slot}.")
+        raise ValueError(f"request {i}: slot must be 0 to {shape.max_requests - 1}, got {c.slot[i]}.")
     used = np.sort(c.slot[given])
     if (at := _first(used[1:] == used[:-1])) is not None:
         raise ValueError(f"slot {used[at]} is given to two requests.")

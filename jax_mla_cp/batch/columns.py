@@ -14,6 +14,8 @@ from jax_mla_cp.batch.shapes import BatchShape
 from jax_mla_cp.batch.step_request import StepRequest
 
 Ints = NDArray[np.int64]
+NO_SLOT = 1 << 62
+"""Beyond any slot."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +34,7 @@ class RequestColumns:
     next_token: Ints
     """[I]; -1: not given."""
     slot: Ints
-    """[I]; -1: none."""
+    """[I]; `NO_SLOT`: none."""
     tokens: Ints
     """[M]: those of request i are `start[i]` to `start[i + 1]`."""
     start: Ints
@@ -78,7 +80,7 @@ class RequestColumns:
                 r.sampling is not None,
                 -1 if r.next_token is None else r.next_token,
                 len(r.pages),
-                -1 if r.slot is None else r.slot,
+                NO_SLOT if r.slot is None else r.slot,
             )
             for r in requests
         ]

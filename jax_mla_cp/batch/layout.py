@@ -272,9 +272,9 @@ def _sampling(c: RequestColumns, shape: BatchShape) -> SamplingArrays:
 
 
 def _slots(c: RequestColumns, shape: BatchShape) -> NDArray[np.int32]:
+    """The slot of each place's sampled token; one beyond the last for none."""
     slots = np.full(shape.max_requests, shape.max_requests, np.int32)
-    kept = np.flatnonzero(c.needs_sampling & (c.slot >= 0))
-    slots[kept] = c.slot[kept]
+    slots[: len(c.slot)] = np.where(c.needs_sampling, np.minimum(c.slot, shape.max_requests), shape.max_requests)
     return slots
 
 

@@ -54,5 +54,5 @@ class StepRequest:
     prompt_logprobs: bool = False
     """Return the log-probability of the token after each of these (`jax_mla_cp.step.results.TokenLogprobs`)."""
     slot: int | None = None
-    """Request slot, 0 to `max_requests - 1`, in which the devices keep the token that is sampled after these. Not with
-    speculation."""
+    """Request slot, 0 to `max_requests - 1`, in which the devices keep the token that is sampled after these. Unused with
+    speculation, whose tokens the host has to read before the next step."""

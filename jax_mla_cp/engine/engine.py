@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
+import itertools
 import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
-from jax_mla_cp.batch.step_request import StepRequest
 from jax_mla_cp.engine.deadlines import Deadlines
-from jax_mla_cp.engine.group_scheduler import DispatchedRequest, ScheduledRequest
 from jax_mla_cp.engine.observer import Observer, Reporter, describe
 from jax_mla_cp.engine.output_processor import process_output
+from jax_mla_cp.engine.pipeline import Pipeline, StepInFlight
 from jax_mla_cp.engine.request import Failed, FailedKind, Finished, GrammarError, Request, Token
+from jax_mla_cp.engine.scheduled_request import PreparedRequest, ScheduledRequest
 from jax_mla_cp.engine.scheduler import Scheduler
 from jax_mla_cp.engine.status import EngineStatus, SpeculationStats
-from jax_mla_cp.engine.step_in_flight import StepInFlight
 from jax_mla_cp.engine.step_runner import StepRunner
 from jax_mla_cp.step.errors import RunnerFailed
 from jax_mla_cp.step.results import RunnerOutput, StepResult
@@ -83,13 +81,9 @@ class Engine:
         """Failed steps in a row."""
         self._deadlines = Deadlines()
         self._overlap = overlap and runner.runs_ahead
-        self._in_flight: StepInFlight | None = None
-        """The step that was dispatched last, until it is read."""
-        self._running_since: float | None = None
-        """When the oldest step in flight began, as far as the host can tell."""
-        self._runner_seconds = 0.0
-        """Time in the runner since the last report."""
-        self._last_report = 0.0
+        self._pipeline = Pipeline(runner)
+        self._lap = self._clock()
+        """The beginning of the time that the next report is about."""
         self._steps = 0
         self._speculation = SpeculationStats() if runner.draft_tokens else None
         self.on_death: Callable[[str], None] = lambda reason: None
@@ -103,7 +97,7 @@ class Engine:
             return self._dead
         if not self._thread.is_alive():
             return "the engine is not running."
-        began = self._running_since
+        began = self._pipeline.running_since
         if self._watchdog is not None and began is not None and (took := time.monotonic() - began) > self._watchdog:
             return f"a step has been running for {took:.0f} s; --watchdog is {self._watchdog:g}."
         return None
@@ -210,10 +204,9 @@ class Engine:
         try:
             while self._receive():
                 self._expire()
-                if self._scheduler.has_requests or self._in_flight is not None:
+                if self._has_work:
                     self._step()
-            if self._in_flight is not None and not self._dead:
-                self._read(self._in_flight)
+            self._read_all_but(0)
         except BaseException as error:
             log.exception("the engine loop failed")
             self._dead = f"the engine loop failed ({type(error).__name__})."
@@ -224,16 +217,14 @@ class Engine:
             if self._speculation:
                 log.info("speculation: %s", self._speculation)
 
+    @property
+    def _has_work(self) -> bool:
+        return self._scheduler.has_requests or bool(self._pipeline)
+
     def _receive(self) -> bool:
         """Waits for requests, then takes in submitted and aborted ones. Returns False when the loop must end."""
         with self._lock:
-            while not (
-                self._submitted
-                or self._aborted
-                or self._stopping
-                or self._scheduler.has_requests
-                or self._in_flight is not None
-            ):
+            while not (self._submitted or self._aborted or self._stopping or self._has_work):
                 self._lock.wait()
             for request in self._submitted:
                 self._scheduler.add(request)
@@ -251,143 +242,114 @@ class Engine:
     def _step(self) -> None:
         """Dispatches the next step, then reads the one before it, which the devices have run meanwhile. Where the next step needs
         what the one before gives, it is read first."""
-        before = self._in_flight
-        if before is not None and not before.may_be_overtaken:
-            self._read(before)
-            before = None
+        if self._pipeline.needs_host:
+            self._read_all_but(0)
             if self._dead:
                 return
-        if not self._dispatch(overlapped=before is not None):
-            return
-        if before is not None:
-            self._read(before)
-        elif self._in_flight is not None and not self._overlap:
-            self._read(self._in_flight)
+        if not self._pipeline:
+            self._lap = self._clock()
+        is_ahead = self._dispatch() and self._overlap
+        self._read_all_but(1 if is_ahead else 0)
 
-    def _dispatch(self, *, overlapped: bool) -> bool:
-        """Schedules and dispatches the next step, if there is anything to run. Returns False if the dispatch has failed."""
-        began, preemptions = time.monotonic(), self._scheduler.stats.preemptions
+    def _dispatch(self) -> bool:
+        """Schedules and dispatches the next step. Returns False if there is none, or it can't be dispatched."""
+        preemptions = self._scheduler.stats.preemptions
         scheduled_groups = self._scheduler.schedule()
-        if not (any(scheduled_groups) or overlapped or not self._scheduler.has_requests):
+        if not any(scheduled_groups) and not self._pipeline and self._scheduler.has_requests:
             raise RuntimeError("requests are waiting, but none can run")
         self._reporter.preempted(self._scheduler.stats.preemptions - preemptions)
-        step = [self._step_requests(group) for group in scheduled_groups]
-        if not any(step):
-            self._in_flight = None
-            return True
-        for scheduled, _ in (part for group in step for part in group):
-            self._reporter.started(scheduled.request)
-        report = dataclasses.replace(describe(step), overlapped=overlapped)
-        try:
-            with self._running():
-                pending = self._runner.dispatch([[step_request for _, step_request in group] for group in step])
-        except Exception as error:
-            self._dispatch_failed(step, error)
+        groups = [self._prepare(group) for group in scheduled_groups]
+        if not any(groups):
             return False
-        self._in_flight = StepInFlight(
-            pending, [[scheduled.dispatched() for scheduled, _ in group] for group in step], report, began
-        )
-        return True
-
-    def _dispatch_failed(
-        self, step: Sequence[Sequence[tuple[ScheduledRequest, StepRequest]]], error: Exception
-    ) -> None:
-        if self._in_flight is None:
-            self._running_since = None
-        if isinstance(error, RunnerFailed):
-            self._dead = self._dead or str(error)
-            return
-        log.error("a step failed", exc_info=error)
-        # The runner rejects invalid requests before it runs any: the others have lost nothing.
-        invalid = self._invalid_requests(step) if isinstance(error, ValueError) else []
-        for request in invalid:
-            self._fail(request, "The request's next step is invalid and can't be run.", "internal")
-        if not invalid:
-            self._recover([scheduled.request for group in step for scheduled, _ in group])
-
-    def _read(self, step: StepInFlight) -> None:
-        """Waits for the oldest step in flight and applies its results."""
+        parts = list(itertools.chain(*groups))
+        for part in parts:
+            self._reporter.started(part.request)
         try:
-            with self._running():
-                output = step.pending.result()
+            self._pipeline.dispatch(groups)
         except RunnerFailed as error:
             self._dead = self._dead or str(error)
-            return
-        except Exception:
+            return False
+        except Exception as error:
             log.exception("a step failed")
-            self._recover(step.requests)
-            return
-        ended = time.monotonic()
-        if self._in_flight is step:
-            self._in_flight = None
-        self._running_since = None if self._in_flight is None else ended
-        if self._dead:  # abandoned, and all requests have failed
-            return
-        self._failures = 0
-        for group, results in zip(step.groups, output.results, strict=True):
-            for dispatched, result in zip(group, results, strict=True):
-                if not dispatched.request.ended:
-                    self._update(dispatched, result, ended)
-        self._steps += 1
-        self._report(step, output)
+            # The runner rejects invalid requests before it runs any: the others have lost nothing.
+            invalid = self._invalid(parts) if isinstance(error, ValueError) else []
+            for request in invalid:
+                self._fail(request, "The request's next step is invalid and can't be run.", "internal")
+            if not invalid:
+                self._recover([part.request for part in parts])
+            return False
+        return True
 
-    def _report(self, step: StepInFlight, output: RunnerOutput) -> None:
-        now = time.monotonic()
-        seconds = now - max(step.began, self._last_report)
-        report = dataclasses.replace(
-            step.report,
-            seconds=seconds,
-            host_seconds=max(seconds - self._runner_seconds, 0.0),
-            rank_tokens=tuple(output.rank_tokens.tolist()),
-            rank_pairs=tuple(output.rank_pairs.tolist()),
-        )
-        self._last_report, self._runner_seconds = now, 0.0
-        self._reporter.step(report)
-
-    @contextlib.contextmanager
-    def _running(self) -> Iterator[None]:
-        """Around the runner's work: counts its time, and starts the watchdog's unless a step is in flight already."""
-        began = time.monotonic()
-        if self._running_since is None:
-            self._running_since = began
-        try:
-            yield
-        finally:
-            self._runner_seconds += time.monotonic() - began
-
-    def _step_requests(self, group: Sequence[ScheduledRequest]) -> list[tuple[ScheduledRequest, StepRequest]]:
+    def _prepare(self, group: Sequence[ScheduledRequest]) -> list[PreparedRequest]:
         """The runner's input. A request whose grammar fails is dropped; the others are not affected."""
-        step_requests = []
+        prepared = []
         for scheduled in group:
             try:
-                step_requests.append((scheduled, scheduled.step_request()))
+                prepared.append(scheduled.prepare())
             except GrammarError as error:
                 self._fail(scheduled.request, str(error), "grammar")
             except Exception:
                 log.exception("a request's next token could not be prepared")
                 self._fail(scheduled.request, "The request's next token could not be prepared.", "internal")
-        return step_requests
+        return prepared
 
-    def _invalid_requests(self, step: Sequence[Sequence[tuple[ScheduledRequest, StepRequest]]]) -> list[Request]:
+    def _invalid(self, parts: Sequence[PreparedRequest]) -> list[Request]:
         """The requests of a rejected step that can't be run, each checked alone."""
         invalid = []
-        for scheduled, step_request in (part for group in step for part in group):
+        for part in parts:
             try:
-                self._runner.check(step_request)
+                self._runner.check(part.step_request)
             except ValueError:
-                invalid.append(scheduled.request)
+                invalid.append(part.request)
         return invalid
 
-    def _update(self, dispatched: DispatchedRequest, result: StepResult, now: float) -> None:
+    def _read_all_but(self, count: int) -> None:
+        """Reads steps until `count` are in flight."""
+        while len(self._pipeline) > count and not self._dead:
+            self._read()
+
+    def _read(self) -> None:
+        """Waits for the oldest step in flight and applies its results."""
+        try:
+            step, output = self._pipeline.read()
+        except RunnerFailed as error:
+            self._dead = self._dead or str(error)
+            return
+        except Exception:
+            log.exception("a step failed")
+            self._recover()
+            return
+        if self._dead:  # abandoned, and all requests have failed
+            return
+        now = time.monotonic()
+        self._failures = 0
+        for group, results in zip(step.groups, output.results, strict=True):
+            for part, result in zip(group, results, strict=True):
+                if not part.request.ended:
+                    self._update(part, result, now)
+        self._steps += 1
+        self._report(step, output)
+
+    def _report(self, step: StepInFlight, output: RunnerOutput) -> None:
+        (began, runner_began), self._lap = self._lap, self._clock()
+        now, runner_now = self._lap
+        seconds = now - began
+        host_seconds = seconds - (runner_now - runner_began)
+        self._reporter.step(describe(step, output, seconds=seconds, host_seconds=host_seconds))
+
+    def _clock(self) -> tuple[float, float]:
+        return time.monotonic(), self._pipeline.runner_seconds
+
+    def _update(self, part: PreparedRequest, result: StepResult, now: float) -> None:
         """Applies a result and sends its events. A request whose text or owner fails doesn't affect the others."""
-        request = dispatched.request
+        request = part.request
         if self._speculation and result.sampled:
             self._speculation = SpeculationStats(
                 self._speculation.num_drafts + len(request.drafts),
                 self._speculation.num_accepted + len(result.sampled) - 1,
             )
         try:
-            events = process_output(dispatched, result)
+            events = process_output(part, result)
             self._scheduler.commit_pages(request)
             last = events[-1] if events else None
             for event in events:
@@ -403,12 +365,10 @@ class Engine:
             log.exception("a request's output could not be processed")
             self._fail(request, "The request's output could not be processed.", "internal")
 
-    def _recover(self, failed: Sequence[Request]) -> None:
-        """Recovers from a failed step, and from those dispatched after or read after it. Their requests fail. The donated cache may
-        be gone: all others are computed again."""
-        in_flight, self._in_flight, self._running_since = self._in_flight, None, None
-        lost = [*failed, *(() if in_flight is None else in_flight.requests)]
-        for request in dict.fromkeys(lost):
+    def _recover(self, failed: Sequence[Request] = ()) -> None:
+        """Recovers from a failed step: its requests fail, and those of all steps in flight. The donated cache may be gone: all others
+        are computed again."""
+        for request in dict.fromkeys([*failed, *self._pipeline.clear()]):
             if not request.ended:
                 self._fail(request, "The step that this request was part of failed.", "step")
         self._scheduler.reset_cache()

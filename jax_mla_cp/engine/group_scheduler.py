@@ -5,74 +5,11 @@ from __future__ import annotations
 import dataclasses
 from array import array
 
-from jax_mla_cp.batch.step_request import StepRequest, last_sampled
 from jax_mla_cp.engine.page_pool import PagePool
 from jax_mla_cp.engine.prefix_hash import PrefixHasher
 from jax_mla_cp.engine.request import Request
 from jax_mla_cp.engine.request_queue import RequestQueue
-
-PENDING = -1
-"""The token that a step in flight samples, for a request without slot."""
-
-
-@dataclasses.dataclass
-class ScheduledRequest:
-    """A request's part of a step: its next `num_tokens` tokens, and its drafts if a token is sampled after them."""
-
-    request: Request
-    num_tokens: int
-
-    @property
-    def needs_sampling(self) -> bool:
-        """True if the step samples a token: these are the last known tokens, and more may be sampled."""
-        r = self.request
-        return self.num_tokens == r.num_uncomputed_tokens and r.num_remaining_tokens > 0
-
-    def step_request(self) -> StepRequest:
-        """The runner's input.
-
-        Raises:
-          GrammarError: the request's grammar can't be followed any further.
-        """
-        r = self.request
-        end = r.num_computed_tokens + self.num_tokens
-        tokens = r.tokens[r.num_computed_tokens : end]
-        if not self.needs_sampling:
-            following = r.tokens[end] if end < len(r.tokens) else None
-            return StepRequest(
-                tokens, r.num_computed_tokens, r.pages, next_token=following, prompt_logprobs=r.needs_prompt_logprobs
-            )
-        return StepRequest(
-            tokens + r.drafts,
-            r.num_computed_tokens,
-            r.pages,
-            r.sampling,
-            drafts=len(r.drafts),
-            logit_bias=r.logit_bias(),
-            prompt_logprobs=r.needs_prompt_logprobs,
-            slot=r.slot,
-        )
-
-    def dispatched(self) -> DispatchedRequest:
-        """Advances the request past the step, which has been dispatched."""
-        r, samples = self.request, self.needs_sampling
-        r.num_computed_tokens += self.num_tokens
-        if samples:
-            r.tokens.append(PENDING if r.slot is None else last_sampled(r.slot))
-            r.num_pending_tokens += 1
-        return DispatchedRequest(r, r.num_computed_tokens, samples, r.num_starts)
-
-
-@dataclasses.dataclass(frozen=True)
-class DispatchedRequest:
-    """A request's part of a step that has been dispatched."""
-
-    request: Request
-    end: int
-    """The position after the step's tokens, drafts aside: that of the token that it samples."""
-    samples: bool
-    start_number: int
-    """`Request.num_starts` in the step."""
+from jax_mla_cp.engine.scheduled_request import ScheduledRequest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +51,7 @@ class GroupScheduler:
         self._prefill_budget = 0
         self._reserved_pages = 0
         self._hashes_in_progress: set[bytes] = set()
-        # With speculation, steps are never in flight together.
-        self._free_slots = [] if draft_tokens else list(reversed(range(max_running)))
+        self._free_slots = list(reversed(range(max_running)))
 
     @property
     def num_admissible(self) -> int:
@@ -173,8 +109,7 @@ class GroupScheduler:
         request.num_committed_pages = len(admission.prefix_pages)
         request.num_computed_tokens = request.num_committed_pages * self.page_pool.page_size
         request.num_verified_tokens = request.num_computed_tokens
-        request.num_starts += 1
-        request.slot = self._free_slots.pop() if self._free_slots else None
+        request.slot = self._free_slots.pop()
         self.running.add(request)
         self._schedule(request, self._allocate(request, admission.num_tokens))
         self._reserved_pages += self._pages_to_reserve(request)
@@ -213,9 +148,7 @@ class GroupScheduler:
         # Steps in flight may still write the pages and the slot. Whoever gets them next is in a later step.
         self.running.remove(request)
         self.page_pool.release(request.pages)
-        if request.slot is not None:
-            self._free_slots.append(request.slot)
-            request.slot = None
+        self._free_slots.append(request.slot)
         request.reset_computed()
 
     def _schedule(self, request: Request, num_tokens: int) -> None:

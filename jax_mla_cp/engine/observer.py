@@ -6,11 +6,11 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from jax_mla_cp.batch.step_request import StepRequest
-from jax_mla_cp.engine.group_scheduler import ScheduledRequest
+from jax_mla_cp.engine.pipeline import StepInFlight
 from jax_mla_cp.engine.request import Request
+from jax_mla_cp.step.results import RunnerOutput
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class StepReport:
     """One step, summed over the dp groups."""
 
     seconds: float
-    """From scheduling to the last event; from the last event of the step before, if that is later."""
+    """From scheduling to the last event; with steps in flight, from the last event of the step before."""
     host_seconds: float
     """The part of `seconds` outside the runner: the engine's own work."""
     overlapped: bool
@@ -141,27 +141,23 @@ def _log_errors(event: str) -> Iterator[None]:
         log.exception("the engine's observer failed in %s", event)
 
 
-def describe(step: Sequence[Sequence[tuple[ScheduledRequest, StepRequest]]]) -> StepReport:
-    """Describes a step that is about to be dispatched; `Engine` adds the times and the ranks' loads.
-
-    Args:
-      step: per dp group, its requests as scheduled and as given to the runner.
-    """
+def describe(step: StepInFlight, output: RunnerOutput, *, seconds: float, host_seconds: float) -> StepReport:
+    """Describes a step that has been read."""
     prefills, prefill_tokens, total = [], 0, 0
-    for scheduled, step_request in (part for group in step for part in group):
-        request, new = scheduled.request, len(step_request.tokens)
+    for part in step.parts:
+        new = len(part.step_request.tokens)
         total += new
-        if not request.is_decoding:
-            prefills.append(PrefillReport(request.id, step_request.num_computed_tokens, new, len(request.tokens)))
+        if part.is_prefill:
+            prefills.append(PrefillReport(part.request.id, part.start, new, part.num_tokens))
             prefill_tokens += new
     return StepReport(
-        seconds=0.0,
-        host_seconds=0.0,
-        overlapped=False,
+        seconds=seconds,
+        host_seconds=host_seconds,
+        overlapped=step.overlapped,
         prefill_tokens=prefill_tokens,
         decode_tokens=total - prefill_tokens,
-        requests=sum(map(len, step)),
-        rank_tokens=(),
-        rank_pairs=(),
+        requests=len(step.parts),
+        rank_tokens=tuple(output.rank_tokens.tolist()),
+        rank_pairs=tuple(output.rank_pairs.tolist()),
         prefills=tuple(prefills),
     )

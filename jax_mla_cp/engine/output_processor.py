@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from jax_mla_cp.engine.group_scheduler import DispatchedRequest
 from jax_mla_cp.engine.request import Event, Finished, PromptLogprobs, Request, Token
+from jax_mla_cp.engine.scheduled_request import PreparedRequest
 from jax_mla_cp.step.results import SampledToken, StepResult
 
 
-def process_output(dispatched: DispatchedRequest, result: StepResult) -> list[Event]:
+def process_output(part: PreparedRequest, result: StepResult) -> list[Event]:
     """Updates a request from its step's result. Further steps with the request may be in flight.
 
     Returns:
@@ -18,7 +18,7 @@ def process_output(dispatched: DispatchedRequest, result: StepResult) -> list[Ev
     Raises:
       GrammarError: the request's grammar does not accept a sampled token.
     """
-    request, end = dispatched.request, dispatched.end
+    request, end = part.request, part.end
     events: list[Event] = []
     if request.needs_prompt_logprobs:
         assert result.prompt_logprobs is not None
@@ -26,8 +26,8 @@ def process_output(dispatched: DispatchedRequest, result: StepResult) -> list[Ev
         if end == len(request.prompt):
             events.append(_prompt_logprobs(request))
             request.needs_prompt_logprobs, request.prompt_logprobs_chunks = False, []
-    if not dispatched.samples:
-        _verify(dispatched, end)
+    if not part.samples:
+        _verify(part, end)
         if end == len(request.prompt) and not request.max_tokens:
             events.append(Finished("length", "", request.cached_tokens))
         return events
@@ -40,18 +40,17 @@ def process_output(dispatched: DispatchedRequest, result: StepResult) -> list[Ev
             break  # accepted drafts after the end are dropped
     # Accepted drafts are computed; the token sampled after them is not.
     request.num_computed_tokens += position - end
-    _verify(dispatched, position)
+    _verify(part, position)
     # A logits processor needs all tokens before the one it biases: its request runs without drafts.
     drop = finished or request.logits_processor
     request.drafts = [] if drop else result.drafts[: max(request.num_remaining_tokens - 1, 0)]
     return events
 
 
-def _verify(dispatched: DispatchedRequest, num_tokens: int) -> None:
-    """Notes that the pages have so many tokens' latents, unless the request has been preempted meanwhile."""
-    request = dispatched.request
-    if request.num_starts == dispatched.start_number and request.group is not None:
-        request.num_verified_tokens = num_tokens
+def _verify(part: PreparedRequest, num_tokens: int) -> None:
+    """Notes that the request's pages have so many tokens' latents."""
+    if part.is_current:
+        part.request.num_verified_tokens = num_tokens
 
 
 def _take(request: Request, position: int, sampled: SampledToken) -> tuple[Token, Finished | None]:

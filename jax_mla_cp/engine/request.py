@@ -141,10 +141,8 @@ class Request:
     """Tokens whose latents are in the pages, or will be after the steps in flight."""
     num_verified_tokens: int = dataclasses.field(default=0, init=False)
     """Tokens whose latents are in the pages: steps that have succeeded computed them."""
-    slot: int | None = dataclasses.field(default=None, init=False)
-    """The request slot, in which the devices keep the last sampled token, while the request runs."""
-    num_starts: int = dataclasses.field(default=0, init=False)
-    """Times that the request has been started: once, and after each preemption."""
+    slot: int = dataclasses.field(default=-1, init=False)
+    """While the request runs: the request slot in which the devices keep its last sampled token."""
     ended: bool = dataclasses.field(default=False, init=False)
     """True once the request has finished, failed or been aborted. Steps in flight may still compute it."""
     drafts: list[int] = dataclasses.field(default_factory=list, init=False)

@@ -6,10 +6,11 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 
-from jax_mla_cp.engine.group_scheduler import Admission, GroupScheduler, ScheduledRequest
+from jax_mla_cp.engine.group_scheduler import Admission, GroupScheduler
 from jax_mla_cp.engine.prefix_hash import PrefixHasher
 from jax_mla_cp.engine.request import Request
 from jax_mla_cp.engine.request_queue import RequestQueue
+from jax_mla_cp.engine.scheduled_request import ScheduledRequest
 
 
 @dataclasses.dataclass

@@ -13,7 +13,7 @@ from jaxlib.version import __version__ as jaxlib_version
 from jax_mla_cp.default_model import DIRECTORY
 from jax_mla_cp.distributed.agreement import agree
 from jax_mla_cp.launch.devices import Devices
-from jax_mla_cp.launch.model import open_directory
+from jax_mla_cp.launch.model import read_config
 from jax_mla_cp.launch.options import LaunchOptions
 from jax_mla_cp.platform import versions
 from jax_mla_cp.step.runner import Runner
@@ -41,13 +41,13 @@ def agree_on_settings(options: LaunchOptions, devices: Devices, **more: object) 
       more: options of the program, beside those of `LaunchOptions`.
 
     Raises:
-      ConfigError: a process differs, or the model's directory is not one.
-      CheckpointError, TokenizerError: as `open_directory`.
+      ConfigError: a process differs.
+      ConfigError, CheckpointError: as `read_config`.
     """
     if devices.member is None:
         return
     directory = DIRECTORY if options.model is None else options.model
-    _, config, _ = open_directory(directory)
+    _, config = read_config(directory)
     shared = [field.name for field in dataclasses.fields(LaunchOptions) if field.name not in _OWN_FLAGS]
     agree(
         devices.member,

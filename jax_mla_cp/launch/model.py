@@ -68,7 +68,7 @@ def load(
       ConfigError: the directory, the config, the mesh, a parameter or the checkpoint's tensors don't fit.
     """
     directory = DIRECTORY if model is None else Path(model)
-    converted, config, tokenizer = open_directory(directory)
+    converted, config, tokenizer = _open(directory)
     if converted:
         weights = converted.resolve_weights(weights)
     build = plan_build(config, mesh, dtype=dtype, weights=weights, ep_axes=ep_axes, attention=attention, mtp=mtp)
@@ -80,14 +80,23 @@ def load(
     return Model(params, build, mesh), tokenizer
 
 
-def open_directory(directory: Path) -> tuple[ConvertedCheckpoint | None, ModelConfig, Tokenizer | None]:
-    """Opens a model directory: its manifest, if it is a converted checkpoint, its config and its tokenizer.
+def read_config(directory: Path) -> tuple[ConvertedCheckpoint | None, ModelConfig]:
+    """Reads a model directory's manifest, if it is a converted checkpoint, and its config.
 
-    The config's stop tokens are those of config.json, generation_config.json and the tokenizer, for all that generate.
+    Raises:
+      ConfigError, CheckpointError: the directory is no model, or a conversion that is not complete.
     """
     # A converted checkpoint is checked, its config.json included, before anything in it is believed.
     converted = open_converted(directory) if is_converted(directory) else None
-    config = ModelConfig.from_dir(directory)
+    return converted, ModelConfig.from_dir(directory)
+
+
+def _open(directory: Path) -> tuple[ConvertedCheckpoint | None, ModelConfig, Tokenizer | None]:
+    """Opens a model directory: `read_config`, and its tokenizer.
+
+    The config's stop tokens are those of config.json, generation_config.json and the tokenizer, for all that generate.
+    """
+    converted, config = read_config(directory)
     tokenizer = Tokenizer.from_dir(directory, config.vocab_size)
     end = None if tokenizer is None else tokenizer.eos_token_id
     if end is not None and end not in config.eos_token_ids:
@@ -142,7 +151,7 @@ def config_and_tokenizer(model: Path | None) -> tuple[ModelConfig, Tokenizer | N
     Raises:
       ConfigError: as `load`.
     """
-    _, config, tokenizer = open_directory(DIRECTORY if model is None else model)
+    _, config, tokenizer = _open(DIRECTORY if model is None else model)
     return config, tokenizer
 
 

@@ -21,8 +21,8 @@ MAX_TARGET = 8 << 10
 MAX_DEPTH = 100
 """Levels of nested arrays and objects. A JSON schema takes two levels for one of its own."""
 MAX_CONTAINERS = 32 << 10
-"""Arrays and objects in a body. Each takes up to 20 microseconds of the event loop to validate; 4096 messages with two tool
-calls each have 28,672."""
+"""Arrays and objects in a body: validating each takes some microseconds of the event loop. 4096 messages with two tool calls each
+have 28,672."""
 BODY_SECONDS = 60.0
 """Maximum time until a body has arrived."""
 _SMALL = 64 << 10

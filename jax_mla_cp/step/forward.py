@@ -26,7 +26,7 @@ from jax_mla_cp.step.sampling import SamplerOutput, TokenLogprobsArrays, gather_
 from jax_mla_cp.step.speculation import propose
 
 SLOTS_SPEC = PartitionSpec(DP)
-"""Of `forward_from_slots`'s `last_tokens`."""
+"""The sharding of `last_tokens` in `forward_from_slots`."""
 _LOGPROBS_BLOCK = 256
 """Tokens whose logits `_prompt_logprobs` holds in memory at a time: with a vocabulary of 129K, 132 MB."""
 
@@ -97,7 +97,7 @@ def forward_from_slots(
     prompt_logprobs: bool = False,
 ) -> tuple[SamplerOutput, jax.Array, jax.Array]:
     """`forward_and_sample` for steps that are dispatched before the one before has been read: tokens may be named by their
-    request slots, and sampled ones are kept there.
+    request slots, and sampled ones are kept there. With speculation, slots are not used.
 
     Args:
       last_tokens: the token that was sampled last for each of a dp group's request slots, sharded P("dp").
@@ -109,6 +109,8 @@ def forward_from_slots(
     def run(
         decoder: Decoder, pages: jax.Array, batch: Batch, bias: LogitBiasArrays, last_tokens: jax.Array
     ) -> tuple[SamplerOutput, jax.Array, jax.Array]:
+        if batch.slots is None:
+            return *_sample(decoder, pages, batch, bias, prompt_logprobs=prompt_logprobs), last_tokens
         sampled, pages = _sample(
             decoder, pages, _with_last_tokens(batch, last_tokens), bias, prompt_logprobs=prompt_logprobs
         )

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
+from numpy.typing import NDArray
 
 from jax_mla_cp.batch.layout import StepLayout, build_batch
 from jax_mla_cp.batch.packing import pack
@@ -24,7 +25,7 @@ from jax_mla_cp.mesh import declared_specs, mesh_shape, on_devices
 from jax_mla_cp.model.loaded_model import Model
 from jax_mla_cp.step import logit_bias
 from jax_mla_cp.step.compile_progress import CompileProgress, CompileTracker
-from jax_mla_cp.step.forward import SLOTS_SPEC, forward_and_sample, forward_from_slots, place
+from jax_mla_cp.step.forward import SLOTS_SPEC, forward_from_slots, place
 from jax_mla_cp.step.inputs import StepInputs
 from jax_mla_cp.step.planner import Planner
 from jax_mla_cp.step.results import RunnerOutput, read_results
@@ -82,10 +83,7 @@ class Runner:
     def reset(self) -> None:
         """A new, empty cache: after a step failed, the donated one may be gone, and so may what the step gave."""
         self._pages = self.planner.new_cache()
-        shape = self.planner.shape
-        self._last_tokens: jax.Array | None = None
-        if not shape.draft_tokens:
-            self._last_tokens = on_devices(_no_tokens(shape), SLOTS_SPEC, self.planner.model.mesh)
+        self._last_tokens = on_devices(_no_tokens(self.planner.shape), SLOTS_SPEC, self.planner.model.mesh)
 
     def check(self, request: StepRequest) -> None:
         """Checks one request alone.
@@ -133,10 +131,7 @@ class Runner:
         model = self.planner.model
         program = self._program(inputs.shape)
         batch, bias = place(model, inputs.batch), self._bias_builder.place(inputs.bias)
-        if self._last_tokens is None:
-            output, self._pages = program(model, self._pages, batch, bias)
-        else:
-            output, self._pages, self._last_tokens = program(model, self._pages, batch, bias, self._last_tokens)
+        output, self._pages, self._last_tokens = program(model, self._pages, batch, bias, self._last_tokens)
         return output
 
     def is_compiled(self, shape: StepShape) -> bool:
@@ -203,8 +198,7 @@ class DispatchedStep:
 
 
 def compile_step(planner: Planner, shape: StepShape) -> jax.stages.Compiled:
-    """Compiles the step of one shape, its cache donated: called with (model, pages, batch, bias), and without speculation the
-    slots' last tokens."""
+    """Compiles the step of one shape, its cache donated: called with (model, pages, batch, bias, last_tokens)."""
     return lower_step(planner, shape).compile()
 
 
@@ -214,15 +208,12 @@ def lower_step(planner: Planner, shape: StepShape) -> jax.stages.Lowered:
     packed = pack(planner.dummy_batch(shape), mesh_shape(model.mesh))
     batch = jax.tree.map(lambda x, spec: _struct(model, x, spec), packed, declared_specs(packed))
     pages = _struct(model, jax.eval_shape(planner.new_cache), PAGES_SPEC)
-    inputs = [model, pages, batch, logit_bias.shapes(model, planner.shape)]
-    if not planner.shape.draft_tokens:
-        inputs.append(_struct(model, _no_tokens(planner.shape), SLOTS_SPEC))
-    step = forward_and_sample if planner.shape.draft_tokens else forward_from_slots
-    program = jax.jit(functools.partial(step, prompt_logprobs=shape.prompt_logprobs), donate_argnums=1)
-    return program.lower(*inputs)
+    last_tokens = _struct(model, _no_tokens(planner.shape), SLOTS_SPEC)
+    program = jax.jit(functools.partial(forward_from_slots, prompt_logprobs=shape.prompt_logprobs), donate_argnums=1)
+    return program.lower(model, pages, batch, logit_bias.shapes(model, planner.shape), last_tokens)
 
 
-def _no_tokens(shape: BatchShape) -> Any:
+def _no_tokens(shape: BatchShape) -> NDArray[np.int32]:
     return np.zeros(shape.dp * shape.max_requests, np.int32)
 
 

@@ -48,9 +48,9 @@ class Detokenizer:
         self._ids.append(token)
         self._pending += 1
         text = self._decode(self._ids)
-        incomplete = self._ends_within_code_point(token) and min(
-            len(text) - len(text.rstrip(_REPLACEMENT)), _MAX_INCOMPLETE
-        )
+        incomplete = 0
+        if self._ends_within_code_point(token):
+            incomplete = min(len(text) - len(text.rstrip(_REPLACEMENT)), _MAX_INCOMPLETE)
         end = max(len(text) - incomplete, self._returned)
         piece = text[self._returned : end]
         self._returned = end

@@ -9,6 +9,7 @@ import pytest
 from jax_mla_cp.batch.step_request import last_sampled
 from jax_mla_cp.engine import Engine, Failed, Finished, Observer, RequestReport, Token
 from jax_mla_cp.engine.output_processor import process_output
+from jax_mla_cp.engine.scheduled_request import PreparedRequest
 from jax_mla_cp.engine.scheduler import Scheduler
 from jax_mla_cp.engine.text import TextStream
 from jax_mla_cp.step.results import StepResult
@@ -37,31 +38,32 @@ def test_max_tokens_is_known_in_advance_and_a_stop_token_is_not(overlap: bool, e
 
 
 def test_a_token_in_flight_is_named_by_its_slot() -> None:
-    model = PageModel()
     scheduler = Scheduler(groups=1, pages_per_group=40, page_size=4, max_running=4, prefill_chunk=16)
     request = RecordedRequest([1, 2], 8).request
     scheduler.add(request)
-    ((first,),) = scheduler.schedule()
-    model.dispatch([[first.step_request()]])
-    first.dispatched()
+    advanced(scheduler)
     assert (request.num_pending_tokens, request.num_known_tokens, request.num_computed_tokens) == (1, 2, 2)
     ((second,),) = scheduler.schedule()
-    assert request.slot is not None and second.step_request().tokens == [last_sampled(request.slot)]
+    assert second.prepare().step_request.tokens == [last_sampled(request.slot)]
+
+
+def advanced(scheduler: Scheduler) -> PreparedRequest:
+    """The only request's part of a step that is in flight."""
+    ((scheduled,),) = scheduler.schedule()
+    part = scheduled.prepare()
+    part.advance()
+    return part
 
 
 def test_a_step_from_before_a_preemption_verifies_nothing() -> None:
     """It computed pages that the request has no longer."""
-    model = PageModel()
     scheduler = Scheduler(groups=1, pages_per_group=40, page_size=4, max_running=4, prefill_chunk=16)
     request = RecordedRequest([1] * 40, 8).request
     scheduler.add(request)
-    ((first,),) = scheduler.schedule()
-    model.dispatch([[first.step_request()]])
-    before = first.dispatched()
+    before = advanced(scheduler)
     scheduler.groups[0].remove(request)  # preempted and started again in one schedule, in another dp group
     scheduler.waiting.add(request)
-    ((again,),) = scheduler.schedule()
-    after = again.dispatched()
+    after = advanced(scheduler)
     process_output(before, StepResult([], []))
     assert request.num_verified_tokens == 0
     process_output(after, StepResult([], []))

@@ -9,8 +9,8 @@ from typing import Any
 
 from jax_mla_cp.batch.step_request import SamplingParams
 from jax_mla_cp.engine import Event, Finished, Request
-from jax_mla_cp.engine.group_scheduler import ScheduledRequest
 from jax_mla_cp.engine.output_processor import process_output
+from jax_mla_cp.engine.scheduled_request import ScheduledRequest
 from jax_mla_cp.engine.scheduler import Scheduler
 from jax_mla_cp.engine.text import TextStream
 from tests.helpers.standin import PageModel, continuation
@@ -46,16 +46,17 @@ def run(scheduler: Scheduler, model: PageModel) -> list[list[ScheduledRequest]]:
     """One step, as the engine does it."""
     planned = scheduler.schedule()
     assert any(planned) or not scheduler.has_requests, "requests wait and none runs"
-    step = model.dispatch([[s.step_request() for s in group] for group in planned])
-    dispatched_groups = [[s.dispatched() for s in group] for group in planned]
-    for group, results in zip(dispatched_groups, step.result().results, strict=True):
-        for dispatched, result in zip(group, results, strict=True):
-            events = process_output(dispatched, result)
-            scheduler.commit_pages(dispatched.request)
+    groups = [[scheduled.prepare() for scheduled in group] for group in planned]
+    output = model.step([[part.step_request for part in group] for group in groups])
+    for group, results in zip(groups, output.results, strict=True):
+        for part, result in zip(group, results, strict=True):
+            part.advance()
+            events = process_output(part, result)
+            scheduler.commit_pages(part.request)
             if events and isinstance(events[-1], Finished):
-                scheduler.remove(dispatched.request)
+                scheduler.remove(part.request)
             for event in events:
-                dispatched.request.emit(event)
+                part.request.emit(event)
     return planned
 
 

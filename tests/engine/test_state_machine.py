@@ -162,7 +162,7 @@ class Anything(RuleBasedStateMachine):
         if self.model.fail_next:
             self.model.fail_next = 0
             return
-        while self.engine._in_flight is not None and self.model.resets == resets:  # its error shows late
+        while self.engine._pipeline and self.model.resets == resets:  # its error shows late
             self.step()
         assert self.model.resets == resets + 1
         assert self.engine._failures == 1
@@ -171,10 +171,7 @@ class Anything(RuleBasedStateMachine):
 
     @property
     def has_work(self) -> bool:
-        engine = self.engine
-        return bool(
-            engine._submitted or engine._aborted or self.scheduler.has_requests or engine._in_flight is not None
-        )
+        return bool(self.engine._submitted or self.engine._aborted or self.engine._has_work)
 
     def has_ended(self, request: Request) -> bool:
         return any(isinstance(event, Finished | Failed) for event in self.events[request])
@@ -184,7 +181,7 @@ class Anything(RuleBasedStateMachine):
         if not self.has_work:
             return
         assert self.engine._receive()
-        if self.scheduler.has_requests or self.engine._in_flight is not None:
+        if self.engine._has_work:
             self.engine._step()
         assert self.engine._dead is None
         self.gone.update(r for r in self.requests if any(isinstance(e, Failed) for e in self.events[r]))
@@ -192,7 +189,7 @@ class Anything(RuleBasedStateMachine):
             self.what_is_written_is_right()
 
     def what_is_written_is_right(self) -> None:
-        """What a request has computed is there, whoever else has written meanwhile."""
+        """Latents that a request has computed are there, whoever else has written meanwhile."""
         for g, group in enumerate(self.scheduler.groups):
             for r in group.running:
                 slots = self.model.slots_of(r.pages, r.num_verified_tokens)
@@ -217,8 +214,7 @@ class Anything(RuleBasedStateMachine):
                 for page in r.pages:
                     salts.setdefault(page, set()).add(r.cache_salt)
             assert all(len(found) == 1 for found in salts.values()), "shared by requests with different salts"
-            slots = [r.slot for r in group.running if r.slot is not None]
-            assert len(set(slots)) == len(slots)
+            assert len({r.slot for r in group.running}) == len(group.running)
 
     def teardown(self) -> None:
         if not hasattr(self, "engine"):

@@ -121,7 +121,9 @@ class OneBucket(Runner):
         """Runs a batch as it is: drafts [dp, I, d]."""
         model = self.planner.model
         program = self._program(step_of(self.planner, batch))
-        sampled, self._pages = program(model, self._pages, to_devices(model, batch), self._bias_builder.neutral)
+        sampled, self._pages, _ = program(
+            model, self._pages, to_devices(model, batch), self._bias_builder.neutral, self._last_tokens
+        )
         return np.asarray(sampled.drafts).reshape(self.dp, -1, self.draft_tokens)
 
     def poison(self) -> None:

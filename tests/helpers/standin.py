@@ -87,7 +87,7 @@ class PendingStep:
 
 
 def _copy(request: StepRequest) -> StepRequest:
-    """What a real runner has read when `dispatch` returns."""
+    """A copy: a real runner has read the lists when `dispatch` returns."""
     return dataclasses.replace(request, tokens=list(request.tokens), pages=list(request.pages))
 
 

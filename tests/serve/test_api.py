@@ -66,7 +66,7 @@ def text_of(tokens: list[int]) -> str:
 
 def until_idle(server: Server) -> None:
     """Every page has been given back, and no step is in flight."""
-    until(lambda: is_idle(server.engine) and server.engine._running_since is None)
+    until(lambda: is_idle(server.engine) and server.engine._pipeline.running_since is None)
 
 
 def test_completion(client: openai.OpenAI) -> None:

@@ -89,9 +89,6 @@ def test_a_slot_for_two_requests() -> None:
         runner(None).dispatch([requests])
 
 
-def test_no_slots_with_speculation() -> None:
-    steps = OneBucket(model(), 1)
-    with pytest.raises(ValueError, match="slot can't be combined with draft_tokens"):
-        steps.check(StepRequest([1], 0, [0], SAMPLING[0], slot=0))
+def test_speculation_names_no_slots() -> None:
     with pytest.raises(ValueError, match="token id -1 is not in the vocabulary"):
-        steps.check(StepRequest([last_sampled(0)], 3, [0], SAMPLING[0]))
+        OneBucket(model(), 1).check(StepRequest([last_sampled(0)], 3, [0], SAMPLING[0]))
