@@ -1,4 +1,4 @@
-"""What a user gets from `pip install`: a wheel with modules, presets and the extension, or the reason why not."""
+"""The result of `pip install` for a user: a wheel with modules, presets and the extension, or the reason why not."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def built(folder: Path, done: subprocess.CompletedProcess[str]) -> Path:
 
 
 def said(done: subprocess.CompletedProcess[str]) -> str:
-    """What a build said, without pip's and CMake's line breaks."""
+    """A build's output, without pip's and CMake's line breaks."""
     return " ".join((done.stdout + done.stderr).split())
 
 

@@ -1,4 +1,4 @@
-"""What is set before JAX starts, and what the user has set already stays."""
+"""Settings made before JAX starts; those of the user stay."""
 
 from __future__ import annotations
 

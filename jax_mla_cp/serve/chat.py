@@ -89,7 +89,7 @@ class _ChatBuilder:
         if isinstance(event, Finished):
             choice.finish_reason, choice.stop_reason = (
                 self._finish_reason(index, event),
-                self._served.stop_reason(event, ignore_eos=bool(self._body.ignore_eos)),
+                self._served.stop_reason(event, self._body),
             )
         else:
             if not parsed.reasoning and not parsed.calls:
@@ -130,7 +130,7 @@ class _ChatBuilder:
             ),
             logprobs=self._logprobs(tokens),
             finish_reason=self._finish_reason(index, finished),
-            stop_reason=self._served.stop_reason(finished, ignore_eos=bool(self._body.ignore_eos)),
+            stop_reason=self._served.stop_reason(finished, self._body),
             token_ids=self._token_ids(tokens),
         )
 

@@ -95,7 +95,7 @@ class _CompletionBuilder:
         if isinstance(event, PromptLogprobs):
             return self._prompt_choice(index, event)
         if isinstance(event, Finished):
-            stop = self._served.stop_reason(event, ignore_eos=bool(self._body.ignore_eos))
+            stop = self._served.stop_reason(event, self._body)
             return Choice(index=index, text=event.text, finish_reason=event.reason, stop_reason=stop)
         logprobs = None
         if (count := self._body.logprobs) is not None:

@@ -1,4 +1,4 @@
-"""The echo of /v1/completions: the prompt's text, and where each of its tokens begins in it."""
+"""The echo of /v1/completions: the prompt's text, and the place of each of its tokens in it."""
 
 from __future__ import annotations
 

@@ -94,9 +94,7 @@ def install(app: FastAPI) -> None:
 
 def invalid_body(error: RequestValidationError) -> dict[str, Any]:
     """The error for a body that its schema rejects: the field's full path, expected, and got if that is a single value."""
-    # For a field of several types, the most useful error is one that isn't about the type; of those that are, the one that
-    # came furthest.
-    first = max(error.errors(), key=lambda e: (not _is_about_type(e), *_depth(e["loc"], error.body)))
+    first = max(error.errors(), key=lambda each: _progress(each, error.body))
     context = first.get("ctx", {})
     if first["type"] == "json_invalid":
         return error_body(400, f"The body is not valid JSON: {context.get('error', '')}.")
@@ -108,7 +106,7 @@ def invalid_body(error: RequestValidationError) -> dict[str, Any]:
         absent = len(named)
     if first["type"].startswith("union_tag"):
         location, absent = [*location, "type"], 1
-    path = _path(location, error.body, absent)
+    path = _path(_in_body(location, error.body, absent))
     return error_body(400, f"{path or 'body'}: {_message(first)}.", param=path or None)
 
 
@@ -118,30 +116,36 @@ def _is_about_type(error: Mapping[str, Any]) -> bool:
     return kind.endswith("_type") or (kind == "literal_error" and isinstance(error["input"], list | dict))
 
 
-def _depth(location: Sequence[int | str], body: Any) -> tuple[int, int]:
-    """Parts of a location that are in the body, and the last index among them."""
-    depth, last, value = 0, -1, body
-    for part in location:
-        if isinstance(part, int) and isinstance(value, list) and part < len(value):
-            depth, last, value = depth + 1, part, value[part]
-        elif isinstance(part, str) and isinstance(value, dict) and part in value:
-            depth, value = depth + 1, value[part]
-    return depth, last
+def _progress(error: Mapping[str, Any], body: Any) -> tuple[bool, int, int]:
+    """Orders the errors of a field of several types: one that isn't about the type says most; of the others, the one that came
+    furthest into the body, and into its lists."""
+    parts = _in_body(error["loc"], body)
+    last = parts[-1] if parts else 0
+    return not _is_about_type(error), len(parts), last if isinstance(last, int) else 0
 
 
-def _path(location: Sequence[int | str], body: Any, absent: int) -> str:
-    """The path to a field, such as `messages[1].name`.
+def _in_body(location: Sequence[int | str], body: Any, absent: int = 0) -> list[int | str]:
+    """The parts of a location that lead to a field: pydantic's has the names of a union's types in it, too.
 
     Args:
-      location: pydantic's, with the names of a union's types in it, which are not part of the body.
       absent: number of parts at the end that the body may lack.
     """
-    path, value = "", body
+    parts: list[int | str] = []
+    value = body
     for i, part in enumerate(location):
         if isinstance(part, int) and isinstance(value, list) and part < len(value):
-            path, value = f"{path}[{part}]", value[part]
+            value = value[part]
         elif isinstance(part, str) and isinstance(value, dict) and (part in value or i >= len(location) - absent):
-            path, value = f"{path}.{ascii(part)[1:-1][:100]}", value.get(part, {})
+            value = value.get(part, {})
+        else:
+            continue
+        parts.append(part)
+    return parts
+
+
+def _path(parts: Sequence[int | str]) -> str:
+    """A field's path, such as `messages[1].name`."""
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{ascii(part)[1:-1][:100]}" for part in parts)
     return path.removeprefix(".")
 
 

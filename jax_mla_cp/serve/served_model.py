@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from jax_mla_cp.engine import Engine, Finished
 from jax_mla_cp.serve.errors import ApiError
 from jax_mla_cp.serve.reasoning import ReasoningFormat, is_reasoning_model
+from jax_mla_cp.serve.schemas.generation import GenerationRequest
 from jax_mla_cp.serve.structured_output import Grammars
 from jax_mla_cp.serve.token_texts import TokenTexts
 from jax_mla_cp.serve.tool_calls import FORMATS, ToolFormat, detect
@@ -81,13 +82,10 @@ class ServedModel:
                 message = f"{param}: token id {token} is not in the vocabulary (0 to {self.vocab_size - 1})."
                 raise ApiError(400, message, param=param)
 
-    def stop_reason(self, finished: Finished, *, ignore_eos: bool) -> int | str | None:
-        """vLLM's `stop_reason`: the requested stop string or token id; None if the model's own EOS ended the answer.
-
-        Args:
-          ignore_eos: the request's: an EOS token that ends the answer nonetheless is one of its `stop_token_ids`.
-        """
-        return None if finished.stop in self.eos_token_ids and not ignore_eos else finished.stop
+    def stop_reason(self, finished: Finished, body: GenerationRequest) -> int | str | None:
+        """vLLM's `stop_reason`: the requested stop string or token id; None if the model's own EOS ended the answer."""
+        # With `ignore_eos`, an EOS token that ends the answer nonetheless is one of the `stop_token_ids`.
+        return None if finished.stop in self.eos_token_ids and not body.ignore_eos else finished.stop
 
     def require_tokenizer(self, param: str) -> Tokenizer:
         """The tokenizer. Raises 400 if the model has none."""

@@ -54,7 +54,7 @@ class Page:
         return self.browser.find_elements(By.CSS_SELECTOR, ".message")[-1].text
 
     def complaints(self) -> list[str]:
-        """What the console has said: errors of the scripts, and what the policy has stopped."""
+        """The console's messages: errors of the scripts, and what the policy has stopped."""
         return [entry["message"] for entry in self.browser.get_log("browser")]
 
 

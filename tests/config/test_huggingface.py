@@ -124,7 +124,7 @@ def test_the_text_part_of_kimi_k25() -> None:
 
 
 def test_published_configs() -> None:
-    """What is particular to each, from the configs that ship."""
+    """Particulars of each, from the configs that ship."""
     lite, v2, v3, k2, k25 = map(
         presets.model_config, ("deepseek_v2_lite", "deepseek_v2", "deepseek_v3", "kimi_k2", "kimi_k25")
     )

@@ -117,7 +117,7 @@ def test_yarn(keys: dict[str, Any]) -> None:
 
 
 def test_same_angles_as_transformers() -> None:
-    """Where transformers and this package both read an object, they agree on theta, type and factor."""
+    """Transformers and this package, where both read an object, agree on theta, type and factor."""
     from transformers import DeepseekV3Config
 
     read = 0

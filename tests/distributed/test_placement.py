@@ -1,4 +1,4 @@
-"""Where the devices of several hosts stand in a mesh: tp stays inside a host, or the mesh is refused with one that works."""
+"""Places of the devices of several hosts in a mesh: tp stays inside a host, or the mesh is refused with one that works."""
 
 from __future__ import annotations
 

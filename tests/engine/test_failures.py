@@ -1,4 +1,4 @@
-"""What goes wrong, or is given up, concerns those that it concerns; no page is lost, and owners are told."""
+"""Failures and aborts concern their own requests alone; no page is lost, and owners are told."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a request may ask of its output, and what it gets."""
+"""Wishes of a request for its output, and their fulfilment."""
 
 from __future__ import annotations
 

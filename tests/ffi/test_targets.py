@@ -245,7 +245,7 @@ REFUSED = {
         "got none",
     ),
 }
-"""What every platform refuses."""
+"""Calls that every platform refuses."""
 
 REFUSED_VALUES = {
     "keys beyond the table": (
@@ -301,7 +301,7 @@ REFUSED_VALUES = {
     "page beyond": (ABSORBED, _with(3, lambda x: x + 99), "page_table", r"expected 0 to \d+", r"uses page \d+"),
     "negative page": (ABSORBED, _with(3, lambda x: x * 0 - 1), "page_table", r"expected 0 to \d+", "uses page -1"),
 }
-"""What the CPU handlers refuse beside that: they can look into the index arrays."""
+"""Calls that the CPU handlers refuse beside that: they can look into the index arrays."""
 
 
 Change = Callable[[Case], Case]
@@ -345,7 +345,7 @@ def _attend(q: jax.Array, kv: jax.Array, rows: Rows) -> jax.Array:
 
 
 def _attend_with_plain_types(q: jax.Array, kv: jax.Array, rows: Rows) -> jax.Array:
-    """What fa3.py must not do: results typed by their shape alone."""
+    """A mistake that fa3.py must not make: results typed by their shape alone."""
     fa3._module()
     shapes = (((*q.shape[:2], VALUE), BF16), (q.shape[1::-1], np.float32), ((17,), np.int32))
     types = [jax.ShapeDtypeStruct(*shape) for shape in shapes]

@@ -197,7 +197,7 @@ BEFORE, _AFTER = 3, 5  # tokens of no row
 
 
 def _keys(rows: Sequence[Row]) -> list[int]:
-    """Of each request: what its longest row sees."""
+    """Keys that each request's longest row sees."""
     return [max(row.keys for row in rows if row.request == i) for i in range(max(row.request for row in rows) + 1)]
 
 

@@ -36,7 +36,7 @@ class Echo:
         self.gate: threading.Semaphore | None = None
         self.requests: list[Request] = []
         self.ends: list[Finished | Failed] = []
-        """How the next requests end, one after the other; where there is none, of their length."""
+        """Ends of the next requests, one after the other; a request without one ends by its length."""
         self._stopped = threading.Event()
         self._threads: list[threading.Thread] = []
 

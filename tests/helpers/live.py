@@ -17,7 +17,7 @@ import psutil
 from tests.helpers.processes import server, url_of
 
 PAGE, CHUNK, RUNNING = 64, 512, 64
-"""Of the shared server: tokens of a page, prompt tokens of a step, requests at a time."""
+"""The shared server's tokens of a page, prompt tokens of a step, and requests at a time."""
 FLAGS = (
     "--mesh",
     "tp=2,cp=2",
@@ -47,7 +47,7 @@ class Live:
         self.model: str = httpx.get(f"{url}/v1/models", timeout=30).json()["data"][0]["id"]
 
     def status(self) -> dict[str, Any]:
-        """What GET /status tells of the engine."""
+        """The engine's part of GET /status."""
         answer = httpx.get(f"{self.url}/status", timeout=30)
         assert answer.status_code == 200, answer.text
         found: dict[str, Any] = answer.json()
@@ -62,7 +62,7 @@ class Live:
         return re.findall(r"compiled (StepShape\([^)]*\))", self.log())
 
     def programs(self) -> int:
-        """How many programs its bucket grid has."""
+        """Number of programs in its bucket grid."""
         match = re.search(r"(\d+) programs", self.log())
         assert match, self.log()
         return int(match[1])
@@ -90,7 +90,7 @@ def _is_idle(status: dict[str, Any]) -> bool:
 
 
 def wait_for(look: Callable[[], Any], good: Callable[[Any], bool], seconds: float) -> Any:
-    """What is seen when it is good."""
+    """Observations when it is good."""
     deadline = time.monotonic() + seconds
     while not good(seen := look()):
         assert time.monotonic() < deadline, f"after {seconds} s still {seen}"

@@ -81,7 +81,7 @@ def forward(config: ModelConfig, weights: Weights, tokens: Sequence[int] | NDArr
 
 @dataclasses.dataclass(frozen=True)
 class MtpResult:
-    """What the layer for multi-token prediction makes of one sequence."""
+    """Output of the layer for multi-token prediction for one sequence."""
 
     hidden: F64
     """[S, D]: after its norm."""
@@ -174,7 +174,7 @@ def rope_frequencies(config: ModelConfig) -> F64:
 
 
 def rope_amplitude(config: ModelConfig) -> float:
-    """What YaRN multiplies cos and sin with."""
+    """YaRN's factor of cos and sin."""
     rope = config.rope
     if not rope.yarn:
         return 1.0

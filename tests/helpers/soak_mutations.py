@@ -140,7 +140,7 @@ class Mutated:
 
     request: bytes
     what: str
-    """How it was made."""
+    """Description of its making."""
     incomplete: bool
     """It announces more than it has."""
     endless: bool

@@ -79,7 +79,7 @@ def ask_alone(live: Live, prompt: list[int], max_tokens: int, **more: Any) -> An
 
 
 def differ(one: Answer, other: Answer) -> str | None:
-    """Where two answers differ other than by a tie, after which nothing can be compared; None: nowhere."""
+    """The place where two answers differ other than by a tie, after which nothing can be compared; None: nowhere."""
     for i, (a, b) in enumerate(zip(one.tokens, other.tokens, strict=False)):
         if a != b:
             return (

@@ -17,7 +17,7 @@ class Sizes:
     examples: int
     """Generated requests per operation of the OpenAPI."""
     repeats: int
-    """Of a prompt with a shared prefix."""
+    """Tokens of a prompt with a shared prefix."""
     prefix: int
     """Its tokens."""
     interrupting: int

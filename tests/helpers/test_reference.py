@@ -27,7 +27,7 @@ from tests.helpers.checkpoints import (
 Checkpoint = Callable[[str], tuple[dict[str, Any], Path]]
 
 TOLERANCE = 1e-9
-"""Of the largest value. Both sides compute in float64 and differ by about 2e-15; float32 anywhere would give 1e-7."""
+"""Relative to the largest value. Both sides compute in float64 and differ by about 2e-15; float32 anywhere would give 1e-7."""
 
 LENGTH = 160
 """Enough for every expert to be chosen by some token, in every layer."""

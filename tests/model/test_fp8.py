@@ -66,7 +66,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def routes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[np.ndarray]]:
-    """What the router of each layer chose, step after step."""
+    """The choices of each layer's router, step after step."""
     seen: list[np.ndarray] = []
     real = moe.route
 

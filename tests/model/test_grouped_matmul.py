@@ -38,7 +38,7 @@ def test_grouped_matmul(sizes: list[int], seed: int) -> None:
 
 
 def test_agrees_with_ragged_dot() -> None:
-    """What runs on other devices than CPUs gives the same."""
+    """The product on other devices than CPUs gives the same."""
     rng = np.random.default_rng(1)
     rows, weights = rng.normal(size=(64, 6)).astype(np.float32), rng.normal(size=(4, 6, 5)).astype(np.float32)
     sizes = jnp.array([10, 0, 50, 4], jnp.int32)

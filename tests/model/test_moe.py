@@ -20,7 +20,7 @@ from jax_mla_cp.model.moe import _logits, _top_k, route
 from tests.helpers.synthetic import CONFIG, Driver, random_model
 
 TOKENS, TOP, EXPERTS, WIDTH, INNER = 200, 4, 6, 16, 8
-"""Of 12 experts the device has 6: numbers 0 to 5. Others are -6 to -1."""
+"""The device has 6 of 12 experts: numbers 0 to 5. Others are -6 to -1."""
 
 
 def routing(name: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Where the tokens of an echoed prompt begin in the client's text, also where the tokenizer's text is another."""
+"""Places of an echoed prompt's tokens in the client's text, also where the tokenizer's text is another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each field of a request does, with the built-in model on two devices and the real `openai` client."""
+"""The effect of each field of a request, with the built-in model on two devices and the real `openai` client."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_ends(url: str, served: ServedModel) -> None:
 
 
 def test_penalties(url: str) -> None:
-    """Of eight tokens that a bias leaves, some come again and again, unless they are made less likely."""
+    """Some of the eight tokens that a bias leaves come again and again, unless they are made less likely."""
     bias = {str(300 + n): 100 for n in range(8)}
     eight = {"logit_bias": bias, "max_tokens": 40, "ignore_eos": True, "temperature": 1.0, "seed": 5}
     plain = ids(url, **eight)

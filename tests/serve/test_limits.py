@@ -56,7 +56,7 @@ def _healthy_afterwards(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def test_bodies_that_are_too_large(server: Running) -> None:
-    """Whether they say so or not."""
+    """They may say so or not."""
     whole = post(server, b" " * (1 << 20) + b"{")
     assert whole.status_code == 413 and "1048576 bytes" in whole.json()["error"]["message"]
     before = len(server.engine.requests)

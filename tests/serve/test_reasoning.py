@@ -172,7 +172,7 @@ def caller() -> Iterator[tuple[Script, str]]:
 
 
 def test_strict_tools_let_the_model_think_first(caller: tuple[Script, str]) -> None:
-    """Where <think> is a token that the grammar of the calls does not know."""
+    """<think> is a token that the grammar of the calls does not know."""
     parameters = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
     tool = {"type": "function", "function": {"name": "f", "parameters": parameters, "strict": True}}
     call = '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{"a": 1}<｜tool▁call▁end｜><｜tool▁calls▁end｜>'

@@ -1,4 +1,4 @@
-"""How much is done, and where what was measured is kept."""
+"""Sizes of the soak, and a place for its measurements."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ INVALID: list[dict[str, Any]] = [
     {"prompt": "", "stop": [""] * 9},
     {"logit_bias": {"99999999": 1}},
 ]
-"""What is changed in a valid request."""
+"""Changes to a valid request."""
 GROWTH = 128 << 20
 """Bytes that the server's memory may grow by over the run: the allocator's noise is less."""
 

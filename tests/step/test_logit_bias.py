@@ -51,7 +51,7 @@ def penalised(
 
 
 def applied(logits: np.ndarray, bias: LogitBias | None) -> np.ndarray:
-    """What the device makes of a row of logits."""
+    """A row of logits as the device changes it."""
     if bias is None:
         return logits
     add, scale = np.zeros_like(logits), np.ones_like(logits)

@@ -59,7 +59,7 @@ def test_distribution(fields: dict[str, object], expect: list[float]) -> None:
 
 @pytest.mark.parametrize("temperature", [1e-5, 1.2e-38, 1e-45])
 def test_tiny_temperatures_are_greedy(temperature: float) -> None:
-    """Of hundreds of tokens, all log-probabilities overflow when they are divided by the smallest float32."""
+    """The log-probabilities of hundreds of tokens all overflow when they are divided by the smallest float32."""
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(20, 300)), jnp.float32) / 10
     for top_p in (0.9, 1.0):
         fields = how(20, temperature=np.full(20, temperature, np.float32), top_p=np.full(20, top_p, np.float32))

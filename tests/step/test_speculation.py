@@ -176,7 +176,7 @@ def probabilities() -> np.ndarray:
 
 
 def p_value(tokens: np.ndarray) -> float:
-    """Of a chi-square test of the last two tokens, which drafts stood for; rare pairs count as one."""
+    """The p-value of a chi-square test of the last two tokens, which drafts stood for; rare pairs count as one."""
     expect = probabilities().sum(0).reshape(-1) * len(tokens)
     counts = np.bincount(tokens[:, 1] * CONFIG.vocab_size + tokens[:, 2], minlength=len(expect))
     rare = expect < 5
@@ -215,7 +215,7 @@ def test_the_compiled_step_copies_no_cache() -> None:
 
 
 def test_next_tokens_need_no_collective() -> None:
-    """What is gathered over cp: the model's latents, the MTP layer's twice (of the step, of recycled drafts), and what was
+    """The gathers over cp: the model's latents, the MTP layer's twice (of the step, of recycled drafts), and what was
     sampled; over tp: logits. What is scattered: states, where tokens are sampled after and where drafts come from."""
     steps = runner(*MESHES[3])
     shape, c = steps.planner.shape, CONFIG

@@ -64,7 +64,7 @@ def test_which_file_names_bos(
 
 
 def test_a_newer_config_without_a_token_takes_it_from_the_map(tmp_path: Path) -> None:
-    """Where transformers has none."""
+    """Transformers has no BOS there."""
     save_json(tmp_path, byte_level(), chat_template=TEMPLATE, added_tokens_decoder=DECODER)
     write(tmp_path, special_tokens_map={"bos_token": "<s>"})
     assert read(tmp_path).encode_chat(HELLO)[0] == BOS

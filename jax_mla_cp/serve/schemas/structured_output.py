@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from jax_mla_cp.serve.schemas.base import ENCODABLE, FailFastList, FieldError, JsonObject, RequestBody, Text
-from jax_mla_cp.serve.structured_output.grammars import MAX_CHOICES
+from jax_mla_cp.serve.structured_output import MAX_CHOICES
 
 
 class JsonSchema(RequestBody):

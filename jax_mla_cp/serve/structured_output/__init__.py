@@ -9,6 +9,7 @@ from __future__ import annotations
 from jax_mla_cp.serve.structured_output.compiled_grammar import CompiledGrammar
 from jax_mla_cp.serve.structured_output.constraints import (
     ANY_OBJECT,
+    MAX_CHOICES,
     Choice,
     Constraint,
     ContextFreeGrammar,
@@ -20,6 +21,7 @@ from jax_mla_cp.serve.structured_output.grammars import Grammars
 
 __all__ = [
     "ANY_OBJECT",
+    "MAX_CHOICES",
     "Choice",
     "CompiledGrammar",
     "Constraint",

@@ -21,9 +21,12 @@ class Regex:
     pattern: str
 
 
+MAX_CHOICES = 4096
+
+
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """One of several texts, literally."""
+    """One of several texts, at most `MAX_CHOICES`, literally."""
 
     choices: Sequence[str]
 

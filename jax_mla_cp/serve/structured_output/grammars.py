@@ -15,6 +15,7 @@ from jax_mla_cp.serve.structured_output import gbnf
 from jax_mla_cp.serve.structured_output.big_stack import with_big_stack
 from jax_mla_cp.serve.structured_output.compiled_grammar import CompiledGrammar
 from jax_mla_cp.serve.structured_output.constraints import (
+    MAX_CHOICES,
     Choice,
     Constraint,
     ContextFreeGrammar,
@@ -35,7 +36,6 @@ MAX_TEXT = 64 << 10
 """Characters of a grammar, or of all choices together."""
 MAX_OWN_TEXT = 1 << 20
 """Characters of a grammar that the server writes around a request's schemas."""
-MAX_CHOICES = 4096
 
 # llguidance's defaults are for trusted grammars. With these limits the worst ones that were tried compile in about a second,
 # and a mask takes a few milliseconds.

@@ -15,7 +15,7 @@ _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
 _SINGLE = ("items", "additionalItems", "additionalProperties")
 
 Slot = tuple[dict[str, Any] | list[Any], Any, str]
-"""Where a subschema stands: its container, its key there, and its pointer relative to the schema."""
+"""The place of a subschema: its container, its key there, and its pointer relative to the schema."""
 
 
 def subschemas(schema: dict[str, Any], *, definitions: bool) -> Iterator[Slot]:

@@ -158,7 +158,7 @@ def _is_among(name: str, names: frozenset[str], value: Any = None) -> bool:
 
 
 def _beside(word: str, schema: Mapping[str, Any]) -> set[str]:
-    """What the schema says beside the keyword `word` and types."""
+    """Keywords of the schema beside `word` and types."""
     limits = {each for name in _LIMITS for each in _limits(schema, name)}
     return limits | ({each for each in (*_COMBINING, *_LISTING) if each in schema} - {word})
 
