@@ -1,79 +1,18 @@
-// The arguments of the three targets, and every check of them that does not read device memory.
+// The arguments of the three targets of attention, and every check of them that does not read device memory.
 // The CPU and the CUDA handlers bind the same buffers and call the same `Check`.
 //
 // Letters: T tokens of the rank's buffer, n heads, B rows, K packed keys, W pages of the longest request, S splits.
 #pragma once
 
 #include <cstdint>
-#include <initializer_list>
 #include <string>
 #include <utility>
 
+#include "checker.h"
 #include "shapes.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace mla {
-
-namespace ffi = xla::ffi;
-using Result = ffi::Result<ffi::AnyBuffer>;
-
-// Keeps the first error in a call's arguments.
-class Checker {
- public:
-  explicit Checker(const char* target) : target_(target) {}
-
-  // `dims`: the expected sizes; kAny accepts any.
-  static constexpr int64_t kAny = -1;
-  void Buffer(const char* name, const ffi::AnyBuffer& buffer, ffi::DataType dtype,
-              std::initializer_list<int64_t> dims) {
-    if (!message_.empty()) return;
-    bool fits = buffer.element_type() == dtype && buffer.dimensions().size() == dims.size();
-    if (fits) {
-      size_t i = 0;
-      for (int64_t dim : dims) {
-        fits = fits && (dim == kAny || buffer.dimensions()[i] == dim);
-        ++i;
-      }
-    }
-    if (!fits) {
-      Fail(name, "expected " + Shape(dtype, dims) + ", got " + Shape(buffer.element_type(), buffer.dimensions()));
-    } else if (reinterpret_cast<uintptr_t>(buffer.untyped_data()) % kAlignment != 0) {
-      Fail(name, "expected a " + std::to_string(kAlignment) + "-byte aligned address, got one that is not");
-    }
-  }
-  void Rank(const char* name, const ffi::AnyBuffer& buffer, size_t rank) {
-    if (message_.empty() && buffer.dimensions().size() != rank) {
-      Fail(name, "expected " + std::to_string(rank) + " dimensions, got " +
-                     Shape(buffer.element_type(), buffer.dimensions()));
-    }
-  }
-  void Expect(bool holds, const char* name, const std::string& problem) {
-    if (message_.empty() && !holds) Fail(name, problem);
-  }
-  bool ok() const { return message_.empty(); }
-  ffi::Error error() const {
-    return ok() ? ffi::Error::Success() : ffi::Error::InvalidArgument(std::string(target_) + ": " + message_);
-  }
-
- private:
-  void Fail(const char* name, const std::string& problem) { message_ = std::string(name) + ": " + problem; }
-  template <typename Dims>
-  static std::string Shape(ffi::DataType dtype, const Dims& dims) {
-    std::string text = dtype == ffi::BF16  ? "bfloat16["
-                       : dtype == ffi::F32 ? "float32["
-                       : dtype == ffi::S32 ? "int32["
-                                           : "dtype " + std::to_string(static_cast<int>(dtype)) + " [";
-    const char* comma = "";
-    for (int64_t dim : dims) {
-      text += comma + (dim == kAny ? std::string("any") : std::to_string(dim));
-      comma = ", ";
-    }
-    return text + "]";
-  }
-
-  const char* target_;
-  std::string message_;
-};
 
 // Rows of queries. Row b has tokens cu_q[b] to cu_q[b + 1]: the last one sees kv_len[b] keys, each earlier one a key
 // less.

@@ -14,6 +14,8 @@ XLA_FFI_DECLARE_HANDLER_SYMBOL(MlaDecodeCpu);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(MlaPrefillExpandedCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(MlaPrefillAbsorbedCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(MlaDecodeCuda);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(FewRowsCuda);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(FewRowsScaledCuda);
 #endif
 
 namespace nb = nanobind;
@@ -32,7 +34,10 @@ nb::dict Registrations() {
   nb::dict platforms;
   platforms["cpu"] = Targets(MlaPrefillExpandedCpu, MlaPrefillAbsorbedCpu, MlaDecodeCpu);
 #ifdef JAX_MLA_CP_CUDA
-  platforms["CUDA"] = Targets(MlaPrefillExpandedCuda, MlaPrefillAbsorbedCuda, MlaDecodeCuda);
+  nb::dict cuda = Targets(MlaPrefillExpandedCuda, MlaPrefillAbsorbedCuda, MlaDecodeCuda);
+  cuda["few_rows"] = nb::capsule(reinterpret_cast<void*>(FewRowsCuda));
+  cuda["few_rows_scaled"] = nb::capsule(reinterpret_cast<void*>(FewRowsScaledCuda));
+  platforms["CUDA"] = cuda;
 #endif
   return platforms;
 }

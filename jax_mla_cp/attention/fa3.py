@@ -1,4 +1,4 @@
-"""FlashAttention-3 (arXiv:2407.08608) through XLA FFI: the only caller of `jax_mla_cp._ffi`, whose handlers are in ffi/.
+"""FlashAttention-3 (arXiv:2407.08608) through XLA FFI; the handlers are in ffi/.
 
 Three targets, each with a CUDA handler (Hopper, bfloat16) and a CPU handler of the same name and checks, in plain loops,
 so that everything around a kernel is tested without a GPU:
@@ -14,7 +14,6 @@ it into a command buffer. No derivative, no `vmap`: calls are always inside `sha
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -22,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
+from jax_mla_cp import extension
 from jax_mla_cp.batch.rows import Rows
-from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.mesh import vary_like
 
@@ -45,57 +44,7 @@ def unsupported_reason(config: ModelConfig, dtype: jax.typing.DTypeLike) -> str 
             return f"its kernels are for {name}={size}, the model has {getattr(config, name)}"
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"its kernels are for bfloat16, the model runs in {jnp.dtype(dtype)}. Use dtype='bfloat16'"
-    device = jax.devices()[0]
-    if device.platform != "gpu":
-        return f"its kernels need a Hopper GPU, JAX runs on {device.platform}. Install with the extra cuda13 or cuda12 (README.md, On GPUs)"
-    capability = getattr(device, "compute_capability", "unknown")
-    if capability != "9.0":
-        return f"its kernels are for compute capability 9.0 (Hopper), {device.device_kind} has {capability}"
-    try:
-        module = _module()
-    except ConfigError as error:
-        return error.message
-    return _driver_problem(module.built_for_cuda(), module.driver_cuda())
-
-
-def _driver_problem(built: int, driver: int) -> str | None:
-    """The reason why a driver can't run a build for a CUDA version, or None; versions are 1000 major + 10 minor."""
-    if not built:
-        return (
-            "this installation was built without CUDA. Install again with nvcc (CUDA 12.3 or newer) on the PATH and "
-            "JAX_MLA_CP_CUDA=1 (README.md, On GPUs)"
-        )
-    if driver // 1000 < built // 1000:  # within a major version, older drivers run newer builds
-        return (
-            f"it was built for CUDA {_dotted(built)}, this machine's NVIDIA driver runs CUDA {_dotted(driver)}. "
-            f"Update the driver, or install again with the nvcc of CUDA {driver // 1000}"
-        )
-    return None
-
-
-def _dotted(version: int) -> str:
-    return f"{version // 1000}.{version % 1000 // 10}"
-
-
-@functools.cache
-def _module() -> Any:
-    """Imports the extension and registers its targets with JAX.
-
-    Raises:
-      ConfigError: it is not installed.
-    """
-    try:
-        from jax_mla_cp import _ffi
-    except ImportError as error:
-        raise ConfigError(
-            "attention",
-            f"the extension jax_mla_cp._ffi can't be loaded ({error}). Install the package again where a C++ compiler "
-            "is present; for the CUDA kernels with nvcc and JAX_MLA_CP_CUDA=1 (README.md, On GPUs)",
-        ) from error
-    for platform, targets in _ffi.registrations().items():
-        for name, handler in targets.items():
-            jax.ffi.register_ffi_target(name, handler, platform=platform)
-    return _ffi
+    return extension.cuda_problem()
 
 
 def mla_prefill_expanded(
@@ -203,7 +152,7 @@ def _call(
     Args:
       q: queries [T, n, ..].
     """
-    _module()
+    extension.load()
     tokens, heads, _ = q.shape
     scheduler = 4 * (-(-rows.kv_len.shape[0] // 4) * 4) + 1  # SchedulerSize in ffi/shapes.h
     results = [

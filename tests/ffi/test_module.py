@@ -14,6 +14,7 @@ import pytest
 from jax import export
 
 import jax_mla_cp
+from jax_mla_cp import extension
 from jax_mla_cp.attention import fa3
 from jax_mla_cp.batch.rows import Rows
 from jax_mla_cp.config.errors import ConfigError
@@ -28,8 +29,8 @@ FITS = dataclasses.replace(CONFIG, kv_lora_rank=LATENT, qk_rope_head_dim=ROPE, q
 def test_registrations() -> None:
     registrations = _ffi.registrations()
     assert set(registrations) == ({"cpu", "CUDA"} if _ffi.built_for_cuda() else {"cpu"})
-    for targets in registrations.values():
-        assert set(targets) == set(TARGETS)
+    for platform, targets in registrations.items():
+        assert set(targets) == set(TARGETS) | ({"few_rows", "few_rows_scaled"} if platform == "CUDA" else set())
         assert {type(handler).__name__ for handler in targets.values()} == {"PyCapsule"}
 
 
@@ -67,7 +68,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, capability: str, built: int = 13000
     device = SimpleNamespace(platform="gpu", compute_capability=capability, device_kind=f"GPU {capability}")
     module = SimpleNamespace(built_for_cuda=lambda: built, driver_cuda=lambda: driver)
     monkeypatch.setattr(jax, "devices", lambda: [device])
-    monkeypatch.setattr(fa3, "_module", lambda: module)
+    monkeypatch.setattr(extension, "load", lambda: module)
 
 
 @pytest.mark.parametrize("capability", ["8.0", "9.0", "10.0"])
@@ -106,12 +107,12 @@ def test_missing_driver(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_drivers(built: int, driver: int, runs: bool) -> None:
     """Within a major version an older driver runs a newer build; any driver runs builds of older versions."""
-    assert (fa3._driver_problem(built, driver) is None) == runs
+    assert (extension.driver_problem(built, driver) is None) == runs
 
 
 def test_missing_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     """As without a C++ compiler: the package works, and both the call and the question say what to do."""
-    monkeypatch.setattr(fa3, "_module", fa3._module.__wrapped__)
+    monkeypatch.setattr(extension, "load", extension.load.__wrapped__)
     monkeypatch.setitem(sys.modules, "jax_mla_cp._ffi", None)
     monkeypatch.delattr(jax_mla_cp, "_ffi")
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(platform="gpu", compute_capability="9.0")])

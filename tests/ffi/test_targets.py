@@ -17,7 +17,7 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from jax_mla_cp import cache
+from jax_mla_cp import cache, extension
 from jax_mla_cp.attention import fa3, xla
 from jax_mla_cp.batch import zigzag
 from jax_mla_cp.batch.rows import Rows
@@ -346,7 +346,7 @@ def _attend(q: jax.Array, kv: jax.Array, rows: Rows) -> jax.Array:
 
 def _attend_with_plain_types(q: jax.Array, kv: jax.Array, rows: Rows) -> jax.Array:
     """A mistake that fa3.py must not make: results typed by their shape alone."""
-    fa3._module()
+    extension.load()
     shapes = (((*q.shape[:2], VALUE), BF16), (q.shape[1::-1], np.float32), ((17,), np.int32))
     types = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
     return jax.ffi.ffi_call(EXPANDED, types)(q, kv, rows.cu_q, rows.kv_start, rows.kv_len, scale=np.float32(0.1))[0]

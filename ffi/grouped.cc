@@ -1,0 +1,126 @@
+// The targets `few_rows` and `few_rows_scaled` on a Hopper GPU (few_rows.h): check arguments and launch on XLA's stream.
+// Nothing here allocates, synchronizes or reads device memory, so that XLA can record a call into a command buffer.
+
+#include <cuda_runtime_api.h>
+
+#include <string>
+
+#include "checker.h"
+#include "few_rows.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace mla {
+namespace {
+
+// What both targets check. Letters: M rows, K inputs, N outputs, G matrices, E groups.
+FewRows CheckOperands(Checker& check, const ffi::AnyBuffer& rows, const ffi::AnyBuffer& weights, ffi::DataType dtype,
+                      const ffi::AnyBuffer& group_sizes, const ffi::AnyBuffer& first, Result out, int64_t max_rows) {
+  check.Rank("rows", rows, 2);
+  check.Rank("weights", weights, 3);
+  check.Rank("group_sizes", group_sizes, 1);
+  if (!check.ok()) return {};
+  int64_t m = rows.dimensions()[0], k = rows.dimensions()[1], g = weights.dimensions()[0], n = weights.dimensions()[1];
+  int64_t groups = group_sizes.dimensions()[0];
+  check.Expect(m >= 1, "rows", "expected at least one row, got none");
+  check.Expect(k >= 64 && k % 64 == 0, "rows",
+               "expected a multiple of 64 inputs, got " + std::to_string(k));
+  check.Expect(n >= 8 && n % 8 == 0, "weights", "expected a multiple of 8 outputs, got " + std::to_string(n));
+  check.Expect(groups >= 1 && groups <= kMaxGroups, "group_sizes",
+               "expected 1 to " + std::to_string(kMaxGroups) + " groups, got " + std::to_string(groups));
+  check.Expect(max_rows >= 1, "max_rows", "expected at least 1, got " + std::to_string(max_rows));
+  check.Buffer("rows", rows, ffi::BF16, {m, k});
+  check.Buffer("weights", weights, dtype, {g, n, k});
+  check.Buffer("group_sizes", group_sizes, ffi::S32, {groups});
+  check.Buffer("first", first, ffi::S32, {1});
+  check.Buffer("out", *out, ffi::BF16, {m, n});
+  FewRows call{};
+  call.rows = m;
+  call.inputs = k;
+  call.outputs = n;
+  call.matrices = g;
+  call.groups = groups;
+  call.max_rows = max_rows;
+  call.x = rows.untyped_data();
+  call.weights = weights.untyped_data();
+  call.group_sizes = static_cast<const int32_t*>(group_sizes.untyped_data());
+  call.first_matrix = static_cast<const int32_t*>(first.untyped_data());
+  call.out = out->untyped_data();
+  return call;
+}
+
+ffi::Error Run(const char* target, const FewRows& call, cudaStream_t stream) {
+  int device = 0, num_sm = 0, major = 0, minor = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  auto attribute = [&](int* value, cudaDeviceAttr which) {
+    if (status == cudaSuccess) status = cudaDeviceGetAttribute(value, which, device);
+  };
+  attribute(&num_sm, cudaDevAttrMultiProcessorCount);
+  attribute(&major, cudaDevAttrComputeCapabilityMajor);
+  attribute(&minor, cudaDevAttrComputeCapabilityMinor);
+  if (status == cudaSuccess && (major != 9 || minor != 0)) {
+    return ffi::Error::Internal(std::string(target) + ": the kernel is for compute capability 9.0 (Hopper), this GPU has " +
+                                std::to_string(major) + "." + std::to_string(minor));
+  }
+  if (status == cudaSuccess) status = MultiplyFewRows(call, num_sm, stream);
+  return status == cudaSuccess ? ffi::Error::Success()
+                               : ffi::Error::Internal(std::string(target) + ": " + cudaGetErrorString(status));
+}
+
+ffi::Error Plain(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer weights, ffi::AnyBuffer group_sizes,
+                 ffi::AnyBuffer first, Result out, int64_t max_rows) {
+  constexpr const char* target = "few_rows";
+  Checker check(target);
+  FewRows call = CheckOperands(check, rows, weights, ffi::BF16, group_sizes, first, out, max_rows);
+  if (!check.ok()) return check.error();
+  call.format = WeightFormat::kBf16;
+  return Run(target, call, stream);
+}
+
+ffi::Error Scaled(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer weights, ffi::AnyBuffer scales,
+                  ffi::AnyBuffer group_sizes, ffi::AnyBuffer first, Result out, int64_t max_rows, int64_t block_outputs,
+                  int64_t block_inputs) {
+  constexpr const char* target = "few_rows_scaled";
+  Checker check(target);
+  FewRows call = CheckOperands(check, rows, weights, ffi::U8, group_sizes, first, out, max_rows);
+  bool blocks = block_inputs == 128 && block_outputs >= 64 && block_outputs % 64 == 0;
+  bool in_groups = block_inputs == 32 && block_outputs == 1 && call.inputs % 128 == 0;
+  check.Expect(blocks || in_groups, "block",
+               "expected a scale for 128 inputs of a multiple of 64 outputs, or (with a multiple of 128 inputs) for 32 of "
+               "one output, got one for " + std::to_string(block_inputs) + " of " + std::to_string(block_outputs));
+  if (!check.ok()) return check.error();
+  auto parts = [](int64_t size, int64_t block) { return (size + block - 1) / block; };
+  check.Buffer("scales", scales, blocks ? ffi::F32 : ffi::BF16,
+               {call.matrices, parts(call.outputs, block_outputs), parts(call.inputs, block_inputs)});
+  if (!check.ok()) return check.error();
+  call.format = blocks ? WeightFormat::kBlockFp8 : WeightFormat::kGroupFp8;
+  call.scales = scales.untyped_data();
+  call.block_outputs = block_outputs;
+  return Run(target, call, stream);
+}
+
+}  // namespace
+}  // namespace mla
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(FewRowsCuda, mla::Plain,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
+                                  .Arg<xla::ffi::AnyBuffer>()   // rows
+                                  .Arg<xla::ffi::AnyBuffer>()   // weights
+                                  .Arg<xla::ffi::AnyBuffer>()   // group_sizes
+                                  .Arg<xla::ffi::AnyBuffer>()   // first
+                                  .Ret<xla::ffi::AnyBuffer>()   // out
+                                  .Attr<int64_t>("max_rows"),
+                              {xla::ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER_SYMBOL(FewRowsScaledCuda, mla::Scaled,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
+                                  .Arg<xla::ffi::AnyBuffer>()   // rows
+                                  .Arg<xla::ffi::AnyBuffer>()   // weights
+                                  .Arg<xla::ffi::AnyBuffer>()   // scales
+                                  .Arg<xla::ffi::AnyBuffer>()   // group_sizes
+                                  .Arg<xla::ffi::AnyBuffer>()   // first
+                                  .Ret<xla::ffi::AnyBuffer>()   // out
+                                  .Attr<int64_t>("max_rows")
+                                  .Attr<int64_t>("block_outputs")
+                                  .Attr<int64_t>("block_inputs"),
+                              {xla::ffi::Traits::kCmdBufferCompatible});
