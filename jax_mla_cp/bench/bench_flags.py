@@ -91,11 +91,11 @@ across cp, per GPU and direction.
 {_METHOD}""",
     "decode": f"""examples:
   python -m jax_mla_cp.bench decode --json decode.json
-  python -m jax_mla_cp.bench decode --shapes 64x8K,8x128K --heads 16 --full
+  python -m jax_mla_cp.bench decode --shapes 64x8K,8x128K --heads 16 --full --weights bf16,fp8
   python -m jax_mla_cp.bench decode --platform cpu --shapes 4x128 --heads 2  # try it without a GPU
 
 A program calls the kernel on different regions of the cache in turn, as layers do, so that the L2 cache holds none of them.
---mesh, --ep-axes and --layers are for --full.
+--mesh, --ep-axes, --layers and --weights are for --full.
 
 {_METHOD}""",
     "scaling": f"""examples:
@@ -147,11 +147,11 @@ _COMMANDS: dict[Command, tuple[str, str]] = {
     ),
     "model": (
         "One rank of the whole model: time to first token, memory, communication.",
-        "--attention --model --dtype --seq --long --chunk --mesh --ep-axes --forms --layers",
+        "--attention --model --dtype --seq --long --chunk --mesh --ep-axes --forms --weights --layers",
     ),
     "decode": (
         "Decode attention, and with --full the whole decode step.",
-        "--attention --model --dtype --shapes --heads --tokens --full --layers --mesh --ep-axes",
+        "--attention --model --dtype --shapes --heads --tokens --full --layers --mesh --ep-axes --weights",
     ),
     "load": (
         "Loading a checkpoint from safetensors and from Orbax: time and host memory.",
@@ -159,7 +159,7 @@ _COMMANDS: dict[Command, tuple[str, str]] = {
     ),
     "scaling": (
         "Prefill of a whole model on several meshes of this host's GPUs, or of several hosts', with real collectives.",
-        "--attention --model --dtype --meshes --seq --ep-axes --forms --layers",
+        "--attention --model --dtype --meshes --seq --ep-axes --forms --weights --layers",
     ),
     "host": (
         "The host's part of a decode step: scheduling, making arrays, transferring them, reading results.",
@@ -260,7 +260,7 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "--weights": {
         "metavar": "NAME,NAME",
         "type": _list(str),
-        "help": "weights of the whole layers: bf16 (in --dtype), fp8 (kept in FP8, dequantized on every use)",
+        "help": "weights of whole layers and models: bf16 (in --dtype), fp8 (kept in FP8)",
     },
     "--layers": {
         "metavar": "N",

@@ -150,7 +150,7 @@ _QUICK: dict[Command, dict[str, Any]] = {
 }
 
 _CLUSTER = frozenset(field.name for field in dataclasses.fields(ClusterOptions))
-_FULL_ONLY = ("mesh", "ep_axes", "layers")
+_FULL_ONLY = ("mesh", "ep_axes", "layers", "weights")
 """Settings of `decode` that only `--full` uses."""
 
 

@@ -7,6 +7,9 @@ calls nor run them concurrently.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import itertools
 from typing import Any
 
 import jax
@@ -16,8 +19,9 @@ import numpy as np
 from jax_mla_cp.attention import Resolved, fa3
 from jax_mla_cp.batch.rows import Rows
 from jax_mla_cp.bench import kernels
-from jax_mla_cp.bench.bench_options import EpName, Options
+from jax_mla_cp.bench.bench_options import EpName, Options, WeightsName
 from jax_mla_cp.bench.data import normal
+from jax_mla_cp.bench.mock import MockBuild
 from jax_mla_cp.bench.program import (
     PAGE_SIZE,
     clean_up,
@@ -28,10 +32,13 @@ from jax_mla_cp.bench.program import (
     prompt,
     with_layers,
 )
+from jax_mla_cp.bench.random_weights import favor_first_rank
 from jax_mla_cp.bench.roofline import Cost, attention_flops
 from jax_mla_cp.bench.table import Report
-from jax_mla_cp.bench.timing import measure
+from jax_mla_cp.bench.timing import Timing, measure
 from jax_mla_cp.config.model import ModelConfig
+from jax_mla_cp.mesh import TP
+from jax_mla_cp.model.loaded_model import weight_bytes
 
 _CACHE_BYTES = 5e9  # of all regions
 _LEAST_BYTES = 1e9
@@ -53,9 +60,9 @@ def run(options: Options, config: ModelConfig, report: Report) -> None:
             for requests, context in options.shapes:
                 _attention_row(options, config, report, implementation, requests, context, heads, tokens)
     if options.full:
-        for ep in options.ep_axes:
+        for ep, weights in itertools.product(options.ep_axes, options.weights):
             for requests, context in options.shapes:
-                _step_row(options, config, report, requests, context, ep)
+                _step_rows(options, config, report, requests, context, ep, weights)
 
 
 def _attention_row(
@@ -137,41 +144,70 @@ def _program(
     return program, jax.device_put((q_latent, q_rope, pages, table, rows)), regions
 
 
-def _step_row(options: Options, config: ModelConfig, report: Report, requests: int, context: int, ep: EpName) -> None:
-    """Adds a row of the model's decode step: dense layers and a few MoE layers run; the others are extrapolated."""
+def _step_rows(
+    options: Options,
+    config: ModelConfig,
+    report: Report,
+    requests: int,
+    context: int,
+    ep: EpName,
+    weights: WeightsName,
+) -> None:
+    """Adds rows of the model's decode step: dense layers and a few MoE layers run; the others are extrapolated."""
     moe = options.layers or 4
     dense = config.num_dense_layers
+    facts = {"requests": requests, "context": context, "mesh": str(options.mesh), "ep_axes": ep}
+    facts |= {"dtype": options.dtype, "weights": weights}
+    timings: dict[
+        int, tuple[Timing, Timing]
+    ] = {}  # by MoE layers: random routing, and all tokens to this rank's experts
+    memory: dict[str, float] = {}
 
-    def measured() -> dict[str, Any]:
-        seconds = {}
-        for layers in (1, 1 + moe):
-            part = with_layers(config, dense, layers, context + 64)
-            build = make_build(part, options.mesh, ep, options.dtype, options.attention)
-            model = make_model(build)
-            planner = make_planner(model, context, requests=requests)
-            program = compile_program(model, planner, prompt(model, planner, 1, context - 1, requests))
-            timing, memory = program.time(options.samples), program.memory
-            seconds[layers] = timing.seconds
-            del model, program
-            clean_up()
-        each = (seconds[1 + moe] - seconds[1]) / moe
-        total = seconds[1] + (config.num_moe_layers - 1) * each
-        return timing.row() | {"moe_layer_us": each * 1e6, "ms": total * 1e3} | memory
+    def build(part: ModelConfig) -> MockBuild:
+        return make_build(part, options.mesh, ep, options.dtype, options.attention, fp8=weights == "fp8")
 
-    report.row(
-        "decode step, whole model",
-        "inter-token latency (compute)",
-        measured,
-        requests=requests,
-        context=context,
-        mesh=str(options.mesh),
-        ep_axes=ep,
-        dtype=options.dtype,
-    )
+    def row(skewed: bool) -> dict[str, Any]:
+        if not timings:
+            for layers in (1, 1 + moe):
+                model = make_model(build(with_layers(config, dense, layers, context + 64)))
+                planner = make_planner(model, context, requests=requests)
+                program = compile_program(model, planner, prompt(model, planner, 1, context - 1, requests))
+                random = program.time(options.samples)
+                memory.update(program.memory)
+                assert model.mesh is not None
+                params = favor_first_rank(model.params, model.build, model.mesh)
+                program.model = dataclasses.replace(model, params=params)
+                timings[layers] = random, program.time(options.samples)
+                del model, program
+                clean_up()
+        one, all_ = timings[1][skewed], timings[1 + moe][skewed]
+        each = (all_.seconds - one.seconds) / moe
+        total = one.seconds + (config.num_moe_layers - 1) * each
+        cost = _step_cost(
+            build(with_layers(config, dense, config.num_moe_layers, context + 64)), requests, context, skewed
+        )
+        return all_.row() | {"moe_layer_us": each * 1e6, "ms": total * 1e3} | report.beside_roof(cost, total) | memory
+
+    table = "decode step, whole model: inter-token latency (compute)"
+    if report.row(table, "random routing", functools.partial(row, False), **facts) and config.num_moe_layers:
+        report.row(table, "all tokens to this rank's experts", functools.partial(row, True), **facts)
     clean_up()
     note = (
         f"decode step: {dense} dense layers run with 1 and with {1 + moe} MoE layers; ms extrapolates to {config.num_layers} layers, "
-        "without the collectives, which are mocked. Requests share no pages; pages are in random order."
+        "without the collectives, which are mocked. Requests share no pages; pages are in random order. roof ms: reading the weights, "
+        "of the experts only those that have tokens (with random routing, in the mean), and the requests' latents."
     )
     if note not in report.notes:
         report.notes.append(note)
+
+
+def _step_cost(build: MockBuild, requests: int, context: int, skewed: bool) -> Cost:
+    """The bytes that a decode step of one device reads at least; the embedding's are few."""
+    c = build.config
+    local = build.padded_experts // build.axes.size(build.ep_axes)
+    chosen, of = (min(c.experts_per_token, local), local) if skewed else (c.experts_per_token, c.n_routed_experts)
+    untouched = (1 - chosen / of) ** requests if c.num_moe_layers else 0.0
+    expert = 3 * c.hidden_size * c.moe_intermediate_size * (1 if build.fp8 else build.dtype.itemsize)
+    embedding = build.padded_vocab // build.axes.size(TP) * c.hidden_size * build.dtype.itemsize
+    weights = weight_bytes(build) - embedding - c.num_moe_layers * local * expert * untouched
+    return Cost(read=weights + c.num_layers * requests * context * c.latent_dim * build.dtype.itemsize)

@@ -14,8 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_mla_cp.bench.bench_options import EpName, FormName, Options
+from jax_mla_cp.bench.bench_options import EpName, FormName, Options, WeightsName
 from jax_mla_cp.bench.links import STATED, communication, query_seconds, work_beside_gather
+from jax_mla_cp.bench.mock import MockBuild
 from jax_mla_cp.bench.program import (
     Program,
     clean_up,
@@ -29,7 +30,6 @@ from jax_mla_cp.bench.program import (
 from jax_mla_cp.bench.random_weights import favor_first_rank
 from jax_mla_cp.bench.table import Report
 from jax_mla_cp.config.model import ModelConfig
-from jax_mla_cp.model.build import EP_CHOICES, Build
 from jax_mla_cp.model.loaded_model import Model, weight_bytes
 from jax_mla_cp.platform import device_memory
 
@@ -47,28 +47,30 @@ def run(options: Options, config: ModelConfig, report: Report) -> None:
         "(at the matmul peak) if the compiled schedule overlaps them (`gather beside`)."
     )
     top = max(options.seq, default=0)
-    bench = _Bench(options, config, report)
-    if top:
-        bench.whole(top, options.forms[0], options.ep_axes[0])
-    for ep in options.ep_axes:
-        if config.num_moe_layers and (options.seq or options.long):
-            bench.sweep(ep, options.seq)
-    if options.long:
-        bench.long(options.ep_axes[0])
+    for weights in options.weights:
+        bench = _Bench(options, config, report, weights)
+        if top:
+            bench.whole(top, options.forms[0], options.ep_axes[0])
+        for ep in options.ep_axes:
+            if config.num_moe_layers and (options.seq or options.long):
+                bench.sweep(ep, options.seq)
+        if options.long:
+            bench.long(options.ep_axes[0])
 
 
 class _Bench:
-    def __init__(self, options: Options, config: ModelConfig, report: Report):
-        self.options, self.config, self.report = options, config, report
+    def __init__(self, options: Options, config: ModelConfig, report: Report, weights: WeightsName):
+        self.options, self.config, self.report, self.weights = options, config, report, weights
 
     def facts(self, seq: int, form: FormName, ep: EpName) -> dict[str, Any]:
         """Columns that every row has."""
         o = self.options
-        return {"seq": seq, "form": form, "mesh": str(o.mesh), "ep_axes": ep, "dtype": o.dtype}
+        mesh = str(o.mesh)
+        return {"seq": seq, "form": form, "mesh": mesh, "ep_axes": ep, "dtype": o.dtype, "weights": self.weights}
 
-    def build(self, dense: int, moe: int, positions: int, ep: EpName) -> Any:
-        o = self.options
-        return make_build(with_layers(self.config, dense, moe, positions), o.mesh, ep, o.dtype, o.attention)
+    def build(self, dense: int, moe: int, positions: int, ep: EpName) -> MockBuild:
+        o, part = self.options, with_layers(self.config, dense, moe, positions)
+        return make_build(part, o.mesh, ep, o.dtype, o.attention, fp8=self.weights == "fp8")
 
     def program(self, model: Model, seq: int, form: FormName) -> Program:
         """A program that prefills one whole prompt."""
@@ -231,7 +233,7 @@ class _Bench:
         if program is not None:
             beside = work_beside_gather(program.compiled.as_text() or "", program.tokens, c.latent_dim)
             hidden = query_seconds(c, o.mesh, seq, self.report.ceilings.matmul) if beside else 0.0
-            weights = weight_bytes(Build(c, o.mesh, EP_CHOICES[ep], jnp.dtype(o.dtype)))
+            weights = weight_bytes(self.build(c.num_dense_layers, c.num_moe_layers, seq, ep))
             held = c.num_layers * seq * c.latent_dim * jnp.dtype(o.dtype).itemsize
             out["total_gb"] = (weights + held) / 1e9 + program.memory["temp_gb"]
             out["gather_beside"] = {None: "blocks", True: "yes", False: "no"}[beside]
@@ -253,7 +255,7 @@ class _Bench:
         def held(moe: int) -> float:
             config = with_layers(c, c.num_dense_layers, moe, seq)
             cached = config.num_layers * seq * c.latent_dim * jnp.dtype(o.dtype).itemsize
-            return weight_bytes(Build(config, o.mesh, EP_CHOICES[ep], jnp.dtype(o.dtype))) + cached
+            return weight_bytes(self.build(c.num_dense_layers, moe, seq, ep)) + cached
 
         room = device_memory() - temporaries - _SPARE_BYTES
         return max(0, min(c.num_moe_layers, int((room - held(1)) // (held(2) - held(1))) + 1))

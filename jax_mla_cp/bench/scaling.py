@@ -55,8 +55,8 @@ def run(
     with processes.expect_exit():  # all before any is measured: every process refuses settings that can't work, at once
         meshes = {shape: processes.make_mesh(shape) for shape in options.meshes}
         builds = [
-            (mesh, ep, make_build(config, mesh, ep, options.dtype, options.attention))
-            for mesh, ep in itertools.product(options.meshes, options.ep_axes)
+            (mesh, ep, make_build(config, mesh, ep, options.dtype, options.attention, fp8=weights == "fp8"))
+            for weights, mesh, ep in itertools.product(options.weights, options.meshes, options.ep_axes)
         ]
     begin()
     gpu_seconds: _GpuSeconds = {}
@@ -73,6 +73,7 @@ def run(
                 seq=seq,
                 form=form,
                 dtype=options.dtype,
+                weights="fp8" if build.fp8 else "bf16",
             )
             if row is None and not processes.alone:
                 raise ProcessFailed(f"{mesh}, {seq} tokens: {report.rows[-1]['error']}")
@@ -80,7 +81,7 @@ def run(
         make.cache_clear()
         clean_up()
     report.notes.append(
-        f"efficiency: GPU-seconds of {options.meshes[0]}, experts over {options.ep_axes[0]}, divided by the row's; empty if that row "
+        f"efficiency: GPU-seconds of {options.meshes[0]}, experts over {options.ep_axes[0]}, {options.weights[0]} weights, divided by the row's; empty if that row "
         "failed. Times are from tokens to the last token's logits, with random weights and even routing."
     )
 

@@ -92,9 +92,14 @@ def test_the_whole_decode_step() -> None:
         layers=1,
         mesh=MeshShape(tp=2),
         ep_axes=("tp",),
+        weights=("bf16", "fp8"),
     )
-    row = report.rows[-1]
-    assert row["table"] == "decode step, whole model" and row["mesh"] == "tp=2,cp=1" and row["ep_axes"] == "tp"
+    rows = report.rows[-4:]
+    assert [row["weights"] for row in rows] == ["bf16", "bf16", "fp8", "fp8"]
+    assert [row["what"] for row in rows] == ["random routing", "all tokens to this rank's experts"] * 2
+    assert {(row["mesh"], row["ep_axes"]) for row in rows} == {("tp=2,cp=1", "tp")}
+    assert all(0 < row["roof_ms"] and row["ms"] > 0 for row in rows)
+    assert rows[2]["roof_ms"] < rows[0]["roof_ms"], "half the bytes of the experts"
 
 
 @pytest.mark.parametrize("mocked", [False, True])
