@@ -77,7 +77,7 @@ class MlaStack(nnx.Module):
     def __call__(self, x: jax.Array, pages: jax.Array, inputs: LayerInputs) -> tuple[jax.Array, jax.Array]:
         def run(mla: Mla, x: jax.Array, pages: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
             with jax.named_scope("mla"):
-                part, pages = mla(x, pages, index, inputs)
+                part, pages = mla(x, pages, index, index, inputs)
                 return self.build.axes.psum(part, TP), pages
 
         return scan_layers(run, Mla(ParamFactory(self.build), self.build), self.mla, x, pages, self.count)

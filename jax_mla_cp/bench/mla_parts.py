@@ -93,9 +93,9 @@ def mla_parts(options: Options, config: ModelConfig, seq: int, form: FormName) -
             return lambda: kernel(q_latent, q_rope, pages, pages_of_rows, placed)
 
         parts += [
-            _batched(options, c, "q times W_UK", "tnh,Rnh->ntR", tokens, heads, c.qk_nope_head_dim, c.kv_lora_rank),
+            _batched(options, c, "q times W_UK", "tnh,nhR->ntR", tokens, heads, c.qk_nope_head_dim, c.kv_lora_rank),
             Part(name, cost, attend, use_measured_time=True),
-            _batched(options, c, "output times W_UV", "ntR,Rnv->tnv", tokens, heads, c.kv_lora_rank, c.v_head_dim),
+            _batched(options, c, "output times W_UV", "ntR,nvR->tnv", tokens, heads, c.kv_lora_rank, c.v_head_dim),
         ]
     return [*parts, product(options, "o", tokens, heads * c.v_head_dim, c.hidden_size)]
 
@@ -107,8 +107,8 @@ def _copied(numbers: int) -> Cost:
 
 def product(options: Options, name: str, rows: int, k: int, n: int) -> Part:
     def make() -> Callable[[], Any]:
-        a, b = normal(0, (rows, k), options.dtype), normal(1, (k, n), options.dtype)
-        program = jax.jit(jnp.matmul)
+        a, b = normal(0, (rows, k), options.dtype), normal(1, (n, k), options.dtype)
+        program = jax.jit(lambda a, b: jnp.einsum("tk,nk->tn", a, b))
         return lambda: program(a, b)
 
     return Part(name, Cost(flops=2.0 * rows * k * n, moved=2.0 * (rows * k + k * n + rows * n)), make)
@@ -182,8 +182,8 @@ def _read(options: Options, config: ModelConfig, seq: int) -> Callable[[], Any]:
 def _up_project(options: Options, config: ModelConfig, seq: int, heads: int) -> Callable[[], Any]:
     c = config
     latents = normal(0, (seq, c.latent_dim), options.dtype)
-    w_uk = normal(1, (c.kv_lora_rank, heads, c.qk_nope_head_dim), options.dtype)
-    w_uv = normal(2, (c.kv_lora_rank, heads, c.v_head_dim), options.dtype)
+    w_uk = normal(1, (heads, c.qk_nope_head_dim, c.kv_lora_rank), options.dtype)
+    w_uv = normal(2, (heads, c.v_head_dim, c.kv_lora_rank), options.dtype)
     program, num_keys = jax.jit(up_project, static_argnums=4), jnp.array([seq], jnp.int32)
     implementation = resolve_grouped_matmul()
     return lambda: program(latents, num_keys, w_uk, w_uv, implementation)

@@ -89,7 +89,7 @@ def _uneven(rows: int, experts: int) -> np.ndarray:
 
 
 def _grouped(options: Options, rows: int, k: int, n: int, sizes: np.ndarray) -> Callable[[], Any]:
-    a, b = normal(0, (rows, k), options.dtype), normal(1, (len(sizes), k, n), options.dtype)
+    a, b = normal(0, (rows, k), options.dtype), normal(1, (len(sizes), n, k), options.dtype)
     program = jax.jit(functools.partial(grouped_matmul, implementation=resolve_grouped_matmul()))
     placed = jnp.asarray(sizes)
     return lambda: program(a, b, placed)
@@ -109,9 +109,9 @@ def _choices(config: ModelConfig, tokens: int) -> np.ndarray:
 
 def _expert_weights(options: Options, config: ModelConfig, experts: int) -> tuple[jax.Array, jax.Array]:
     c = config
-    gate_up = normal(1, (experts, c.hidden_size, 2 * c.moe_intermediate_size), options.dtype, c.hidden_size**-0.5)
+    gate_up = normal(1, (experts, 2 * c.moe_intermediate_size, c.hidden_size), options.dtype, c.hidden_size**-0.5)
     return gate_up, normal(
-        2, (experts, c.moe_intermediate_size, c.hidden_size), options.dtype, c.moe_intermediate_size**-0.5
+        2, (experts, c.hidden_size, c.moe_intermediate_size), options.dtype, c.moe_intermediate_size**-0.5
     )
 
 

@@ -114,10 +114,8 @@ def _parameter(path: tuple[Any, ...], leaf: nnx.Variable[Any]) -> _Parameter:
     in_fp8 = value.dtype == jnp.uint8
     if in_fp8:
         parts.pop()  # "q"
-    inner = value.shape[1:] if parts[0] in ("dense", "moe") else value.shape  # without the layers
-    if parts[0] == "moe" and parts[-2:] in (["mlp", "gate_up"], ["mlp", "down"]):
-        inner = inner[1:]  # without the experts
-    fan_in = inner[0] * inner[1] if parts[-1] == "o" else inner[0]
+    # Matrices have their inputs last; these three, which are never quantized, have them first.
+    fan_in = value.shape[-2 if parts[-1] in ("head", "router", "project") else -1]
     mean, scale = 0.0, 1 / math.sqrt(fan_in)
     if "norm" in parts[-1]:
         mean, scale = 1.0, 0.0

@@ -119,7 +119,7 @@ def convert(
 def _plan(
     tensors: SafetensorsSource, config: ModelConfig, weights: Weights
 ) -> tuple[list[Parameter], dict[str, StoredArray]]:
-    """The parameters without a mesh, and their stored form, in the dtypes of the checkpoint's tensors; bfloat16 if dequantized."""
+    """The parameters without a mesh, and their stored form, in the dtypes of the checkpoint's tensors; see `_stored_dtype`."""
     fp8 = weights == "fp8" or (weights == "auto" and config.quantization is not None)
     mtp = has_mtp(config, set(tensors.names()))
     declared = dict(
@@ -129,7 +129,9 @@ def _plan(
     names = check_tensors(tensors, config, parameters)
     arrays = {}
     for i, (parameter, variable) in enumerate(zip(parameters, declared.values(), strict=True)):
-        parameters[i] = parameter = dataclasses.replace(parameter, dtype=_stored_dtype(tensors, names, parameter))
+        parameters[i] = parameter = dataclasses.replace(
+            parameter, dtype=_stored_dtype(tensors, names, parameter, fp8=fp8)
+        )
         stacked_dims = parameter.stacked_dims
         sharded_dims = [dim for dim, axis in enumerate(variable.get_metadata("spec")) if axis and dim >= stacked_dims]
         arrays[parameter.path] = StoredArray.chunked(
@@ -138,13 +140,18 @@ def _plan(
     return parameters, arrays
 
 
-def _stored_dtype(tensors: SafetensorsSource, names: Set[str], parameter: Parameter) -> np.dtype[Any]:
-    """The dtype that holds all of the parameter's tensors exactly. A parameter that is dequantized keeps its declared one."""
+def _stored_dtype(tensors: SafetensorsSource, names: Set[str], parameter: Parameter, *, fp8: bool) -> np.dtype[Any]:
+    """The dtype that holds all of the parameter's tensors exactly.
+
+    Of what is dequantized: the declared one, or float32 beside others that stay in FP8, which are loaded in any dtype exactly.
+    """
     result = None
     for layer in parameter.layers or (None,):
         for region in parameter.regions(layer):
-            if parameter.component or len(parameter.operands(region, names)) > 1:
+            if parameter.component:
                 return parameter.dtype
+            if len(parameter.operands(region, names)) > 1:
+                return np.dtype(np.float32) if fp8 else parameter.dtype
             dtype = tensors.dtype(region.tensor_name(region.local_expert))
             result = dtype if result is None else jnp.promote_types(result, dtype)
     return np.dtype(result)
@@ -277,7 +284,7 @@ class _Slice:
             for operand in operands
         ]
         dequantizer = parameter.dequantizer(operands)
-        plain = len(stored) == 1 and dequantizer.packed_dim is None
+        plain = len(stored) == 1 and not dequantizer.packed
         value = stored[0] if plain else np.asarray(dequantizer(*map(jnp.asarray, stored)))
         return value.reshape(value.shape[parameter.stacked_dims :])
 

@@ -1,43 +1,37 @@
 """The table from Hugging Face tensor names to parameters.
 
-A checkpoint stores matrices as [outputs, inputs]; parameters are [inputs, ...outputs]. Heads get a dimension of their own;
-layers and experts are stacked.
+A checkpoint stores matrices as [outputs, inputs], and so lie the parameters; layers and experts are stacked. Only the order of
+roped rows changes, and W_UK and W_UV are taken from one matrix.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Container
-from typing import Any
+from collections.abc import Container
 
 import numpy as np
 from numpy.typing import NDArray
 
 from jax_mla_cp.config.model import ModelConfig
 
-Transform = Callable[[NDArray[Any]], NDArray[Any]]
-
 
 @dataclasses.dataclass(frozen=True)
 class TensorMapping:
     """A checkpoint tensor and the part of a parameter that it fills.
 
-    `index` and the result of `transform` have the dimensions of one layer (and one expert) of the parameter, without the
-    stacked ones.
+    `index` has the dimensions of one layer (and one expert) of the parameter, without the stacked ones.
     """
 
     name: str
     """May contain {layer} and {expert}."""
     stored_shape: tuple[int, ...]
     """Shape in the checkpoint."""
-    transform: Transform
-    """From the checkpoint's layout to the parameter's; returns a NumPy view where possible.
-
-    For a quantized matrix it is also applied to the scales, which are smaller along the dimensions that `ParamFactory.matrix`
-    lists in `blocks`; it must not split those dimensions.
-    """
     index: tuple[slice, ...] = ()
     """The part of the parameter that the tensor fills; () is all of it."""
+    rows: NDArray[np.intp] | None = dataclasses.field(default=None, compare=False)
+    """The tensor's rows, in the order and the dimensions of the parameter's outputs; None: all of them, in order."""
+    transposed: bool = False
+    """The parameter has inputs before outputs; never of a matrix that may be quantized."""
 
     @property
     def routed(self) -> bool:
@@ -48,11 +42,11 @@ def tensor_mappings(config: ModelConfig) -> dict[str, tuple[TensorMapping, ...]]
     """Maps each parameter (`Decoder`'s attributes, joined with dots) to the tensors that fill it."""
     c = config
     table: dict[str, tuple[TensorMapping, ...]] = {
-        "embed": (TensorMapping("model.embed_tokens.weight", (c.vocab_size, c.hidden_size), _same),),
-        "final_norm": (TensorMapping("model.norm.weight", (c.hidden_size,), _same),),
+        "embed": (TensorMapping("model.embed_tokens.weight", (c.vocab_size, c.hidden_size)),),
+        "final_norm": (TensorMapping("model.norm.weight", (c.hidden_size,)),),
     }
     if not c.tie_word_embeddings:
-        table["head"] = (TensorMapping("lm_head.weight", (c.vocab_size, c.hidden_size), np.transpose),)
+        table["head"] = (TensorMapping("lm_head.weight", (c.vocab_size, c.hidden_size), transposed=True),)
     stacks = {"dense": (c.num_dense_layers, _dense_mlp), "moe": (c.num_moe_layers, _moe_mlp)}
     for stack, (layers, mlp) in stacks.items():
         if layers:
@@ -70,10 +64,10 @@ def _mtp(c: ModelConfig) -> dict[str, tuple[TensorMapping, ...]]:
     name, D = f"model.layers.{c.num_layers}.", c.hidden_size
     mlp = _moe_mlp(c) if c.n_routed_experts else _dense_mlp(c)
     return {
-        "mtp.embed_norm": (TensorMapping(name + "enorm.weight", (D,), _same),),
-        "mtp.hidden_norm": (TensorMapping(name + "hnorm.weight", (D,), _same),),
-        "mtp.project": (TensorMapping(name + "eh_proj.weight", (D, 2 * D), np.transpose),),
-        "mtp.final_norm": (TensorMapping(name + "shared_head.norm.weight", (D,), _same),),
+        "mtp.embed_norm": (TensorMapping(name + "enorm.weight", (D,)),),
+        "mtp.hidden_norm": (TensorMapping(name + "hnorm.weight", (D,)),),
+        "mtp.project": (TensorMapping(name + "eh_proj.weight", (D, 2 * D), transposed=True),),
+        "mtp.final_norm": (TensorMapping(name + "shared_head.norm.weight", (D,)),),
     } | {f"mtp.layer.{path}": mappings for path, mappings in (_attention(c) | mlp).items()}
 
 
@@ -99,52 +93,42 @@ def _attention(c: ModelConfig) -> dict[str, tuple[TensorMapping, ...]]:
         c.v_head_dim,
     )
 
-    def deinterleave(w: NDArray[Any]) -> NDArray[Any]:
-        """Reorders the rope rows [.., r, inputs] from pairs (0, 1), (2, 3) .. to pairs (i, i + r/2)."""
-        if not c.rope.interleaved:
-            return w
-        rows = np.arange(w.shape[-2])
-        rows[-r:] = np.concatenate([rows[-r::2], rows[-r + 1 :: 2]])
-        return w[..., rows, :]
-
-    def query(name: str, inputs: int) -> tuple[TensorMapping, ...]:
-        stored = (N * (h + r), inputs)
-        return (TensorMapping(attn + name, stored, lambda w: deinterleave(w.reshape(N, h + r, -1)).transpose(2, 0, 1)),)
+    def roped(name: str, heads: int, rows: int, inputs: int) -> tuple[TensorMapping, ...]:
+        """Reorders the last r rows of every head's from pairs (0, 1), (2, 3) .. to pairs (i, i + r/2)."""
+        order = np.arange(heads * rows).reshape(heads, rows)
+        order[:, -r:] = np.concatenate([order[:, -r::2], order[:, -r + 1 :: 2]], axis=1)
+        return (TensorMapping(attn + name, (heads * rows, inputs), rows=order.ravel() if c.rope.interleaved else None),)
 
     def kv_up(rows: slice) -> tuple[TensorMapping, ...]:
-        stored = (N * (h + v), R)
-        return (
-            TensorMapping(
-                attn + "kv_b_proj.weight", stored, lambda w: w.reshape(N, h + v, -1)[:, rows].transpose(2, 0, 1)
-            ),
-        )
+        of_heads = np.arange(N * (h + v)).reshape(N, h + v)[:, rows]
+        return (TensorMapping(attn + "kv_b_proj.weight", (N * (h + v), R), rows=of_heads),)
 
     table = {
-        "attn_norm": (TensorMapping(layer + "input_layernorm.weight", (D,), _same),),
-        "mlp_norm": (TensorMapping(layer + "post_attention_layernorm.weight", (D,), _same),),
-        "mla.kv_a": (TensorMapping(attn + "kv_a_proj_with_mqa.weight", (R + r, D), lambda w: deinterleave(w).T),),
-        "mla.kv_norm": (TensorMapping(attn + "kv_a_layernorm.weight", (R,), _same),),
+        "attn_norm": (TensorMapping(layer + "input_layernorm.weight", (D,)),),
+        "mlp_norm": (TensorMapping(layer + "post_attention_layernorm.weight", (D,)),),
+        "mla.kv_a": roped("kv_a_proj_with_mqa.weight", 1, R + r, D),
+        "mla.kv_norm": (TensorMapping(attn + "kv_a_layernorm.weight", (R,)),),
         "mla.w_uk": kv_up(slice(0, h)),
         "mla.w_uv": kv_up(slice(h, h + v)),
-        "mla.o": (TensorMapping(attn + "o_proj.weight", (D, N * v), lambda w: w.reshape(-1, N, v).transpose(1, 2, 0)),),
+        "mla.o": (TensorMapping(attn + "o_proj.weight", (D, N * v)),),
     }
     if c.q_lora_rank is None:
-        return table | {"mla.q": query("q_proj.weight", D)}
+        return table | {"mla.q": roped("q_proj.weight", N, h + r, D)}
     Q = c.q_lora_rank
     return table | {
-        "mla.q_a": (TensorMapping(attn + "q_a_proj.weight", (Q, D), np.transpose),),
-        "mla.q_norm": (TensorMapping(attn + "q_a_layernorm.weight", (Q,), _same),),
-        "mla.q_b": query("q_b_proj.weight", Q),
+        "mla.q_a": (TensorMapping(attn + "q_a_proj.weight", (Q, D)),),
+        "mla.q_norm": (TensorMapping(attn + "q_a_layernorm.weight", (Q,)),),
+        "mla.q_b": roped("q_b_proj.weight", N, h + r, Q),
     }
 
 
 def _mlp(name: str, D: int, F: int) -> dict[str, tuple[TensorMapping, ...]]:
     return {
-        "gate_up": (  # [D, 2, F]
-            TensorMapping(name + "gate_proj.weight", (F, D), lambda w: w.T[:, None], np.s_[:, 0:1, :]),
-            TensorMapping(name + "up_proj.weight", (F, D), lambda w: w.T[:, None], np.s_[:, 1:2, :]),
+        "gate_up": (  # [2, F, D]
+            TensorMapping(name + "gate_proj.weight", (F, D), np.s_[0:1, :, :]),
+            TensorMapping(name + "up_proj.weight", (F, D), np.s_[1:2, :, :]),
         ),
-        "down": (TensorMapping(name + "down_proj.weight", (D, F), np.transpose),),
+        "down": (TensorMapping(name + "down_proj.weight", (D, F)),),
     }
 
 
@@ -155,26 +139,18 @@ def _dense_mlp(c: ModelConfig) -> dict[str, tuple[TensorMapping, ...]]:
 
 def _moe_mlp(c: ModelConfig) -> dict[str, tuple[TensorMapping, ...]]:
     mlp = "model.layers.{layer}.mlp."
-    expert = mlp + "experts.{expert}."
     D, E, F = c.hidden_size, c.n_routed_experts, c.moe_intermediate_size
+    experts = _mlp(mlp + "experts.{expert}.", D, F)
     table = {
-        "mlp.router": (TensorMapping(mlp + "gate.weight", (E, D), np.transpose),),
-        "mlp.gate_up": (  # [D, 2 F] of one expert
-            TensorMapping(expert + "gate_proj.weight", (F, D), np.transpose, np.s_[:, :F]),
-            TensorMapping(expert + "up_proj.weight", (F, D), np.transpose, np.s_[:, F:]),
-        ),
-        "mlp.down": (TensorMapping(expert + "down_proj.weight", (D, F), np.transpose),),
+        "mlp.router": (TensorMapping(mlp + "gate.weight", (E, D), transposed=True),),
+        **{f"mlp.{path}": mappings for path, mappings in experts.items()},
     }
     if c.routing_bias:
-        table["mlp.bias"] = (TensorMapping(mlp + "gate.e_score_correction_bias", (E,), _same),)
+        table["mlp.bias"] = (TensorMapping(mlp + "gate.e_score_correction_bias", (E,)),)
     if c.n_shared_experts:
         shared = _mlp(mlp + "shared_experts.", D, c.n_shared_experts * F)
         table |= {f"mlp.shared.{path}": mappings for path, mappings in shared.items()}
     return table
-
-
-def _same(w: NDArray[Any]) -> NDArray[Any]:
-    return w
 
 
 def stacked_layers(path: str, config: ModelConfig) -> range | None:

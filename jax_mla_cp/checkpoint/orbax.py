@@ -5,6 +5,8 @@
     DIR/weights/                          the Orbax checkpoint: `Decoder`'s parameters without a mesh, unpadded
     DIR/weights/state/NAME/c/i/j/..       one chunk of one parameter, a file each
 
+In layout 2 matrices lie as in the Hugging Face tensors, [outputs, inputs]; in layout 1 inputs came first.
+
 Nothing in it depends on a mesh. Chunk boundaries are where meshes divide: a layer, an expert, a few heads. Each chunk ends
 with its CRC-32C, which TensorStore verifies at every read, by this package or by Orbax; the manifest has the SHA-256 of
 every other file. Orbax's own writer has no checksums (0.12.8: none in its codecs, and chunks along one chosen axis go down to
@@ -33,7 +35,7 @@ from jax_mla_cp.checkpoint.errors import CheckpointError
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.config.quantization import Weights
 
-LAYOUT = 1
+LAYOUT = 2
 """Version of the format; incremented when an older reader would misread a newer checkpoint."""
 MANIFEST = "jax_mla_cp.json"
 WEIGHTS = "weights"
@@ -60,8 +62,8 @@ class StoredArray:
     ) -> StoredArray:
         """Chooses the chunk shape.
 
-        >>> StoredArray.chunked("moe.mla.q_b", (58, 1536, 128, 192), np.dtype("float16"), 1, 2).chunk_shape
-        (1, 1536, 2, 192)
+        >>> StoredArray.chunked("moe.mla.q_b", (58, 128 * 192, 1536), np.dtype("float16"), 1, 1).chunk_shape
+        (1, 384, 1536)
 
         Args:
           stacked_dims: number of leading dimensions of which a chunk holds one element each: layers, experts.

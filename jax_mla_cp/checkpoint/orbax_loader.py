@@ -5,16 +5,20 @@ third of the model. Here TensorStore's threads read blocks of a few layers or ex
 write them into arrays that were allocated once. On a CPU, where device memory is host memory, a block is a whole parameter
 and its buffer becomes the array. A process reads only what its devices keep; the padding that a mesh needs is zero and is
 not read.
+
+A conversion does not know the mesh, so it keeps matrices in FP8 whose blocks this one cuts (model/fp8_blocks.py). Those are
+dequantized by the host as they are read.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import math
 import mmap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -30,6 +34,7 @@ from jax_mla_cp.checkpoint.orbax import ConvertedCheckpoint
 from jax_mla_cp.checkpoint.parameter import Bounds, Dequantizer, Parameter
 from jax_mla_cp.checkpoint.progress_bar import log_loaded, log_loading, progress_bar
 from jax_mla_cp.config.model import ModelConfig
+from jax_mla_cp.config.quantization import FP8
 
 _BLOCK_BYTES = 32 << 20
 """Size of a block. The smallest block, one layer of a parameter or one expert of it, may be larger."""
@@ -93,7 +98,7 @@ def load_converted(
     flat = dict(nnx.to_flat_state(declared))
     parameters = {path: Parameter.from_variable(path, variable, config, mesh) for path, variable in flat.items()}
     _check(list(parameters.values()), checkpoint)
-    stores = {p.path: ts.cast(checkpoint.open(p.path), ts.dtype(p.dtype)) for p in parameters.values()}
+    stores = {p.path: _open(checkpoint, p) for p in parameters.values()}
     max_bytes = block_bytes(jax.devices()[0] if mesh is None else mesh.devices.flat[0])
     blocks = [block for parameter in parameters.values() for block in _blocks(parameter, max_bytes)]
     # The first block of each parameter tells whether it is all of it.
@@ -131,13 +136,20 @@ def block_bytes(device: jax.Device) -> int | None:
 
 def _check(parameters: list[Parameter], checkpoint: ConvertedCheckpoint) -> None:
     """Compares names and shapes. A declared parameter may be padded to a multiple of the devices that divide it."""
-    declared, stored = {p.path: p for p in parameters}, checkpoint.arrays
+    declared = {p.path: p for p in parameters}
+    stored: dict[str, tuple[int, ...]] = {}
+    for name, array in checkpoint.arrays.items():
+        matrix, _, component = name.rpartition(".")
+        if matrix not in declared:
+            stored[name] = array.shape
+        elif component == "q":
+            stored[matrix] = array.shape
     mistakes = [f"{name}: missing" for name in sorted(declared.keys() - stored.keys())]
     # The MTP layer is stored if the model has one, and loaded if asked for.
     extra = (name for name in stored.keys() - declared.keys() if not name.startswith("mtp."))
     mistakes += [f"{name}: unexpected" for name in sorted(extra)]
     for name in sorted(declared.keys() & stored.keys()):
-        shape, stored_shape = declared[name].shape, stored[name].shape
+        shape, stored_shape = declared[name].shape, stored[name]
         ways = [size // shard for size, shard in zip(shape, declared[name].shard_shape, strict=True)]
         if len(stored_shape) != len(ways) or shape != tuple(
             -(-n // w) * w for n, w in zip(stored_shape, ways, strict=True)
@@ -173,37 +185,74 @@ def _blocks(parameter: Parameter, max_bytes: int | None) -> Iterator[_Block]:
             yield _Block(parameter, (layers, experts, *inner), (layer, expert, *origin))
 
 
+Read = Callable[[Bounds], Callable[[], NDArray[Any]]]
+"""Starts to read a part of a parameter; the result waits for it."""
+
+
 class _BlockRead:
     """A block that is being read."""
 
-    def __init__(self, store: ts.TensorStore, block: _Block):
+    def __init__(self, read: Read, block: _Block):
         self.block = block
         self.nbytes = block.nbytes
         # Replicas share one buffer.
-        self._reads = {shard: _read(store, block.in_parameter(shard)) for shard in block.local_shards()}
+        self._reads = {shard: read(block.in_parameter(shard)) for shard in block.local_shards()}
 
     def result(self) -> jax.Array:
         """Waits for the block. Returns it, sharded like its parameter."""
-        for _, read in self._reads.values():
-            if read is not None:
-                read.result()
+        shards = {shard: wait() for shard, wait in self._reads.items()}
         shape, sharding = self.block.shape, self.block.parameter.sharding
         if sharding is None:
-            on_default_device: jax.Array = jax.device_put(next(iter(self._reads.values()))[0])
+            on_default_device: jax.Array = jax.device_put(next(iter(shards.values())))
             return on_default_device
-        return jax.make_array_from_callback(shape, sharding, lambda index: self._reads[_bounds(index or (), shape)][0])
+        return jax.make_array_from_callback(shape, sharding, lambda index: shards[_bounds(index or (), shape)])
 
 
-def _read(store: ts.TensorStore, bounds: Bounds) -> tuple[NDArray[Any], ts.WriteFutures | None]:
-    """Starts to read a part of an array. Returns its buffer, zero where there is padding, and the future that fills it."""
+def _open(checkpoint: ConvertedCheckpoint, parameter: Parameter) -> Read:
+    """Opens a parameter, as it is stored, or as a matrix in FP8 that is to be dequantized."""
+    path, dtype = parameter.path, parameter.dtype
+    if path in checkpoint.arrays:
+        return functools.partial(_read, ts.cast(checkpoint.open(path), ts.dtype(dtype)))
+    assert parameter.quantization is not None, "_check has seen to it"
+    q, scale = (checkpoint.open(f"{path}.{component}") for component in ("q", "scale"))
+    return functools.partial(_read_dequantized, q, scale, parameter.quantization.block, dtype)
+
+
+def _read_dequantized(
+    q: ts.TensorStore, scale: ts.TensorStore, block: tuple[int, int], dtype: np.dtype[Any], bounds: Bounds
+) -> Callable[[], NDArray[Any]]:
+    """Starts to read a part of a matrix in FP8, which may begin and end within blocks. It is `q * scale`, rounded once to `dtype`."""
+    rows_and_columns = list(zip(bounds[-2:], block, strict=True))
+    blocks = (*bounds[:-2], *((begin // n, -(-end // n)) for (begin, end), n in rows_and_columns))
+    rows, columns = (np.arange(*part) // n - part[0] // n for part, n in rows_and_columns)
+    wait_q, wait_scale = _read(q, bounds), _read(scale, blocks)
+
+    def wait() -> NDArray[Any]:
+        values, scales = wait_q().view(FP8), wait_scale()
+        out = _buffer(values.shape, dtype)
+        for matrix in np.ndindex(values.shape[:-2]):  # one at a time: the float32 numbers are temporary
+            out[matrix] = values[matrix].astype(np.float32) * scales[matrix].astype(np.float32)[np.ix_(rows, columns)]
+        return out
+
+    return wait
+
+
+def _read(store: ts.TensorStore, bounds: Bounds) -> Callable[[], NDArray[Any]]:
+    """Starts to read a part of an array; zeros where there is padding."""
     shape = tuple(end - begin for begin, end in bounds)
     stored_shape = tuple(max(min(end, size) - begin, 0) for (begin, end), size in zip(bounds, store.shape, strict=True))
     buffer = _buffer(shape, store.dtype.numpy_dtype)
     if not all(stored_shape):
-        return buffer, None
+        return lambda: buffer
     stored = store[tuple(slice(begin, begin + size) for (begin, _), size in zip(bounds, stored_shape, strict=True))]
     into = ts.array(buffer[tuple(map(slice, stored_shape))])
-    return buffer, into.write(stored[ts.d[:].translate_to[0]])
+    read = into.write(stored[ts.d[:].translate_to[0]])
+
+    def wait() -> NDArray[Any]:
+        read.result()
+        return buffer
+
+    return wait
 
 
 def _buffer(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -51,6 +51,11 @@ class Operand:
     """On the device."""
     ratio: tuple[int, ...]
     """Elements of the region for each element of the operand, along each dimension."""
+    scales: bool = False
+
+    @property
+    def packed(self) -> bool:
+        return not self.scales and self.ratio[-1] > 1
 
     def shape(self, region: Region) -> tuple[int, ...]:
         return tuple(-(-size // ratio) for size, ratio in zip(region.shape, self.ratio, strict=True))
@@ -61,17 +66,17 @@ class Dequantizer:
     """Computes a region from its operands, on the device: unpacks, scales and casts, as far as each is needed."""
 
     dtype: np.dtype[Any]
-    packed_dim: int | None = None
-    """The dimension along which the values are packed."""
-    blocks: tuple[int, ...] = ()
-    """Block size of the scales along each dimension."""
+    packed: bool = False
+    """Values are packed along the last dimension."""
+    block: tuple[int, int] = (1, 1)
+    """Outputs and inputs that share a scale."""
 
     def __call__(self, stored: jax.Array, scale: jax.Array | None = None) -> jax.Array:
-        if self.packed_dim is not None:
-            stored = fp8_bytes(unpack_int4(stored, self.packed_dim))
+        if self.packed:
+            stored = fp8_bytes(unpack_int4(stored))
         if scale is None:
             return stored.astype(self.dtype)
-        return dequantize(stored, scale, self.blocks, self.dtype)
+        return dequantize(stored, scale, self.block, self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +97,9 @@ class Parameter:
     """Number of shards of its expert dimension; 1 without one."""
     quantization: Quantization | None
     """The checkpoint's format, if it may store this parameter quantized."""
-    blocks: tuple[int, ...]
-    """Block size of the scales along each dimension; () for a parameter that is never quantized."""
+    block: tuple[int, int]
+    """Outputs and inputs that share a scale, as it is given to the devices: the checkpoint's, or a part of it if the parameter is
+    dequantized, and the mesh or the loader's order of rows would cut blocks."""
     component: str
     """"q" or "scale" of a matrix that stays quantized; "" for every other parameter."""
 
@@ -101,7 +107,7 @@ class Parameter:
     def from_variable(
         cls, path: tuple[Any, ...], variable: nnx.Variable[Any], config: ModelConfig, mesh: Mesh | None
     ) -> Parameter:
-        """Describes a declared parameter: a `jax.ShapeDtypeStruct` with the metadata `spec` and `blocks`."""
+        """Describes a declared parameter: a `jax.ShapeDtypeStruct` with `ParamFactory`'s metadata."""
         value: jax.ShapeDtypeStruct = variable.get_value()
         name, component, table = ".".join(map(str, path)), "", tensor_mappings(config)
         mappings = table.get(name)
@@ -110,7 +116,10 @@ class Parameter:
             mappings = table[parent]
         sharding = None if mesh is None else NamedSharding(mesh, variable.get_metadata("spec"))
         shard_shape = sharding.shard_shape(value.shape) if sharding else value.shape
-        blocks = variable.get_metadata("blocks")
+        quantization = config.quantization if variable.get_metadata("quantized") else None
+        block = (1, 1) if quantization is None else quantization.block
+        if quantization and not component:
+            block = _uncut(block, value.shape, shard_shape, mappings[0])
         return cls(
             path=name,
             shape=value.shape,
@@ -120,8 +129,8 @@ class Parameter:
             layers=stacked_layers(name, config),
             num_experts=config.n_routed_experts,
             ep_size=value.shape[1] // shard_shape[1] if mappings[0].routed else 1,
-            quantization=config.quantization if blocks else None,
-            blocks=blocks,
+            quantization=quantization,
+            block=block,
             component=component,
         )
 
@@ -169,16 +178,15 @@ class Parameter:
         # `check_tensors` has seen to it that either all of a layer's experts are quantized or none: rank 0's stands for all.
         if q is None or not q.quantizes(region.tensor_name(region.local_expert), names):
             return (Operand("", self.dtype, ones),)
-        packed = tuple(q.packed if dim == self.stacked_dims else 1 for dim in range(len(self.shape)))
-        stored = Operand(q.stored_suffix, np.dtype(np.int32 if q.packed > 1 else np.uint8), packed)
+        stored = Operand(q.stored_suffix, np.dtype(np.int32 if q.packed > 1 else np.uint8), (*ones[1:], q.packed))
         # The shape of a parameter that holds scales counts the scales themselves.
-        scale = Operand(q.scale_suffix, q.scale_dtype, ones if self.component == "scale" else self.blocks)
+        ratio = ones if self.component == "scale" else (*ones[2:], *self.block)
+        scale = Operand(q.scale_suffix, q.scale_dtype, ratio, scales=True)
         return {"q": (stored,), "scale": (scale,), "": (stored, scale)}[self.component]
 
     def dequantizer(self, operands: tuple[Operand, ...]) -> Dequantizer:
         """The computation from a region's operands to its values."""
-        packed_dim = self.stacked_dims if operands[0].ratio[self.stacked_dims] > 1 else None
-        return Dequantizer(self.dtype, packed_dim, self.blocks if len(operands) > 1 else ())
+        return Dequantizer(self.dtype, operands[0].packed, self.block if len(operands) > 1 else (1, 1))
 
     def read_shard(self, source: TensorSource, region: Region, operand: Operand, bounds: Bounds) -> NDArray[Any]:
         """Reads the part of a region's operand that one device needs; zeros where the parameter is padded.
@@ -187,52 +195,56 @@ class Parameter:
           bounds: the part, in the operand's coordinates.
 
         Raises:
-          CheckpointError: a scale is not finite, or a packed matrix states another shape than config.json.
+          CheckpointError: a scale is not finite, a value in FP8 is NaN, or a packed matrix states another shape than config.json.
         """
-        inner = bounds[self.stacked_dims :]
+        inner = tuple(slice(*b) for b in bounds[self.stacked_dims :])
         shape = tuple(end - begin for begin, end in bounds)
         expert = 0
         if self.routed:
             expert = bounds[self.stacked_dims - 1][0] * self.local_experts + region.local_expert
             if expert >= self.num_experts:
                 return np.zeros(shape, operand.dtype)
-        tensor = self._read(source, region.tensor_name(expert), region.mapping, operand)
-        shard = region.mapping.transform(tensor)[tuple(slice(*b) for b in inner)]
+        name, mapping = region.tensor_name(expert) + operand.suffix, region.mapping
+        tensor = self._read(source, region.tensor_name(expert), mapping, operand)
+        in_fp8 = tensor.dtype == FP8
+        tensor = tensor.view(np.uint8) if in_fp8 else tensor
+        if mapping.rows is not None and not (operand.scales and self.block[0] > 1):  # they are reordered within blocks
+            shard = tensor[mapping.rows[inner[:-1]]][..., inner[-1]]
+        else:
+            tensor = tensor.T if mapping.transposed else tensor
+            shard = tensor[(None,) * (len(inner) - tensor.ndim)][inner]
+        if in_fp8 and (shard.max(initial=0) == 0xFF or shard.view(np.int8).max(initial=0) == 0x7F):
+            raise CheckpointError(name, "a value is NaN. Download the checkpoint again.")
         if shard.shape != shape[self.stacked_dims :]:  # the vocabulary, padded
-            shard = np.pad(shard, [(0, end - begin - n) for (begin, end), n in zip(inner, shard.shape, strict=True)])
+            shard = np.pad(shard, [(0, p.stop - p.start - n) for p, n in zip(inner, shard.shape, strict=True)])
         shard = shard.astype(operand.dtype, copy=False).reshape(shape)
         # JAX may alias a contiguous array; the file must not stay mapped, and able to change, under a parameter. A
         # transposed one it copies anyway, and faster than NumPy.
         return shard.copy() if shard.flags.c_contiguous and np.may_share_memory(shard, tensor) else shard
 
     def _read(self, source: TensorSource, name: str, mapping: TensorMapping, operand: Operand) -> NDArray[Any]:
-        """The operand in the checkpoint's layout [outputs, inputs]; scales repeated to the parameter's block size."""
+        """The operand in the checkpoint's layout [outputs, inputs]; scales are repeated if the parameter's `block` is smaller."""
         tensor, q = source.read(name + operand.suffix), self.quantization
-        if q is not None and operand.suffix == q.scale_suffix:
+        if q is not None and operand.scales:
             if not np.isfinite(tensor).all():
                 raise CheckpointError(
                     name + operand.suffix, "a scale is NaN or infinite. Download the checkpoint again."
                 )
-            # `blocks` begins with the inputs and ends with the outputs. Where it has 1, every element gets its block's scale.
-            block = self.blocks[-1], self.blocks[self.stacked_dims]
             for dim in (0, 1):
-                tensor = np.repeat(tensor, q.block[dim] // block[dim], axis=dim)
-            outputs, inputs = (-(-size // n) for size, n in zip(mapping.stored_shape, block, strict=True))
+                tensor = np.repeat(tensor, q.block[dim] // self.block[dim], axis=dim)
+            outputs, inputs = (-(-size // n) for size, n in zip(mapping.stored_shape, self.block, strict=True))
             return tensor[:outputs, :inputs]
         if q is not None and q.shape_suffix and operand.suffix == q.stored_suffix:
             stated = source.read(name + q.shape_suffix).tolist()
             if tuple(stated) != mapping.stored_shape:
                 raise CheckpointError(name + q.shape_suffix, f"expected {list(mapping.stored_shape)}, got {stated}.")
-        return tensor.view(np.uint8) if tensor.dtype == FP8 else tensor
+        return tensor
 
     def _inner_bounds(self, mapping: TensorMapping) -> Bounds:
         """The part of one layer (and expert) that a tensor fills."""
         inner = self.shape[self.stacked_dims :]
-        blocks = self.blocks[self.stacked_dims :] if self.component == "scale" else (1,) * len(inner)
         index = mapping.index or (slice(None),) * len(inner)
-        return tuple(
-            _in_blocks(part, block).indices(size)[:2] for part, block, size in zip(index, blocks, inner, strict=True)
-        )
+        return tuple(part.indices(size)[:2] for part, size in zip(index, inner, strict=True))
 
     def _region_shape(self, mapping: TensorMapping) -> tuple[int, ...]:
         stacked = () if self.layers is None else (1,)
@@ -240,10 +252,12 @@ class Parameter:
         return (*stacked, *((self.ep_size,) if self.routed else ()), *inner)
 
 
-def _in_blocks(part: slice, block: int) -> slice:
-    """A slice of elements as a slice of blocks.
-
-    >>> _in_blocks(slice(128, 300), 128)
-    slice(1, 3, None)
-    """
-    return slice(*(None if end is None else -(-end // block) for end in (part.start, part.stop)))
+def _uncut(
+    block: tuple[int, int], shape: tuple[int, ...], shard_shape: tuple[int, ...], mapping: TensorMapping
+) -> tuple[int, int]:
+    """The largest part of a block that neither the mesh nor the loader's order of rows cuts."""
+    outputs, inputs = (
+        length if size == shard else math.gcd(length, shard)
+        for length, size, shard in zip(block, shape[-2:], shard_shape[-2:], strict=True)
+    )
+    return (outputs if mapping.rows is None else 1), inputs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import get_args
 
@@ -32,8 +33,10 @@ from jax_mla_cp.model.build import EP_CHOICES, Build
 from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.grouped_matmul import resolve_grouped_matmul
 from jax_mla_cp.model.loaded_model import Model, weight_bytes
+from jax_mla_cp.model.params import dequantized_matrices
 from jax_mla_cp.tokenizer import Tokenizer
 
+_log = logging.getLogger(__name__)
 _WEIGHTS_FRACTION = 0.7
 """The share of a device's memory at which `ep_axes="auto"` stops trying to keep the experts on fewer axes."""
 
@@ -56,7 +59,7 @@ def load(
         built-in model (jax_mla_cp/default_model).
       dtype: of weights, activations and cache; "auto" is float32 on CPU and bfloat16 on GPUs.
       weights: of a quantized checkpoint. "bf16": dequantized while loading, to `dtype`; "fp8": kept in FP8 in device memory,
-        and dequantized by every use; "auto": "fp8" on GPUs, else "bf16".
+        and dequantized by every use, except for the few that can't be (docs/checkpoints.md); "auto": "fp8" on GPUs, else "bf16".
       ep_axes: the mesh axes that divide the experts; "auto" takes the fewest whose weights fit the memory.
       attention: "auto" is the fastest that runs here.
       mtp: with the checkpoint's layer for multi-token prediction, for `Planner.create(.., draft_tokens=..)`.
@@ -73,6 +76,10 @@ def load(
         weights = converted.resolve_weights(weights)
     build = plan_build(config, mesh, dtype=dtype, weights=weights, ep_axes=ep_axes, attention=attention, mtp=mtp)
     declared = nnx.state(Decoder(build))
+    for reason, names in dequantized_matrices(declared).items():
+        _log.info(
+            "%d matrices can't stay in FP8 and are dequantized, because %s: %s", len(names), reason, ", ".join(names)
+        )
     if converted:
         params = load_converted(converted, declared, config, mesh, progress=progress)
     else:

@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32, Shaped
 
 from jax_mla_cp.mesh import vary_like
+from jax_mla_cp.model.fp8 import ScaledMatrices
 from jax_mla_cp.model.grouped_matmul import GroupedMatmul, group_alignment, grouped_matmul
 
 _MIN_WINDOW_ROWS = 4096  # a smaller window is not worth dividing
@@ -25,8 +26,8 @@ def apply_experts(
     x: Float[Array, "T D"],
     expert: Int32[Array, "T k"],
     weight: Float[Array, "T k"],
-    gate_up: Float[Array, "G D 2F"],
-    down: Float[Array, "G F D"],
+    gate_up: Float[Array, "G 2F D"] | ScaledMatrices,
+    down: Float[Array, "G D F"] | ScaledMatrices,
     *,
     num_experts: int,
     first: Int32[Array, ""] | int,
@@ -40,7 +41,7 @@ def apply_experts(
 
     Args:
       expert: a pair with an `expert` outside [0, num_experts) is another device's.
-      gate_up, down: the weights of this device's experts begin at group `first`.
+      gate_up, down: as `grouped_matmul` takes them; the weights of this device's experts begin at group `first`.
       ep_size: the number of devices that the experts are divided over; it sizes the windows.
       implementation: as in `grouped_matmul`.
     """

@@ -1,8 +1,7 @@
 """Matrices that stay in FP8 in device memory, and their dequantization.
 
-A matrix has the layout of an unquantized one: [inputs, ...outputs], with layers and experts in front. Its scales have the
-same dimensions: one scale per block along some, and one per element along those where heads, halves or devices would cut
-blocks. So the mesh divides the scales as it divides the matrix.
+A matrix lies as every other one does, K-major: [N outputs, K inputs]. Its scales are [ceil(N / bn), ceil(K / bk)], one for each
+block of bn outputs and bk inputs; `fp8_blocks` says which matrices can be kept so.
 
 Arrays hold the bytes of float8_e4m3fn as uint8: before XLA:CPU slices a float8 array, or updates it in place, it makes a
 float16 copy of the whole stack of layers.
@@ -10,7 +9,7 @@ float16 copy of the whole stack of layers.
 
 from __future__ import annotations
 
-from types import EllipsisType
+import dataclasses
 from typing import Any
 
 import jax
@@ -18,38 +17,94 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jaxtyping import Array, Float, Int32, UInt8
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ScaledMatrices:
+    """Matrices in FP8, [N outputs, K inputs] each: `grouped_matmul` takes them in the place of an array [G, N, K]."""
+
+    q: UInt8[Array, "G N K"]
+    """The bytes of float8_e4m3fn."""
+    scale: Float[Array, "G N/bn K/bk"]
+    """Rounded up: the last block of a matrix may be smaller."""
+    block: tuple[int, int] = dataclasses.field(metadata={"static": True})
+    """Outputs and inputs that share a scale."""
+    dtype: np.dtype[Any] = dataclasses.field(metadata={"static": True})
+    """The model's, to which they are dequantized."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.q.shape
+
+    def matrix(self, index: Int32[Array, ""] | int) -> Float[Array, "N K"]:
+        """Dequantizes one matrix."""
+        q, scale = (lax.dynamic_index_in_dim(x, index, keepdims=False) for x in (self.q, self.scale))
+        return dequantize(q, scale, self.block, self.dtype)
+
+    def slice(self, first: Int32[Array, ""] | int, count: int) -> ScaledMatrices:
+        """`count` matrices, from number `first` on, still in FP8."""
+        q, scale = (lax.dynamic_slice_in_dim(x, first, count) for x in (self.q, self.scale))
+        return dataclasses.replace(self, q=q, scale=scale)
+
+    def dequantize(self) -> Float[Array, "G N K"]:
+        """Dequantizes all matrices."""
+        return dequantize(self.q, self.scale, self.block, self.dtype)
+
+
+Matrices = Float[Array, "G N K"] | ScaledMatrices
+"""Matrices of one shape, plain or in FP8."""
+
+
+def take_matrices(matrices: Matrices, first: Int32[Array, ""] | int, count: int) -> Float[Array, "E N K"]:
+    """A copy of `count` matrices, from number `first` on, dequantized if they are in FP8."""
+    if isinstance(matrices, ScaledMatrices):
+        return matrices.slice(first, count).dequantize()
+    return lax.dynamic_slice_in_dim(matrices, first, count)
 
 
 class Fp8(nnx.Module):
-    """A matrix in FP8. `[...]` dequantizes it to the model's dtype, so that it is read as an `nnx.Param` is."""
+    """The parameters of one or more matrices in FP8: [.., N, K], or [.., 2, F, K] of `2 F` outputs."""
 
-    def __init__(self, q: nnx.Param[Any], scale: nnx.Param[Any], blocks: tuple[int, ...], dtype: np.dtype[Any]):
-        """`blocks`: elements that share a scale, along each of a layer's own dimensions."""
+    def __init__(
+        self,
+        q: nnx.Param[Any],
+        scale: nnx.Param[Any],
+        block: tuple[int, int],
+        dtype: np.dtype[Any],
+        dims: int,
+    ):
+        """`dims`: the dimensions of a matrix; the others are of layers and experts."""
         self.q = q
         self.scale = scale
-        self.blocks = blocks
+        self.block = block
         self.dtype = dtype
+        self.dims = dims
 
-    def __getitem__(self, everything: EllipsisType) -> jax.Array:
-        return dequantize(self.q[...], self.scale[...], self.blocks, self.dtype)
-
-    def experts(self, first: jax.Array | int, count: int) -> jax.Array:
-        """Dequantizes the matrices of `count` experts, from number `first` of all layers' experts on: [count, inputs, outputs]."""
-        q, scale = (lax.dynamic_slice_in_dim(lax.collapse(p[...], 0, -2), first, count) for p in (self.q, self.scale))
-        return dequantize(q, scale, self.blocks, self.dtype)
+    def matrices(self) -> ScaledMatrices:
+        """All of them, of every layer and expert: a view."""
+        q, scale = (stack_matrices(p[...], self.dims) for p in (self.q, self.scale))
+        return ScaledMatrices(q, scale, self.block, self.dtype)
 
 
-def dequantize(q: jax.Array, scale: jax.Array, blocks: tuple[int, ...], dtype: np.dtype[Any]) -> jax.Array:
+def stack_matrices(x: jax.Array, dims: int) -> Float[Array, "G N K"]:
+    """A view of [.., N, K] with `dims` 2, or of [.., 2, F, K] with 3: the leading dimensions are one, and the outputs are one."""
+    return x.reshape(-1, int(np.prod(x.shape[-dims:-1])), x.shape[-1])
+
+
+def dequantize(q: jax.Array, scale: jax.Array, block: tuple[int, int], dtype: np.dtype[Any]) -> jax.Array:
     """`q * scale` in float32, rounded once to `dtype`.
 
     Args:
-      q: float8_e4m3fn's bytes, uint8.
-      scale: of q's rank; along dimension d, `ceil(q.shape[d] / blocks[d])` of them.
-      blocks: elements that share a scale, along each dimension.
+      q: float8_e4m3fn's bytes, uint8 [.., N, K].
+      scale: [.., ceil(N / bn), ceil(K / bk)].
+      block: (bn, bk).
     """
-    for dim, (size, block) in enumerate(zip(q.shape, blocks, strict=True)):
-        if block > 1:
-            scale = lax.slice_in_dim(jnp.repeat(scale, block, axis=dim), 0, size, axis=dim)
+    for dim, size in zip((-2, -1), block, strict=True):
+        if size > 1:
+            dim += q.ndim
+            scale = lax.slice_in_dim(jnp.repeat(scale, size, axis=dim), 0, q.shape[dim], axis=dim)
     wide = lax.bitcast_convert_type(q, jnp.float8_e4m3fn).astype(jnp.float32)
     return (wide * scale.astype(jnp.float32)).astype(dtype)
 
@@ -59,12 +114,11 @@ def fp8_bytes(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(x.astype(jnp.float8_e4m3fn), jnp.uint8)
 
 
-def unpack_int4(packed: jax.Array, dim: int) -> jax.Array:
-    """Unpacks eight numbers from -8 to 7 of each int32, lowest bits first, along `dim`, to int8.
+def unpack_int4(packed: jax.Array) -> jax.Array:
+    """Unpacks eight numbers from -8 to 7 of each int32, lowest bits first, along the last dimension, to int8.
 
     The offset of 8 is that of compressed-tensors' `pack_to_int32`.
     """
-    shape = (*packed.shape[: dim + 1], 8, *packed.shape[dim + 1 :])
-    nibble = lax.broadcasted_iota(jnp.int32, shape, dim + 1)
-    values = ((jnp.expand_dims(packed, dim + 1) >> 4 * nibble) & 15) - 8
-    return lax.collapse(values.astype(jnp.int8), dim, dim + 2)
+    nibble = jnp.arange(8, dtype=jnp.int32)
+    values = ((packed[..., None] >> 4 * nibble) & 15) - 8
+    return lax.collapse(values.astype(jnp.int8), packed.ndim - 1)

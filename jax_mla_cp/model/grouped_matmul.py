@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from jax_mla_cp.mesh import vary_like
+from jax_mla_cp.model.fp8 import ScaledMatrices, take_matrices
 
 GroupedMatmul = Literal["hopper", "blocks", "ragged"]
 """Implementations of `grouped_matmul`."""
@@ -28,35 +29,46 @@ def resolve_grouped_matmul() -> GroupedMatmul:
 
 def grouped_matmul(
     rows: Float[Array, "M K"],
-    weights: Float[Array, "G K N"],
-    group_sizes: Int32[Array, " E"],
+    weights: Float[Array, "G N K"] | ScaledMatrices,
+    group_sizes: Int32[Array, " E"] | None,
     first: Int32[Array, ""] | int = 0,
     *,
     implementation: GroupedMatmul,
 ) -> Float[Array, "M N"]:
-    """Multiplies rows `[sum(group_sizes[:e]), sum(group_sizes[:e + 1]))` by `weights[first + e]`.
+    """Multiplies rows `[sum(group_sizes[:e]), sum(group_sizes[:e + 1]))` by `weights[first + e].T`.
 
     Rows past all groups are undefined: on Hopper they are memory that nobody wrote, NaN included. Select the rows that
     exist, don't multiply the others by 0.
 
     Args:
+      group_sizes: None: all rows are of one group.
       implementation: "hopper": a Pallas kernel for bfloat16 and for sizes that its tiles divide; other operands run as in
         "ragged". "blocks", for CPUs: a loop over blocks of rows of one group each, with a dynamic trip count (XLA:CPU's
         `ragged_dot` multiplies every row by every group's matrix). "ragged": `lax.ragged_dot`, and for a single group a
-        plain product of all rows.
+        plain product of all rows. Matrices in FP8 are dequantized first, unless `multiplies_fp8`.
     """
-    if implementation == "blocks":
+    groups = 1 if group_sizes is None else len(group_sizes)
+    if isinstance(weights, ScaledMatrices) and not multiplies_fp8(rows.shape[0], groups, implementation):
+        weights, first = take_matrices(weights, first, groups), 0
+    if implementation == "blocks" and group_sizes is not None:
         return _blocks(rows, weights, group_sizes, first)
-    if implementation == "hopper" and _hopper().fits(rows, weights):
+    if implementation == "hopper" and not isinstance(weights, ScaledMatrices) and _hopper().fits(rows, weights):
         hopper = _hopper()
         pad = -rows.shape[0] % hopper.TILE
         padded = jnp.pad(rows, ((0, pad), (0, 0)))
-        return hopper.hopper_grouped_matmul(padded, weights, group_sizes, first)[: rows.shape[0]]
-    if len(group_sizes) == 1:
-        weight = lax.dynamic_index_in_dim(weights, first, keepdims=False)
-        # Float32 in full: the keys' roped part passes through this product (model/mla.py), and TF32 would round it.
-        return jnp.matmul(rows, weight, precision=lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None)
-    return lax.ragged_dot(rows, lax.dynamic_slice_in_dim(weights, first, len(group_sizes)), group_sizes)
+        sizes = jnp.full(1, rows.shape[0], jnp.int32) if group_sizes is None else group_sizes
+        return hopper.hopper_grouped_matmul(padded, weights, sizes, first)[: rows.shape[0]]
+    if group_sizes is None or groups == 1:
+        return _multiply(rows, _matrix(weights, first))
+    return _ragged(rows, take_matrices(weights, first, groups), group_sizes)
+
+
+def multiplies_fp8(rows: int, groups: int, implementation: GroupedMatmul) -> bool:
+    """True if `grouped_matmul` takes `rows` rows' matrices in FP8 as they are; else it dequantizes all `groups` first.
+
+    A caller that multiplies with the same matrices again and again may then dequantize them once.
+    """
+    return implementation == "blocks"
 
 
 def group_alignment(rows: int, groups: int, implementation: GroupedMatmul) -> int:
@@ -74,7 +86,31 @@ def _hopper() -> ModuleType:
     return hopper
 
 
-def _blocks(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, first_group: jax.Array | int) -> jax.Array:
+def _matrix(weights: jax.Array | ScaledMatrices, index: jax.Array | int) -> Float[Array, "N K"]:
+    """One matrix, dequantized."""
+    if isinstance(weights, ScaledMatrices):
+        return weights.matrix(index)
+    return lax.dynamic_index_in_dim(weights, index, keepdims=False)
+
+
+def _multiply(rows: Float[Array, "M K"], matrix: Float[Array, "N K"]) -> Float[Array, "M N"]:
+    # Float32 in full: the keys' roped part passes through this product (model/mla.py), and TF32 would round it.
+    precision = lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None
+    return jnp.einsum("mk,nk->mn", rows, matrix, precision=precision)
+
+
+def _ragged(
+    rows: Float[Array, "M K"], weights: Float[Array, "E N K"], group_sizes: Int32[Array, " E"]
+) -> Float[Array, "M N"]:
+    numbers = lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
+    )
+    return lax.ragged_dot_general(rows, weights, group_sizes, numbers)
+
+
+def _blocks(
+    rows: jax.Array, weights: jax.Array | ScaledMatrices, group_sizes: jax.Array, first_group: jax.Array | int
+) -> jax.Array:
     count, groups = rows.shape[0], len(group_sizes)
     # About one block per group when the rows are spread evenly; never so small that the loop is all overhead.
     size = min(count, max(8, min(_LARGEST_BLOCK, 1 << (count // groups).bit_length())))
@@ -90,10 +126,9 @@ def _blocks(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, first_g
         )  # the last block is moved back into the array; `in_block` masks the rest
         row = start + jnp.arange(size)
         in_block = (row >= first) & (row < group_end[group])
-        weight = lax.dynamic_index_in_dim(weights, first_group + group, keepdims=False)
-        product = lax.dynamic_slice_in_dim(rows, start, size) @ weight
+        product = _multiply(lax.dynamic_slice_in_dim(rows, start, size), _matrix(weights, first_group + group))
         kept = lax.dynamic_slice_in_dim(out, start, size)
         return lax.dynamic_update_slice_in_dim(out, jnp.where(in_block[:, None], product, kept), start, 0)
 
-    out = vary_like(jnp.zeros((count, weights.shape[2]), rows.dtype), rows, weights, group_sizes)
+    out = vary_like(jnp.zeros((count, weights.shape[1]), rows.dtype), rows, weights, group_sizes)
     return lax.fori_loop(0, block_end[-1], step, out)

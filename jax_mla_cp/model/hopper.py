@@ -27,7 +27,7 @@ from jax_mla_cp.mesh import vary_like
 TILE = 128
 """Rows of an output tile; its columns are a multiple of it."""
 STEP = 64
-"""Columns of `rows` in a step of the pipeline: 128 bytes, the widest swizzle of the tensor cores' operands."""
+"""Columns of `rows` and `weights` in a step of the pipeline: 128 bytes, the widest swizzle of the tensor cores' operands."""
 _SMS = 132  # H100 and H200 SXM; another number costs time only
 
 
@@ -41,18 +41,18 @@ _PATH = 8  # column tiles: the width of the path over the tiles, so that 132 til
 
 def fits(rows: jax.Array, weights: jax.Array) -> bool:
     """True if the kernel takes these dtypes and sizes. The caller rounds the number of rows up to a multiple of TILE."""
-    _, k, n = weights.shape
+    _, n, k = weights.shape
     return rows.dtype == weights.dtype == jnp.bfloat16 and k % STEP == 0 and n % TILE == 0
 
 
 def hopper_grouped_matmul(
     rows: Float[Array, "M K"],
-    weights: Float[Array, "G K N"],
+    weights: Float[Array, "G N K"],
     group_sizes: Int32[Array, " E"],
     first: Int32[Array, ""] | int = 0,
 ) -> Float[Array, "M N"]:
     """As `grouped_matmul`: M and N multiples of TILE, K of STEP. Rows past all groups are not written."""
-    (m, k), n = rows.shape, weights.shape[2]
+    (m, k), n = rows.shape, weights.shape[1]
     width = _COLUMNS if n % _COLUMNS == 0 else TILE
     in_flight, steps = _STEPS[width], k // STEP
     count, tiles = _list_tiles(group_sizes, m, first)
@@ -90,7 +90,7 @@ def hopper_grouped_matmul(
                             full.at[slot],
                         )
                         plgpu.copy_gmem_to_smem(
-                            weights_ref.at[group, pl.ds(s * STEP, STEP), pl.ds(column * width, width)],
+                            weights_ref.at[group, pl.ds(column * width, width), pl.ds(s * STEP, STEP)],
                             b.at[slot],
                             full.at[slot],
                         )
@@ -115,7 +115,7 @@ def hopper_grouped_matmul(
                         def step(s: jax.Array, done: jax.Array) -> jax.Array:
                             slot = lax.rem(done, jnp.int32(in_flight))
                             plgpu.barrier_wait(full.at[slot])
-                            plgpu.wgmma(acc, a.at[slot, pl.ds(row, half)], b.at[slot])
+                            plgpu.wgmma(acc, a.at[slot, pl.ds(row, half)], plgpu.transpose_ref(b.at[slot], (1, 0)))
                             plgpu.wgmma_wait(0)
                             plgpu.barrier_arrive(empty.at[slot])
                             return done + 1
@@ -143,7 +143,7 @@ def hopper_grouped_matmul(
         pl.run_scoped(
             scope,
             plgpu.SMEM((in_flight, TILE, STEP), rows.dtype, transforms=swizzled(8, STEP)),
-            plgpu.SMEM((in_flight, STEP, width), rows.dtype, transforms=swizzled(8, width)),
+            plgpu.SMEM((in_flight, width, STEP), rows.dtype, transforms=swizzled(8, STEP)),
             # Tiles of one row, as a slice of any rows is stored. The bytes lie where they would with tiles of 8.
             plgpu.SMEM((2, _SLOTS, half, _STAGED), rows.dtype, transforms=swizzled(1, _STAGED)),
             plgpu.Barrier(num_arrivals=2, num_barriers=in_flight),

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from jax_mla_cp.config.rope import RopeConfig
 from jax_mla_cp.mesh import TP
+from jax_mla_cp.model.linear import linear
 from jax_mla_cp.model.params import ParamFactory
 
 
@@ -65,9 +66,12 @@ class Mlp(nnx.Module):
     """Gated MLP, `down(silu(gate x) * up x)`, its width over tp. Returns this rank's part of the sum over tp."""
 
     def __init__(self, param: ParamFactory, hidden: int, width: int):
-        self.gate_up = param.matrix(hidden, 2, width, spec=(None, None, TP), blocks=(0,))
-        self.down = param.matrix(width, hidden, spec=(TP, None), blocks=(1,))
+        self.build = param.build
+        self.gate_up = param.matrix(2, width, hidden, spec=(None, TP, None))
+        self.down = param.matrix(hidden, width, spec=(None, TP))
 
-    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
-        gate_up = jnp.einsum("td,dgf->tgf", x, self.gate_up[...])
-        return jnp.einsum("tf,fd->td", jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1], self.down[...])
+    def __call__(self, x: Float[Array, "T D"], layer: Int32[Array, ""] | int = 0) -> Float[Array, "T D"]:
+        """`layer`: the layer's index in its stack (see `linear`)."""
+        implementation = self.build.grouped_matmul
+        gate, up = jnp.split(linear(x, self.gate_up, layer, implementation), 2, axis=-1)
+        return linear(jax.nn.silu(gate) * up, self.down, layer, implementation)

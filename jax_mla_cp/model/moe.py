@@ -18,7 +18,8 @@ from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.mesh import TP
 from jax_mla_cp.model.build import Build
 from jax_mla_cp.model.experts import apply_experts
-from jax_mla_cp.model.fp8 import Fp8
+from jax_mla_cp.model.fp8 import Fp8, Matrices, ScaledMatrices, stack_matrices, take_matrices
+from jax_mla_cp.model.grouped_matmul import multiplies_fp8
 from jax_mla_cp.model.layers import Mlp
 from jax_mla_cp.model.params import ParamFactory
 
@@ -38,10 +39,8 @@ class Moe(nnx.Module):
             self.bias = param(c.n_routed_experts, dtype=float32)
         experts = build.padded_experts
         width, spec = c.moe_intermediate_size, (build.ep_axes, None, None)
-        # Gate and up lie side by side: where gate ends within a block, its scales are one per column.
-        side_by_side = (1, 2) if c.quantization and width % c.quantization.block[0] == 0 else (1,)
-        self.gate_up = param.matrix(experts, c.hidden_size, 2 * width, spec=spec, experts=True, blocks=side_by_side)
-        self.down = param.matrix(experts, width, c.hidden_size, spec=spec, experts=True, blocks=(1, 2))
+        self.gate_up = param.matrix(experts, 2, width, c.hidden_size, spec=(*spec, None), experts=True)
+        self.down = param.matrix(experts, c.hidden_size, width, spec=spec, experts=True)
         if c.n_shared_experts:
             self.shared = Mlp(param, c.hidden_size, c.n_shared_experts * c.moe_intermediate_size)
 
@@ -56,7 +55,7 @@ class Moe(nnx.Module):
         out = self._routed(x, expert, weight, layer)
         if self.build.config.n_shared_experts:
             with jax.named_scope("shared"):
-                out = out + self.shared(x)
+                out = out + self.shared(x, layer)
         return out
 
     def _routed(self, x: jax.Array, expert: jax.Array, weight: jax.Array, layer: jax.Array | int) -> jax.Array:
@@ -65,7 +64,7 @@ class Moe(nnx.Module):
         axes = self.build.axes
         tokens = len(x)
         slices = -(-tokens * axes.size(gather_over) // _MAX_TOKENS)
-        experts = self._weights(layer)
+        experts = self._weights(layer, expert.size // slices // axes.size(TP))
 
         def apply(part: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
             if not gather_over:
@@ -85,17 +84,27 @@ class Moe(nnx.Module):
         out = lax.map(apply, (split(x, 0), split(expert, no_expert), split(weight, 0)))
         return out.reshape(slices * size, -1)[:tokens]
 
-    def _weights(self, layer: jax.Array | int) -> tuple[Float[Array, "G D 2F"], Float[Array, "G F D"], jax.Array | int]:
+    def _weights(self, layer: jax.Array | int, rows: int) -> tuple[Matrices, Matrices, jax.Array | int]:
         """This device's experts' `gate_up` and `down`, and the number of the layer's first expert in them.
 
-        They are the whole stack's, because XLA would copy a slice for the kernel. Weights in FP8 are dequantized, those of
-        this layer only: 2.8 GB for DeepSeek-V3 at tp=8, in a buffer that the next layer uses again.
+        They are the whole stack's, because XLA would copy a slice for the kernel. FP8 that is not multiplied as it is gets
+        dequantized here, before the loops over slices and windows, this layer's only: 2.8 GB for DeepSeek-V3 at tp=8, in a
+        buffer that the next layer uses again.
+
+        Args:
+          rows: this device's even share of the (token, expert) pairs in a slice.
         """
-        first = layer * self._local
-        if isinstance(self.gate_up, Fp8) and isinstance(self.down, Fp8):
+        first, count = layer * self._local, self._local
+        stacks = [
+            weight.matrices() if isinstance(weight, Fp8) else stack_matrices(weight[...], dims)
+            for weight, dims in ((self.gate_up, 3), (self.down, 2))
+        ]
+        in_fp8 = any(isinstance(stack, ScaledMatrices) for stack in stacks)
+        if in_fp8 and not multiplies_fp8(rows, count, self.build.grouped_matmul):
             with jax.named_scope("dequantize"):
-                return self.gate_up.experts(first, self._local), self.down.experts(first, self._local), 0
-        return lax.collapse(self.gate_up[...], 0, -2), lax.collapse(self.down[...], 0, -2), first
+                gate_up, down = (take_matrices(stack, first, count) for stack in stacks)
+                return gate_up, down, 0
+        return stacks[0], stacks[1], first
 
     @property
     def _local(self) -> int:
@@ -107,8 +116,8 @@ class Moe(nnx.Module):
         x: Float[Array, "M D"],
         expert: Int32[Array, "M k"],
         weight: Float[Array, "M k"],
-        gate_up: Float[Array, "G D 2F"],
-        down: Float[Array, "G F D"],
+        gate_up: Matrices,
+        down: Matrices,
         first: jax.Array | int,
     ) -> Float[Array, "M D"]:
         """The sum of each token's experts that are on this device."""

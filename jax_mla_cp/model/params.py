@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -9,75 +10,92 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from jax_mla_cp.config.quantization import Quantization
 from jax_mla_cp.model.build import Build
 from jax_mla_cp.model.fp8 import Fp8
+from jax_mla_cp.model.fp8_blocks import why_dequantized
+
+Spec = tuple[str | tuple[str, ...] | None, ...]
 
 
 class ParamFactory:
     """Makes `nnx.Param`s whose values are `jax.ShapeDtypeStruct`s: a checkpoint's loader fills them.
 
-    A parameter's metadata: `spec`, its PartitionSpec; `blocks`, the elements of a quantized matrix that share a scale, along
-    each dimension; `whole`, as below.
+    A parameter's metadata: `spec`, its PartitionSpec; `quantized`, whether a checkpoint may have it quantized; `dequantized`, the
+    reason if it can't stay in FP8 though the build says so; `whole`, as below.
 
     Args:
       layers: gives every parameter a leading dimension [layers], for a `LayerStack`. Under its `lax.scan` each layer gets
-        its slice of a parameter, but all layers' weights of experts (`whole`): XLA copies the slice that a kernel of ours
-        is given, which for experts would be gigabytes a layer.
+        its slice of a parameter, but of experts and of what is in FP8 all layers' weights (`whole`): XLA copies the slice that
+        a kernel of ours is given, which for experts would be gigabytes a layer.
     """
 
     def __init__(self, build: Build, layers: int | None = None):
         self.build = build
         self.layers = layers
 
-    def __call__(
-        self,
-        *shape: int,
-        spec: tuple[str | tuple[str, ...] | None, ...] = (),
-        dtype: jnp.dtype | None = None,
-    ) -> nnx.Param[Any]:
+    def __call__(self, *shape: int, spec: Spec = (), dtype: jnp.dtype | None = None) -> nnx.Param[Any]:
         """A parameter in `dtype`, by default the model's, divided over the mesh as `spec` says."""
-        return self._param(shape, spec, dtype or self.build.dtype, experts=False)
+        return self._param(shape, spec, dtype or self.build.dtype)
 
     def matrix(
-        self,
-        *shape: int,
-        blocks: tuple[int, ...],
-        spec: tuple[str | tuple[str, ...] | None, ...] = (),
-        experts: bool = False,
+        self, *shape: int, spec: Spec = (), experts: bool = False, reordered: Iterable[range] = ()
     ) -> nnx.Param[Any] | Fp8:
-        """A matrix that a checkpoint may have quantized: [inputs, ...outputs], of experts [E, inputs, outputs].
+        """A matrix that a checkpoint may have quantized, as it has it: [N outputs, K inputs], [E, ..] of experts.
+
+        [2, F, K] are gate and up, a matrix of `2 F` outputs.
 
         Args:
-          blocks: the dimensions along which its scales stay one per block; the last one is of outputs, others of inputs.
-            Not a dimension that the mesh divides, or that is a part of the stored one, as heads are: blocks would be cut.
+          reordered: ranges of outputs within which the loader changes the order.
         """
         quantization = self.build.config.quantization
         if quantization is None or (quantization.experts_only and not experts):
-            return self._param(shape, spec, self.build.dtype, experts)
-        sizes = _block_sizes(len(shape), blocks, quantization)
+            return self._param(shape, spec, self.build.dtype, whole=experts)
         if not self.build.fp8:
-            return self._param(shape, spec, self.build.dtype, experts, sizes)
-        scales = tuple(-(-size // block) for size, block in zip(shape, sizes, strict=True))
-        q = self._param(shape, spec, jnp.dtype(jnp.uint8), experts, sizes)
+            return self._param(shape, spec, self.build.dtype, whole=experts, quantized=True)
+        inner = shape[1:] if experts else shape
+        ways = tuple(self.build.axes.size(axes or ()) for axes in spec) or (1,) * len(shape)
+        if reason := why_dequantized(inner, ways, quantization.block, reordered):
+            return self._param(shape, spec, self.build.dtype, whole=experts, quantized=True, dequantized=reason)
+        scales = tuple(-(-size // block) for size, block in zip(shape[-2:], quantization.block, strict=True))
         return Fp8(
-            q, self._param(scales, spec, jnp.dtype(quantization.scale_dtype), experts, sizes), sizes, self.build.dtype
+            self._param(shape, spec, jnp.dtype(jnp.uint8), whole=True, quantized=True),
+            self._param((*shape[:-2], *scales), spec, jnp.dtype(quantization.scale_dtype), whole=True, quantized=True),
+            quantization.block,
+            self.build.dtype,
+            dims=len(inner),
         )
+
+    def per_head(self, *shape: int, spec: Spec = ()) -> nnx.Param[Any]:
+        """Matrices [heads, N, K] of which each head multiplies with its own, in two directions: never in FP8."""
+        quantization = self.build.config.quantization
+        quantized = quantization is not None and not quantization.experts_only
+        return self._param(shape, spec, self.build.dtype, quantized=quantized)
 
     def _param(
         self,
         shape: tuple[int, ...],
-        spec: tuple[str | tuple[str, ...] | None, ...],
+        spec: Spec,
         dtype: jnp.dtype,
-        experts: bool,
-        blocks: tuple[int, ...] = (),
+        *,
+        whole: bool = False,
+        quantized: bool = False,
+        dequantized: str = "",
     ) -> nnx.Param[Any]:
         if self.layers is not None:
-            shape, spec, blocks = (self.layers, *shape), (None, *spec), (1, *blocks) if blocks else ()
-        value = jax.ShapeDtypeStruct(shape, dtype)
-        return nnx.Param(value, spec=PartitionSpec(*spec), whole=experts, blocks=blocks)
+            shape, spec = (self.layers, *shape), (None, *spec)
+        return nnx.Param(
+            jax.ShapeDtypeStruct(shape, dtype),
+            spec=PartitionSpec(*spec),
+            whole=whole,
+            quantized=quantized,
+            dequantized=dequantized,
+        )
 
 
-def _block_sizes(dims: int, blocks: tuple[int, ...], quantization: Quantization) -> tuple[int, ...]:
-    outputs, inputs = quantization.block
-    return tuple((outputs if dim == dims - 1 else inputs) if dim in blocks else 1 for dim in range(dims))
+def dequantized_matrices(declared: nnx.State[Any, Any]) -> dict[str, list[str]]:
+    """The matrices that can't stay in FP8 though the build says so: their names, by the reason."""
+    found: dict[str, list[str]] = {}
+    for path, param in nnx.to_flat_state(declared):
+        if reason := param.get_metadata("dequantized"):
+            found.setdefault(reason, []).append(".".join(map(str, path)))
+    return found

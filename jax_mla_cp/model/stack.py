@@ -48,24 +48,24 @@ class Layer(nnx.Module):
 
         Args:
           number: the layer's number in the cache.
-          index: the layer's place in its stack, where its experts' weights are.
+          index: the layer's place in its stack, where its weights in FP8 and its experts' are.
         """
-        x, pages = self.add_attention(x, pages, number, inputs)
+        x, pages = self.add_attention(x, pages, number, index, inputs)
         return self.add_mlp(x, index, inputs.valid), pages
 
     def add_attention(
-        self, x: jax.Array, pages: jax.Array, number: jax.Array, inputs: LayerInputs
+        self, x: jax.Array, pages: jax.Array, number: jax.Array, index: jax.Array, inputs: LayerInputs
     ) -> tuple[Float[Array, "T D"], Float[Array, "pages page_size C"]]:
         """The first half of the layer: x plus the attention of its norm, and the cache."""
         with jax.named_scope("mla"):
-            part, pages = self.mla(self._norm(x, self.attn_norm), pages, number, inputs)
+            part, pages = self.mla(self._norm(x, self.attn_norm), pages, number, index, inputs)
             return x + self.build.axes.psum(part, TP), pages
 
     def add_mlp(self, x: jax.Array, index: jax.Array, valid: Bool[Array, " T"]) -> Float[Array, "T D"]:
         """The second half of the layer: x plus the MLP, or the experts, of its norm."""
         with jax.named_scope("mlp"):
             normed = self._norm(x, self.mlp_norm)
-            part = self.mlp(normed, valid, index) if isinstance(self.mlp, Moe) else self.mlp(normed)
+            part = self.mlp(normed, valid, index) if isinstance(self.mlp, Moe) else self.mlp(normed, index)
             return x + self.build.axes.psum(part, TP)
 
     def _norm(self, x: jax.Array, weight: nnx.Param[Any]) -> jax.Array:
@@ -76,8 +76,9 @@ class LayerStack(nnx.Module):
     """Equal layers, run under `lax.scan` with the cache carried along.
 
     The stack's parameters have the names of a `Layer`'s and a leading dimension [count]: the tree has no level for the stack,
-    `moe.mla.kv_a` is [count, D, R + r]. Each iteration of the scan makes a `Layer` of its slice of them. Only the experts'
-    weights are not sliced: each layer gets those of the whole stack, and its index in them (see `ParamFactory`).
+    `moe.mla.kv_a` is [count, R + r, D]. Each iteration of the scan makes a `Layer` of its slice of them. Only the experts'
+    weights, and those in FP8, are not sliced: each layer gets those of the whole stack, and its index in them (see
+    `ParamFactory`).
 
     Args:
       first: the first layer's number in the cache.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +14,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jax_mla_cp.checkpoint import CheckpointError, load_params
 from jax_mla_cp.config.errors import ConfigError
@@ -20,6 +24,7 @@ from jax_mla_cp.mesh import make_mesh, mesh_shape
 from jax_mla_cp.model.build import Build
 from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.fp8 import unpack_int4
+from jax_mla_cp.model.fp8_blocks import why_dequantized
 from tests.helpers import quantize
 from tests.helpers.array_source import ArraySource
 from tests.helpers.checkpoints import BASE
@@ -45,7 +50,17 @@ RAGGED: dict[str, Any] = {
     "v_head_dim": 32,
 }
 WHOLE = RAGGED | {"moe_intermediate_size": 128}
-"""Gate's columns end with a block, so that scales of gate and up stay one per block both ways."""
+"""Gate ends with a block, so that gate and up stay in FP8."""
+ALIGNED = RAGGED | {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 256,
+    "q_lora_rank": 128,
+    "kv_lora_rank": 128,
+    "qk_nope_head_dim": 112,
+    "v_head_dim": 128,
+}
+"""Of heads of 128, whose roped rows end a block: all stay in FP8 at tp=2; tp=4 cuts what is 256 wide."""
 NO_Q_LORA = RAGGED | {"q_lora_rank": None, "rope_interleave": False}
 K25 = {"model_type": "kimi_k25", "text_config": RAGGED}
 """Its tensors' names have a prefix."""
@@ -80,8 +95,10 @@ def load(
         (K25, None, ("tp",), "int4"),
         (WHOLE, "tp=2,cp=2", ("tp",), "fp8"),
         (NO_Q_LORA, None, ("tp",), "fp8"),
+        (ALIGNED, "tp=2,cp=2", ("tp",), "fp8"),
+        (ALIGNED, "tp=4", ("tp",), "fp8"),
     ],
-    ids=["ragged", "int4", "int4 of Kimi K2.5", "whole", "no q_lora"],
+    ids=["ragged", "int4", "int4 of Kimi K2.5", "whole", "no q_lora", "aligned", "cut"],
 )
 def test_every_device_has_the_numbers_of_the_dequantized_checkpoint(
     raw: dict[str, Any], mesh: str | None, ep: tuple[str, ...], kind: str
@@ -92,43 +109,104 @@ def test_every_device_has_the_numbers_of_the_dequantized_checkpoint(
     at_load = load(tensors, config, mesh, ep)
     kept = load(tensors, config, mesh, ep, fp8=True)
     assert at_load.keys() == want.keys()
-    in_fp8 = {path.removesuffix(".q") for path in kept if path.endswith(".q")} - {"dense.mla", "moe.mla"}
-    assert in_fp8 == {path for path in want if may_be_fp8(path, kind)} != set()
+    in_fp8 = {path.removesuffix(".scale") for path in kept if path.endswith(".scale")}
+    ways = {path: value.addressable_shards[0].data.shape for path, value in want.items()}
+    assert in_fp8 == {path for path in want if stays_fp8(path, want[path].shape, ways[path], kind, config)} != set()
     for path, value in want.items():
         for i, shard in enumerate(value.addressable_shards):
             message = f"{path} on {shard.device}"
             np.testing.assert_array_equal(at_load[path].addressable_shards[i].data, shard.data, err_msg=message)
             if path in in_fp8:
                 q, scale = (kept[f"{path}.{part}"].addressable_shards[i].data for part in ("q", "scale"))
-                got = by_numpy(q, scale, 128 if kind == "fp8" else 32)
+                got = by_numpy(q, scale, (128, 128) if kind == "fp8" else (1, 32))
             else:
                 got = kept[path].addressable_shards[i].data
             np.testing.assert_array_equal(got, shard.data, err_msg=message)
 
 
-def may_be_fp8(path: str, kind: str) -> bool:
-    if path in ("moe.mlp.gate_up", "moe.mlp.down"):
+def stays_fp8(path: str, shape: tuple[int, ...], shard: tuple[int, ...], kind: str, c: ModelConfig) -> bool:
+    """The rule, by looking at every block: it is neither cut nor are rows moved to another."""
+    if kind == "int4":
+        return path in ("moe.mlp.gate_up", "moe.mlp.down")
+    if not path.startswith(("dense.ml", "moe.ml")) or any(word in path for word in ("norm", "router", "bias", "w_u")):
+        return False
+    name, block_of = path.rpartition(".")[2], np.arange(shape[-2]) // 128
+    if any(parts < size and parts % 128 for parts, size in zip(shard[-2:], shape[-2:], strict=True)):
+        return False
+    if name == "gate_up" and shape[-2] % 128:
+        return False
+    r = c.qk_rope_head_dim
+    head = {"kv_a": shape[-2], "q": c.qk_nope_head_dim + r, "q_b": c.qk_nope_head_dim + r}.get(name)
+    if head is None or not c.rope.interleaved:
         return True
-    stack, _, rest = path.partition(".")
-    return kind == "fp8" and stack in ("dense", "moe") and not any(word in rest for word in ("norm", "router", "bias"))
+    return all(len(set(block_of[end - r : end])) == 1 for end in range(head, shape[-2] + 1, head))
 
 
-def by_numpy(q: Any, scale: Any, block: int) -> np.ndarray:
+def by_numpy(q: Any, scale: Any, block: tuple[int, int]) -> np.ndarray:
     scale = np.asarray(scale).astype(np.float32)
-    for dim, size in enumerate(q.shape):
-        if scale.shape[dim] != size:
-            scale = np.repeat(scale, block, axis=dim).take(range(size), axis=dim)
+    for dim, size in zip((-2, -1), block, strict=True):
+        assert scale.shape[dim] == -(-q.shape[dim] // size), "one scale for each block"
+        scale = np.repeat(scale, size, axis=dim).take(range(q.shape[dim]), axis=dim)
     assert q.dtype == np.uint8
     return np.asarray(q).view(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale
 
 
-def test_scales_of_experts_stay_one_per_block() -> None:
-    """The bulk of the memory: 4 bytes for 128 x 128 numbers. Of the others, 4 bytes for 128."""
+def test_scales_are_one_per_block() -> None:
+    """4 bytes for 128 x 128 numbers."""
     kept = load(*reversed(quantized(WHOLE, "fp8")), fp8=True)
-    assert kept["moe.mlp.gate_up.scale"].shape == (1, 6, 2, 2)
-    assert kept["moe.mlp.down.scale"].shape == (1, 6, 1, 2)
-    assert kept["moe.mla.q_b.scale"].shape == (1, 2, 4, 56)
-    assert kept["moe.mla.o.scale"].shape == (1, 4, 32, 2)
+    assert kept["moe.mlp.gate_up.scale"].shape == (1, 6, 2, 1, 2)
+    assert kept["moe.mlp.down.scale"].shape == (1, 6, 2, 1)
+    assert kept["moe.mla.q_a.scale"].shape == (1, 2, 2)
+    assert kept["moe.mla.o.scale"].shape == (1, 2, 1)
+
+
+@given(
+    size=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    unit=st.tuples(st.sampled_from([4, 12, 16]), st.sampled_from([4, 12, 16])),
+    ways=st.tuples(st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 3])),
+    block=st.tuples(st.sampled_from([1, 4, 8, 16]), st.sampled_from([1, 4, 8, 16])),
+    halves=st.booleans(),
+    reordered=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 16)), max_size=3),
+)
+def test_which_matrices_stay_in_fp8(
+    size: tuple[int, int],
+    unit: tuple[int, int],
+    ways: tuple[int, int],
+    block: tuple[int, int],
+    halves: bool,
+    reordered: list[tuple[int, int]],
+) -> None:
+    """Those that every device can dequantize with its own part of the scales, with the rows in the model's order."""
+    n, k = (a * b * w for a, b, w in zip(size, unit, ways, strict=True))
+    shape, parts = ((2, n, k), (1, *ways)) if halves else ((n, k), ways)
+    ranges = [range(first, min(first + count, n)) for first, count in reordered if first < n]
+    row_block, column_block = np.arange(n) // block[0], np.arange(k) // block[1]
+
+    def whole(blocks: np.ndarray, devices: int) -> bool:
+        """No block is on two devices."""
+        shards = np.split(blocks, devices)
+        return all(not set(a) & set(b) for a, b in itertools.combinations(shards, 2))
+
+    can = whole(row_block, ways[0]) and whole(column_block, ways[1])
+    if halves:  # the two matrices as one: no block holds rows of both
+        can &= n % block[0] == 0
+    can &= all(len({row_block[i] for i in rows}) == 1 for rows in ranges)
+    assert (why_dequantized(shape, parts, block, ranges) is None) == can
+
+
+def test_a_nan_among_the_values_is_refused() -> None:
+    """By the tensor's name, whether it stays in FP8 or not; the neighbors of the two NaN are numbers."""
+    config, tensors = quantized(RAGGED, "fp8")
+    for name in (Q_A, EXPERT, "model.layers.0.self_attn.kv_b_proj.weight"):
+        for byte in (0x7F, 0xFF, 0x7E, 0xFE, 0x80):
+            changed = tensors[name].copy()
+            changed.view(np.uint8)[-1, -1] = byte
+            for fp8 in (False, True):
+                if byte & 0x7F != 0x7F:
+                    load(tensors | {name: changed}, config, fp8=fp8)
+                    continue
+                with pytest.raises(CheckpointError, match=rf"^{re.escape(name)}: a value is NaN"):
+                    load(tensors | {name: changed}, config, fp8=fp8)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -203,8 +281,7 @@ def test_unpacked_as_packed() -> None:
     packed = np.zeros((2, 8), np.uint32)
     for i in range(64):
         packed[:, i // 8] |= ((values[:, i] + 8).astype(np.uint32)) << np.uint32(4 * (i % 8))
-    np.testing.assert_array_equal(unpack_int4(jnp.asarray(packed.view(np.int32)), 1), values)
-    np.testing.assert_array_equal(unpack_int4(jnp.asarray(packed.view(np.int32)).T, 0), values.T)
+    np.testing.assert_array_equal(unpack_int4(jnp.asarray(packed.view(np.int32))), values)
 
 
 def test_fp8_needs_a_quantized_checkpoint() -> None:

@@ -27,9 +27,10 @@ def test_float8_is_just_another_dtype(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("shape", "stacked_dims", "sharded_dim", "chunk_shape"),
     [
-        ((58, 256, 7168, 4096), 2, None, (1, 1, 7168, 4096)),  # an expert
-        ((58, 1536, 128, 192), 1, 2, (1, 1536, 2, 192)),  # heads: 64 splits of at least 1 MiB
-        ((58, 512, 128, 128), 1, 2, (1, 512, 8, 128)),
+        ((58, 256, 2, 2048, 7168), 2, None, (1, 1, 2, 2048, 7168)),  # an expert
+        ((58, 128 * 192, 1536), 1, 1, (1, 384, 1536)),  # two heads: 64 splits of at least 1 MiB
+        ((58, 7168, 128 * 128), 1, 2, (1, 7168, 256)),
+        ((58, 128, 128, 512), 1, 1, (1, 8, 128, 512)),
         ((129280, 7168), 0, 0, (2020, 7168)),
         ((163840 + 1, 8), 0, 0, (81921, 8)),  # no power of two divides it
         ((58, 7168), 1, None, (1, 7168)),
@@ -83,8 +84,12 @@ def test_all_damaged_files_in_one_error(out: Path) -> None:
     assert "moe.mlp.down/c/0/3/0/0: missing" in str(caught.value) and "embed/c/0/0: expected" in str(caught.value)
 
 
-def test_unknown_layout(out: Path) -> None:
-    raw = json.loads((out / "jax_mla_cp.json").read_text())
-    (out / "jax_mla_cp.json").write_text(json.dumps(raw | {"layout": 2}))
-    with pytest.raises(CheckpointError, match=r"layout 2; this version of jax_mla_cp reads layout 1"):
-        open_converted(out)
+@pytest.mark.parametrize("layout", [1, 3], ids=["matrices lay [inputs, outputs]", "newer"])
+def test_other_layouts(out: Path, layout: int) -> None:
+    path = out / "jax_mla_cp.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"layout": layout}))
+    with pytest.raises(
+        CheckpointError,
+        match=rf"{path}: layout {layout}; this version of jax_mla_cp reads layout 2. Convert the Hugging Face checkpoint again",
+    ):
+        mla.load(out)

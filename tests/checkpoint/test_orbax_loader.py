@@ -107,7 +107,7 @@ def test_orbax_reads_it(pair: tuple[Path, Path]) -> None:
     on, declared = declare(config, "cp=2,tp=4", ("cp", "tp"), jnp.float32)
     want = dict(nnx.to_flat_state(load_converted(open_converted(out), declared, config, on)))
     stored = ocp.load(out / "weights")
-    assert stored["moe"]["mlp"]["gate_up"].shape == (2, 12, 32, 32)
+    assert stored["moe"]["mlp"]["gate_up"].shape == (2, 12, 2, 16, 32)
 
     def abstract(param: nnx.Variable) -> jax.ShapeDtypeStruct:
         value, spec = param.get_value(), param.get_metadata("spec")
@@ -174,12 +174,10 @@ def test_each_process_reads_only_its_shards(pair: tuple[Path, Path], tmp_path: P
     source, out = pair
     for process in range(2):
         shutil.copytree(out, tmp_path / str(process))
-        experts = [
-            path
-            for name in ("gate_up", "down")
-            for path in (tmp_path / str(process) / "weights" / "state" / f"moe.mlp.{name}" / "c").glob("*/*/0/0")
-        ]
-        others = [path for path in experts if int(path.parts[-3]) // 6 != process]
+        state = tmp_path / str(process) / "weights" / "state"
+        chunks = [path for path in state.glob("moe.mlp.*/c/**/*") if path.is_file()]
+        experts = [path for path in chunks if path.relative_to(state).parts[0] in ("moe.mlp.gate_up", "moe.mlp.down")]
+        others = [path for path in experts if int(path.relative_to(state).parts[3]) // 6 != process]
         assert 2 * len(others) == len(experts) == 2 * 2 * 12
         for path in others:
             path.unlink()
@@ -198,7 +196,9 @@ def test_each_process_reads_only_its_shards(pair: tuple[Path, Path], tmp_path: P
 
 @pytest.mark.parametrize("weights", ["auto", "bf16"])
 @pytest.mark.parametrize("kind", ["fp8", "int4"])
-def test_quantized_checkpoints_and_the_mtp_layer(tmp_path: Path, kind: str, weights: Literal["auto", "bf16"]) -> None:
+def test_quantized_checkpoints_and_the_mtp_layer(
+    tmp_path: Path, kind: str, weights: Literal["auto", "bf16"], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Kept in FP8 or dequantized while converting: what the loader makes of the Hugging Face directory."""
     raw = test_loader_quantized.RAGGED | {"num_nextn_predict_layers": 1}
     quantization, to, _ = test_loader_quantized.KINDS[kind]
@@ -221,7 +221,15 @@ def test_quantized_checkpoints_and_the_mtp_layer(tmp_path: Path, kind: str, weig
     convert(tmp_path / "hf", out, weights=weights, progress=False)
     kept = "fp8" if weights == "auto" else "bf16"
     assert open_converted(out).weights == kept
-    for mtp, dtype in ((True, "bfloat16"), (False, "float32" if kept == "fp8" else "bfloat16")):
+    if kept == "fp8" and kind == "fp8":
+        stored = open_converted(out).arrays
+        assert "dense.mlp.down.q" in stored, "tp=2 cuts its blocks, which a conversion does not know"
+    for mtp, dtype, blocks in (
+        (True, "bfloat16", None),
+        (False, "float32" if kept == "fp8" else "bfloat16", None),
+        (True, "bfloat16", 4096),
+    ):
+        monkeypatch.setattr(orbax_loader, "block_bytes", lambda device, blocks=blocks: blocks)
         arguments: dict[str, Any] = {"mesh": make_mesh("tp=2,cp=2"), "dtype": dtype, "mtp": mtp, "progress": False}
         got, _ = mla.load(out, **arguments)
         want, _ = mla.load(tmp_path / "hf", weights=kept, **arguments)

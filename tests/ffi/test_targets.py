@@ -463,9 +463,9 @@ def test_products_around_the_absorbed_call_need_no_transpose() -> None:
     heads, tokens = 3, 11
 
     def attend(q: jax.Array, q_rope: jax.Array, pages: jax.Array, w_uk: jax.Array, w_uv: jax.Array) -> jax.Array:
-        q_latent = jnp.einsum("tnh,Rnh->ntR", q, w_uk)
+        q_latent = jnp.einsum("tnh,nhR->ntR", q, w_uk)
         return jnp.einsum(
-            "ntR,Rnv->tnv", fa3.attend_absorbed(q_latent, q_rope, pages, TABLE, STEP_ROWS, scale=0.1), w_uv
+            "ntR,nvR->tnv", fa3.attend_absorbed(q_latent, q_rope, pages, TABLE, STEP_ROWS, scale=0.1), w_uv
         )
 
     def by_token(q_latent: jax.Array, q_rope: jax.Array, pages: jax.Array) -> jax.Array:
@@ -475,6 +475,6 @@ def test_products_around_the_absorbed_call_need_no_transpose() -> None:
         return jax.jit(f).lower(*(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)).compile().as_text()
 
     operands = ((tokens, heads, ROPE), CACHE)
-    weights = ((LATENT, heads, 128), (LATENT, heads, VALUE))
+    weights = ((heads, 128, LATENT), (heads, VALUE, LATENT))
     assert not cases.moves(text(attend, (tokens, heads, 128), *operands, *weights), (heads, tokens, LATENT))
     assert cases.moves(text(by_token, (tokens, heads, LATENT), *operands), (heads, tokens, LATENT)), "negative control"

@@ -38,22 +38,22 @@ def random_bfloat16(*shapes: tuple[int, ...]) -> list[jax.Array]:
 )
 def test_grouped_matmul(sizes: list[int]) -> None:
     used, ends = sum(sizes), np.cumsum(sizes)
-    rows, weights = random_bfloat16((1024, 2048), (4, 2048, 1280))  # 1280: ten tiles, a path of 8 and a rest of 2
+    rows, weights = random_bfloat16((1024, 2048), (4, 1280, 2048))  # 1280: ten tiles, a path of 8 and a rest of 2
     group_sizes = jnp.array(sizes, jnp.int32)
     out = np.asarray(multiply(rows.at[used:].set(jnp.nan), weights, group_sizes)).astype(np.float64)
     wide, wide_weights = (np.asarray(a).astype(np.float64) for a in (rows, weights))
     for e, end in enumerate(ends):
         part = slice(end - sizes[e], end)
-        np.testing.assert_allclose(out[part], wide[part] @ wide_weights[e], rtol=2**-8, atol=1e-2)
+        np.testing.assert_allclose(out[part], wide[part] @ wide_weights[e].T, rtol=2**-8, atol=1e-2)
 
 
 def test_many_groups_and_few_rows() -> None:
     """Kimi K2's 384 experts, most of them empty, and a number of rows that is no multiple of the tile's."""
     sizes = np.bincount(np.random.default_rng(3).integers(0, 384, 200), minlength=384)
-    rows, weights = random_bfloat16((200, 128), (384, 128, 256))
+    rows, weights = random_bfloat16((200, 128), (384, 256, 128))
     out = np.asarray(multiply(rows, weights, jnp.asarray(sizes, jnp.int32))).astype(np.float64)
     expected = np.einsum(
-        "mk,mkn->mn",
+        "mk,mnk->mn",
         np.asarray(rows).astype(np.float64),
         np.asarray(weights).astype(np.float64)[np.repeat(range(384), sizes)],
     )
@@ -62,7 +62,7 @@ def test_many_groups_and_few_rows() -> None:
 
 def expert_inputs(tokens: int) -> tuple[jax.Array, ...]:
     rng = np.random.default_rng(2)
-    x, gate_up, down = random_bfloat16((tokens, 256), (8, 256, 512), (8, 256, 256))
+    x, gate_up, down = random_bfloat16((tokens, 256), (8, 512, 256), (8, 256, 256))
     expert = jnp.asarray(np.stack([rng.permutation(16)[:4] for _ in range(tokens)]) - 4, jnp.int32)
     return x, expert, jnp.asarray(rng.uniform(0.1, 1, (tokens, 4)), jnp.float32), gate_up, down
 

@@ -296,7 +296,7 @@ def test_products_around_the_expanded_call_need_no_copy() -> None:
     assert not cases.moves(text, (tokens, heads, QUERY), (keys, heads, width), (tokens, heads, VALUE))
 
 
-@pytest.mark.parametrize("first", ["tnh,Rnh->tnR", "tnh,Rnh->ntR"])
+@pytest.mark.parametrize("first", ["tnh,nhR->tnR", "tnh,nhR->ntR"])
 @pytest.mark.parametrize("tokens", [96, 1536])  # mla_decode, mla_prefill_absorbed
 def test_products_around_the_absorbed_call_need_no_copy(tokens: int, first: str) -> None:
     """The call takes and gives [n, T, R]; XLA writes the first product so, whichever form it has in JAX."""
@@ -306,10 +306,10 @@ def test_products_around_the_absorbed_call_need_no_copy(tokens: int, first: str)
     def attend(q: jax.Array, q_rope: jax.Array, w_uk: jax.Array, w_uv: jax.Array, pages: jax.Array) -> jax.Array:
         q_latent = jnp.einsum(first, q, w_uk)
         q_latent = jnp.swapaxes(q_latent, 0, 1) if first.endswith("tnR") else q_latent
-        return jnp.einsum("ntR,Rnv->tnv", fa3.attend_absorbed(q_latent, q_rope, pages, table, rows, scale=0.1), w_uv)
+        return jnp.einsum("ntR,nvR->tnv", fa3.attend_absorbed(q_latent, q_rope, pages, table, rows, scale=0.1), w_uv)
 
     text = _text(
-        attend, (tokens, heads, 128), (tokens, heads, ROPE), (LATENT, heads, 128), (LATENT, heads, VALUE), CACHE
+        attend, (tokens, heads, 128), (tokens, heads, ROPE), (heads, 128, LATENT), (heads, VALUE, LATENT), CACHE
     )
     assert ("mla_decode" if tokens == 96 else "mla_prefill_absorbed") in text
     assert not cases.moves(text, (heads, tokens, LATENT), CACHE)

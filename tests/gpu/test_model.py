@@ -86,8 +86,8 @@ def test_the_compiled_step_copies_nothing_around_the_calls() -> None:
     heads, few = REAL_DIMS_CONFIG.num_heads, step.absorbed_tokens
     experts = (
         REAL_DIMS_CONFIG.n_routed_experts,
-        REAL_DIMS_CONFIG.hidden_size,
         2 * REAL_DIMS_CONFIG.moe_intermediate_size,
+        REAL_DIMS_CONFIG.hidden_size,
     )
     assert not copies_of(text, driver.pages.shape)
     assert not moves(

@@ -79,49 +79,47 @@ def expected_params(directory: Path, c: ModelConfig, *, vocab: int, experts: int
         return torch.cat([x, torch.zeros(size - x.shape[0], *x.shape[1:])])
 
     def query(weight: torch.Tensor) -> torch.Tensor:
-        out = torch.zeros(weight.shape[1], N, h + r)
+        out = torch.zeros(N, h + r, weight.shape[1])
         for n in range(N):
             rows = weight[n * (h + r) : (n + 1) * (h + r)]
-            out[:, n, :h] = rows[:h].T
-            out[:, n, h:] = rows[[h + i for i in deinterleave]].T
-        return out
+            out[n, :h] = rows[:h]
+            out[n, h:] = rows[[h + i for i in deinterleave]]
+        return out.reshape(N * (h + r), -1)
 
     def gate_up(prefix: str) -> torch.Tensor:
-        return torch.stack([t[f"{prefix}.gate_proj.weight"].T, t[f"{prefix}.up_proj.weight"].T], dim=1)
+        return torch.stack([t[f"{prefix}.gate_proj.weight"], t[f"{prefix}.up_proj.weight"]])
 
     def layer(i: int) -> dict[str, torch.Tensor]:
         p, a, m = f"model.layers.{i}", f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
         kv_a, kv_b = t[f"{a}.kv_a_proj_with_mqa.weight"], t[f"{a}.kv_b_proj.weight"]
         heads = [kv_b[n * (h + v) : (n + 1) * (h + v)] for n in range(N)]
-        o = t[f"{a}.o_proj.weight"]
         out = {
             "attn_norm": t[f"{p}.input_layernorm.weight"],
             "mlp_norm": t[f"{p}.post_attention_layernorm.weight"],
-            "mla.kv_a": torch.cat([kv_a[:-r], kv_a[-r:][deinterleave]]).T,
+            "mla.kv_a": torch.cat([kv_a[:-r], kv_a[-r:][deinterleave]]),
             "mla.kv_norm": t[f"{a}.kv_a_layernorm.weight"],
-            "mla.w_uk": torch.stack([head[:h].T for head in heads], dim=1),
-            "mla.w_uv": torch.stack([head[h:].T for head in heads], dim=1),
-            "mla.o": torch.stack([o[:, n * v : (n + 1) * v].T for n in range(N)]),
+            "mla.w_uk": torch.stack([head[:h] for head in heads]),
+            "mla.w_uv": torch.stack([head[h:] for head in heads]),
+            "mla.o": t[f"{a}.o_proj.weight"],
         }
         if c.q_lora_rank is None:
             out["mla.q"] = query(t[f"{a}.q_proj.weight"])
         else:
-            out["mla.q_a"] = t[f"{a}.q_a_proj.weight"].T
+            out["mla.q_a"] = t[f"{a}.q_a_proj.weight"]
             out["mla.q_norm"] = t[f"{a}.q_a_layernorm.weight"]
             out["mla.q_b"] = query(t[f"{a}.q_b_proj.weight"])
         if i < c.num_dense_layers:
-            return out | {"mlp.gate_up": gate_up(m), "mlp.down": t[f"{m}.down_proj.weight"].T}
+            return out | {"mlp.gate_up": gate_up(m), "mlp.down": t[f"{m}.down_proj.weight"]}
         each = [f"{m}.experts.{e}" for e in range(c.n_routed_experts)]
-        up = [torch.cat([t[f"{e}.gate_proj.weight"], t[f"{e}.up_proj.weight"]]).T for e in each]
         out |= {
             "mlp.router": t[f"{m}.gate.weight"].T,
             "mlp.bias": t[f"{m}.gate.e_score_correction_bias"],
-            "mlp.gate_up": padded(torch.stack(up), experts),
-            "mlp.down": padded(torch.stack([t[f"{e}.down_proj.weight"].T for e in each]), experts),
+            "mlp.gate_up": padded(torch.stack([gate_up(e) for e in each]), experts),
+            "mlp.down": padded(torch.stack([t[f"{e}.down_proj.weight"] for e in each]), experts),
         }
         if c.n_shared_experts:
             shared = f"{m}.shared_experts"
-            out |= {"mlp.shared.gate_up": gate_up(shared), "mlp.shared.down": t[f"{shared}.down_proj.weight"].T}
+            out |= {"mlp.shared.gate_up": gate_up(shared), "mlp.shared.down": t[f"{shared}.down_proj.weight"]}
         return out
 
     embed = padded(t["model.embed_tokens.weight"], vocab)

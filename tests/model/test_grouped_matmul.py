@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams, force_gpu_interpret_mode
+from jax._src.state.types import TransposeTransform
 from jax.sharding import PartitionSpec as P
 
 from jax_mla_cp.mesh import make_mesh
@@ -28,31 +31,48 @@ run = jax.jit(functools.partial(grouped_matmul, implementation="blocks"))
 @settings(max_examples=40, deadline=None)
 def test_grouped_matmul(sizes: list[int], seed: int) -> None:
     rng = np.random.default_rng(seed)
-    rows, weights = rng.normal(size=(360, 6)).astype(np.float32), rng.normal(size=(4, 6, 5)).astype(np.float32)
+    rows, weights = rng.normal(size=(360, 6)).astype(np.float32), rng.normal(size=(4, 5, 6)).astype(np.float32)
     out = np.asarray(run(rows, weights, jnp.array(sizes, jnp.int32)))
     ends = np.cumsum(sizes)
     for e, end in enumerate(ends):
         part = slice(end - sizes[e], end)
-        np.testing.assert_allclose(out[part], rows[part].astype(np.float64) @ weights[e], atol=1e-5)
+        np.testing.assert_allclose(out[part], rows[part].astype(np.float64) @ weights[e].T, atol=1e-5)
     assert not out[ends[-1] :].any(), "rows of no group are zero"
 
 
 def test_agrees_with_ragged_dot() -> None:
     """The product on other devices than CPUs gives the same."""
     rng = np.random.default_rng(1)
-    rows, weights = rng.normal(size=(64, 6)).astype(np.float32), rng.normal(size=(4, 6, 5)).astype(np.float32)
+    rows, weights = rng.normal(size=(64, 6)).astype(np.float32), rng.normal(size=(4, 5, 6)).astype(np.float32)
     sizes = jnp.array([10, 0, 50, 4], jnp.int32)
-    np.testing.assert_allclose(run(rows, weights, sizes), lax.ragged_dot(rows, weights, sizes), atol=1e-5)
+    want = lax.ragged_dot(rows, weights.swapaxes(1, 2), sizes)
+    for implementation in ("blocks", "ragged"):
+        got = grouped_matmul(rows, weights, sizes, implementation=implementation)
+        np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 # A tile of two groups, tiles of one, a group over tiles. The interpreter takes its time: tests/gpu has more.
 GROUPS = [[70, 0, 190, 20], [0, 129, 126, 1], [0, 0, 0, 0]]
 
 
+class TransposedWeights:
+    """NumPy, as JAX 0.10's interpreter sees it: it can't transpose a reference, so its product transposes the weights."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+    def matmul(self, a: np.ndarray, b: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        return np.matmul(a, b.T, dtype=dtype)
+
+
 def interpreted(function, *args):  # type: ignore[no-untyped-def]
     """The result of a function that calls the kernel. What the kernel doesn't write is NaN."""
     with pytest.MonkeyPatch.context() as patch, force_gpu_interpret_mode(InterpretGPUParams()):
         patch.setattr(hopper, "_SMS", 4)  # the interpreter has three threads for each, and they take turns
+        plain = gpu_callbacks._remove_noop_transforms
+        kept = lambda transforms: tuple(t for t in plain(transforms) if not isinstance(t, TransposeTransform))  # noqa: E731
+        patch.setattr(gpu_callbacks, "_remove_noop_transforms", kept)
+        patch.setattr(gpu_callbacks, "np", TransposedWeights())
         return np.asarray(jax.block_until_ready(function(*args)), np.float64)
 
 
@@ -63,33 +83,33 @@ def random_bfloat16(*shapes: tuple[int, ...]) -> list[jax.Array]:
 
 @pytest.mark.parametrize("sizes", GROUPS)
 def test_hopper_kernel(sizes: list[int]) -> None:
-    rows, weights = random_bfloat16((384, 320), (4, 320, 512))  # 5 steps a tile, and buffers for 4
+    rows, weights = random_bfloat16((384, 320), (4, 512, 320))  # 5 steps a tile, and buffers for 4
     used, ends = sum(sizes), np.cumsum(sizes)
     out = interpreted(hopper_grouped_matmul, rows.at[used:].set(jnp.nan), weights, jnp.array(sizes, jnp.int32))
     wide, wide_weights = np.asarray(rows, np.float64), np.asarray(weights, np.float64)
     for e, end in enumerate(ends):
         part = slice(end - sizes[e], end)
-        np.testing.assert_allclose(out[part], wide[part] @ wide_weights[e], rtol=2**-8, atol=1e-2)
+        np.testing.assert_allclose(out[part], wide[part] @ wide_weights[e].T, rtol=2**-8, atol=1e-2)
     assert np.isnan(out[used:]).all(), "rows past the groups are not written: callers must select"
 
 
 def test_hopper_pads_rows() -> None:
     multiply = functools.partial(grouped_matmul, implementation="hopper")
-    rows, weights = random_bfloat16((72, 64), (3, 64, 128))
+    rows, weights = random_bfloat16((72, 64), (3, 128, 64))
     sizes = jnp.array([30, 1, 20], jnp.int32)
     out = interpreted(multiply, rows, weights, sizes)
     assert out.shape == (72, 128)
-    np.testing.assert_allclose(out[:51], np.asarray(lax.ragged_dot(rows, weights, sizes), np.float64)[:51], rtol=2**-7)
+    plain = functools.partial(grouped_matmul, implementation="ragged")
+    np.testing.assert_allclose(out[:51], np.asarray(plain(rows, weights, sizes), np.float64)[:51], rtol=2**-7)
     # Other sizes and types are XLA's to multiply.
-    np.testing.assert_array_equal(
-        multiply(rows[:, :6], weights[:, :6], sizes), lax.ragged_dot(rows[:, :6], weights[:, :6], sizes)
-    )
+    few = rows[:, :6], weights[..., :6], sizes
+    np.testing.assert_array_equal(multiply(*few), plain(*few))
 
 
 @pytest.mark.parametrize("tokens", [20, 150])
 def test_experts_on_hopper(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups of many rows begin at tiles, groups of few do not; nothing that was not written is read."""
-    x, gate_up, down = random_bfloat16((tokens, 128), (4, 128, 128), (4, 64, 128))
+    x, gate_up, down = random_bfloat16((tokens, 128), (4, 128, 128), (4, 128, 64))
     rng = np.random.default_rng(2)
     expert = jnp.asarray(np.stack([rng.permutation(8)[:4] for _ in range(tokens)]) - 2, jnp.int32)
     weight = jnp.asarray(rng.uniform(0.1, 1, (tokens, 4)), jnp.float32)
@@ -120,7 +140,7 @@ def test_hopper_kernel_lowers_for_cuda(experts: int, m: int, k: int, n: int) -> 
 
     tp = P("tp")
     sharded = jax.shard_map(device, mesh=make_mesh("tp=2"), in_specs=(P(), tp, tp), out_specs=tp)
-    shapes = [((m, k), jnp.bfloat16), ((2 * experts, k, n), jnp.bfloat16), ((2 * experts,), jnp.int32)]
+    shapes = [((m, k), jnp.bfloat16), ((2 * experts, n, k), jnp.bfloat16), ((2 * experts,), jnp.int32)]
     traced = jax.jit(sharded).trace(*(jax.ShapeDtypeStruct(*s) for s in shapes))
     assert types == [{"tp"}]
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
@@ -128,7 +148,7 @@ def test_hopper_kernel_lowers_for_cuda(experts: int, m: int, k: int, n: int) -> 
 
 def test_elsewhere() -> None:
     """On devices that are neither CPUs nor Hopper GPUs: the stack's own part, in one group or in many."""
-    rows, weights = random_bfloat16((40, 64), (6, 64, 128))
+    rows, weights = random_bfloat16((40, 64), (6, 128, 64))
     for sizes in (jnp.array([33], jnp.int32), jnp.array([9, 0, 24], jnp.int32)):
         got, want = (
             np.asarray(grouped_matmul(rows, weights, sizes, jnp.int32(2), implementation=name), np.float32)[:33]
@@ -151,7 +171,7 @@ def test_resolved_from_the_device(
 
 def test_groups_from_the_first_on() -> None:
     """The weights of a stack of layers, of which a layer has its own."""
-    rows, weights = random_bfloat16((40, 64), (6, 64, 128))
+    rows, weights = random_bfloat16((40, 64), (6, 128, 64))
     sizes = jnp.array([9, 0, 31], jnp.int32)
     expect = np.asarray(run(rows, weights[2:5], sizes), np.float32)
     np.testing.assert_array_equal(np.asarray(run(rows, weights, sizes, jnp.int32(2)), np.float32), expect)

@@ -39,7 +39,7 @@ def routing(name: str) -> np.ndarray:
 def inputs(name: str, dtype: np.dtype | type = np.float32) -> tuple[jax.Array, ...]:
     rng = np.random.default_rng(6)
     x, gate_up, down = (
-        rng.normal(size=s) for s in [(TOKENS, WIDTH), (EXPERTS, WIDTH, 2 * INNER), (EXPERTS, INNER, WIDTH)]
+        rng.normal(size=s) for s in [(TOKENS, WIDTH), (EXPERTS, 2 * INNER, WIDTH), (EXPERTS, WIDTH, INNER)]
     )
     weight = rng.uniform(0.1, 1, (TOKENS, TOP))
     return (
@@ -57,8 +57,8 @@ def loop(x: jax.Array, expert: jax.Array, weight: jax.Array, gate_up: jax.Array,
     for t in range(len(x)):
         for e, w in zip(expert[t].astype(int), weight[t], strict=True):
             if 0 <= e < len(down):
-                gate, up = np.split(x[t] @ gate_up[e], 2)
-                out[t] += w * (gate / (1 + np.exp(-gate)) * up @ down[e])
+                gate, up = np.split(gate_up[e] @ x[t], 2)
+                out[t] += w * (down[e] @ (gate / (1 + np.exp(-gate)) * up))
     return out
 
 
@@ -162,7 +162,7 @@ def test_a_window_bounds_the_buffers(small_windows: Callable[[int], None]) -> No
     shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in inputs("all")]
     shapes[0] = jax.ShapeDtypeStruct((4096, 256), np.float32)
     shapes[1:3] = (jax.ShapeDtypeStruct((4096, 8), d) for d in (np.int32, np.float32))
-    shapes[3:] = (jax.ShapeDtypeStruct(s, np.float32) for s in [(EXPERTS, 256, 512), (EXPERTS, 256, 256)])
+    shapes[3:] = (jax.ShapeDtypeStruct(s, np.float32) for s in [(EXPERTS, 512, 256), (EXPERTS, 256, 256)])
 
     def temporaries(rows: int) -> int:
         small_windows(rows)
