@@ -41,24 +41,25 @@ def grouped_matmul(
     exist, don't multiply the others by 0.
 
     Args:
-      group_sizes: None: all rows are of one group.
+      group_sizes: None: all rows are of one group, and XLA multiplies them.
       implementation: "hopper": a Pallas kernel for bfloat16 and for sizes that its tiles divide; other operands run as in
         "ragged". "blocks", for CPUs: a loop over blocks of rows of one group each, with a dynamic trip count (XLA:CPU's
         `ragged_dot` multiplies every row by every group's matrix). "ragged": `lax.ragged_dot`, and for a single group a
         plain product of all rows. Matrices in FP8 are dequantized first, unless `multiplies_fp8`.
     """
-    groups = 1 if group_sizes is None else len(group_sizes)
+    if group_sizes is None:
+        return _multiply(rows, _matrix(weights, first))
+    groups = len(group_sizes)
     if isinstance(weights, ScaledMatrices) and not multiplies_fp8(rows.shape[0], groups, implementation):
         weights, first = take_matrices(weights, first, groups), 0
-    if implementation == "blocks" and group_sizes is not None:
+    if implementation == "blocks":
         return _blocks(rows, weights, group_sizes, first)
     if implementation == "hopper" and not isinstance(weights, ScaledMatrices) and _hopper().fits(rows, weights):
         hopper = _hopper()
         pad = -rows.shape[0] % hopper.TILE
         padded = jnp.pad(rows, ((0, pad), (0, 0)))
-        sizes = jnp.full(1, rows.shape[0], jnp.int32) if group_sizes is None else group_sizes
-        return hopper.hopper_grouped_matmul(padded, weights, sizes, first)[: rows.shape[0]]
-    if group_sizes is None or groups == 1:
+        return hopper.hopper_grouped_matmul(padded, weights, group_sizes, first)[: rows.shape[0]]
+    if groups == 1:
         return _multiply(rows, _matrix(weights, first))
     return _ragged(rows, take_matrices(weights, first, groups), group_sizes)
 

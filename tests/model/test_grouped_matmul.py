@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -21,7 +22,8 @@ from jax.sharding import PartitionSpec as P
 from jax_mla_cp.mesh import make_mesh
 from jax_mla_cp.model import hopper
 from jax_mla_cp.model.experts import apply_experts
-from jax_mla_cp.model.grouped_matmul import group_alignment, grouped_matmul, resolve_grouped_matmul
+from jax_mla_cp.model.fp8 import ScaledMatrices, fp8_bytes
+from jax_mla_cp.model.grouped_matmul import GroupedMatmul, group_alignment, grouped_matmul, resolve_grouped_matmul
 from jax_mla_cp.model.hopper import hopper_grouped_matmul
 
 run = jax.jit(functools.partial(grouped_matmul, implementation="blocks"))
@@ -155,6 +157,27 @@ def test_elsewhere() -> None:
             for name in ("ragged", "blocks")
         )
         np.testing.assert_allclose(got, want, rtol=2**-7, atol=1e-2)
+
+
+@pytest.mark.parametrize("implementation", ["blocks", "ragged", "hopper"])
+@pytest.mark.parametrize("sizes", [[9, 0, 20], [29], None])
+def test_matrices_in_fp8(implementation: GroupedMatmul, sizes: list[int] | None) -> None:
+    """As dequantized before, with blocks that end within the matrix, from a stack of layers; another layer's are others."""
+    rng = np.random.default_rng(3)
+    q = fp8_bytes(jnp.asarray(rng.normal(size=(6, 20, 36)), jnp.float32))
+    scale = jnp.asarray(rng.uniform(0.5, 2, size=(6, 3, 3)), jnp.float32)
+    matrices = ScaledMatrices(q, scale, (8, 16), np.dtype(np.float32))
+    by_element = np.repeat(np.repeat(scale, 8, axis=1), 16, axis=2)[:, :20, :36]
+    plain = jnp.asarray(np.asarray(q).view(ml_dtypes.float8_e4m3fn).astype(np.float32) * by_element)
+    np.testing.assert_array_equal(matrices.dequantize(), plain)
+    rows, groups = rng.normal(size=(29, 36)).astype(np.float32), None if sizes is None else jnp.array(sizes, jnp.int32)
+    multiply = jax.jit(functools.partial(grouped_matmul, implementation=implementation))
+    want = np.zeros((29, 20))
+    for e, rows_of in enumerate(np.split(np.arange(29), np.cumsum(sizes or [29])[:-1])):
+        want[rows_of] = rows[rows_of].astype(np.float64) @ np.asarray(plain[2 + e], np.float64).T
+    for weights in (matrices, plain):
+        np.testing.assert_allclose(multiply(rows, weights, groups, 2), want, atol=1e-4)
+    assert np.abs(np.asarray(multiply(rows, matrices, groups, 1)) - want).max() > 1
 
 
 @pytest.mark.parametrize(
