@@ -33,6 +33,8 @@ from jax_mla_cp.step.forward import forward, to_devices
 from jax_mla_cp.step.planner import Planner
 
 PAGE_SIZE = 64
+FP8_FORMAT = Quantization("fp8", (128, 128))
+"""The format of weights in FP8: DeepSeek's."""
 
 
 def make_build(
@@ -45,7 +47,7 @@ def make_build(
     """
     resolved = resolve_implementation(attention, config, dtype)
     if fp8:
-        config = dataclasses.replace(config, quantization=Quantization("fp8", (128, 128)))
+        config = dataclasses.replace(config, quantization=FP8_FORMAT)
     return mock_build(
         mocked=is_mocked(),
         config=config,

@@ -17,6 +17,7 @@ from jax_mla_cp.bench.roofline import Ceilings
 from jax_mla_cp.bench.table import Report
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.config.presets import model_config
+from jax_mla_cp.config.quantization import Quantization
 from jax_mla_cp.mesh import MeshShape
 from tests.helpers.processes import environment
 
@@ -80,7 +81,13 @@ def test_decode_through_the_extension() -> None:
     assert report.rows[0]["what"] == "mla_decode"
 
 
-def test_the_whole_decode_step() -> None:
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FP8 in blocks that fit into the small model's matrices."""
+    monkeypatch.setattr(program, "FP8_FORMAT", Quantization("fp8", (16, 16)))
+
+
+def test_the_whole_decode_step(small_blocks: None) -> None:
     report = run(
         decode,
         command="decode",
@@ -103,7 +110,7 @@ def test_the_whole_decode_step() -> None:
 
 
 @pytest.mark.parametrize("mocked", [False, True])
-def test_layer(mocked: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_layer(mocked: bool, monkeypatch: pytest.MonkeyPatch, small_blocks: None, tmp_path: Path) -> None:
     monkeypatch.setattr(program, "is_mocked", lambda: mocked)
     report = run(
         layer,

@@ -13,10 +13,12 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from jax_mla_cp.bench import program
 from jax_mla_cp.bench.mock import MockAxes, mock_build, noise
 from jax_mla_cp.bench.program import make_build, make_model
 from jax_mla_cp.bench.random_weights import favor_first_rank
 from jax_mla_cp.config.presets import model_config
+from jax_mla_cp.config.quantization import Quantization
 from jax_mla_cp.mesh import CP, TP, Axes, MeshShape, make_mesh
 from jax_mla_cp.model.loaded_model import Model
 from jax_mla_cp.model.moe import route
@@ -67,8 +69,9 @@ def test_with_real_collectives_the_program_is_the_true_one(mesh: str, ep: str) -
     assert np.abs(mocked - want).max() > 0.1 * np.abs(want).max(), "negative control: stand-ins are other numbers"
 
 
-def test_weights_in_fp8() -> None:
+def test_weights_in_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same spread, in the range of e4m3, and no NaN."""
+    monkeypatch.setattr(program, "FP8_FORMAT", Quantization("fp8", (16, 16)))  # blocks of which the model has several
     params = make_model(make_build(model_config("tiny"), MESH, "tp", "bfloat16", "xla", fp8=True)).params
     for path, fan_in in ((("mlp", "gate_up"), 128), (("mla", "q_b"), model_config("tiny").q_lora_rank)):
         kept = params["moe"][path[0]][path[1]]
@@ -82,7 +85,7 @@ def test_weights_and_the_worst_routing() -> None:
     config = model_config("tiny")
     model = make_model(make_build(config, MESH, "tp", "bfloat16", "xla"))
     gate_up = model.params["moe"]["mlp"]["gate_up"].get_value()
-    assert gate_up.shape == (3, 16, 128, 128) and gate_up.sharding.shard_shape(gate_up.shape) == (3, 4, 128, 128)
+    assert gate_up.shape == (3, 16, 2, 64, 128) and gate_up.sharding.shard_shape(gate_up.shape) == (3, 4, 2, 64, 128)
     values = np.asarray(gate_up).astype(np.float32)
     assert abs(values.std() * 128**0.5 - 1) < 0.02
     assert np.abs(values[:, :4] - values[:, 4:8]).max() > 0.1, "shards differ"

@@ -29,6 +29,7 @@ RAW = {
     "intermediate_size": 2048,
     "moe_intermediate_size": 256,
     "n_routed_experts": 16,
+    "n_shared_experts": 2,  # so wide that tp=4 cuts no blocks of 128
 }
 
 CHILD = """
