@@ -606,7 +606,7 @@ cudaError_t Launch(const FewRows& call, int num_sm, cudaStream_t stream) {
   // Only where the tiles can't fill the GPU: a division costs 1 us. Of several groups each has enough.
   int cluster = 1;
   while (call.groups == 1 && cluster < kMaxCluster && row_tiles * output_tiles * cluster * 2 <= num_sm &&
-         blocks >= 4 * cluster) {
+         blocks >= 14 * cluster) {
     cluster *= 2;
   }
   int64_t clusters = std::min<int64_t>(num_sm / cluster, row_tiles * output_tiles);

@@ -46,9 +46,10 @@ def apply_experts(
       implementation: as in `grouped_matmul`.
     """
     k = expert.shape[1]
-    align = group_alignment(expert.size // ep_size, num_experts, implementation)
+    share = -(-expert.size // ep_size)
+    align = group_alignment(share, num_experts, implementation)
     max_rows = _round_down(expert.size + num_experts * (align - 1), align)
-    size = min(window_rows(-(-expert.size // ep_size), num_experts, align), max_rows)
+    size = min(window_rows(share, num_experts, align), max_rows)
     windows = -(-max_rows // size)
 
     with jax.named_scope("dispatch"):
@@ -61,7 +62,7 @@ def apply_experts(
         token = _scatter(pair_token, row.reshape(-1), windows * size)
         weight = _scatter(weight.reshape(-1), row.reshape(-1), windows * size)
 
-    product = functools.partial(grouped_matmul, implementation=implementation)
+    product = functools.partial(grouped_matmul, implementation=implementation, expected_rows=share)
 
     def window(start: jax.Array | int, out: Float[Array, "T D"]) -> Float[Array, "T D"]:
         """`out` plus the sum of the rows from `start` on."""

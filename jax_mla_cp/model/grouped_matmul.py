@@ -10,10 +10,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from jax_mla_cp import extension
 from jax_mla_cp.mesh import vary_like
+from jax_mla_cp.model.few_rows import few_rows_matmul, is_fastest
 from jax_mla_cp.model.fp8 import ScaledMatrices, take_matrices
 
-GroupedMatmul = Literal["hopper", "blocks", "ragged"]
+GroupedMatmul = Literal["hopper", "pallas", "blocks", "ragged"]
 """Implementations of `grouped_matmul`."""
 
 _LARGEST_BLOCK = 128
@@ -24,7 +26,9 @@ def resolve_grouped_matmul() -> GroupedMatmul:
     device = jax.devices()[0]
     if device.platform == "cpu":
         return "blocks"
-    return "hopper" if device.platform == "gpu" and device.compute_capability == "9.0" else "ragged"
+    if device.platform != "gpu" or device.compute_capability != "9.0":
+        return "ragged"
+    return "hopper" if extension.cuda_problem() is None else "pallas"
 
 
 def grouped_matmul(
@@ -34,6 +38,7 @@ def grouped_matmul(
     first: Int32[Array, ""] | int = 0,
     *,
     implementation: GroupedMatmul,
+    expected_rows: int | None = None,
 ) -> Float[Array, "M N"]:
     """Multiplies rows `[sum(group_sizes[:e]), sum(group_sizes[:e + 1]))` by `weights[first + e].T`.
 
@@ -41,20 +46,27 @@ def grouped_matmul(
     exist, don't multiply the others by 0.
 
     Args:
-      group_sizes: None: all rows are of one group, and XLA multiplies them.
-      implementation: "hopper": a Pallas kernel for bfloat16 and for sizes that its tiles divide; other operands run as in
-        "ragged". "blocks", for CPUs: a loop over blocks of rows of one group each, with a dynamic trip count (XLA:CPU's
-        `ragged_dot` multiplies every row by every group's matrix). "ragged": `lax.ragged_dot`, and for a single group a
-        plain product of all rows. Matrices in FP8 are dequantized first, unless `multiplies_fp8`.
+      group_sizes: None: all rows are of one group.
+      implementation: "hopper": for few rows a kernel that reads each matrix once, in FP8 as it is (`few_rows.py`); for more rows
+        a Pallas kernel (`hopper.py`). Both are for bfloat16 and for sizes that their tiles divide; other operands run as in
+        "ragged". "pallas": the second one alone, without the extension. "blocks", for CPUs: a loop over blocks of rows of one
+        group each, with a dynamic trip count (XLA:CPU's `ragged_dot` multiplies every row by every group's matrix).
+        "ragged": `lax.ragged_dot`, and for a single group a plain product of all rows. Matrices in FP8 are dequantized
+        first, unless `multiplies_fp8`.
+      expected_rows: about as many rows as all groups have; None: all of `rows`. "hopper" chooses by it.
     """
+    groups = 1 if group_sizes is None else len(group_sizes)
+    expected_rows = rows.shape[0] if expected_rows is None else expected_rows
+    if implementation == "hopper" and rows.dtype == weights.dtype and is_fastest(weights, expected_rows, groups):
+        sizes = jnp.full(1, rows.shape[0], jnp.int32) if group_sizes is None else group_sizes
+        return few_rows_matmul(rows, weights, sizes, first, expected_rows)
     if group_sizes is None:
         return _multiply(rows, _matrix(weights, first))
-    groups = len(group_sizes)
-    if isinstance(weights, ScaledMatrices) and not multiplies_fp8(rows.shape[0], groups, implementation):
+    if isinstance(weights, ScaledMatrices) and implementation != "blocks":
         weights, first = take_matrices(weights, first, groups), 0
     if implementation == "blocks":
         return _blocks(rows, weights, group_sizes, first)
-    if implementation == "hopper" and not isinstance(weights, ScaledMatrices) and _hopper().fits(rows, weights):
+    if implementation in ("hopper", "pallas") and _hopper().fits(rows, weights):
         hopper = _hopper()
         pad = -rows.shape[0] % hopper.TILE
         padded = jnp.pad(rows, ((0, pad), (0, 0)))
@@ -64,20 +76,20 @@ def grouped_matmul(
     return _ragged(rows, take_matrices(weights, first, groups), group_sizes)
 
 
-def multiplies_fp8(rows: int, groups: int, implementation: GroupedMatmul) -> bool:
-    """True if `grouped_matmul` takes `rows` rows' matrices in FP8 as they are; else it dequantizes all `groups` first.
+def multiplies_fp8(weights: ScaledMatrices, expected_rows: int, groups: int, implementation: GroupedMatmul) -> bool:
+    """True if `grouped_matmul` multiplies with matrices in FP8 as they are; else it dequantizes those of all `groups` first.
 
     A caller that multiplies with the same matrices again and again may then dequantize them once.
     """
-    return implementation == "blocks"
+    return implementation == "blocks" or (implementation == "hopper" and is_fastest(weights, expected_rows, groups))
 
 
 def group_alignment(rows: int, groups: int, implementation: GroupedMatmul) -> int:
     """Returns the number of rows that groups should begin at multiples of, when `rows` rows are in all groups.
 
-    The Hopper kernel computes a tile with rows of two groups twice. With few rows per group, padding would cost more.
+    The Pallas kernel computes a tile with rows of two groups twice. With few rows per group, padding would cost more.
     """
-    return _hopper().TILE if implementation == "hopper" and rows >= groups * _hopper().TILE else 1
+    return _hopper().TILE if implementation in ("hopper", "pallas") and rows >= groups * _hopper().TILE else 1
 
 
 def _hopper() -> ModuleType:

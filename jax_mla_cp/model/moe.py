@@ -99,8 +99,10 @@ class Moe(nnx.Module):
             weight.matrices() if isinstance(weight, Fp8) else stack_matrices(weight[...], dims)
             for weight, dims in ((self.gate_up, 3), (self.down, 2))
         ]
-        in_fp8 = any(isinstance(stack, ScaledMatrices) for stack in stacks)
-        if in_fp8 and not multiplies_fp8(rows, count, self.build.grouped_matmul):
+        if any(
+            isinstance(stack, ScaledMatrices) and not multiplies_fp8(stack, rows, count, self.build.grouped_matmul)
+            for stack in stacks
+        ):
             with jax.named_scope("dequantize"):
                 gate_up, down = (take_matrices(stack, first, count) for stack in stacks)
                 return gate_up, down, 0

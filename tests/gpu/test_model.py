@@ -101,7 +101,7 @@ def test_the_compiled_step_copies_nothing_around_the_calls() -> None:
 
 
 def test_weights_in_fp8() -> None:
-    """Weights kept in FP8 give the results of weights dequantized while loading: the same bfloat16 numbers, in the same products."""
+    """Weights kept in FP8 give the results of weights dequantized while loading, up to roundings: their scales are not rounded in."""
     tensors = quantize.to_fp8(quantize.random_tensors(REAL_DIMS_CONFIG))
     config = dataclasses.replace(REAL_DIMS_CONFIG, quantization=Quantization("fp8", (128, 128)))
 

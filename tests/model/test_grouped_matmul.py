@@ -19,6 +19,7 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams, forc
 from jax._src.state.types import TransposeTransform
 from jax.sharding import PartitionSpec as P
 
+from jax_mla_cp import extension
 from jax_mla_cp.mesh import make_mesh
 from jax_mla_cp.model import hopper
 from jax_mla_cp.model.experts import apply_experts
@@ -96,7 +97,7 @@ def test_hopper_kernel(sizes: list[int]) -> None:
 
 
 def test_hopper_pads_rows() -> None:
-    multiply = functools.partial(grouped_matmul, implementation="hopper")
+    multiply = functools.partial(grouped_matmul, implementation="pallas")
     rows, weights = random_bfloat16((72, 64), (3, 128, 64))
     sizes = jnp.array([30, 1, 20], jnp.int32)
     out = interpreted(multiply, rows, weights, sizes)
@@ -115,10 +116,10 @@ def test_experts_on_hopper(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None
     rng = np.random.default_rng(2)
     expert = jnp.asarray(np.stack([rng.permutation(8)[:4] for _ in range(tokens)]) - 2, jnp.int32)
     weight = jnp.asarray(rng.uniform(0.1, 1, (tokens, 4)), jnp.float32)
-    assert group_alignment(tokens * 4, 4, "hopper") == (128 if tokens == 150 else 1)
+    assert group_alignment(tokens * 4, 4, "pallas") == (128 if tokens == 150 else 1)
     arrays = (x, expert, weight, gate_up, down)
     run = functools.partial(apply_experts, *arrays, num_experts=4, first=0, ep_size=1)
-    on_hopper = functools.partial(run, implementation="hopper")
+    on_hopper = functools.partial(run, implementation="pallas")
     whole = interpreted(on_hopper)
     monkeypatch.setattr("jax_mla_cp.model.experts.window_rows", lambda *_: 256)
     np.testing.assert_array_equal(interpreted(on_hopper), whole)
@@ -159,7 +160,7 @@ def test_elsewhere() -> None:
         np.testing.assert_allclose(got, want, rtol=2**-7, atol=1e-2)
 
 
-@pytest.mark.parametrize("implementation", ["blocks", "ragged", "hopper"])
+@pytest.mark.parametrize("implementation", ["blocks", "ragged", "pallas"])
 @pytest.mark.parametrize("sizes", [[9, 0, 20], [29], None])
 def test_matrices_in_fp8(implementation: GroupedMatmul, sizes: list[int] | None) -> None:
     """As dequantized before, with blocks that end within the matrix, from a stack of layers; another layer's are others."""
@@ -181,12 +182,19 @@ def test_matrices_in_fp8(implementation: GroupedMatmul, sizes: list[int] | None)
 
 
 @pytest.mark.parametrize(
-    ("platform", "capability", "resolved"),
-    [("cpu", None, "blocks"), ("gpu", "9.0", "hopper"), ("gpu", "8.0", "ragged"), ("tpu", None, "ragged")],
+    ("platform", "capability", "problem", "resolved"),
+    [
+        ("cpu", None, None, "blocks"),
+        ("gpu", "9.0", None, "hopper"),
+        ("gpu", "9.0", "built without CUDA", "pallas"),
+        ("gpu", "8.0", None, "ragged"),
+        ("tpu", None, None, "ragged"),
+    ],
 )
 def test_resolved_from_the_device(
-    platform: str, capability: str | None, resolved: str, monkeypatch: pytest.MonkeyPatch
+    platform: str, capability: str | None, problem: str | None, resolved: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(extension, "cuda_problem", lambda: problem)
     device = SimpleNamespace(platform=platform, **({} if capability is None else {"compute_capability": capability}))
     monkeypatch.setattr(jax, "devices", lambda: [device])
     assert resolve_grouped_matmul() == resolved

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 from jax_mla_cp.model.experts import apply_experts
-from jax_mla_cp.model.grouped_matmul import GroupedMatmul, grouped_matmul
+from jax_mla_cp.model.grouped_matmul import grouped_matmul
 from jax_mla_cp.model.moe import _logits, _top_k, route
 from tests.helpers.synthetic import CONFIG, Driver, random_model
 
@@ -138,11 +139,9 @@ def test_rows_of_no_expert_stay_out(
     clean = run(arrays)
     seen = []
 
-    def unwritten(
-        rows: jax.Array, weights: jax.Array, sizes: jax.Array, first: int, *, implementation: GroupedMatmul
-    ) -> jax.Array:
+    def unwritten(rows: jax.Array, weights: jax.Array, sizes: jax.Array, first: int, **how: Any) -> jax.Array:
         used = jnp.arange(rows.shape[0]) < sizes.sum()
-        out = grouped_matmul(rows, weights, sizes, first, implementation=implementation)
+        out = grouped_matmul(rows, weights, sizes, first, **how)
         out = jnp.where(used[:, None], out, jnp.nan)
         jax.debug.callback(lambda bad: seen.append(bool(bad)), jnp.isnan(out).any())
         return out
