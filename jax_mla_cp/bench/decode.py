@@ -38,7 +38,7 @@ from jax_mla_cp.bench.table import Report
 from jax_mla_cp.bench.timing import Timing, measure
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.mesh import TP
-from jax_mla_cp.model.loaded_model import weight_bytes
+from jax_mla_cp.model.loaded_model import expert_bytes, weight_bytes
 
 _CACHE_BYTES = 5e9  # of all regions
 _LEAST_BYTES = 1e9
@@ -207,7 +207,6 @@ def _step_cost(build: MockBuild, requests: int, context: int, skewed: bool) -> C
     local = build.padded_experts // build.axes.size(build.ep_axes)
     chosen, of = (min(c.experts_per_token, local), local) if skewed else (c.experts_per_token, c.n_routed_experts)
     untouched = (1 - chosen / of) ** requests if c.num_moe_layers else 0.0
-    expert = 3 * c.hidden_size * c.moe_intermediate_size * (1 if build.fp8 else build.dtype.itemsize)
     embedding = build.padded_vocab // build.axes.size(TP) * c.hidden_size * build.dtype.itemsize
-    weights = weight_bytes(build) - embedding - c.num_moe_layers * local * expert * untouched
+    weights = weight_bytes(build) - embedding - expert_bytes(build) * untouched
     return Cost(read=weights + c.num_layers * requests * context * c.latent_dim * build.dtype.itemsize)

@@ -42,10 +42,21 @@ def param_specs(params: Any) -> Any:
 
 def weight_bytes(build: Build) -> int:
     """Bytes of the weights that one device holds."""
+    return sum(_bytes_by_path(build).values())
+
+
+def expert_bytes(build: Build) -> int:
+    """Bytes of the routed experts' matrices that one device holds."""
+    paths = _bytes_by_path(build).items()
+    return sum(size for path, size in paths if path[:2] == ("moe", "mlp") and path[2] in ("gate_up", "down"))
+
+
+def _bytes_by_path(build: Build) -> dict[tuple[Any, ...], int]:
+    """By a parameter's path in `Decoder`: the bytes that one device holds of it."""
     shape = build.shape or MeshShape()
-    total = 0
-    for param in jax.tree.leaves(nnx.state(Decoder(build)), is_leaf=lambda p: isinstance(p, nnx.Variable)):
+    sizes = {}
+    for path, param in nnx.to_flat_state(nnx.state(Decoder(build))):
         value = param.get_value()
         ways = int(np.prod([getattr(shape, axis) for axis in spec_axes(param.get_metadata("spec"))]))
-        total += int(np.prod(value.shape)) * value.dtype.itemsize // ways
-    return total
+        sizes[path] = int(np.prod(value.shape)) * value.dtype.itemsize // ways
+    return sizes

@@ -125,10 +125,9 @@ def test_refusals_name_the_argument() -> None:
     weights, _ = make_weights("fp8", 4, 256, 256)
     assert isinstance(weights, ScaledMatrices)
     rows, sizes = jnp.zeros((4, 256), jnp.bfloat16), jnp.array([4], jnp.int32)
+    scales = ScaledMatrices(weights.q, weights.scale[:, :1], weights.block, weights.dtype)
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"few_rows_scaled: scales: expected float32\[4, 2, 2\]"):
-        multiply(
-            rows, ScaledMatrices(weights.q, weights.scale[:, :1], weights.block, weights.dtype), sizes, jnp.int32(0), 4
-        )
+        multiply(rows, scales, sizes, jnp.int32(0), 4).block_until_ready()
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"few_rows: weights: expected bfloat16"):
-        multiply(rows, jnp.zeros((4, 256, 256), jnp.float32), sizes, jnp.int32(0), 4)
+        multiply(rows, jnp.zeros((4, 256, 256), jnp.float32), sizes, jnp.int32(0), 4).block_until_ready()
     assert not fits(jnp.zeros((4, 256, 256), jnp.float32), 1)

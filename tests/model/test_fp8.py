@@ -22,7 +22,7 @@ from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.model import moe
 from jax_mla_cp.model.build import EP_CHOICES, Build
 from jax_mla_cp.model.decoder import Decoder
-from jax_mla_cp.model.loaded_model import Model, weight_bytes
+from jax_mla_cp.model.loaded_model import Model, expert_bytes, weight_bytes
 from jax_mla_cp.step.planner import Planner
 from jax_mla_cp.step.runner import compile_step
 from tests.helpers import quantize
@@ -202,6 +202,9 @@ def test_weight_bytes_are_those_of_the_arrays(checkpoints: dict[str, Path]) -> N
         leaves = jax.tree.leaves(model.params)
         assert {leaf.dtype.name for leaf in leaves} == small
         assert weight_bytes(model.build) == sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
+        mlp = model.params["moe"]["mlp"]
+        experts = jax.tree.leaves((mlp["gate_up"], mlp["down"]))
+        assert expert_bytes(model.build) == sum(leaf.addressable_shards[0].data.nbytes for leaf in experts)
 
 
 def test_memory_of_deepseek_v3() -> None:
