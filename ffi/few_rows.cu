@@ -1,16 +1,19 @@
 // The kernel of few_rows.h.
 //
-// The tensor cores multiply 64 outputs by as many rows as a group has, 8 to 128: the weights are wgmma's A operand, the rows
-// are B, and the product comes out transposed. A persistent grid walks over the tiles of the groups that have rows: a tile is
-// kOutputs outputs of one group's matrix times up to kMaxRows of its rows, over all inputs. One warp loads, by TMA, stages of
-// 128 bytes of each of a tile's outputs, through a ring that never drains between tiles. Two warpgroups multiply.
+// The tensor cores multiply 64 outputs by as many rows as a group has, 8 to 128: the weights are wgmma's A operand, the
+// rows are B, and the product comes out transposed. A persistent grid walks over the tiles of the groups that have
+// rows: a tile is kOutputs outputs of one group's matrix times up to kMaxRows of its rows, over all inputs. One thread
+// loads stages of 128 bytes of each of a tile's outputs, through a ring that does not drain between tiles. A stage is
+// two TMA instructions, whatever its rows: a TMA instruction cost it 0.1 us, so that eight of 1 KB each held up the
+// weights. Two warpgroups multiply.
 //
-// FP8 weights go from shared memory to registers, where they become bfloat16: exactly, since e4m3 has fewer bits of each kind.
-// The scale of a block is applied to the float32 sum of its 128 inputs, in float32.
+// FP8 weights go from shared memory to registers, where they become bfloat16: exactly, since e4m3 has fewer bits of
+// each kind. The next stage's do while the tensor cores multiply this one's. The scale of a block is applied to the
+// float32 sum of its 128 inputs, in float32.
 //
-// The inputs are divided, as tiles may be fewer than multiprocessors: over the CTAs of a cluster, contiguously, and inside of
-// a CTA over the two warpgroups, alternately. All parts of a tile are added in one fixed order, through the clusters'
-// shared memory. So a result depends on the shapes only, not on other groups' rows.
+// The inputs are divided, as tiles may be fewer than multiprocessors: over the CTAs of a cluster, contiguously, and
+// inside of a CTA over the two warpgroups, alternately. All parts of a tile are added in one fixed order, through the
+// clusters' shared memory. So a result depends on the shapes only, not on other groups' rows.
 
 #include "few_rows.h"
 
@@ -32,9 +35,9 @@ namespace gmma = cute::SM90::GMMA;
 constexpr int kWarp = 32;
 constexpr int kWarpgroup = 128;
 constexpr int kConsumers = 2 * kWarpgroup;
-constexpr int kThreads = kConsumers + kWarpgroup;  // one warpgroup loads, with one thread: registers are dealt to warpgroups
-constexpr int kSmemBytes = 227 << 10;  // that a CTA may have
-constexpr int kSwizzle = 128;          // bytes of a row in shared memory, swizzled in atoms of 8 rows
+constexpr int kThreads = kConsumers + kWarpgroup;  // registers are dealt to warpgroups: one loads, with one thread
+constexpr int kSmemBytes = 227 << 10;              // that a CTA may have
+constexpr int kSwizzle = 128;                      // bytes of a row in shared memory, swizzled in atoms of 8 rows
 constexpr int kMaxCluster = 8;
 constexpr int kReduceRows = 32;  // rows of a tile whose parts are added at a time
 
@@ -45,12 +48,12 @@ template <WeightFormat kFormat_, int kMaxRows_>
 struct Config {
   static constexpr WeightFormat kFormat = kFormat_;
   static constexpr int kMaxRows = kMaxRows_;
-  // With few rows the warpgroups share the outputs and take every other stage; with many they share the stages, so that a
-  // stage of rows serves twice as many outputs.
+  // With few rows the warpgroups share the outputs and take every other stage; with many they share the stages, so that
+  // a stage of rows serves twice as many outputs.
   static constexpr int kSplits = kMaxRows <= 64 ? 2 : 1;
   static constexpr int kOutputs = kSplits == 2 ? 64 : 128;
   static constexpr bool kFp8 = kFormat != WeightFormat::kBf16;
-  static constexpr int kInputs = kFp8 ? 128 : 64;  // of a stage
+  static constexpr int kInputs = kFp8 ? 128 : 64;           // of a stage
   static constexpr int kMinRows = kMaxRows <= 32 ? 8 : 32;  // of a wgmma instruction: this, doubled, up to kMaxRows
   static constexpr int kMaps = kMaxRows == 32 || kMaxRows == 128 ? 3 : kMaxRows == 64 ? 2 : 1;  // one for each
   static constexpr int kWeightBytes = kOutputs * kSwizzle;
@@ -154,9 +157,9 @@ __device__ uint64_t Descriptor(uint32_t address) {
 
 template <int kRows>
 struct Wgmma;
-#define MLA_WGMMA(N)                                                               \
-  template <>                                                                      \
-  struct Wgmma<N> {                                                                \
+#define MLA_WGMMA(N)                                                                 \
+  template <>                                                                        \
+  struct Wgmma<N> {                                                                  \
     using SS = gmma::MMA_64x##N##x16_F32BF16BF16_SS<gmma::Major::K, gmma::Major::K>; \
     using RS = gmma::MMA_64x##N##x16_F32BF16BF16_RS<gmma::Major::K, gmma::Major::K>; \
   }
@@ -184,8 +187,9 @@ __device__ uint32_t Times(uint32_t pair, uint32_t factor) {
   return product;
 }
 
-// Bytes of e4m3 to bfloat16: `low` gets bytes 0 and 2, `high` 1 and 3. Sign, exponent and mantissa are put where bfloat16
-// has them; a product with 2^(127 - 7) corrects the exponent, of subnormal numbers too. No NaN: the loader refuses them.
+// Bytes of e4m3 to bfloat16: `low` gets bytes 0 and 2, `high` 1 and 3. Sign, exponent and mantissa are put where
+// bfloat16 has them; a product with 2^(127 - 7) corrects the exponent, of subnormal numbers too. No NaN: the loader
+// refuses them.
 __device__ void Widen(uint32_t bytes, uint32_t& low, uint32_t& high) {
   constexpr uint32_t kSign = 0x80008000, kRest = 0x07f007f0, kBias = 0x7b807b80;
   low = Times((bytes << 8 & kSign) | (bytes << 4 & kRest), kBias);
@@ -311,7 +315,7 @@ struct Kernel {
     for (int pair = 0; pair < 4; ++pair) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        uint32_t(&f)[4] = fragments[2 * pair + i];
+        uint32_t (&f)[4] = fragments[2 * pair + i];
         Widen(bytes[pair][2 * i], f[0], f[2]);
         Widen(bytes[pair][2 * i + 1], f[1], f[3]);
         if constexpr (C::kFormat == WeightFormat::kGroupFp8) {
@@ -333,7 +337,8 @@ struct Kernel {
       int warpgroup = threadIdx.x / kWarpgroup, warp = threadIdx.x % kWarpgroup / kWarp, lane = threadIdx.x % kWarp;
       int first = tile.output + (C::kSplits == 1 ? warpgroup * 64 : 0);
       if constexpr (C::kFormat == WeightFormat::kBlockFp8) {
-        int64_t columns = (args.inputs + 127) / 128, bands = (args.outputs + args.block_outputs - 1) / args.block_outputs;
+        int64_t columns = (args.inputs + 127) / 128,
+                bands = (args.outputs + args.block_outputs - 1) / args.block_outputs;
         int64_t band = min(first, args.outputs - 1) / args.block_outputs;
         blocks = static_cast<const float*>(args.scales) + (tile.matrix * bands + band) * columns;
       } else if constexpr (C::kFormat == WeightFormat::kGroupFp8) {
@@ -568,7 +573,8 @@ cudaError_t FindEncode(Encode& encode) {
   static cudaError_t status = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult result{};
-    cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+    cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
     found = reinterpret_cast<Encode>(function);
     return error != cudaSuccess ? error : result == cudaDriverEntryPointSuccess ? cudaSuccess : cudaErrorNotSupported;
   }();

@@ -1,5 +1,6 @@
-// The targets `few_rows` and `few_rows_scaled` on a Hopper GPU (few_rows.h): check arguments and launch on XLA's stream.
-// Nothing here allocates, synchronizes or reads device memory, so that XLA can record a call into a command buffer.
+// The targets `few_rows` and `few_rows_scaled` on a Hopper GPU (few_rows.h): check arguments and launch on XLA's
+// stream. Nothing here allocates, synchronizes or reads device memory, so that XLA can record a call into a command
+// buffer.
 
 #include <cuda_runtime_api.h>
 
@@ -22,8 +23,7 @@ FewRows CheckOperands(Checker& check, const ffi::AnyBuffer& rows, const ffi::Any
   int64_t m = rows.dimensions()[0], k = rows.dimensions()[1], g = weights.dimensions()[0], n = weights.dimensions()[1];
   int64_t groups = group_sizes.dimensions()[0];
   check.Expect(m >= 1, "rows", "expected at least one row, got none");
-  check.Expect(k >= 64 && k % 64 == 0, "rows",
-               "expected a multiple of 64 inputs, got " + std::to_string(k));
+  check.Expect(k >= 64 && k % 64 == 0, "rows", "expected a multiple of 64 inputs, got " + std::to_string(k));
   check.Expect(n >= 8 && n % 8 == 0, "weights", "expected a multiple of 8 outputs, got " + std::to_string(n));
   check.Expect(groups >= 1 && groups <= kMaxGroups, "group_sizes",
                "expected 1 to " + std::to_string(kMaxGroups) + " groups, got " + std::to_string(groups));
@@ -58,7 +58,8 @@ ffi::Error Run(const char* target, const FewRows& call, cudaStream_t stream) {
   attribute(&major, cudaDevAttrComputeCapabilityMajor);
   attribute(&minor, cudaDevAttrComputeCapabilityMinor);
   if (status == cudaSuccess && (major != 9 || minor != 0)) {
-    return ffi::Error::Internal(std::string(target) + ": the kernel is for compute capability 9.0 (Hopper), this GPU has " +
+    return ffi::Error::Internal(std::string(target) +
+                                ": the kernel is for compute capability 9.0 (Hopper), this GPU has " +
                                 std::to_string(major) + "." + std::to_string(minor));
   }
   if (status == cudaSuccess) status = MultiplyFewRows(call, num_sm, stream);
@@ -84,9 +85,11 @@ ffi::Error Scaled(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer weigh
   FewRows call = CheckOperands(check, rows, weights, ffi::U8, group_sizes, first, out, max_rows);
   bool blocks = block_inputs == 128 && block_outputs >= 64 && block_outputs % 64 == 0;
   bool in_groups = block_inputs == 32 && block_outputs == 1 && call.inputs % 128 == 0;
-  check.Expect(blocks || in_groups, "block",
-               "expected a scale for 128 inputs of a multiple of 64 outputs, or (with a multiple of 128 inputs) for 32 of "
-               "one output, got one for " + std::to_string(block_inputs) + " of " + std::to_string(block_outputs));
+  check.Expect(
+      blocks || in_groups, "block",
+      "expected a scale for 128 inputs of a multiple of 64 outputs, or (with a multiple of 128 inputs) for 32 of "
+      "one output, got one for " +
+          std::to_string(block_inputs) + " of " + std::to_string(block_outputs));
   if (!check.ok()) return check.error();
   auto parts = [](int64_t size, int64_t block) { return (size + block - 1) / block; };
   check.Buffer("scales", scales, blocks ? ffi::F32 : ffi::BF16,
@@ -104,22 +107,22 @@ ffi::Error Scaled(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer weigh
 XLA_FFI_DEFINE_HANDLER_SYMBOL(FewRowsCuda, mla::Plain,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
-                                  .Arg<xla::ffi::AnyBuffer>()   // rows
-                                  .Arg<xla::ffi::AnyBuffer>()   // weights
-                                  .Arg<xla::ffi::AnyBuffer>()   // group_sizes
-                                  .Arg<xla::ffi::AnyBuffer>()   // first
-                                  .Ret<xla::ffi::AnyBuffer>()   // out
+                                  .Arg<xla::ffi::AnyBuffer>()  // rows
+                                  .Arg<xla::ffi::AnyBuffer>()  // weights
+                                  .Arg<xla::ffi::AnyBuffer>()  // group_sizes
+                                  .Arg<xla::ffi::AnyBuffer>()  // first
+                                  .Ret<xla::ffi::AnyBuffer>()  // out
                                   .Attr<int64_t>("max_rows"),
                               {xla::ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER_SYMBOL(FewRowsScaledCuda, mla::Scaled,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
-                                  .Arg<xla::ffi::AnyBuffer>()   // rows
-                                  .Arg<xla::ffi::AnyBuffer>()   // weights
-                                  .Arg<xla::ffi::AnyBuffer>()   // scales
-                                  .Arg<xla::ffi::AnyBuffer>()   // group_sizes
-                                  .Arg<xla::ffi::AnyBuffer>()   // first
-                                  .Ret<xla::ffi::AnyBuffer>()   // out
+                                  .Arg<xla::ffi::AnyBuffer>()  // rows
+                                  .Arg<xla::ffi::AnyBuffer>()  // weights
+                                  .Arg<xla::ffi::AnyBuffer>()  // scales
+                                  .Arg<xla::ffi::AnyBuffer>()  // group_sizes
+                                  .Arg<xla::ffi::AnyBuffer>()  // first
+                                  .Ret<xla::ffi::AnyBuffer>()  // out
                                   .Attr<int64_t>("max_rows")
                                   .Attr<int64_t>("block_outputs")
                                   .Attr<int64_t>("block_inputs"),

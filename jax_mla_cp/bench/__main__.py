@@ -46,7 +46,7 @@ def _topology(options: Options) -> MeshShape | None:
         return options.mesh
     if options.platform == "cpu" and options.command == "load":
         return options.mesh
-    if options.platform == "cpu" and options.command == "scaling":
+    if options.platform == "cpu" and options.command in ("scaling", "engine"):
         return max(options.meshes, key=lambda mesh: mesh.devices)
     return None
 

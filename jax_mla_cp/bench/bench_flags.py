@@ -112,6 +112,14 @@ Every mesh must then use all GPUs of all processes. Process 0 reports; a sample'
 that fails, or a process that is lost, ends all of them: what was measured before is in --json.
 
 {_METHOD}""",
+    "engine": f"""examples:
+  python -m jax_mla_cp.bench engine --json engine.json
+  python -m jax_mla_cp.bench engine --meshes tp=1 tp=2 --shapes 1x1K,64x1K
+  python -m jax_mla_cp.bench engine --platform cpu --model tiny --shapes 2x64  # try it without a GPU
+
+Needs as many GPUs as the largest mesh; tp=1 is one GPU. Each row runs 128 decode steps of all its requests, after their prompts.
+
+{_METHOD}""",
     "host": """examples:
   python -m jax_mla_cp.bench host --json host.json
   python -m jax_mla_cp.bench host --mesh tp=8,cp=1 --shapes 64x1K,64x128K
@@ -160,6 +168,10 @@ _COMMANDS: dict[Command, tuple[str, str]] = {
     "scaling": (
         "Prefill of a whole model on several meshes of this host's GPUs, or of several hosts', with real collectives.",
         "--attention --model --dtype --meshes --seq --ep-axes --forms --weights --layers",
+    ),
+    "engine": (
+        "Decode steps of the whole engine, in process: a step dispatched before the one before is read, or not.",
+        "--attention --model --dtype --meshes --shapes --chunk --ep-axes --weights",
     ),
     "host": (
         "The host's part of a decode step: scheduling, making arrays, transferring them, reading results.",
@@ -240,7 +252,7 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "type": _list(_number, none=True),
         "help": "lengths of prompts prefilled in chunks, on 2 layers; or none",
     },
-    "--chunk": {"metavar": "N", "type": _number, "help": "tokens per chunk of --long prompts"},
+    "--chunk": {"metavar": "N", "type": _number, "help": "tokens per chunk of prompts (model: of --long ones)"},
     "--heads": {"metavar": "N,N,...", "type": _list(_number), "help": "heads per rank; DeepSeek-V3 at tp=8 has 16"},
     "--cp": {"metavar": "N,N,...", "type": _list(_number), "help": "cp group sizes"},
     "--forms": {"metavar": "FORM,FORM", "type": _list(str), "help": "forms of attention: expanded,absorbed"},

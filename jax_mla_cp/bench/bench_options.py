@@ -13,7 +13,7 @@ from jax_mla_cp.config.errors import ConfigError, check_choice
 from jax_mla_cp.distributed.cluster_options import ClusterOptions
 from jax_mla_cp.mesh import MeshShape
 
-Command = Literal["attention", "layer", "model", "decode", "load", "host", "scaling"]
+Command = Literal["attention", "layer", "model", "decode", "load", "host", "scaling", "engine"]
 FormName = Literal["expanded", "absorbed"]
 EpName = Literal["tp", "tp,cp", "tp,cp,dp"]
 WeightsName = Literal["bf16", "fp8"]
@@ -106,7 +106,7 @@ class Options:
                 "platform",
                 f"cpu is there to try the program, and {most} tokens would take it hours. {_SMALL[self.command]}",
             )
-        if self.command in ("layer", "model", "scaling") and self.model != "tiny":
+        if self.command in ("layer", "model", "scaling", "engine") and self.model != "tiny":
             raise ConfigError("platform", f"{self.model} does not fit a CPU's memory. {_SMALL[self.command]}")
 
 
@@ -116,6 +116,7 @@ _SMALL: dict[Command, str] = {
     "layer": "Give small sizes: model='tiny' seq=(1024,).",
     "model": "Give small sizes: model='tiny' seq=(1024,) long=(4096,) chunk=2048 layers=2.",
     "scaling": "Give small sizes: model='tiny' seq=(1024,).",
+    "engine": "Give small sizes: model='tiny', and `shapes` like 2x64.",
 }
 
 _K = 1024
@@ -137,6 +138,13 @@ _DEFAULTS: dict[Command, dict[str, Any]] = {
         "ep_axes": ("tp",),
         "meshes": (MeshShape(), MeshShape(cp=2), MeshShape(tp=2)),
     },
+    "engine": {
+        "model": "deepseek_v2_lite",
+        "shapes": ((1, _K), (8, _K), (64, _K), (8, 32 * _K)),
+        "chunk": 8 * _K,
+        "ep_axes": ("tp",),
+        "meshes": (MeshShape(),),
+    },
     "host": {"platform": "cpu", "shapes": tuple((n, 8 * _K) for n in (1, 8, 16, 32, 64)), "samples": 20},
 }
 _QUICK: dict[Command, dict[str, Any]] = {
@@ -147,6 +155,7 @@ _QUICK: dict[Command, dict[str, Any]] = {
     "load": {"gb": 1, "samples": 1},
     "host": {"shapes": ((1, 8 * _K), (64, 8 * _K)), "samples": 3},
     "scaling": {"seq": (32 * _K,), "samples": 3},
+    "engine": {"shapes": ((1, _K), (64, _K))},
 }
 
 _CLUSTER = frozenset(field.name for field in dataclasses.fields(ClusterOptions))

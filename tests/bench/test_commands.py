@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import pytest
 
-from jax_mla_cp.bench import attention, decode, host, layer, load, model, program, scaling
+from jax_mla_cp.bench import attention, decode, engine, host, layer, load, model, program, scaling
 from jax_mla_cp.bench.bench_options import Options, make
 from jax_mla_cp.bench.roofline import Ceilings
 from jax_mla_cp.bench.table import Report
@@ -107,6 +107,19 @@ def test_the_whole_decode_step(small_blocks: None) -> None:
     assert {(row["mesh"], row["ep_axes"]) for row in rows} == {("tp=2,cp=1", "tp")}
     assert all(row["roof_ms"] > 0 and row["ms"] > 0 for row in rows)
     assert rows[2]["roof_ms"] < rows[0]["roof_ms"], "half the bytes of the experts"
+
+
+def test_the_engine() -> None:
+    report = run(engine, command="engine", model="tiny", shapes=((1, 40), (3, 20)), meshes=(MeshShape(cp=2),), chunk=32)
+    assert [(row["what"], row["requests"]) for row in report.rows] == [
+        ("ahead", 1),
+        ("not ahead", 1),
+        ("ahead", 3),
+        ("not ahead", 3),
+    ]
+    for row in report.rows:
+        assert row["n"] == 128 and 0 < row["host_ms"] < row["ms"] <= row["p90_ms"]
+        assert row["run_ahead"] == (1 if row["what"] == "ahead" else 0)
 
 
 @pytest.mark.parametrize("mocked", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jax_mla_cp.checkpoint import load_params
 from jax_mla_cp.config.quantization import Quantization
 from jax_mla_cp.model.build import Build
 from jax_mla_cp.model.decoder import Decoder
+from jax_mla_cp.model.grouped_matmul import GroupedMatmul
 from jax_mla_cp.model.loaded_model import Model
 from jax_mla_cp.step.runner import compile_step
 from tests.helpers import quantize
@@ -100,18 +102,43 @@ def test_the_compiled_step_copies_nothing_around_the_calls() -> None:
     )
 
 
+# Experts as wide as a block: gate and up stay in FP8.
+FP8_CONFIG = dataclasses.replace(
+    REAL_DIMS_CONFIG, moe_intermediate_size=128, quantization=Quantization("fp8", (128, 128))
+)
+
+
+def fp8_model(fp8: bool, grouped_matmul: GroupedMatmul = "hopper") -> Model:
+    tensors = quantize.to_fp8(quantize.random_tensors(dataclasses.replace(FP8_CONFIG, quantization=None)))
+    build = Build(FP8_CONFIG, dtype=jnp.dtype(jnp.bfloat16), attention="fa3", grouped_matmul=grouped_matmul, fp8=fp8)
+    return Model(load_params(ArraySource(tensors), nnx.state(Decoder(build)), FP8_CONFIG, None), build, None)
+
+
 def test_weights_in_fp8() -> None:
     """Weights kept in FP8 give the results of weights dequantized while loading, up to roundings: their scales are not rounded in."""
-    tensors = quantize.to_fp8(quantize.random_tensors(REAL_DIMS_CONFIG))
-    config = dataclasses.replace(REAL_DIMS_CONFIG, quantization=Quantization("fp8", (128, 128)))
 
     def logits(fp8: bool) -> np.ndarray:
-        build = Build(config, dtype=jnp.dtype(jnp.bfloat16), attention="fa3", grouped_matmul="hopper", fp8=fp8)
-        model = Model(load_params(ArraySource(tensors), nnx.state(Decoder(build)), config, None), build, None)
-        driver = driver_of(model)
+        driver = driver_of(fp8_model(fp8))
         return driver.step([(driver.request(), prompt) for prompt in PROMPTS])
 
     kept, at_load = logits(True), logits(False)
     error = np.linalg.norm(kept - at_load, axis=-1) / np.linalg.norm(at_load, axis=-1)
     print(f"logits' error {error}")
     assert np.median(error) < 1e-2, "one may be rerouted by a rounding"
+
+
+def test_decoding_dequantizes_no_matrix() -> None:
+    def dequantized(model: Model) -> set[tuple[int, ...]]:
+        """Shapes of matrices in FP8 that the decode program has an array of in bfloat16 or float32 too."""
+        driver = driver_of(model)
+        step = min(driver.planner.step_shapes, key=lambda s: (s.expanded_keys, s.tokens))
+        text = compile_step(driver.planner, step).as_text()
+        assert ("few_rows_scaled" in text) == (model.build.grouped_matmul == "hopper")
+        leaves = [leaf for leaf in jax.tree.leaves(model.params) if leaf.dtype == jnp.uint8]
+        matrices = {leaf.shape[-2:] for leaf in leaves if leaf.shape[-2] >= 256}  # no tokens are as many
+        assert len(matrices) == 4 and step.tokens < 256
+        arrays = re.findall(r"\b(?:bf16|f32)\[([\d,]+)\]", text)
+        return {shape for shape in matrices if any(f",{a}".endswith(f",{shape[0]},{shape[1]}") for a in arrays)}
+
+    assert not dequantized(fp8_model(True))
+    assert dequantized(fp8_model(True, "pallas")), "without the kernel they are"
