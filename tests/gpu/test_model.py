@@ -115,7 +115,8 @@ def fp8_model(fp8: bool, grouped_matmul: GroupedMatmul = "hopper") -> Model:
 
 
 def test_weights_in_fp8() -> None:
-    """Weights kept in FP8 give the results of weights dequantized while loading, up to roundings: their scales are not rounded in."""
+    """Weights kept in FP8 give the results of weights dequantized while loading, which are rounded to bfloat16, by 2^-9, in each
+    product of four layers."""
 
     def logits(fp8: bool) -> np.ndarray:
         driver = driver_of(fp8_model(fp8))
@@ -124,7 +125,9 @@ def test_weights_in_fp8() -> None:
     kept, at_load = logits(True), logits(False)
     error = np.linalg.norm(kept - at_load, axis=-1) / np.linalg.norm(at_load, axis=-1)
     print(f"logits' error {error}")
-    assert np.median(error) < 1e-2, "one may be rerouted by a rounding"
+    assert np.median(error) < 2e-2, "one may be rerouted by a rounding"
+    other = np.linalg.norm(kept - np.roll(at_load, 1, axis=0), axis=-1) / np.linalg.norm(at_load, axis=-1)
+    assert other.min() > 0.3, "another prompt's are others"
 
 
 def test_decoding_dequantizes_no_matrix() -> None:
