@@ -12,6 +12,7 @@ import numpy as np
 
 from jax_mla_cp.bench.bench_options import Options
 from jax_mla_cp.bench.data import normal
+from jax_mla_cp.bench.expert_products import FEW_TOKENS, choices, product_row
 from jax_mla_cp.bench.mla_parts import Part, product, time_part
 from jax_mla_cp.bench.program import clean_up
 from jax_mla_cp.bench.roofline import Cost
@@ -61,6 +62,9 @@ def expert_parts(options: Options, config: ModelConfig, report: Report, seq: int
                 f"grouped product, {what}, {rows} rows, {few} experts: of a dense one", seen, at_least=_HOLD_GROUPED
             )
 
+    if seq <= FEW_TOKENS:
+        for name in options.weights:
+            product_row(options, config, report, seq, name)
     expert = 6.0 * c.hidden_size * c.moe_intermediate_size
     weights = 6.0 * local * c.hidden_size * c.moe_intermediate_size
     cost = Cost(flops=expert * rows, moved=4.0 * rows * c.hidden_size + weights)
@@ -95,18 +99,6 @@ def _grouped(options: Options, rows: int, k: int, n: int, sizes: np.ndarray) -> 
     return lambda: program(a, b, placed)
 
 
-def _choices(config: ModelConfig, tokens: int) -> np.ndarray:
-    """Chooses different experts for each token, uniformly: int32 [T, k]."""
-    rng = np.random.default_rng(0)
-    out = np.empty((tokens, config.experts_per_token), np.int32)
-    for first in range(0, tokens, 8192):
-        scores = rng.random((min(8192, tokens - first), config.n_routed_experts), np.float32)
-        out[first : first + 8192] = np.argpartition(scores, config.experts_per_token - 1, axis=1)[
-            :, : config.experts_per_token
-        ]
-    return out
-
-
 def _expert_weights(options: Options, config: ModelConfig, experts: int) -> tuple[jax.Array, jax.Array]:
     c = config
     gate_up = normal(1, (experts, 2 * c.moe_intermediate_size, c.hidden_size), options.dtype, c.hidden_size**-0.5)
@@ -117,7 +109,7 @@ def _expert_weights(options: Options, config: ModelConfig, experts: int) -> tupl
 
 def _both(options: Options, config: ModelConfig, tokens: int, experts: int) -> Callable[[], Any]:
     """The experts' two matmuls, on the rows that `_apply` gives each expert, rounded up to whole tiles."""
-    counts = np.bincount(_choices(config, tokens).ravel(), minlength=config.n_routed_experts)[:experts]
+    counts = np.bincount(choices(config, tokens).ravel(), minlength=config.n_routed_experts)[:experts]
     implementation = resolve_grouped_matmul()
     align = group_alignment(int(counts.sum()), experts, implementation)
     sizes = -(-counts // align) * align
@@ -135,7 +127,7 @@ def _both(options: Options, config: ModelConfig, tokens: int, experts: int) -> C
 def _apply(options: Options, config: ModelConfig, tokens: int, experts: int) -> Callable[[], Any]:
     """The model's own function, on this rank's share of the experts."""
     x = normal(0, (tokens, config.hidden_size), options.dtype)
-    chosen = jnp.asarray(_choices(config, tokens))
+    chosen = jnp.asarray(choices(config, tokens))
     weight = jnp.full(chosen.shape, 1 / config.experts_per_token, jnp.float32)
     weights = _expert_weights(options, config, experts)
     apply = functools.partial(
