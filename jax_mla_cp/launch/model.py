@@ -59,7 +59,7 @@ def load(
         built-in model (jax_mla_cp/default_model).
       dtype: of weights, activations and cache; "auto" is float32 on CPU and bfloat16 on GPUs.
       weights: of a quantized checkpoint. "bf16": dequantized while loading, to `dtype`; "fp8": kept in FP8 in device memory,
-        and dequantized by every use, except for the few that can't be (docs/checkpoints.md); "auto": "fp8" on GPUs, else "bf16".
+        except for the few that can't be (docs/checkpoints.md); "auto": "fp8" on GPUs, else "bf16".
       ep_axes: the mesh axes that divide the experts; "auto" takes the fewest whose weights fit the memory.
       attention: "auto" is the fastest that runs here.
       mtp: with the checkpoint's layer for multi-token prediction, for `Planner.create(.., draft_tokens=..)`.
