@@ -1,7 +1,7 @@
 # Everything on a fresh machine with python3 (3.11 or newer) and make:
 #   make serve    the built-in model on 32 virtual CPU devices, tp=8,cp=4
 #   make test     the test suite
-#   make ffi      the FlashAttention-3 kernels (nvcc 12.3 or newer; two minutes of a core each, once)
+#   make ffi      the CUDA kernels (nvcc 12.3 or newer; two minutes of a core each, once)
 PYTHON ?= python3
 MESH ?= tp=8,cp=4
 ARGS ?=
@@ -47,7 +47,7 @@ help:
 	@echo "make soak                                         load, fault and fuzz tests in full (about three hours on 2 cores)"
 	@echo "make lint | format                                check | apply the formatting: ruff, mypy, import-linter, clang-format"
 	@echo "make env                                          the run-time environment in $(VENV); compiles nothing without a GPU"
-	@echo "make ffi                                          with the FlashAttention-3 kernels in it (needs nvcc)"
+	@echo "make ffi                                          with the CUDA kernels in it (needs nvcc)"
 	@echo "make clean                                        remove $(VENV), build and caches"
 
 env: $(INSTALLED)

@@ -10,6 +10,7 @@
 #include "arguments.h"
 #include "combine.h"
 #include "flash.h"
+#include "hopper.h"
 #include "kernels/kernels.h"
 #include "split_scheduler.h"
 
@@ -19,25 +20,9 @@ namespace {
 // Rows that FA3's scheduler sorts in one block, which may overlap with the launch of the attention kernel.
 constexpr int64_t kMaxPdlRows = 992;
 
-ffi::Error InternalError(const char* target, const std::string& reason) {
-  return ffi::Error::Internal(std::string(target) + ": " + reason);
-}
-
 // Sets the parameters that all kernels share. `params` is zero: fields that are not set are off.
 ffi::Error SetParams(const char* target, const Common& call, const Rows& rows, float scale, Flash_fwd_params& params) {
-  int device = 0, major = 0, minor = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  auto attribute = [&](int* value, cudaDeviceAttr which) {
-    if (status == cudaSuccess) status = cudaDeviceGetAttribute(value, which, device);
-  };
-  attribute(&params.num_sm, cudaDevAttrMultiProcessorCount);
-  attribute(&major, cudaDevAttrComputeCapabilityMajor);
-  attribute(&minor, cudaDevAttrComputeCapabilityMinor);
-  if (status != cudaSuccess) return InternalError(target, cudaGetErrorString(status));
-  if (major != 9 || minor != 0) {
-    return InternalError(target, "the kernels are for compute capability 9.0 (Hopper), this GPU has " +
-                                     std::to_string(major) + "." + std::to_string(minor));
-  }
+  if (ffi::Error error = CheckHopper(target, params.num_sm); error.failure()) return error;
   int b = static_cast<int>(rows.count), padded = static_cast<int>(RoundUp4(rows.count));
   params.arch = 90;
   params.is_bf16 = true;

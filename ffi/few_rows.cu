@@ -3,13 +3,14 @@
 // The tensor cores multiply 64 outputs by as many rows as a group has, 8 to 128: the weights are wgmma's A operand, the
 // rows are B, and the product comes out transposed. A persistent grid walks over the tiles of the groups that have
 // rows: a tile is kOutputs outputs of one group's matrix times up to kMaxRows of its rows, over all inputs. One thread
-// loads stages of 128 bytes of each of a tile's outputs, through a ring that does not drain between tiles. A stage is
-// two TMA instructions, whatever its rows: a TMA instruction cost it 0.1 us, so that eight of 1 KB each held up the
-// weights. Two warpgroups multiply.
+// loads stages of 128 bytes of each of a tile's outputs, through a ring that does not drain between tiles. Two TMA
+// instructions fill a stage. Each costs that thread 0.1 us: with one for each 8 rows, the weights waited for it. Two
+// warpgroups multiply.
 //
 // FP8 weights go from shared memory to registers, where they become bfloat16: exactly, since e4m3 has fewer bits of
-// each kind. The next stage's do while the tensor cores multiply this one's. The scale of a block is applied to the
-// float32 sum of its 128 inputs, in float32.
+// each kind. The next stage's do while the tensor cores multiply this one's. A block's scale is applied to the float32
+// sum of its 128 inputs, in float32. 4-bit values, kept in FP8, are multiplied by their scales as bfloat16 and rounded,
+// as dequantizing them does.
 //
 // The inputs are divided, as tiles may be fewer than multiprocessors: over the CTAs of a cluster, contiguously, and
 // inside of a CTA over the two warpgroups, alternately. All parts of a tile are added in one fixed order, through the
@@ -39,6 +40,7 @@ constexpr int kThreads = kConsumers + kWarpgroup;  // registers are dealt to war
 constexpr int kSmemBytes = 227 << 10;              // that a CTA may have
 constexpr int kSwizzle = 128;                      // bytes of a row in shared memory, swizzled in atoms of 8 rows
 constexpr int kMaxCluster = 8;
+constexpr int kMinBlocks = 7;    // stages of a CTA of a cluster: with 6 the cluster cost what it gained (V3's q_b)
 constexpr int kReduceRows = 32;  // rows of a tile whose parts are added at a time
 
 // Floats between the outputs of `kRows` rows, such that a warp's writes are in different banks.
@@ -546,7 +548,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       Init(&shared.full[i], 1);
       Init(&shared.empty[i], kConsumers / kWarp / C::kSplits);
     }
-    Init(&shared.sum_full, kernel.size == 1 ? kConsumers / kWarp : 1);  // else the bytes that arrive count
+    // Alone, the warps arrive. In a cluster one thread does, and expects the bytes that all ranks send.
+    Init(&shared.sum_full, kernel.size == 1 ? kConsumers / kWarp : 1);
     Init(&shared.sum_empty, kConsumers / kWarp * kernel.size);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
@@ -573,8 +576,12 @@ cudaError_t FindEncode(Encode& encode) {
   static cudaError_t status = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult result{};
+#if CUDART_VERSION >= 12050
     cudaError_t error =
         cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+#else
+    cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result);
+#endif
     found = reinterpret_cast<Encode>(function);
     return error != cudaSuccess ? error : result == cudaDriverEntryPointSuccess ? cudaSuccess : cudaErrorNotSupported;
   }();
@@ -608,11 +615,12 @@ cudaError_t Launch(const FewRows& call, int num_sm, cudaStream_t stream) {
   int64_t output_tiles = (call.outputs + C::kOutputs - 1) / C::kOutputs;
   int64_t blocks = (call.inputs + C::kInputs - 1) / C::kInputs;
   // An upper bound: which groups have rows is known on the device only.
-  int64_t row_tiles = std::min(call.rows, call.groups + call.rows / C::kMaxRows);
-  // Only where the tiles can't fill the GPU: a division costs 1 us. Of several groups each has enough.
+  int64_t used_groups = std::min(call.rows, call.groups);
+  int64_t row_tiles = used_groups + (call.rows - used_groups) / C::kMaxRows;
+  // Only where one group's tiles can't fill the GPU. Several groups' can, mostly, and were slower when divided.
   int cluster = 1;
   while (call.groups == 1 && cluster < kMaxCluster && row_tiles * output_tiles * cluster * 2 <= num_sm &&
-         blocks >= 14 * cluster) {
+         blocks >= 2 * kMinBlocks * cluster) {
     cluster *= 2;
   }
   int64_t clusters = std::min<int64_t>(num_sm / cluster, row_tiles * output_tiles);

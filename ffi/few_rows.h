@@ -8,7 +8,7 @@
 
 namespace mla {
 
-// How the bytes of a weight are read.
+// The format of the matrices.
 enum class WeightFormat {
   kBf16,      // bfloat16
   kBlockFp8,  // float8_e4m3fn with a float32 scale for a block of outputs (a multiple of 64) and 128 inputs
@@ -22,8 +22,8 @@ struct FewRows {
   int64_t rows, inputs, outputs;  // M, K, N
   int64_t matrices, groups;       // G, E
   int64_t block_outputs;          // of a scale; kBlockFp8 only
-  // Rows that a group is expected to have at most. More are multiplied too, but each `max_rows` of them read the
-  // weights.
+  // Rows that a group is expected to have at most: chooses tiles of 8, 32, 64 or 128. A group with more rows takes
+  // several, and each reads the weights.
   int64_t max_rows;
   const void* x;                // bfloat16 [M, K]; for FP8 in the order of `interleave` (model/few_rows.py)
   const void* weights;          // [G, N, K]

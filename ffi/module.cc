@@ -62,7 +62,7 @@ int DriverCuda() {
 }  // namespace
 
 NB_MODULE(_ffi, m) {
-  m.doc() = "FlashAttention-3 for MLA as XLA FFI handlers. Called by jax_mla_cp.attention.fa3 only.";
+  m.doc() = "FlashAttention-3 for MLA and products of few rows as XLA FFI handlers. Loaded by jax_mla_cp.extension.";
   m.def("registrations", &Registrations, "Platform -> target name -> handler capsule.");
   m.def("built_for_cuda", &BuiltForCuda, "CUDA's version, as 1000 major + 10 minor; 0: only CPU handlers.");
   m.def("driver_cuda", &DriverCuda, "The newest CUDA version that this machine's driver runs; 0: no driver.");

@@ -206,7 +206,9 @@ def _step_cost(build: MockBuild, requests: int, context: int, skewed: bool) -> C
     c = build.config
     local = build.padded_experts // build.axes.size(build.ep_axes)
     chosen, of = (min(c.experts_per_token, local), local) if skewed else (c.experts_per_token, c.n_routed_experts)
-    untouched = (1 - chosen / of) ** requests if c.num_moe_layers else 0.0
+    # Without a bias all tokens are given the same experts (`favor_first_rank`), as if there were one.
+    draws = 1 if skewed and not c.routing_bias else requests
+    untouched = (1 - chosen / of) ** draws if c.num_moe_layers else 0.0
     embedding = build.padded_vocab // build.axes.size(TP) * c.hidden_size * build.dtype.itemsize
     weights = weight_bytes(build) - embedding - expert_bytes(build) * untouched
     return Cost(read=weights + c.num_layers * requests * context * c.latent_dim * build.dtype.itemsize)

@@ -111,7 +111,8 @@ def _both(options: Options, config: ModelConfig, tokens: int, experts: int) -> C
     """The experts' two matmuls, on the rows that `_apply` gives each expert, rounded up to whole tiles."""
     counts = np.bincount(choices(config, tokens).ravel(), minlength=config.n_routed_experts)[:experts]
     implementation = resolve_grouped_matmul()
-    align = group_alignment(int(counts.sum()), experts, implementation)
+    weights = _expert_weights(options, config, experts)
+    align = group_alignment(weights[0], int(counts.sum()), experts, implementation)
     sizes = -(-counts // align) * align
     x = normal(0, (int(sizes.sum()), config.hidden_size), options.dtype)
 
@@ -119,7 +120,6 @@ def _both(options: Options, config: ModelConfig, tokens: int, experts: int) -> C
         gate, up = jnp.split(grouped_matmul(x, gate_up, sizes, implementation=implementation), 2, axis=-1)
         return grouped_matmul(jax.nn.silu(gate) * up, down, sizes, implementation=implementation)
 
-    weights = _expert_weights(options, config, experts)
     program, placed = jax.jit(both), jnp.asarray(sizes.astype(np.int32))
     return lambda: program(x, *weights, placed)
 

@@ -24,7 +24,7 @@ from rich.table import Column, Table
 
 from jax_mla_cp.checkpoint.check_tensors import check_tensors
 from jax_mla_cp.checkpoint.errors import CheckpointError
-from jax_mla_cp.checkpoint.huggingface import has_mtp
+from jax_mla_cp.checkpoint.huggingface import has_mtp, tensor_mappings
 from jax_mla_cp.checkpoint.orbax import ConvertedCheckpoint, is_converted, mixed_problem
 from jax_mla_cp.checkpoint.parameter import Parameter
 from jax_mla_cp.checkpoint.progress_bar import progress_bar
@@ -200,10 +200,12 @@ def _tensor_rows(tensors: list[_Tensor]) -> list[dict[str, Any]]:
 
 
 def _per_device(config: ModelConfig, mesh: MeshShape, ep_axes: str, tensors: list[_Tensor]) -> dict[str, Any]:
-    """Size of the weights on each device of a mesh, loaded in the dtype of most of the checkpoint."""
+    """Size of the weights on each device of a mesh, loaded in the dtype of the checkpoint's embedding."""
     check_choice("ep_axes", ep_axes, tuple(EP_CHOICES))
-    dtypes = _sums([t for t in tensors if t.dtype.name in _MODEL_DTYPES], lambda t: t.dtype.name)
-    dtype = next(iter(dtypes), "bfloat16")
+    # Not of most of it: scales, and what a conversion has dequantized, are float32 beside bfloat16.
+    names = {"embed", *(mapping.name for mapping in tensor_mappings(config)["embed"])}
+    embedding = next((t.dtype.name for t in tensors if t.name in names), "")
+    dtype = embedding if embedding in _MODEL_DTYPES else "bfloat16"
     fp8 = config.quantization is not None and not any(t.name == "moe.mlp.down" for t in tensors)
     build = Build(config, mesh, EP_CHOICES[ep_axes], jnp.dtype(dtype), fp8=fp8)
     dtypes_kept = f"{dtype} and FP8" if fp8 else dtype

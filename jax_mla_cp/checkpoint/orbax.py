@@ -174,8 +174,8 @@ class ConvertedCheckpoint:
         if layout != LAYOUT:
             raise CheckpointError(
                 str(path),
-                f"layout {layout!r}; this version of jax_mla_cp reads layout {LAYOUT}. Convert the Hugging Face "
-                "checkpoint again, or use the version that wrote this one.",
+                f"layout {layout!r}; this version of jax_mla_cp reads layout {LAYOUT}. {_convert_again(directory)}, "
+                "or use the version that wrote this one.",
             )
         if text != _with_checksum(body):
             raise CheckpointError(str(path), f"damaged (wrong checksum). {_convert_again(directory)}")
@@ -192,7 +192,7 @@ class ConvertedCheckpoint:
     @property
     def weights(self) -> Literal["bf16", "fp8"]:
         """Storage of its matrices, as a value of `--weights`."""
-        return "fp8" if any(name.endswith(".q") for name in self.arrays) else "bf16"
+        return "fp8" if any(name.endswith(".scale") for name in self.arrays) else "bf16"  # `mla.q` may be plain
 
     def resolve_weights(self, weights: Weights) -> Weights:
         """Resolves "auto" to the kind that is stored; a converted checkpoint can't be loaded as the other kind.

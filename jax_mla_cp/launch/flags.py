@@ -48,7 +48,7 @@ def add_model_flags(p: argparse.ArgumentParser) -> None:
         metavar="{auto,bf16,fp8}",
         type=choice(*get_args(Weights)),
         help="storage of a quantized checkpoint's weights; bf16: dequantize to --dtype while loading; fp8: "
-        "keep FP8 in device memory, half the size, and dequantize at each use; auto: fp8 on GPUs, "
+        "keep FP8 in device memory, half the size and half of what decoding reads; auto: fp8 on GPUs, "
         "otherwise bf16 (default: auto)",
     )
     devices = p.add_argument_group("devices")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jax_mla_cp import platform
+from jax_mla_cp import extension, platform
 from jax_mla_cp.attention import Implementation, resolve_implementation
 from jax_mla_cp.checkpoint import (
     ConvertedCheckpoint,
@@ -77,9 +77,9 @@ def load(
     build = plan_build(config, mesh, dtype=dtype, weights=weights, ep_axes=ep_axes, attention=attention, mtp=mtp)
     declared = nnx.state(Decoder(build))
     for reason, names in dequantized_matrices(declared).items():
-        _log.info(
-            "%d matrices can't stay in FP8 and are dequantized, because %s: %s", len(names), reason, ", ".join(names)
-        )
+        _log.info("these can't stay in FP8 and are dequantized, because %s: %s", reason, ", ".join(names))
+    if build.fp8 and build.grouped_matmul == "pallas":
+        _log.warning("FP8 is dequantized before every product, and decoding slow: %s", extension.cuda_problem())
     if converted:
         params = load_converted(converted, declared, config, mesh, progress=progress)
     else:

@@ -33,7 +33,7 @@ class Build:
     attention: Resolved = "xla"
     grouped_matmul: GroupedMatmul = "blocks"
     fp8: bool = False
-    """Matrices that the checkpoint has quantized stay in FP8."""
+    """Matrices that the checkpoint has quantized stay in FP8, where their blocks stay whole (model/fp8_blocks.py)."""
     mtp: bool = False
     """With the checkpoint's first layer for multi-token prediction, which proposes drafts."""
 

@@ -47,7 +47,7 @@ def apply_experts(
     """
     k = expert.shape[1]
     share = -(-expert.size // ep_size)
-    align = group_alignment(share, num_experts, implementation)
+    align = max(group_alignment(weights, share, num_experts, implementation) for weights in (gate_up, down))
     max_rows = _round_down(expert.size + num_experts * (align - 1), align)
     size = min(window_rows(share, num_experts, align), max_rows)
     windows = -(-max_rows // size)

@@ -18,7 +18,8 @@ from jax_mla_cp.model.fp8 import Matrices, ScaledMatrices
 
 _MAX_GROUPS = 512  # ffi/few_rows.h
 # Rows up to which the kernel is the fastest way, of one group and of the mean of several: measured on an H100 (docs/benchmarks.md).
-_MAX_FP8_ROWS = (256, 512)
+_MAX_ROWS_FP8_ALONE = 256
+_MAX_ROWS_FP8 = 512
 _MAX_ROWS = 32
 
 
@@ -37,7 +38,9 @@ def fits(weights: Matrices, groups: int) -> bool:
 
 def is_fastest(weights: Matrices, expected_rows: int, groups: int) -> bool:
     """True if no other way is as fast for about `expected_rows` rows in all groups."""
-    most = _MAX_FP8_ROWS[groups > 1] if isinstance(weights, ScaledMatrices) else _MAX_ROWS
+    most = _MAX_ROWS
+    if isinstance(weights, ScaledMatrices):
+        most = _MAX_ROWS_FP8_ALONE if groups == 1 else _MAX_ROWS_FP8
     return fits(weights, groups) and expected_rows <= most * groups
 
 
@@ -50,8 +53,9 @@ def few_rows_matmul(
 ) -> Float[Array, "M N"]:
     """As `grouped_matmul`, for operands that fit. Rows past all groups are not written.
 
-    Each matrix that has rows is read once, or once for every 128 rows. A block's scale is applied to the float32 sum of its inputs,
-    so that no `q * scale` is rounded. A row's result does not depend on the other rows.
+    Each matrix that has rows is read once for each tile of them, of 8 to 128 rows. A block's scale is applied to the float32 sum of
+    its inputs, so that no `q * scale` is rounded; but a 4-bit weight, which has one for 32 inputs, is, as by `dequantize`. A row's
+    result does not depend on the other rows.
 
     Args:
       expected_rows: about as many as all groups have. It chooses the tile: the speed, and the order of float32 sums.

@@ -10,6 +10,7 @@ float16 copy of the whole stack of layers.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -90,7 +91,7 @@ class Fp8(nnx.Module):
 
 def stack_matrices(x: jax.Array, dims: int) -> Float[Array, "G N K"]:
     """A view of [.., N, K] with `dims` 2, or of [.., 2, F, K] with 3: the leading dimensions are one, and the outputs are one."""
-    return x.reshape(-1, int(np.prod(x.shape[-dims:-1])), x.shape[-1])
+    return x.reshape(-1, math.prod(x.shape[-dims:-1]), x.shape[-1])
 
 
 def dequantize(q: jax.Array, scale: jax.Array, block: tuple[int, int], dtype: np.dtype[Any]) -> jax.Array:

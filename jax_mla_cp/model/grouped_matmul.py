@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int32
 from jax_mla_cp import extension
 from jax_mla_cp.mesh import vary_like
 from jax_mla_cp.model.few_rows import few_rows_matmul, is_fastest
-from jax_mla_cp.model.fp8 import ScaledMatrices, take_matrices
+from jax_mla_cp.model.fp8 import Matrices, ScaledMatrices, take_matrices
 
 GroupedMatmul = Literal["hopper", "pallas", "blocks", "ragged"]
 """Implementations of `grouped_matmul`."""
@@ -84,12 +84,13 @@ def multiplies_fp8(weights: ScaledMatrices, expected_rows: int, groups: int, imp
     return implementation == "blocks" or (implementation == "hopper" and is_fastest(weights, expected_rows, groups))
 
 
-def group_alignment(rows: int, groups: int, implementation: GroupedMatmul) -> int:
+def group_alignment(weights: Matrices, rows: int, groups: int, implementation: GroupedMatmul) -> int:
     """Returns the number of rows that groups should begin at multiples of, when `rows` rows are in all groups.
 
     The Pallas kernel computes a tile with rows of two groups twice. With few rows per group, padding would cost more.
     """
-    return _hopper().TILE if implementation in ("hopper", "pallas") and rows >= groups * _hopper().TILE else 1
+    pallas = implementation == "pallas" or (implementation == "hopper" and not is_fastest(weights, rows, groups))
+    return _hopper().TILE if pallas and rows >= groups * _hopper().TILE else 1
 
 
 def _hopper() -> ModuleType:

@@ -64,7 +64,8 @@ class Moe(nnx.Module):
         axes = self.build.axes
         tokens = len(x)
         slices = -(-tokens * axes.size(gather_over) // _MAX_TOKENS)
-        experts = self._weights(layer, expert.size // slices // axes.size(TP))
+        size = -(-tokens // slices)
+        experts = self._weights(layer, -(-size * expert.shape[1] // axes.size(TP)))
 
         def apply(part: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
             if not gather_over:
@@ -74,7 +75,6 @@ class Moe(nnx.Module):
 
         if slices == 1:
             return apply((x, expert, weight))
-        size = -(-tokens // slices)
         pad = slices * size - tokens
         no_expert = self.build.padded_experts
 

@@ -60,7 +60,7 @@ ALIGNED = RAGGED | {
     "qk_nope_head_dim": 112,
     "v_head_dim": 128,
 }
-"""Of heads of 128, whose roped rows end a block: all stay in FP8 at tp=2; tp=4 cuts what is 256 wide."""
+"""Heads of 128, whose roped rows end a block: all stay in FP8 at tp=2; tp=4 cuts what is 256 wide."""
 NO_Q_LORA = RAGGED | {"q_lora_rank": None, "rope_interleave": False}
 K25 = {"model_type": "kimi_k25", "text_config": RAGGED}
 """Its tensors' names have a prefix."""

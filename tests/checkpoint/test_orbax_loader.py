@@ -136,6 +136,15 @@ def test_load_takes_either_kind(checkpoint: Any, tmp_path: Path, caplog: pytest.
     assert sum("GB/s" in record.message for record in caplog.records) == 2, "both say how fast, in the same words"
 
 
+def test_a_model_whose_queries_have_no_low_rank(tmp_path: Path) -> None:
+    """Its parameter `mla.q` is no matrix in FP8."""
+    source = hf.write(tmp_path / "hf", dtype=torch.bfloat16, vocab_size=259, q_lora_rank=None)
+    convert(source, tmp_path / "out", progress=False)
+    assert open_converted(tmp_path / "out").weights == "bf16"
+    (got, _), (want, _) = (mla.load(path, dtype="bfloat16") for path in (tmp_path / "out", source))
+    assert_same(got.params, want.params)
+
+
 def test_other_parameters_than_the_model_has(pair: tuple[Path, Path]) -> None:
     _, out = pair
     config = ModelConfig.from_hf({"model_type": "deepseek_v3", **hf.TINY, "vocab_size": 300, "q_lora_rank": None})

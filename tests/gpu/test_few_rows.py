@@ -94,11 +94,18 @@ def test_sizes_that_tiles_do_not_divide(kind: Kind, n: int, k: int) -> None:
     check(kind, [5, 0, 70], n, k, 75)
 
 
-@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+@pytest.mark.parametrize("kind", ["bf16", "fp8", "int4"])
 @pytest.mark.parametrize("rows", [1, 8, 33, 64, 100, 128, 500])
 def test_one_group(kind: Kind, rows: int) -> None:
     """Its inputs are divided over clusters: 1536 outputs of V3's q_a are 24 tiles for 132 multiprocessors."""
     check(kind, [rows], 1536, 2048, rows)
+
+
+@pytest.mark.parametrize(("n", "k"), [(576, 7168), (576, 5184), (64, 7168)])
+@pytest.mark.parametrize("rows", [3, 40, 128])
+def test_clusters_of_eight(rows: int, n: int, k: int) -> None:
+    """With a rest of outputs, and with 41 blocks of inputs, which eight don't divide and of which the last is half."""
+    check("fp8", [rows], n, k, rows)
 
 
 def test_many_groups() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from jax_mla_cp.model.few_rows import fits, interleave
 from jax_mla_cp.model.fp8 import Matrices, ScaledMatrices
-from jax_mla_cp.model.grouped_matmul import grouped_matmul, multiplies_fp8
+from jax_mla_cp.model.grouped_matmul import group_alignment, grouped_matmul, multiplies_fp8
 
 BF16 = np.dtype(jnp.bfloat16)
 
@@ -104,3 +104,10 @@ def test_one_group_of_many_rows_is_dequantized() -> None:
         x = jnp.zeros((rows, 256), jnp.bfloat16)
         jaxpr = jax.make_jaxpr(lambda x: grouped_matmul(x, matrices, None, 1, implementation="hopper"))(x)
         assert ("few_rows_scaled" in str(jaxpr)) == few and ("dot_general" in str(jaxpr)) != few
+
+
+def test_groups_are_aligned_for_the_pallas_kernel_alone() -> None:
+    fp8, plain = weights(256, 256, (128, 128)), weights(256, 256)
+    assert [group_alignment(fp8, rows, 4, "hopper") for rows in (4 * 128, 4 * 512, 4 * 513)] == [1, 1, 128]
+    assert [group_alignment(plain, rows, 4, "hopper") for rows in (4 * 32, 4 * 127, 4 * 128)] == [1, 1, 128]
+    assert group_alignment(fp8, 4 * 128, 4, "pallas") == 128

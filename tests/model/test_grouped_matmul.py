@@ -116,7 +116,7 @@ def test_experts_on_hopper(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None
     rng = np.random.default_rng(2)
     expert = jnp.asarray(np.stack([rng.permutation(8)[:4] for _ in range(tokens)]) - 2, jnp.int32)
     weight = jnp.asarray(rng.uniform(0.1, 1, (tokens, 4)), jnp.float32)
-    assert group_alignment(tokens * 4, 4, "pallas") == (128 if tokens == 150 else 1)
+    assert group_alignment(gate_up, tokens * 4, 4, "pallas") == (128 if tokens == 150 else 1)
     arrays = (x, expert, weight, gate_up, down)
     run = functools.partial(apply_experts, *arrays, num_experts=4, first=0, ep_size=1)
     on_hopper = functools.partial(run, implementation="pallas")

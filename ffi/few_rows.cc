@@ -2,18 +2,20 @@
 // stream. Nothing here allocates, synchronizes or reads device memory, so that XLA can record a call into a command
 // buffer.
 
+#include "few_rows.h"
+
 #include <cuda_runtime_api.h>
 
 #include <string>
 
 #include "checker.h"
-#include "few_rows.h"
+#include "hopper.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace mla {
 namespace {
 
-// What both targets check. Letters: M rows, K inputs, N outputs, G matrices, E groups.
+// The checks of both targets. Letters: M rows, K inputs, N outputs, G matrices, E groups.
 FewRows CheckOperands(Checker& check, const ffi::AnyBuffer& rows, const ffi::AnyBuffer& weights, ffi::DataType dtype,
                       const ffi::AnyBuffer& group_sizes, const ffi::AnyBuffer& first, Result out, int64_t max_rows) {
   check.Rank("rows", rows, 2);
@@ -49,22 +51,10 @@ FewRows CheckOperands(Checker& check, const ffi::AnyBuffer& rows, const ffi::Any
 }
 
 ffi::Error Run(const char* target, const FewRows& call, cudaStream_t stream) {
-  int device = 0, num_sm = 0, major = 0, minor = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  auto attribute = [&](int* value, cudaDeviceAttr which) {
-    if (status == cudaSuccess) status = cudaDeviceGetAttribute(value, which, device);
-  };
-  attribute(&num_sm, cudaDevAttrMultiProcessorCount);
-  attribute(&major, cudaDevAttrComputeCapabilityMajor);
-  attribute(&minor, cudaDevAttrComputeCapabilityMinor);
-  if (status == cudaSuccess && (major != 9 || minor != 0)) {
-    return ffi::Error::Internal(std::string(target) +
-                                ": the kernel is for compute capability 9.0 (Hopper), this GPU has " +
-                                std::to_string(major) + "." + std::to_string(minor));
-  }
-  if (status == cudaSuccess) status = MultiplyFewRows(call, num_sm, stream);
-  return status == cudaSuccess ? ffi::Error::Success()
-                               : ffi::Error::Internal(std::string(target) + ": " + cudaGetErrorString(status));
+  int num_sm = 0;
+  if (ffi::Error error = CheckHopper(target, num_sm); error.failure()) return error;
+  cudaError_t status = MultiplyFewRows(call, num_sm, stream);
+  return status == cudaSuccess ? ffi::Error::Success() : InternalError(target, cudaGetErrorString(status));
 }
 
 ffi::Error Plain(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer weights, ffi::AnyBuffer group_sizes,
