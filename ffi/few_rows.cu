@@ -62,9 +62,9 @@ struct Config {
   static constexpr int kStageBytes = kWeightBytes + kMaxRows * kInputs * 2;
   static constexpr int kReduce = kMaxRows < kReduceRows ? kMaxRows : kReduceRows;
   static constexpr int kReduceFloats = kSplits * kOutputs * ReduceStride(kReduce);
-  static constexpr int kOtherBytes = kReduceFloats * 4 + (2 * kMaxGroups + 1) * 4 + 1024;  // and barriers, alignment
-  static constexpr int kStages = std::min((kSmemBytes - kOtherBytes - 512) / kStageBytes, 24);
-  static constexpr int kBytes = kStages * kStageBytes + kOtherBytes + 512;
+  static constexpr int kOtherBytes = kReduceFloats * 4 + 2 * kMaxGroups * 4 + 1536;  // and barriers, alignment
+  static constexpr int kStages = std::min((kSmemBytes - kOtherBytes) / kStageBytes, 24);
+  static constexpr int kBytes = kStages * kStageBytes + kOtherBytes;
 };
 
 template <typename C>
@@ -138,7 +138,7 @@ __device__ void ClusterSync() {
   asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
-// A place in a ring of stages, or in the sequence of uses of a barrier.
+// A place in the ring of stages, and the parity of its barriers' phase.
 template <int kStages>
 struct Ring {
   int stage = 0, parity = 0;
