@@ -18,6 +18,8 @@ from jax_mla_cp import extension
 from jax_mla_cp.attention import fa3
 from jax_mla_cp.batch.rows import Rows
 from jax_mla_cp.config.errors import ConfigError
+from jax_mla_cp.model.few_rows import few_rows_matmul
+from jax_mla_cp.model.fp8 import ScaledMatrices
 from tests.helpers.attention_cases import LATENT, QUERY, ROPE, TARGETS, VALUE
 from tests.helpers.synthetic import CONFIG
 
@@ -147,3 +149,18 @@ def test_lowers_for_cuda_without_a_gpu(target: str) -> None:
     call = jax.jit(lambda *args: TARGETS[target](*args, scale=0.1))
     program = export.export(call, platforms=["cuda"], disabled_checks=known)(*operands)
     assert program.platforms == ("cuda",) and target in program.mlir_module()
+
+
+@pytest.mark.skipif(not _ffi.built_for_cuda(), reason="the extension was built without CUDA")
+@pytest.mark.parametrize("scaled", [False, True])
+def test_few_rows_lower_for_cuda_without_a_gpu(scaled: bool) -> None:
+    """DeepSeek-V3's gate and up of a rank's experts, of two layers."""
+    weights: Any = jax.ShapeDtypeStruct((64, 4096, 7168), jnp.uint8 if scaled else jnp.bfloat16)
+    if scaled:
+        scales = jax.ShapeDtypeStruct((64, 32, 56), jnp.float32)
+        weights = ScaledMatrices(weights, scales, (128, 128), np.dtype(jnp.bfloat16))
+    rows, sizes = jax.ShapeDtypeStruct((1024, 7168), jnp.bfloat16), jax.ShapeDtypeStruct((32,), jnp.int32)
+    call = jax.jit(few_rows_matmul, static_argnums=4)
+    text = call.trace(rows, weights, sizes, 32, 128).lower(lowering_platforms=("cuda",)).as_text()
+    assert f"stablehlo.custom_call @{'few_rows_scaled' if scaled else 'few_rows'}(" in text
+    assert "tensor<1024x4096xbf16>" in text and "max_rows = 32 : i64" in text
