@@ -174,8 +174,8 @@ class ConvertedCheckpoint:
         if layout != LAYOUT:
             raise CheckpointError(
                 str(path),
-                f"layout {layout!r}; this version of jax_mla_cp reads layout {LAYOUT}. {_convert_again(directory)}, "
-                "or use the version that wrote this one.",
+                f"layout {layout!r}; this version of jax_mla_cp reads layout {LAYOUT}. Use the version that wrote this "
+                f"one. {_convert_again(directory)}",
             )
         if text != _with_checksum(body):
             raise CheckpointError(str(path), f"damaged (wrong checksum). {_convert_again(directory)}")
