@@ -35,10 +35,10 @@ def product_row(options: Options, config: ModelConfig, report: Report, seq: int,
     c, tokens = config, seq // options.mesh.cp
     local = max(1, c.n_routed_experts // options.mesh.tp)
     counts = np.bincount(choices(c, tokens).ravel(), minlength=c.n_routed_experts)[:local].astype(np.int32)
+    counts[0] = max(counts[0], 1)  # of one token a rank has one expert in the mean, and at times none
     touched = int((counts > 0).sum())
-    expert = (
-        3 * c.hidden_size * c.moe_intermediate_size * (1 if weights == "fp8" else jnp.dtype(options.dtype).itemsize)
-    )
+    itemsize = 1 if weights == "fp8" else jnp.dtype(options.dtype).itemsize
+    expert = 3 * c.hidden_size * c.moe_intermediate_size * itemsize
 
     def measured() -> dict[str, Any]:
         limit = _STACK_BYTES if options.platform == "cuda" else 2 * local * expert
@@ -77,20 +77,26 @@ def choices(config: ModelConfig, tokens: int) -> np.ndarray:
     return out
 
 
+def both_products(
+    x: jax.Array, gate_up: Matrices, down: Matrices, sizes: jax.Array, first: jax.Array | int = 0
+) -> jax.Array:
+    """The products of rows sorted by expert, those of expert 0 with matrix `first`."""
+    multiply = functools.partial(grouped_matmul, implementation=resolve_grouped_matmul())
+    gate, up = jnp.split(multiply(x, gate_up, sizes, first), 2, axis=-1)
+    return multiply(jax.nn.silu(gate) * up, down, sizes, first)
+
+
 def _program(options: Options, config: ModelConfig, counts: np.ndarray, layers: int, weights: WeightsName) -> Any:
     c, local = config, len(counts)
     matrices = functools.partial(_matrices, options, layers * local, weights)
     gate_up = matrices(1, 2 * c.moe_intermediate_size, c.hidden_size)
     down = matrices(2, c.hidden_size, c.moe_intermediate_size)
-    multiply = functools.partial(grouped_matmul, implementation=resolve_grouped_matmul())
 
     @jax.jit
     def program(x: jax.Array, gate_up: Matrices, down: Matrices, sizes: jax.Array) -> jax.Array:
         out, after = x, jnp.int32(0)
         for layer in range(layers):
-            first = layer * local + after
-            gate, up = jnp.split(multiply(x, gate_up, sizes, first), 2, axis=-1)
-            out = multiply(jax.nn.silu(gate) * up, down, sizes, first)
+            out = both_products(x, gate_up, down, sizes, layer * local + after)
             # 0, but XLA can't know that: the outputs are numbers.
             after = jnp.isnan(out[0, 0]).astype(jnp.int32)
         return out
@@ -100,12 +106,11 @@ def _program(options: Options, config: ModelConfig, counts: np.ndarray, layers: 
 
 
 def _matrices(options: Options, count: int, weights: WeightsName, seed: int, n: int, k: int) -> Matrices:
-    scale = k**-0.5
+    """Random matrices of N(0, 1 / k)."""
     if weights == "bf16":
-        return normal(seed, (count, n, k), options.dtype, scale)
-    q = normal(seed, (count, n, k), jnp.uint8, 100.0)
-    block = FP8_FORMAT.block
-    scales = jnp.full(
-        (count, *(-(-size // b) for size, b in zip((n, k), block, strict=True))), scale / 100, jnp.float32
+        return normal(seed, (count, n, k), options.dtype, k**-0.5)
+    spread = 100.0  # of the values, so that they use e4m3's range
+    scales = jnp.full((count, *FP8_FORMAT.scales((n, k))), k**-0.5 / spread, jnp.float32)
+    return ScaledMatrices(
+        normal(seed, (count, n, k), jnp.uint8, spread), scales, FP8_FORMAT.block, np.dtype(options.dtype)
     )
-    return ScaledMatrices(q, scales, block, np.dtype(options.dtype))

@@ -12,7 +12,7 @@ import numpy as np
 
 from jax_mla_cp.bench.bench_options import Options
 from jax_mla_cp.bench.data import normal
-from jax_mla_cp.bench.expert_products import FEW_TOKENS, choices, product_row
+from jax_mla_cp.bench.expert_products import FEW_TOKENS, both_products, choices, product_row
 from jax_mla_cp.bench.mla_parts import Part, product, time_part
 from jax_mla_cp.bench.program import clean_up
 from jax_mla_cp.bench.roofline import Cost
@@ -110,17 +110,12 @@ def _expert_weights(options: Options, config: ModelConfig, experts: int) -> tupl
 def _both(options: Options, config: ModelConfig, tokens: int, experts: int) -> Callable[[], Any]:
     """The experts' two matmuls, on the rows that `_apply` gives each expert, rounded up to whole tiles."""
     counts = np.bincount(choices(config, tokens).ravel(), minlength=config.n_routed_experts)[:experts]
-    implementation = resolve_grouped_matmul()
     weights = _expert_weights(options, config, experts)
-    align = group_alignment(weights[0], int(counts.sum()), experts, implementation)
+    align = group_alignment(weights[0], int(counts.sum()), experts, resolve_grouped_matmul())
     sizes = -(-counts // align) * align
     x = normal(0, (int(sizes.sum()), config.hidden_size), options.dtype)
 
-    def both(x: jax.Array, gate_up: jax.Array, down: jax.Array, sizes: jax.Array) -> jax.Array:
-        gate, up = jnp.split(grouped_matmul(x, gate_up, sizes, implementation=implementation), 2, axis=-1)
-        return grouped_matmul(jax.nn.silu(gate) * up, down, sizes, implementation=implementation)
-
-    program, placed = jax.jit(both), jnp.asarray(sizes.astype(np.int32))
+    program, placed = jax.jit(both_products), jnp.asarray(sizes.astype(np.int32))
     return lambda: program(x, *weights, placed)
 
 

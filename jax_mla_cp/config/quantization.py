@@ -63,13 +63,20 @@ class Quantization:
     def scale_dtype(self) -> np.dtype[Any]:
         return np.dtype(ml_dtypes.bfloat16) if self.kind == "int4" else np.dtype(np.float32)
 
+    def scales(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the scales of a matrix of [outputs, inputs].
+
+        >>> Quantization("fp8", (128, 128)).scales((576, 7168))
+        (5, 56)
+        """
+        return tuple(-(-size // block) for size, block in zip(shape, self.block, strict=True))
+
     def tensors(self, name: str, shape: tuple[int, ...]) -> Tensors:
         """The tensors that store the matrix `name` of [outputs, inputs]."""
         outputs, inputs = shape
-        scales = tuple(-(-size // block) for size, block in zip(shape, self.block, strict=True))
         made_of: Tensors = {
             name + self.stored_suffix: ((outputs, inputs // self.packed), (self.stored_dtype,)),
-            name + self.scale_suffix: (scales, (self.scale_dtype,)),
+            name + self.scale_suffix: (self.scales(shape), (self.scale_dtype,)),
         }
         if self.shape_suffix:
             made_of[name + self.shape_suffix] = ((2,), (np.dtype(np.int32), np.dtype(np.int64)))

@@ -39,20 +39,6 @@ class ScaledMatrices:
     def shape(self) -> tuple[int, ...]:
         return self.q.shape
 
-    def matrix(self, index: Int32[Array, ""] | int) -> Float[Array, "N K"]:
-        """Dequantizes one matrix."""
-        q, scale = (lax.dynamic_index_in_dim(x, index, keepdims=False) for x in (self.q, self.scale))
-        return dequantize(q, scale, self.block, self.dtype)
-
-    def slice(self, first: Int32[Array, ""] | int, count: int) -> ScaledMatrices:
-        """`count` matrices, from number `first` on, still in FP8."""
-        q, scale = (lax.dynamic_slice_in_dim(x, first, count) for x in (self.q, self.scale))
-        return dataclasses.replace(self, q=q, scale=scale)
-
-    def dequantize(self) -> Float[Array, "G N K"]:
-        """Dequantizes all matrices."""
-        return dequantize(self.q, self.scale, self.block, self.dtype)
-
 
 Matrices = Float[Array, "G N K"] | ScaledMatrices
 """Matrices of one shape, plain or in FP8."""
@@ -60,9 +46,15 @@ Matrices = Float[Array, "G N K"] | ScaledMatrices
 
 def take_matrices(matrices: Matrices, first: Int32[Array, ""] | int, count: int) -> Float[Array, "E N K"]:
     """A copy of `count` matrices, from number `first` on, dequantized if they are in FP8."""
-    if isinstance(matrices, ScaledMatrices):
-        return matrices.slice(first, count).dequantize()
-    return lax.dynamic_slice_in_dim(matrices, first, count)
+    if not isinstance(matrices, ScaledMatrices):
+        return lax.dynamic_slice_in_dim(matrices, first, count)
+    q, scale = (lax.dynamic_slice_in_dim(x, first, count) for x in (matrices.q, matrices.scale))
+    return dequantize(q, scale, matrices.block, matrices.dtype)
+
+
+def take_matrix(matrices: Matrices, index: Int32[Array, ""] | int) -> Float[Array, "N K"]:
+    """A copy of one matrix, dequantized if it is in FP8."""
+    return take_matrices(matrices, index, 1)[0]
 
 
 class Fp8(nnx.Module):

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int32
 from jax_mla_cp import extension
 from jax_mla_cp.mesh import vary_like
 from jax_mla_cp.model.few_rows import few_rows_matmul, is_fastest
-from jax_mla_cp.model.fp8 import Matrices, ScaledMatrices, take_matrices
+from jax_mla_cp.model.fp8 import Matrices, ScaledMatrices, take_matrices, take_matrix
 
 GroupedMatmul = Literal["hopper", "pallas", "blocks", "ragged"]
 """Implementations of `grouped_matmul`."""
@@ -48,7 +48,7 @@ def grouped_matmul(
     Args:
       group_sizes: None: all rows are of one group.
       implementation: "hopper": for few rows a kernel that reads each matrix once, in FP8 as it is (`few_rows.py`); for more rows
-        a Pallas kernel (`hopper.py`). Both are for bfloat16 and for sizes that their tiles divide; other operands run as in
+        a Pallas kernel (`many_rows.py`). Both are for bfloat16 and for sizes that their tiles divide; other operands run as in
         "ragged". "pallas": the second one alone, without the extension. "blocks", for CPUs: a loop over blocks of rows of one
         group each, with a dynamic trip count (XLA:CPU's `ragged_dot` multiplies every row by every group's matrix).
         "ragged": `lax.ragged_dot`, and for a single group a plain product of all rows. Matrices in FP8 are dequantized
@@ -57,22 +57,19 @@ def grouped_matmul(
     """
     groups = 1 if group_sizes is None else len(group_sizes)
     expected_rows = rows.shape[0] if expected_rows is None else expected_rows
-    if implementation == "hopper" and rows.dtype == weights.dtype and is_fastest(weights, expected_rows, groups):
+    if rows.dtype == weights.dtype and _are_few(weights, expected_rows, groups, implementation):
         sizes = jnp.full(1, rows.shape[0], jnp.int32) if group_sizes is None else group_sizes
         return few_rows_matmul(rows, weights, sizes, first, expected_rows)
     if group_sizes is None:
-        return _multiply(rows, _matrix(weights, first))
-    if isinstance(weights, ScaledMatrices) and implementation != "blocks":
-        weights, first = take_matrices(weights, first, groups), 0
+        return _multiply(rows, take_matrix(weights, first))
     if implementation == "blocks":
         return _blocks(rows, weights, group_sizes, first)
-    if implementation in ("hopper", "pallas") and _hopper().fits(rows, weights):
-        hopper = _hopper()
-        pad = -rows.shape[0] % hopper.TILE
-        padded = jnp.pad(rows, ((0, pad), (0, 0)))
-        return hopper.hopper_grouped_matmul(padded, weights, group_sizes, first)[: rows.shape[0]]
+    if isinstance(weights, ScaledMatrices):
+        weights, first = take_matrices(weights, first, groups), 0
+    if implementation != "ragged" and _many_rows().fits(rows, weights):
+        return _many_rows().many_rows_matmul(rows, weights, group_sizes, first)
     if groups == 1:
-        return _multiply(rows, _matrix(weights, first))
+        return _multiply(rows, take_matrix(weights, first))
     return _ragged(rows, take_matrices(weights, first, groups), group_sizes)
 
 
@@ -81,7 +78,7 @@ def multiplies_fp8(weights: ScaledMatrices, expected_rows: int, groups: int, imp
 
     A caller that multiplies with the same matrices again and again may then dequantize them once.
     """
-    return implementation == "blocks" or (implementation == "hopper" and is_fastest(weights, expected_rows, groups))
+    return implementation == "blocks" or _are_few(weights, expected_rows, groups, implementation)
 
 
 def group_alignment(weights: Matrices, rows: int, groups: int, implementation: GroupedMatmul) -> int:
@@ -89,22 +86,22 @@ def group_alignment(weights: Matrices, rows: int, groups: int, implementation: G
 
     The Pallas kernel computes a tile with rows of two groups twice. With few rows per group, padding would cost more.
     """
-    pallas = implementation == "pallas" or (implementation == "hopper" and not is_fastest(weights, rows, groups))
-    return _hopper().TILE if pallas and rows >= groups * _hopper().TILE else 1
+    if implementation in ("blocks", "ragged") or _are_few(weights, rows, groups, implementation):
+        return 1
+    tile: int = _many_rows().TILE
+    return tile if rows >= groups * tile else 1
 
 
-def _hopper() -> ModuleType:
-    """The kernel's module. It is imported only where it runs, because Pallas for GPUs is experimental."""
-    from jax_mla_cp.model import hopper
-
-    return hopper
+def _are_few(weights: Matrices, expected_rows: int, groups: int, implementation: GroupedMatmul) -> bool:
+    """True if the kernel for few rows multiplies them."""
+    return implementation == "hopper" and is_fastest(weights, expected_rows, groups)
 
 
-def _matrix(weights: jax.Array | ScaledMatrices, index: jax.Array | int) -> Float[Array, "N K"]:
-    """One matrix, dequantized."""
-    if isinstance(weights, ScaledMatrices):
-        return weights.matrix(index)
-    return lax.dynamic_index_in_dim(weights, index, keepdims=False)
+def _many_rows() -> ModuleType:
+    """The Pallas kernel's module. It is imported only where it runs, because Pallas for GPUs is experimental."""
+    from jax_mla_cp.model import many_rows
+
+    return many_rows
 
 
 def _multiply(rows: Float[Array, "M K"], matrix: Float[Array, "N K"]) -> Float[Array, "M N"]:
@@ -140,7 +137,7 @@ def _blocks(
         )  # the last block is moved back into the array; `in_block` masks the rest
         row = start + jnp.arange(size)
         in_block = (row >= first) & (row < group_end[group])
-        product = _multiply(lax.dynamic_slice_in_dim(rows, start, size), _matrix(weights, first_group + group))
+        product = _multiply(lax.dynamic_slice_in_dim(rows, start, size), take_matrix(weights, first_group + group))
         kept = lax.dynamic_slice_in_dim(out, start, size)
         return lax.dynamic_update_slice_in_dim(out, jnp.where(in_block[:, None], product, kept), start, 0)
 

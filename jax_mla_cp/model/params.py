@@ -56,10 +56,10 @@ class ParamFactory:
         ways = tuple(self.build.axes.size(axes or ()) for axes in spec) or (1,) * len(shape)
         if reason := why_dequantized(inner, ways, quantization.block, reordered):
             return self._param(shape, spec, self.build.dtype, whole=experts, quantized=True, dequantized=reason)
-        scales = tuple(-(-size // block) for size, block in zip(shape[-2:], quantization.block, strict=True))
+        scales = (*shape[:-2], *quantization.scales(shape[-2:]))
         return Fp8(
             self._param(shape, spec, jnp.dtype(jnp.uint8), whole=True, quantized=True),
-            self._param((*shape[:-2], *scales), spec, jnp.dtype(quantization.scale_dtype), whole=True, quantized=True),
+            self._param(scales, spec, jnp.dtype(quantization.scale_dtype), whole=True, quantized=True),
             quantization.block,
             self.build.dtype,
             dims=len(inner),

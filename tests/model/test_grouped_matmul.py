@@ -21,11 +21,11 @@ from jax.sharding import PartitionSpec as P
 
 from jax_mla_cp import extension
 from jax_mla_cp.mesh import make_mesh
-from jax_mla_cp.model import hopper
+from jax_mla_cp.model import many_rows
 from jax_mla_cp.model.experts import apply_experts
-from jax_mla_cp.model.fp8 import ScaledMatrices, fp8_bytes
+from jax_mla_cp.model.fp8 import ScaledMatrices, fp8_bytes, take_matrices
 from jax_mla_cp.model.grouped_matmul import GroupedMatmul, group_alignment, grouped_matmul, resolve_grouped_matmul
-from jax_mla_cp.model.hopper import hopper_grouped_matmul
+from jax_mla_cp.model.many_rows import many_rows_matmul
 
 run = jax.jit(functools.partial(grouped_matmul, implementation="blocks"))
 
@@ -71,7 +71,7 @@ class TransposedWeights:
 def interpreted(function, *args):  # type: ignore[no-untyped-def]
     """The result of a function that calls the kernel. What the kernel doesn't write is NaN."""
     with pytest.MonkeyPatch.context() as patch, force_gpu_interpret_mode(InterpretGPUParams()):
-        patch.setattr(hopper, "_SMS", 4)  # the interpreter has three threads for each, and they take turns
+        patch.setattr(many_rows, "_SMS", 4)  # the interpreter has three threads for each, and they take turns
         plain = gpu_callbacks._remove_noop_transforms
         kept = lambda transforms: tuple(t for t in plain(transforms) if not isinstance(t, TransposeTransform))  # noqa: E731
         patch.setattr(gpu_callbacks, "_remove_noop_transforms", kept)
@@ -85,10 +85,10 @@ def random_bfloat16(*shapes: tuple[int, ...]) -> list[jax.Array]:
 
 
 @pytest.mark.parametrize("sizes", GROUPS)
-def test_hopper_kernel(sizes: list[int]) -> None:
+def test_many_rows(sizes: list[int]) -> None:
     rows, weights = random_bfloat16((384, 320), (4, 512, 320))  # 5 steps a tile, and buffers for 4
     used, ends = sum(sizes), np.cumsum(sizes)
-    out = interpreted(hopper_grouped_matmul, rows.at[used:].set(jnp.nan), weights, jnp.array(sizes, jnp.int32))
+    out = interpreted(many_rows_matmul, rows.at[used:].set(jnp.nan), weights, jnp.array(sizes, jnp.int32))
     wide, wide_weights = np.asarray(rows, np.float64), np.asarray(weights, np.float64)
     for e, end in enumerate(ends):
         part = slice(end - sizes[e], end)
@@ -96,7 +96,7 @@ def test_hopper_kernel(sizes: list[int]) -> None:
     assert np.isnan(out[used:]).all(), "rows past the groups are not written: callers must select"
 
 
-def test_hopper_pads_rows() -> None:
+def test_many_rows_are_padded() -> None:
     multiply = functools.partial(grouped_matmul, implementation="pallas")
     rows, weights = random_bfloat16((72, 64), (3, 128, 64))
     sizes = jnp.array([30, 1, 20], jnp.int32)
@@ -110,7 +110,7 @@ def test_hopper_pads_rows() -> None:
 
 
 @pytest.mark.parametrize("tokens", [20, 150])
-def test_experts_on_hopper(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_through_pallas(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups of many rows begin at tiles, groups of few do not; nothing that was not written is read."""
     x, gate_up, down = random_bfloat16((tokens, 128), (4, 128, 128), (4, 128, 64))
     rng = np.random.default_rng(2)
@@ -119,10 +119,10 @@ def test_experts_on_hopper(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None
     assert group_alignment(gate_up, tokens * 4, 4, "pallas") == (128 if tokens == 150 else 1)
     arrays = (x, expert, weight, gate_up, down)
     run = functools.partial(apply_experts, *arrays, num_experts=4, first=0, ep_size=1)
-    on_hopper = functools.partial(run, implementation="pallas")
-    whole = interpreted(on_hopper)
+    through_pallas = functools.partial(run, implementation="pallas")
+    whole = interpreted(through_pallas)
     monkeypatch.setattr("jax_mla_cp.model.experts.window_rows", lambda *_: 256)
-    np.testing.assert_array_equal(interpreted(on_hopper), whole)
+    np.testing.assert_array_equal(interpreted(through_pallas), whole)
     monkeypatch.undo()
     plain = np.asarray(run(implementation="blocks"), np.float64)
     np.testing.assert_allclose(whole, plain, atol=2**-6 * np.abs(plain).max())
@@ -132,12 +132,12 @@ def test_experts_on_hopper(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     ("experts", "m", "k", "n"), [(32, 40960, 7168, 4096), (32, 40960, 2048, 7168), (384, 128, 7168, 4096)]
 )
-def test_hopper_kernel_lowers_for_cuda(experts: int, m: int, k: int, n: int) -> None:
+def test_many_rows_lower_for_cuda(experts: int, m: int, k: int, n: int) -> None:
     """DeepSeek-V3's and Kimi K2's sizes, as far as a machine without a GPU gets: to Mosaic, under shard_map's types."""
     types = []
 
     def device(rows: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
-        out = hopper_grouped_matmul(rows, weights, sizes)
+        out = many_rows_matmul(rows, weights, sizes)
         types.append(jax.typeof(out).manual_axis_type.varying)
         return out
 
@@ -170,7 +170,7 @@ def test_matrices_in_fp8(implementation: GroupedMatmul, sizes: list[int] | None)
     matrices = ScaledMatrices(q, scale, (8, 16), np.dtype(np.float32))
     by_element = np.repeat(np.repeat(scale, 8, axis=1), 16, axis=2)[:, :20, :36]
     plain = jnp.asarray(np.asarray(q).view(ml_dtypes.float8_e4m3fn).astype(np.float32) * by_element)
-    np.testing.assert_array_equal(matrices.dequantize(), plain)
+    np.testing.assert_array_equal(take_matrices(matrices, 0, 6), plain)
     rows, groups = rng.normal(size=(29, 36)).astype(np.float32), None if sizes is None else jnp.array(sizes, jnp.int32)
     multiply = jax.jit(functools.partial(grouped_matmul, implementation=implementation))
     want = np.zeros((29, 20))

@@ -40,18 +40,20 @@ _PATH = 8  # column tiles: the width of the path over the tiles, so that 132 til
 
 
 def fits(rows: jax.Array, weights: jax.Array) -> bool:
-    """True if the kernel takes these dtypes and sizes. The caller rounds the number of rows up to a multiple of TILE."""
+    """True if the kernel takes these dtypes and sizes."""
     _, n, k = weights.shape
     return rows.dtype == weights.dtype == jnp.bfloat16 and k % STEP == 0 and n % TILE == 0
 
 
-def hopper_grouped_matmul(
+def many_rows_matmul(
     rows: Float[Array, "M K"],
     weights: Float[Array, "G N K"],
     group_sizes: Int32[Array, " E"],
     first: Int32[Array, ""] | int = 0,
 ) -> Float[Array, "M N"]:
-    """As `grouped_matmul`: M and N multiples of TILE, K of STEP. Rows past all groups are not written."""
+    """As `grouped_matmul`, for operands that fit. Rows past all groups are not written."""
+    used = rows.shape[0]
+    rows = jnp.pad(rows, ((0, -used % TILE), (0, 0)))
     (m, k), n = rows.shape, weights.shape[1]
     width = _COLUMNS if n % _COLUMNS == 0 else TILE
     in_flight, steps = _STEPS[width], k // STEP
@@ -160,7 +162,7 @@ def hopper_grouped_matmul(
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )(count, tiles, rows, weights)
-    return vary_like(out, rows, weights, group_sizes)  # the kernel's own type says "equal on all devices"
+    return vary_like(out, rows, weights, group_sizes)[:used]  # the kernel's own type says "equal on all devices"
 
 
 def _store(
