@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ from jax_mla_cp.bench.roofline import Cost, attention_flops
 from jax_mla_cp.bench.table import Report
 from jax_mla_cp.bench.timing import Timing, measure
 from jax_mla_cp.config.model import ModelConfig
-from jax_mla_cp.mesh import TP
+from jax_mla_cp.mesh import TP, make_mesh
 from jax_mla_cp.model.loaded_model import expert_bytes, weight_bytes
 
 _CACHE_BYTES = 5e9  # of all regions
@@ -156,41 +156,29 @@ def _step_rows(
     """Adds rows of the model's decode step: dense layers and a few MoE layers run; the others are extrapolated."""
     moe = options.layers or 4
     dense = config.num_dense_layers
-    facts = {"requests": requests, "context": context, "mesh": str(options.mesh), "ep_axes": ep}
-    facts |= {"dtype": options.dtype, "weights": weights}
-    timings: dict[
-        int, tuple[Timing, Timing]
-    ] = {}  # by MoE layers: random routing, and all tokens to this rank's experts
-    memory: dict[str, float] = {}
 
-    def build(part: ModelConfig) -> MockBuild:
-        return make_build(part, options.mesh, ep, options.dtype, options.attention, fp8=weights == "fp8")
+    def build(moe_layers: int) -> MockBuild:
+        part = with_layers(config, dense, moe_layers, context + 64)
+        return make_build(part, options.mesh, ep, options.dtype, options.attention, weights)
 
-    def row(skewed: bool) -> dict[str, Any]:
-        if not timings:
-            for layers in (1, 1 + moe):
-                model = make_model(build(with_layers(config, dense, layers, context + 64)))
-                planner = make_planner(model, context, requests=requests)
-                program = compile_program(model, planner, prompt(model, planner, 1, context - 1, requests))
-                random = program.time(options.samples)
-                memory.update(program.memory)
-                assert model.mesh is not None
-                params = favor_first_rank(model.params, model.build, model.mesh)
-                program.model = dataclasses.replace(model, params=params)
-                timings[layers] = random, program.time(options.samples)
-                del model, program
-                clean_up()
-        one, all_ = timings[1][skewed], timings[1 + moe][skewed]
-        each = (all_.seconds - one.seconds) / moe
-        total = one.seconds + (config.num_moe_layers - 1) * each
-        cost = _step_cost(
-            build(with_layers(config, dense, config.num_moe_layers, context + 64)), requests, context, skewed
+    # In the first row, so that a failure is a row.
+    timed = functools.cache(lambda: tuple(_time_step(options, build(n), requests, context) for n in (1, 1 + moe)))
+
+    def row(*, skewed: bool) -> dict[str, Any]:
+        one, more = timed()
+        first, last = (step.skewed if skewed else step.random for step in (one, more))
+        each = (last.seconds - first.seconds) / moe
+        total = first.seconds + (config.num_moe_layers - 1) * each
+        cost = _step_cost(build(config.num_moe_layers), requests, context, skewed=skewed)
+        return (
+            last.row() | {"moe_layer_us": each * 1e6, "ms": total * 1e3} | report.beside_roof(cost, total) | more.memory
         )
-        return all_.row() | {"moe_layer_us": each * 1e6, "ms": total * 1e3} | report.beside_roof(cost, total) | memory
 
     table = "decode step, whole model: inter-token latency (compute)"
-    if report.row(table, "random routing", functools.partial(row, False), **facts) and config.num_moe_layers:
-        report.row(table, "all tokens to this rank's experts", functools.partial(row, True), **facts)
+    facts = {"requests": requests, "context": context, "mesh": str(options.mesh), "ep_axes": ep}
+    facts |= {"dtype": options.dtype, "weights": weights}
+    if report.row(table, "random routing", functools.partial(row, skewed=False), **facts):
+        report.row(table, "all tokens to this rank's experts", functools.partial(row, skewed=True), **facts)
     clean_up()
     note = (
         f"decode step: {dense} dense layers run with 1 and with {1 + moe} MoE layers; ms extrapolates to {config.num_layers} layers, "
@@ -201,14 +189,35 @@ def _step_rows(
         report.notes.append(note)
 
 
-def _step_cost(build: MockBuild, requests: int, context: int, skewed: bool) -> Cost:
+class _TimedStep(NamedTuple):
+    """Times of a decode step, with random routing and with all tokens to this rank's experts, and the program's memory."""
+
+    random: Timing
+    skewed: Timing
+    memory: dict[str, float]
+
+
+def _time_step(options: Options, build: MockBuild, requests: int, context: int) -> _TimedStep:
+    mesh = make_mesh(options.mesh)
+    model = make_model(build, mesh)
+    planner = make_planner(model, context, requests=requests)
+    program = compile_program(model, planner, prompt(model, planner, 1, context - 1, requests))
+    random = program.time(options.samples)
+    program.model = dataclasses.replace(model, params=favor_first_rank(model.params, build, mesh))
+    timed = _TimedStep(random, program.time(options.samples), program.memory)
+    del model, program
+    clean_up()
+    return timed
+
+
+def _step_cost(build: MockBuild, requests: int, context: int, *, skewed: bool) -> Cost:
     """The bytes that a decode step of one device reads at least; the embedding's are few."""
     c = build.config
     local = build.padded_experts // build.axes.size(build.ep_axes)
     chosen, of = (min(c.experts_per_token, local), local) if skewed else (c.experts_per_token, c.n_routed_experts)
     # Without a bias all tokens are given the same experts (`favor_first_rank`), as if there were one.
     draws = 1 if skewed and not c.routing_bias else requests
-    untouched = (1 - chosen / of) ** draws if c.num_moe_layers else 0.0
+    untouched = (1 - chosen / of) ** draws
     embedding = build.padded_vocab // build.axes.size(TP) * c.hidden_size * build.dtype.itemsize
     weights = weight_bytes(build) - embedding - expert_bytes(build) * untouched
     return Cost(read=weights + c.num_layers * requests * context * c.latent_dim * build.dtype.itemsize)

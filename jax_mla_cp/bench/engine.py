@@ -8,23 +8,20 @@ from __future__ import annotations
 
 import functools
 import itertools
-import threading
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
-from jax_mla_cp.batch.step_request import SamplingParams
 from jax_mla_cp.bench.bench_options import Options
+from jax_mla_cp.bench.engine_run import all_decoding, run_requests
 from jax_mla_cp.bench.mock import MockBuild
 from jax_mla_cp.bench.program import PAGE_SIZE, clean_up, make_build, make_model
 from jax_mla_cp.bench.table import Report
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.engine.engine import Engine
 from jax_mla_cp.engine.observer import Observer, StepReport
-from jax_mla_cp.engine.request import Event, Failed, Finished, Request
-from jax_mla_cp.engine.text import TextStream
 from jax_mla_cp.mesh import make_mesh
 from jax_mla_cp.step.planner import Planner
 from jax_mla_cp.step.runner import Runner
@@ -49,27 +46,25 @@ def run(options: Options, config: ModelConfig, report: Report) -> None:
     Raises:
       ConfigError: a mesh that needs more devices than there are, or that can't divide the model.
     """
+    ep = options.ep_axes[0]
     builds = [
-        make_build(config, mesh, options.ep_axes[0], options.dtype, options.attention, fp8=weights == "fp8")
+        (make_mesh(mesh), weights, make_build(config, mesh, ep, options.dtype, options.attention, weights))
         for mesh, weights in itertools.product(options.meshes, options.weights)
     ]
-    meshes = {mesh: make_mesh(mesh) for mesh in options.meshes}
-    for build in builds:
-        assert build.shape is not None
-        make = functools.cache(functools.partial(_make_runner, options, build, meshes[build.shape]))
+    for mesh, weights, build in builds:
+        # In the first row, so that a failure is a row.
+        make = functools.cache(functools.partial(_make_runner, options, build, mesh))
         for (requests, context), ahead in itertools.product(options.shapes, (True, False)):
             report.row(
                 f"decode step of the engine, {options.model}",
                 "ahead" if ahead else "not ahead",
-                functools.partial(
-                    _row, make, requests, context, ahead=ahead
-                ),  # makes the model: its failure is a row's
+                functools.partial(_row, make, requests, context, ahead=ahead),
                 requests=requests,
                 context=context,
                 mesh=str(build.shape),
-                ep_axes=options.ep_axes[0],
+                ep_axes=ep,
                 dtype=options.dtype,
-                weights="fp8" if build.fp8 else "bf16",
+                weights=weights,
             )
         make.cache_clear()
         clean_up()
@@ -103,28 +98,13 @@ def _output(requests: int, context: int, chunk: int) -> int:
 
 
 def _row(make: Callable[[], Runner], requests: int, context: int, *, ahead: bool) -> dict[str, Any]:
-    runner, steps, done, failed = make(), _Steps(), threading.Semaphore(0), []
-
-    def emit(event: Event) -> None:
-        if isinstance(event, Failed):
-            failed.append(event.message)
-        if isinstance(event, Failed | Finished):
-            done.release()
-
-    vocabulary, output = runner.planner.model.config.vocab_size, _output(requests, context, runner.prefill_chunk)
+    runner, steps = make(), _Steps()
+    vocabulary = runner.planner.model.config.vocab_size
     prompts = np.random.default_rng(0).integers(0, vocabulary, (requests, context)).tolist()
-    engine = Engine(runner, observer=steps, overlap=ahead)
-    engine.submit_all(
-        [Request(prompt, output, SamplingParams(), frozenset(), TextStream(None), emit) for prompt in prompts]
+    run_requests(
+        Engine(runner, observer=steps, overlap=ahead), prompts, _output(requests, context, runner.prefill_chunk)
     )
-    engine.start()
-    for _ in prompts:
-        done.acquire()
-    engine.stop()
-    if failed:
-        raise RuntimeError(f"a request failed: {failed[0]}")
-    decoding = [r for r in steps.reports if r.decode_tokens == requests and not r.prefill_tokens]
-    measured = decoding[_WARMUP_STEPS:][:_STEPS]
+    measured = all_decoding(steps.reports, requests)[_WARMUP_STEPS:][:_STEPS]
     if len(measured) < _STEPS:
         raise RuntimeError(f"only {len(measured)} steps had all requests decoding; expected {_STEPS}.")
     seconds = [r.seconds for r in measured]

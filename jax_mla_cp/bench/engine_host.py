@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 
 import numpy as np
 
-from jax_mla_cp.batch.step_request import SamplingParams, StepRequest
+from jax_mla_cp.batch.step_request import StepRequest
+from jax_mla_cp.bench.engine_run import all_decoding, run_requests
 from jax_mla_cp.engine.engine import Engine
 from jax_mla_cp.engine.observer import StepReport
-from jax_mla_cp.engine.request import Event, Failed, Finished, Request
 from jax_mla_cp.engine.step_runner import StepRunner
-from jax_mla_cp.engine.text import TextStream
 from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.serve.status import ServerInfo, Telemetry
 from jax_mla_cp.step.results import RunnerOutput, SampledToken, StepResult
@@ -86,32 +84,7 @@ def host_seconds(
     Raises:
       ValueError: a request was refused or failed.
     """
-    observer, done, failed = _RecordingTelemetry(), threading.Semaphore(0), []
-
-    def emit(event: Event) -> None:
-        if isinstance(event, Failed):
-            failed.append(event.message)
-        if isinstance(event, Failed | Finished):
-            done.release()
-
-    engine = Engine(runner, observer=observer)
-    engine.submit_all(
-        [
-            Request(
-                [i % 64, *([0] * (prompt_tokens - 1))],
-                steps,
-                SamplingParams(),
-                frozenset(),
-                TextStream(tokenizer),
-                emit,
-            )
-            for i in range(requests)
-        ]
-    )
-    engine.start()
-    for _ in range(requests):
-        done.acquire()
-    engine.stop()
-    if failed:
-        raise ValueError(f"a request failed: {failed[0]}")
-    return [r.host_seconds for r in observer.reports if r.decode_tokens == requests and not r.prefill_tokens]
+    observer = _RecordingTelemetry()
+    prompts = [[i % 64, *([0] * (prompt_tokens - 1))] for i in range(requests)]
+    run_requests(Engine(runner, observer=observer), prompts, steps, tokenizer)
+    return [report.host_seconds for report in all_decoding(observer.reports, requests)]

@@ -114,7 +114,7 @@ def _program(
     """A program of `layers` layers, of MLA alone (`stack` "dense") or MoE alone ("moe")."""
     dense = stack == "dense"
     part = with_layers(config, layers if dense else 0, 0 if dense else layers, seq)
-    build = make_build(part, options.mesh, ep, options.dtype, options.attention, fp8=weights == "fp8")
+    build = make_build(part, options.mesh, ep, options.dtype, options.attention, weights)
     decoder = Decoder(build)
     model, step = model_of_part(build, stack, MlaStack(decoder.dense) if dense else MoeStack(decoder.moe))
     planner = make_planner(model, seq, form=form)

@@ -70,7 +70,7 @@ class _Bench:
 
     def build(self, dense: int, moe: int, positions: int, ep: EpName) -> MockBuild:
         o, part = self.options, with_layers(self.config, dense, moe, positions)
-        return make_build(part, o.mesh, ep, o.dtype, o.attention, fp8=self.weights == "fp8")
+        return make_build(part, o.mesh, ep, o.dtype, o.attention, self.weights)
 
     def program(self, model: Model, seq: int, form: FormName) -> Program:
         """A program that prefills one whole prompt."""

@@ -17,6 +17,7 @@ from jax_mla_cp.attention import Implementation, resolve_implementation
 from jax_mla_cp.batch.form import Form
 from jax_mla_cp.batch.packing import DeviceBatch
 from jax_mla_cp.batch.step_request import StepRequest
+from jax_mla_cp.bench.bench_options import WeightsName
 from jax_mla_cp.bench.data import normal
 from jax_mla_cp.bench.mock import MockBuild, is_mocked, mock_build
 from jax_mla_cp.bench.random_weights import random_params, replicated
@@ -38,14 +39,20 @@ FP8_FORMAT = Quantization("fp8", (128, 128))
 
 
 def make_build(
-    config: ModelConfig, mesh: MeshShape, ep_axes: str, dtype: str, attention: Implementation, *, fp8: bool = False
+    config: ModelConfig,
+    mesh: MeshShape,
+    ep_axes: str,
+    dtype: str,
+    attention: Implementation,
+    weights: WeightsName = "bf16",
 ) -> MockBuild:
-    """Makes the build of a model, as `launch.plan_build` does; with `fp8`, of an FP8 checkpoint as DeepSeek publishes them.
+    """Makes the build of a model, as `launch.plan_build` does; with "fp8", of an FP8 checkpoint as DeepSeek publishes them.
 
     Raises:
       ConfigError: the attention asked for can't run here.
     """
     resolved = resolve_implementation(attention, config, dtype)
+    fp8 = weights == "fp8"
     if fp8:
         config = dataclasses.replace(config, quantization=FP8_FORMAT)
     return mock_build(

@@ -55,12 +55,12 @@ def run(
     with processes.expect_exit():  # all before any is measured: every process refuses settings that can't work, at once
         meshes = {shape: processes.make_mesh(shape) for shape in options.meshes}
         builds = [
-            (mesh, ep, make_build(config, mesh, ep, options.dtype, options.attention, fp8=weights == "fp8"))
+            (mesh, ep, weights, make_build(config, mesh, ep, options.dtype, options.attention, weights))
             for weights, mesh, ep in itertools.product(options.weights, options.meshes, options.ep_axes)
         ]
     begin()
     gpu_seconds: _GpuSeconds = {}
-    for i, (mesh, ep, build) in enumerate(builds):
+    for i, (mesh, ep, weights, build) in enumerate(builds):
         # In the first row, so that a failure is a row.
         make = functools.cache(functools.partial(make_model, build, meshes[mesh]))
         for seq, form in itertools.product(options.seq, options.forms):
@@ -73,7 +73,7 @@ def run(
                 seq=seq,
                 form=form,
                 dtype=options.dtype,
-                weights="fp8" if build.fp8 else "bf16",
+                weights=weights,
             )
             if row is None and not processes.alone:
                 raise ProcessFailed(f"{mesh}, {seq} tokens: {report.rows[-1]['error']}")
