@@ -187,8 +187,6 @@ ffi::Error Decode(cudaStream_t stream, ffi::AnyBuffer q_latent, ffi::AnyBuffer q
   });
 }
 
-auto OnStream() { return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>(); }
-
 }  // namespace
 }  // namespace mla
 

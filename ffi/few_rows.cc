@@ -7,6 +7,7 @@
 #include <cuda_runtime_api.h>
 
 #include <string>
+#include <utility>
 
 #include "checker.h"
 #include "hopper.h"
@@ -91,29 +92,32 @@ ffi::Error Scaled(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer weigh
   return Run(target, call, stream);
 }
 
+auto BindMatrices() {
+  return OnStream()
+      .Arg<ffi::AnyBuffer>()   // rows
+      .Arg<ffi::AnyBuffer>();  // weights
+}
+
+// Binds the operands that follow the matrices.
+template <typename Binding>
+auto BindGroups(Binding&& binding) {
+  return std::forward<Binding>(binding)
+      .template Arg<ffi::AnyBuffer>()  // group_sizes
+      .template Arg<ffi::AnyBuffer>()  // first
+      .template Ret<ffi::AnyBuffer>()  // out
+      .template Attr<int64_t>("max_rows");
+}
+
+auto BindScaled() {
+  return BindGroups(BindMatrices().Arg<ffi::AnyBuffer>())  // scales
+      .Attr<int64_t>("block_outputs")
+      .Attr<int64_t>("block_inputs");
+}
+
 }  // namespace
 }  // namespace mla
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(FewRowsCuda, mla::Plain,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
-                                  .Arg<xla::ffi::AnyBuffer>()  // rows
-                                  .Arg<xla::ffi::AnyBuffer>()  // weights
-                                  .Arg<xla::ffi::AnyBuffer>()  // group_sizes
-                                  .Arg<xla::ffi::AnyBuffer>()  // first
-                                  .Ret<xla::ffi::AnyBuffer>()  // out
-                                  .Attr<int64_t>("max_rows"),
+XLA_FFI_DEFINE_HANDLER_SYMBOL(FewRowsCuda, mla::Plain, mla::BindGroups(mla::BindMatrices()),
                               {xla::ffi::Traits::kCmdBufferCompatible});
-XLA_FFI_DEFINE_HANDLER_SYMBOL(FewRowsScaledCuda, mla::Scaled,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
-                                  .Arg<xla::ffi::AnyBuffer>()  // rows
-                                  .Arg<xla::ffi::AnyBuffer>()  // weights
-                                  .Arg<xla::ffi::AnyBuffer>()  // scales
-                                  .Arg<xla::ffi::AnyBuffer>()  // group_sizes
-                                  .Arg<xla::ffi::AnyBuffer>()  // first
-                                  .Ret<xla::ffi::AnyBuffer>()  // out
-                                  .Attr<int64_t>("max_rows")
-                                  .Attr<int64_t>("block_outputs")
-                                  .Attr<int64_t>("block_inputs"),
+XLA_FFI_DEFINE_HANDLER_SYMBOL(FewRowsScaledCuda, mla::Scaled, mla::BindScaled(),
                               {xla::ffi::Traits::kCmdBufferCompatible});

@@ -9,6 +9,9 @@
 
 namespace mla {
 
+// Begins a handler's binding with XLA's stream.
+inline auto OnStream() { return xla::ffi::Ffi::Bind().Ctx<xla::ffi::PlatformStream<cudaStream_t>>(); }
+
 inline xla::ffi::Error InternalError(const char* target, const std::string& reason) {
   return xla::ffi::Error::Internal(std::string(target) + ": " + reason);
 }

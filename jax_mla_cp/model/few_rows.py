@@ -1,4 +1,4 @@
-"""The grouped product at the speed of reading the matrices once: ffi/few_rows.cu, for Hopper GPUs.
+"""The grouped product at the speed of reading the matrices once: ffi/few_rows/, for Hopper GPUs.
 
 The kernel takes FP8 matrices as they are. It reads four neighboring bytes of a matrix at a time, and two of the four make one
 operand of the tensor cores, so rows come with their columns in that order: see `interleave`.

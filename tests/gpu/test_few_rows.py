@@ -1,4 +1,4 @@
-"""The few-row kernel (ffi/few_rows.cu) on a Hopper GPU against float64, over formats, sizes and groups."""
+"""The few-row kernel (ffi/few_rows/) on a Hopper GPU against float64, over formats, sizes and groups."""
 
 from __future__ import annotations
 

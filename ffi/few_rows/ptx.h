@@ -1,0 +1,129 @@
+// Instructions of Hopper that the kernel of few_rows.h is made of: barriers, clusters, and the tensor cores' operands.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+
+#include "cute/arch/mma_sm90_gmma.hpp"
+
+namespace mla::few_rows {
+
+namespace gmma = cute::SM90::GMMA;
+
+constexpr int kSwizzle = 128;  // bytes of a row in shared memory, swizzled in atoms of 8 rows
+
+__device__ inline uint32_t Shared(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+__device__ inline uint32_t OfRank(uint32_t address, int rank) {
+  uint32_t there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
+}
+
+__device__ inline void Init(uint64_t* barrier, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(Shared(barrier)), "r"(count));
+}
+
+__device__ inline void Arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(Shared(barrier)) : "memory");
+}
+
+__device__ inline void ArriveAtRank(uint64_t* barrier, int rank) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(OfRank(Shared(barrier), rank)) : "memory");
+}
+
+// Writes two floats to the shared memory of a rank, and counts their bytes at its barrier.
+__device__ inline void SendToRank(float* to, float x, float y, uint64_t* barrier, int rank) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
+                   OfRank(Shared(to), rank)),
+               "f"(x), "f"(y), "r"(OfRank(Shared(barrier), rank))
+               : "memory");
+}
+
+__device__ inline void ExpectBytes(uint64_t* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(Shared(barrier)), "r"(bytes) : "memory");
+}
+
+__device__ inline void Wait(uint64_t* barrier, int parity) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n}" ::"r"(Shared(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+__device__ inline int ClusterRank() {
+  int rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+__device__ inline int ClusterSize() {
+  int size;
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return size;
+}
+
+// Waits until all threads of the cluster have started (or ended).
+__device__ inline void ClusterSync() {
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+// Descriptor of an operand in shared memory: K-major rows of 128 bytes, swizzled, atoms of 8 rows one behind the other.
+__device__ inline uint64_t Descriptor(uint32_t address) {
+  constexpr uint64_t kAtomStride = uint64_t{8 * kSwizzle >> 4} << 32, kSwizzle128 = uint64_t{1} << 62;
+  return ((address & 0x3ffff) >> 4) | uint64_t{1} << 16 | kAtomStride | kSwizzle128;
+}
+
+template <int kRows>
+struct Wgmma;
+#define MLA_WGMMA(N)                                                                 \
+  template <>                                                                        \
+  struct Wgmma<N> {                                                                  \
+    using SS = gmma::MMA_64x##N##x16_F32BF16BF16_SS<gmma::Major::K, gmma::Major::K>; \
+    using RS = gmma::MMA_64x##N##x16_F32BF16BF16_RS<gmma::Major::K, gmma::Major::K>; \
+  }
+MLA_WGMMA(8);
+MLA_WGMMA(16);
+MLA_WGMMA(32);
+MLA_WGMMA(64);
+MLA_WGMMA(128);
+#undef MLA_WGMMA
+
+// d = a x b or, scaled by one, d += a x b: 64 outputs of 16 inputs times kRows rows. a: registers of the warpgroup, or
+// shared memory.
+template <int kRows, size_t... i>
+__device__ void Multiply(const uint32_t (&a)[4], uint64_t b, float* d, gmma::ScaleOut scale,
+                         std::index_sequence<i...>) {
+  Wgmma<kRows>::RS::fma(a[0], a[1], a[2], a[3], b, d[i]..., scale);
+}
+
+template <int kRows>
+__device__ void Multiply(const uint32_t (&a)[4], uint64_t b, float (&d)[kRows / 2], gmma::ScaleOut scale) {
+  Multiply<kRows>(a, b, d, scale, std::make_index_sequence<kRows / 2>());
+}
+
+template <int kRows, size_t... i>
+__device__ void Multiply(uint64_t a, uint64_t b, float* d, std::index_sequence<i...>) {
+  Wgmma<kRows>::SS::fma(a, b, d[i]..., gmma::ScaleOut::One);
+}
+
+template <int kRows>
+__device__ void Multiply(uint64_t a, uint64_t b, float (&d)[kRows / 2]) {
+  Multiply<kRows>(a, b, d, std::make_index_sequence<kRows / 2>());
+}
+
+__device__ inline uint32_t Times(uint32_t pair, uint32_t factor) {
+  uint32_t product;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(pair), "r"(factor));
+  return product;
+}
+
+__device__ inline void LoadMatrices(uint32_t address, uint32_t (&r)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address));
+}
+
+}  // namespace mla::few_rows
