@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from flax import nnx
 from numpy.typing import NDArray
@@ -24,6 +23,7 @@ from rich.table import Column, Table
 
 from jax_mla_cp.checkpoint.check_tensors import check_tensors
 from jax_mla_cp.checkpoint.errors import CheckpointError
+from jax_mla_cp.checkpoint.finite import count_not_finite
 from jax_mla_cp.checkpoint.huggingface import has_mtp, tensor_mappings
 from jax_mla_cp.checkpoint.orbax import ConvertedCheckpoint, is_converted, mixed_problem
 from jax_mla_cp.checkpoint.parameter import Parameter
@@ -231,7 +231,7 @@ def _verify(
                     if not any(block.partition(": ")[0] in problem for problem in problems):
                         problems.append(block)
                     continue
-                not_finite += _count_not_finite(block)
+                not_finite += count_not_finite(block)
                 total += block.nbytes
             if not_finite:
                 problems.append(f"{tensor.name}: {not_finite} values are NaN or infinite")
@@ -265,14 +265,3 @@ def _blocks(values: NDArray[Any]) -> Iterator[NDArray[Any]]:
     flat = values.reshape(-1)
     for start in range(0, flat.size, _BLOCK_ELEMENTS):
         yield flat[start : start + _BLOCK_ELEMENTS]
-
-
-def _count_not_finite(values: NDArray[Any]) -> int:
-    if values.dtype == ml_dtypes.bfloat16:  # NumPy's own loop over bfloat16 is ten times slower
-        exponent = np.uint16(0x7F80)
-        return int(np.count_nonzero((np.ascontiguousarray(values).view(np.uint16) & exponent) == exponent))
-    if values.dtype == ml_dtypes.float8_e4m3fn:  # has no infinity, and one NaN per sign
-        return int(np.count_nonzero((np.ascontiguousarray(values).view(np.uint8) & 0x7F) == 0x7F))
-    if values.dtype.kind in "iub":
-        return 0
-    return int(values.size - np.count_nonzero(np.isfinite(values)))

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from numpy.typing import NDArray
 
 from jax_mla_cp.checkpoint.errors import CheckpointError
+from jax_mla_cp.checkpoint.finite import all_finite
 from jax_mla_cp.checkpoint.huggingface import TensorMapping, stacked_layers, tensor_mappings
 from jax_mla_cp.checkpoint.tensor_source import TensorSource
 from jax_mla_cp.config.model import ModelConfig
@@ -213,7 +214,7 @@ class Parameter:
         else:
             tensor = tensor.T if mapping.transposed else tensor
             shard = tensor[(None,) * (len(inner) - tensor.ndim)][inner]
-        if in_fp8 and (shard.max(initial=0) == 0xFF or shard.view(np.int8).max(initial=0) == 0x7F):
+        if in_fp8 and not all_finite(shard.view(FP8)):
             raise CheckpointError(name, "a value is NaN. Download the checkpoint again.")
         if shard.shape != shape[self.stacked_dims :]:  # the vocabulary, padded
             shard = np.pad(shard, [(0, p.stop - p.start - n) for p, n in zip(inner, shard.shape, strict=True)])
@@ -226,7 +227,7 @@ class Parameter:
         """The operand in the checkpoint's layout [outputs, inputs]; scales are repeated if the parameter's `block` is smaller."""
         tensor, q = source.read(name + operand.suffix), self.quantization
         if q is not None and operand.scales:
-            if not np.isfinite(tensor).all():
+            if not all_finite(tensor):
                 raise CheckpointError(
                     name + operand.suffix, "a scale is NaN or infinite. Download the checkpoint again."
                 )
