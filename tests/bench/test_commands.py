@@ -293,7 +293,8 @@ def test_settings_that_cant_work(flags: list[str], message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [(), ("attention",), ("layer",), ("model",), ("decode",), ("load",), ("host",), ("scaling",)]
+    "command",
+    [(), ("attention",), ("layer",), ("model",), ("decode",), ("load",), ("host",), ("scaling",), ("engine",)],
 )
 def test_help_teaches(command: tuple[str, ...]) -> None:
     done = bench(*command, "--help")

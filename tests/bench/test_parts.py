@@ -17,14 +17,17 @@ from rich.console import Console
 
 from jax_mla_cp.bench import data, timing
 from jax_mla_cp.bench.bench_options import Options
+from jax_mla_cp.bench.decode import _step_cost
 from jax_mla_cp.bench.links import communication, query_seconds, work_beside_gather
 from jax_mla_cp.bench.model import _between
 from jax_mla_cp.bench.profile import scope_of
+from jax_mla_cp.bench.program import make_build
 from jax_mla_cp.bench.roofline import Ceilings, Cost, attention_flops, rank_rows
 from jax_mla_cp.bench.table import Report
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.config.presets import model_config
 from jax_mla_cp.mesh import MeshShape
+from jax_mla_cp.model.loaded_model import expert_bytes, weight_bytes
 
 V3 = model_config("deepseek_v3")
 S = 131072
@@ -85,6 +88,26 @@ def test_overlap_is_read_from_the_schedule() -> None:
     assert work_beside_gather(SCHEDULE.replace("dot_general", "add").replace("%cublas", "%add"), 8, 4) is False
     assert work_beside_gather(SCHEDULE, 16, 4) is None
     assert work_beside_gather("%all-gather.1 = bf16[8,4] all-gather(%x)", 8, 4) is None
+
+
+def test_experts_that_a_decode_step_reads() -> None:
+    """By hand: 4 of 16 experts a token, 8 on each of two ranks."""
+
+    def untouched(requests: int, *, skewed: bool, bias: bool = True) -> float:
+        """The part of this rank's experts that the cost leaves out."""
+        config = model_config("tiny")
+        if not bias:
+            config = dataclasses.replace(config, topk_method="group_limited_greedy", norm_topk_prob=False)
+        build = make_build(config, MeshShape(tp=2), "tp", "bfloat16", "xla")
+        cache = config.num_layers * requests * 100 * config.latent_dim * 2
+        embedding = config.vocab_size // 2 * config.hidden_size * 2
+        read = _step_cost(build, requests, 100, skewed=skewed).read
+        return (weight_bytes(build) - embedding + cache - read) / expert_bytes(build)
+
+    assert untouched(1, skewed=False) == pytest.approx(3 / 4)
+    assert untouched(3, skewed=False) == pytest.approx((3 / 4) ** 3)
+    assert untouched(3, skewed=True) == pytest.approx((1 / 2) ** 3), "4 of the first rank's 8"
+    assert untouched(3, skewed=True, bias=False) == pytest.approx(1 / 2), "the same 4 for every token"
 
 
 def test_chunks_between_two_prefixes() -> None:

@@ -29,38 +29,18 @@ from tests.helpers import quantize
 from tests.helpers.array_source import ArraySource
 from tests.helpers.checkpoints import BASE
 
-# Nothing is a multiple of 128. Heads of 56 query rows and 72 rows of keys and values straddle blocks, and so do the 16 roped
-# rows behind 120 latents.
 RAGGED: dict[str, Any] = {
     "model_type": "deepseek_v3",
     **BASE,
-    "vocab_size": 300,
+    **quantize.RAGGED_SIZES,
     "num_hidden_layers": 2,
-    "hidden_size": 160,
-    "intermediate_size": 280,
-    "moe_intermediate_size": 96,
-    "num_attention_heads": 4,
     "n_routed_experts": 6,
     "n_group": 2,
     "topk_group": 1,
-    "q_lora_rank": 136,
-    "kv_lora_rank": 120,
-    "qk_rope_head_dim": 16,
-    "qk_nope_head_dim": 40,
-    "v_head_dim": 32,
 }
 WHOLE = RAGGED | {"moe_intermediate_size": 128}
 """Gate ends with a block, so that gate and up stay in FP8."""
-ALIGNED = RAGGED | {
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "moe_intermediate_size": 256,
-    "q_lora_rank": 128,
-    "kv_lora_rank": 128,
-    "qk_nope_head_dim": 112,
-    "v_head_dim": 128,
-}
-"""Heads of 128, whose roped rows end a block: all stay in FP8 at tp=2; tp=4 cuts what is 256 wide."""
+ALIGNED = RAGGED | quantize.ALIGNED_SIZES
 NO_Q_LORA = RAGGED | {"q_lora_rank": None, "rope_interleave": False}
 K25 = {"model_type": "kimi_k25", "text_config": RAGGED}
 """Its tensors' names have a prefix."""
@@ -176,7 +156,7 @@ def test_which_matrices_stay_in_fp8(
     halves: bool,
     reordered: list[tuple[int, int]],
 ) -> None:
-    """Those that every device can dequantize with its own part of the scales, with the rows in the model's order."""
+    """True for those that every device can dequantize with its own part of the scales, with the rows in the model's order."""
     n, k = (a * b * w for a, b, w in zip(size, unit, ways, strict=True))
     shape, parts = ((2, n, k), (1, *ways)) if halves else ((n, k), ways)
     ranges = [range(first, min(first + count, n)) for first, count in reordered if first < n]

@@ -32,9 +32,10 @@ from jax_mla_cp.checkpoint import (
     orbax_loader,
 )
 from jax_mla_cp.checkpoint.convert import convert
+from jax_mla_cp.checkpoint.inspect import inspect
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.config.quantization import FP8
-from jax_mla_cp.mesh import make_mesh, mesh_shape
+from jax_mla_cp.mesh import MeshShape, make_mesh, mesh_shape
 from jax_mla_cp.model.build import Build
 from jax_mla_cp.model.decoder import Decoder
 from tests.checkpoint import test_loader_quantized
@@ -213,6 +214,8 @@ def test_quantized_checkpoints_and_the_mtp_layer(
     quantization, to, _ = test_loader_quantized.KINDS[kind]
     config = ModelConfig.from_hf(raw | {"quantization_config": quantization})
     tensors = to(random_weights(config, 3, mtp=True))
+    embedding = "model.embed_tokens.weight"
+    tensors[embedding] = tensors[embedding].astype(ml_dtypes.bfloat16)
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf/config.json").write_text(json.dumps(raw | {"quantization_config": quantization}))
     save_file(
@@ -230,7 +233,10 @@ def test_quantized_checkpoints_and_the_mtp_layer(
     convert(tmp_path / "hf", out, weights=weights, progress=False)
     kept = "fp8" if weights == "auto" else "bf16"
     assert open_converted(out).weights == kept
+    shown = inspect(out, mesh=MeshShape(tp=2, cp=2))
+    assert shown["device"]["dtype"] == ("bfloat16 and FP8" if kept == "fp8" else "bfloat16"), "the embedding's"
     if kept == "fp8" and kind == "fp8":
+        assert shown["dtypes"]["float32"]["parameters"] > shown["dtypes"]["bfloat16"]["parameters"], "dequantized"
         stored = open_converted(out).arrays
         assert "dense.mlp.down.q" in stored, "tp=2 cuts its blocks, which a conversion does not know"
     for mtp, dtype, blocks in (

@@ -48,6 +48,32 @@ INT4_CONFIG: dict[str, Any] = {
     },
 }
 
+RAGGED_SIZES: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 160,
+    "intermediate_size": 280,
+    "moe_intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 136,
+    "kv_lora_rank": 120,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 40,
+    "v_head_dim": 32,
+}
+"""Nothing is a multiple of 128. Heads of 56 query rows and 72 rows of keys and values straddle blocks, and so do the 16 roped
+rows behind 120 latents."""
+ALIGNED_SIZES = RAGGED_SIZES | {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 256,
+    "q_lora_rank": 128,
+    "kv_lora_rank": 128,
+    "qk_nope_head_dim": 112,
+    "v_head_dim": 128,
+}
+"""Heads of 128, whose roped rows end a block: all stay in FP8 at tp=2; tp=4 cuts what is 256 wide."""
+
 _LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn|mlp).*_proj(_with_mqa)?\.weight$")
 _EXPERT = re.compile(r"model\.layers\.\d+\.mlp\.experts\.\d+\..*_proj\.weight$")
 

@@ -29,31 +29,6 @@ from tests.helpers import quantize
 from tests.helpers.checkpoints import BASE, make_checkpoint, read_weights
 from tests.helpers.synthetic import Driver
 
-# Nothing is a multiple of 128, heads straddle blocks (see tests/checkpoint/test_loader_quantized.py).
-RAGGED: dict[str, Any] = {
-    "vocab_size": 300,
-    "hidden_size": 160,
-    "intermediate_size": 280,
-    "moe_intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "n_routed_experts": 8,
-    "q_lora_rank": 136,
-    "kv_lora_rank": 120,
-    "qk_rope_head_dim": 16,
-    "qk_nope_head_dim": 40,
-    "v_head_dim": 32,
-}
-# Everything is a multiple of blocks, and roped rows end one: all stays in FP8 at tp=2.
-ALIGNED = RAGGED | {
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "moe_intermediate_size": 256,
-    "q_lora_rank": 128,
-    "kv_lora_rank": 128,
-    "qk_nope_head_dim": 112,
-    "v_head_dim": 128,
-}
 PROMPT = np.random.default_rng(0).integers(0, 300, 240).tolist()
 
 
@@ -61,7 +36,7 @@ PROMPT = np.random.default_rng(0).integers(0, 300, 240).tolist()
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Two models: as they were, quantized, and dequantized again by NumPy."""
     base = tmp_path_factory.mktemp("quantized")
-    _, original = make_checkpoint(base / "original", **RAGGED)
+    _, original = make_checkpoint(base / "original", **quantize.RAGGED_SIZES)
     paths = {"original": original}
     for kind, to, back, config in (
         ("fp8", quantize.to_fp8, quantize.from_fp8, quantize.FP8_CONFIG),
@@ -69,7 +44,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("aligned", quantize.to_fp8, quantize.from_fp8, quantize.FP8_CONFIG),
     ):
         if kind == "aligned":
-            _, original = make_checkpoint(base / "original aligned", **ALIGNED)
+            _, original = make_checkpoint(base / "original aligned", **quantize.ALIGNED_SIZES)
         stored = to(read_weights(original))
         paths[kind] = quantize.write(base / kind, original, stored, config)
         paths[f"{kind} dequantized"] = quantize.write(base / f"{kind}_plain", original, back(stored), None)
@@ -195,6 +170,23 @@ def test_what_weights_auto_takes(checkpoints: dict[str, Path], monkeypatch: pyte
         kept("fp8", "int8")
 
 
+def test_a_missing_kernel_is_warned_of(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a Hopper GPU without the extension FP8 runs, slowly; the log says why."""
+
+    def warnings(implementation: str, weights: Any) -> list[str]:
+        monkeypatch.setattr("jax_mla_cp.launch.model.resolve_grouped_matmul", lambda: implementation)
+        caplog.clear()
+        mla.load(checkpoints["fp8"], dtype="float32", weights=weights)
+        return [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+
+    monkeypatch.setattr("jax_mla_cp.extension.cuda_problem", lambda: "built without CUDA")
+    told = "FP8 is dequantized before every product, and decoding slow: built without CUDA"
+    assert warnings("pallas", "fp8") == [told]
+    assert warnings("pallas", "bf16") == warnings("hopper", "fp8") == warnings("blocks", "fp8") == []
+
+
 def test_weight_bytes_are_those_of_the_arrays(checkpoints: dict[str, Path]) -> None:
     mesh = mla.make_mesh("tp=2,cp=2")
     for weights, small in (("fp8", {"uint8", "float32"}), ("bf16", {"float32"})):
@@ -232,7 +224,7 @@ def test_the_step_dequantizes_a_matrix_at_a_time() -> None:
     raw = {
         "model_type": "deepseek_v3",
         **BASE,
-        **RAGGED,
+        **quantize.RAGGED_SIZES,
         "moe_intermediate_size": 256,
         "num_hidden_layers": 9,
         "quantization_config": quantize.FP8_CONFIG,
