@@ -91,8 +91,7 @@ MLA_WGMMA(64);
 MLA_WGMMA(128);
 #undef MLA_WGMMA
 
-// d = a x b or, scaled by one, d += a x b: 64 outputs of 16 inputs times kRows rows. a: registers of the warpgroup, or
-// shared memory.
+// d = scale x d + a x b: 64 outputs of 16 inputs, times kRows rows. `a` is in registers here, in shared memory below.
 template <int kRows, size_t... i>
 __device__ void Multiply(const uint32_t (&a)[4], uint64_t b, float* d, gmma::ScaleOut scale,
                          std::index_sequence<i...>) {

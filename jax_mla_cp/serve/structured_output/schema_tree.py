@@ -113,5 +113,6 @@ def pointed(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Any:
 
 
 def refuse_id(schema: Mapping[str, Any]) -> None:
+    """Raises `GrammarError` if a subschema has an `$id` (in old drafts `id`), which changes what references in it point into."""
     if isinstance(schema.get("$id", schema.get("id")), str):
         raise GrammarError("`$id` inside of a schema can't be enforced in this model's format of calls. Leave it out.")
