@@ -7,15 +7,18 @@ mesh, and after a restart.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from jax_mla_cp.batch.arrays import SamplingArrays
 from jax_mla_cp.mesh import vary_like
+from jax_mla_cp.step import selection
 from jax_mla_cp.step.logit_bias import LogitBiasArrays, apply_logit_bias
 
 TOP_LOGPROBS = 20
@@ -67,7 +70,7 @@ def gather_logprobs(
     logprobs: Float[Array, "J V"], token: Int32[Array, " J"]
 ) -> tuple[Float[Array, " J"], Int32[Array, "J k"], Float[Array, "J k"]]:
     """The tokens' log-probabilities, and the most likely tokens with theirs: bit-equal for the same token."""
-    top_logprobs, top_tokens = lax.top_k(logprobs, min(TOP_LOGPROBS, logprobs.shape[-1]))
+    top_logprobs, top_tokens = selection.top_k(logprobs, min(TOP_LOGPROBS, logprobs.shape[-1]))
     own = jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
     # XLA may compute what is gathered a second time, in another order.
     listed = top_tokens == token[:, None]
@@ -76,38 +79,54 @@ def gather_logprobs(
 
 
 def _sample_random(logprobs: jax.Array, params: SamplingArrays) -> Int32[Array, " J"]:
+    # argmax(log p + Gumbel noise) is a draw from p.
+    noise = jax.vmap(_gumbel, in_axes=(0, 0, None))(params.seed, params.position, logprobs.shape[-1])
+    return jnp.argmax(_truncated(logprobs, params) + noise, axis=-1).astype(jnp.int32)
+
+
+def _truncated(logprobs: Float[Array, "J V"], params: SamplingArrays) -> Float[Array, "J V"]:
+    """Logits at the temperature, -inf where nothing may be drawn: by `min_p`, then by `top_k`, then by `top_p`, as in vLLM."""
     # Less the largest, which stays 0: at tiny temperatures the others may overflow to -inf.
     below = logprobs - logprobs.max(-1, keepdims=True)
     scaled = below / jnp.where(params.temperature > 0, params.temperature, 1.0)[:, None]
-    scaled = lax.cond(
-        (params.min_p > 0).any(), lambda s: _apply_min_p(s, params), lambda s: vary_like(s, params), scaled
-    )
-    truncates = ((params.top_p < 1) | (params.top_k > 0)).any()
-    all_kept = vary_like(jnp.ones(scaled.shape, jnp.bool_), scaled, params)
-    kept = lax.cond(truncates, lambda s: vary_like(_top_k_top_p(s, params), params), lambda s: all_kept, scaled)
-    # argmax(log p + Gumbel noise) is a draw from p.
-    noise = jax.vmap(_gumbel, in_axes=(0, 0, None))(params.seed, params.position, logprobs.shape[-1])
-    return jnp.argmax(jnp.where(kept, scaled + noise, -jnp.inf), axis=-1).astype(jnp.int32)
+    scaled = jnp.where(scaled >= jnp.log(params.min_p)[:, None], scaled, -jnp.inf)
+    scaled = _apply_mask(scaled, params.top_k > 0, _top_k, params)
+    return _apply_mask(scaled, params.top_p < 1, _top_p, params)
 
 
-def _apply_min_p(scaled: Float[Array, "J V"], params: SamplingArrays) -> Float[Array, "J V"]:
-    """Sets tokens with p < min_p * (the largest p) to -inf; before `_top_k_top_p`, as in vLLM."""
-    least = scaled.max(-1, keepdims=True) + jnp.log(params.min_p)[:, None]
-    return vary_like(jnp.where(scaled >= least, scaled, -jnp.inf), params)
+def _apply_mask(
+    scaled: Float[Array, "J V"],
+    truncates: Bool[Array, " J"],
+    mask: Callable[[jax.Array, SamplingArrays], jax.Array],
+    params: SamplingArrays,
+) -> Float[Array, "J V"]:
+    """Sets tokens outside of `mask(scaled, params)` to -inf. It has all tokens of a place that does not truncate, so the
+    conditional saves time and changes nothing."""
+
+    def keep_all(scaled: jax.Array, params: SamplingArrays) -> jax.Array:
+        return vary_like(jnp.ones(scaled.shape, jnp.bool_), scaled, params)
+
+    return jnp.where(lax.cond(truncates.any(), mask, keep_all, scaled, params), scaled, -jnp.inf)
+
+
+def _top_k(scaled: Float[Array, "J V"], params: SamplingArrays) -> Bool[Array, "J V"]:
+    """Mask of the `top_k` most likely tokens, the first of equal ones."""
+    limit = jnp.where(params.top_k > 0, params.top_k, jnp.inf)
+    return selection.leading(scaled, jnp.ones_like(scaled), limit)
+
+
+def _top_p(scaled: Float[Array, "J V"], params: SamplingArrays) -> Bool[Array, "J V"]:
+    """Mask of the fewest tokens, the most likely first, whose probability reaches `top_p` of what is left; never of none.
+
+    Rounding decides about tokens before which the others' probability is within a few millionths of `top_p`: in one way for
+    each shape of the batch, whatever the other places have.
+    """
+    p = jnp.exp(scaled)
+    # Positive: a product of tiny numbers may be flushed to 0.
+    limit = jnp.maximum(params.top_p * p.sum(-1), np.finfo(np.float32).tiny)
+    return selection.leading(scaled, p, jnp.where(params.top_p < 1, limit, jnp.inf))
 
 
 def _gumbel(seed: UInt32[Array, " 2"], position: Int32[Array, ""], vocab: int) -> Float[Array, " V"]:
     key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), position)
     return jax.random.gumbel(key, (vocab,), jnp.float32)
-
-
-def _top_k_top_p(scaled: Float[Array, "J V"], params: SamplingArrays) -> Bool[Array, "J V"]:
-    """Mask of the `top_k` most likely tokens, cut to the fewest whose probability reaches `top_p`."""
-    order = jnp.argsort(-scaled, axis=-1, stable=True)
-    ranked = jnp.take_along_axis(scaled, order, axis=-1)
-    rank = jnp.arange(scaled.shape[-1])
-    ranked = jnp.where((params.top_k[:, None] == 0) | (rank < params.top_k[:, None]), ranked, -jnp.inf)
-    p = jax.nn.softmax(ranked, axis=-1)
-    before = jnp.cumsum(p, axis=-1) - p
-    kept = (ranked > -jnp.inf) & ((before < params.top_p[:, None]) | (rank == 0))
-    return jnp.put_along_axis(jnp.zeros_like(kept), order, kept, axis=-1, inplace=False)
