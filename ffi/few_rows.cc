@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "checker.h"
+#include "grouped/check.h"
 #include "hopper.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -21,27 +22,21 @@ FewRows CheckOperands(Checker& check, const ffi::AnyBuffer& rows, const ffi::Any
                       const ffi::AnyBuffer& group_sizes, const ffi::AnyBuffer& first, Result out, int64_t max_rows) {
   check.Rank("rows", rows, 2);
   check.Rank("weights", weights, 3);
-  check.Rank("group_sizes", group_sizes, 1);
   if (!check.ok()) return {};
   int64_t m = rows.dimensions()[0], k = rows.dimensions()[1], g = weights.dimensions()[0], n = weights.dimensions()[1];
-  int64_t groups = group_sizes.dimensions()[0];
   check.Expect(m >= 1, "rows", "expected at least one row, got none");
   check.Expect(k >= 64 && k % 64 == 0, "rows", "expected a multiple of 64 inputs, got " + std::to_string(k));
   check.Expect(n >= 8 && n % 8 == 0, "weights", "expected a multiple of 8 outputs, got " + std::to_string(n));
-  check.Expect(groups >= 1 && groups <= kMaxGroups, "group_sizes",
-               "expected 1 to " + std::to_string(kMaxGroups) + " groups, got " + std::to_string(groups));
   check.Expect(max_rows >= 1, "max_rows", "expected at least 1, got " + std::to_string(max_rows));
   check.Buffer("rows", rows, ffi::BF16, {m, k});
   check.Buffer("weights", weights, dtype, {g, n, k});
-  check.Buffer("group_sizes", group_sizes, ffi::S32, {groups});
-  check.Buffer("first", first, ffi::S32, {1});
   check.Buffer("out", *out, ffi::BF16, {m, n});
   FewRows call{};
   call.rows = m;
   call.inputs = k;
   call.outputs = n;
   call.matrices = g;
-  call.groups = groups;
+  call.groups = CheckGroups(check, group_sizes, first);
   call.max_rows = max_rows;
   call.x = rows.untyped_data();
   call.weights = weights.untyped_data();

@@ -10,34 +10,13 @@
 
 #include "few_rows/config.h"
 #include "few_rows/kernel.h"
+#include "grouped/launch.h"
 
 namespace mla::few_rows {
 namespace {
 
 constexpr int kMaxCluster = 8;
 constexpr int kMinBlocks = 7;  // stages of a CTA of a cluster: with 6 the cluster cost what it gained (V3's q_b)
-
-using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
-                            const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
-                            CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-cudaError_t FindEncode(Encode& encode) {
-  static Encode found = nullptr;
-  static cudaError_t status = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult result{};
-#if CUDART_VERSION >= 12050
-    cudaError_t error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
-#else
-    cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result);
-#endif
-    found = reinterpret_cast<Encode>(function);
-    return error != cudaSuccess ? error : result == cudaDriverEntryPointSuccess ? cudaSuccess : cudaErrorNotSupported;
-  }();
-  encode = found;
-  return status;
-}
 
 template <typename C>
 cudaError_t Launch(const FewRows& call, int num_sm, cudaStream_t stream) {
@@ -46,19 +25,14 @@ cudaError_t Launch(const FewRows& call, int num_sm, cudaStream_t stream) {
   Maps<C> maps;
   constexpr cuuint64_t kBytes = C::kFp8 ? 1 : 2;
   auto inputs = static_cast<cuuint64_t>(call.inputs), outputs = static_cast<cuuint64_t>(call.outputs);
-  auto make = [&](CUtensorMap* map, CUtensorMapDataType type, const void* data, const cuuint64_t(&sizes)[3],
-                  const cuuint64_t(&strides)[2], const cuuint32_t(&box)[3]) {
-    constexpr cuuint32_t kOnes[3] = {1, 1, 1};
-    return encode(map, type, 3, const_cast<void*>(data), sizes, strides, box, kOnes, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                  CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  };
-  CUresult result = make(&maps.weights, C::kFp8 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                         call.weights, {inputs, outputs, static_cast<cuuint64_t>(call.matrices)},
-                         {inputs * kBytes, inputs * outputs * kBytes}, {C::kInputs, C::kOutputs, 1});
+  CUresult result =
+      MakeMap(encode, &maps.weights, C::kFp8 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+              call.weights, {inputs, outputs, static_cast<cuuint64_t>(call.matrices)},
+              {inputs * kBytes, inputs * outputs * kBytes}, {C::kInputs, C::kOutputs, 1});
   for (int i = 0; i < C::kMaps && result == CUDA_SUCCESS; ++i) {
-    result = make(&maps.rows[i], CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, call.x,
-                  {64, static_cast<cuuint64_t>(call.rows), inputs / 64}, {inputs * 2, 128},
-                  {64, static_cast<cuuint32_t>(C::kMinRows << i), C::kInputs / 64});
+    result = MakeMap(encode, &maps.rows[i], CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, call.x,
+                     {64, static_cast<cuuint64_t>(call.rows), inputs / 64}, {inputs * 2, 128},
+                     {64, static_cast<cuuint32_t>(C::kMinRows << i), C::kInputs / 64});
   }
   if (result != CUDA_SUCCESS) return cudaErrorInvalidValue;
 
@@ -74,20 +48,6 @@ cudaError_t Launch(const FewRows& call, int num_sm, cudaStream_t stream) {
     cluster *= 2;
   }
   int64_t clusters = std::min<int64_t>(num_sm / cluster, row_tiles * output_tiles);
-  auto* kernel = FewRowsKernel<C>;
-  cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kBytes);
-  if (status != cudaSuccess) return status;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(clusters * cluster));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = C::kBytes;
-  config.stream = stream;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
   Arguments args{call.scales,
                  call.group_sizes,
                  call.first_matrix,
@@ -96,7 +56,7 @@ cudaError_t Launch(const FewRows& call, int num_sm, cudaStream_t stream) {
                  static_cast<int>(call.inputs),
                  static_cast<int>(call.outputs),
                  static_cast<int>(call.block_outputs)};
-  return cudaLaunchKernelEx(&config, kernel, maps, args);
+  return LaunchClusters(FewRowsKernel<C>, clusters, cluster, kThreads, C::kBytes, stream, maps, args);
 }
 
 template <WeightFormat kFormat>

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "shapes.h"
+
 namespace mla {
 
 // The format of the matrices.
@@ -14,8 +16,6 @@ enum class WeightFormat {
   kBlockFp8,  // float8_e4m3fn with a float32 scale for a block of outputs (a multiple of 64) and 128 inputs
   kGroupFp8,  // float8_e4m3fn with a bfloat16 scale for 32 inputs of one output
 };
-
-constexpr int64_t kMaxGroups = 512;
 
 struct FewRows {
   WeightFormat format;

@@ -8,15 +8,13 @@
 #include <cstdint>
 
 #include "../few_rows.h"
+#include "../grouped/groups.h"
 #include "ptx.h"
 
 namespace mla::few_rows {
 
-constexpr int kWarp = 32;
-constexpr int kWarpgroup = 128;
 constexpr int kConsumers = 2 * kWarpgroup;
 constexpr int kThreads = kConsumers + kWarpgroup;  // registers are dealt to warpgroups: one loads, with one thread
-constexpr int kSmemBytes = 227 << 10;              // that a CTA may have
 constexpr int kReduceRows = 32;                    // rows of a tile whose parts are added at a time
 
 // Floats between the outputs of `kRows` rows, such that a warp's writes are in different banks.
@@ -48,30 +46,12 @@ struct Maps {
   CUtensorMap weights, rows[C::kMaps];  // rows: in 64 inputs, rows, and blocks of 64 inputs
 };
 
-// Outputs of one group's matrix times rows of its: all ranks of a cluster share it.
-struct Tile {
-  int matrix, row, rows, output;
-};
-
 struct Arguments {
   const void* scales;
   const int32_t* group_sizes;
   const int32_t* first_matrix;
   __nv_bfloat16* out;
   int groups, inputs, outputs, block_outputs;
-};
-
-// A place in the ring of stages, and the parity of its barriers' phase.
-template <int kStages>
-struct Ring {
-  int stage = 0, parity = 0;
-  __device__ void Advance(int n) {
-    stage += n;
-    while (stage >= kStages) {
-      stage -= kStages;
-      parity ^= 1;
-    }
-  }
 };
 
 }  // namespace mla::few_rows

@@ -35,7 +35,7 @@ template <typename C>
 struct Kernel {
   struct Storage {
     uint64_t full[C::kStages], empty[C::kStages], sum_full, sum_empty;
-    int first_matrix, row_begin[kMaxGroups + 1], tile_end[kMaxGroups];
+    Groups groups;
     alignas(16) float sums[C::kReduceFloats];
   };
   static_assert(sizeof(Storage) + C::kStages * C::kStageBytes + 1024 <= C::kBytes);
@@ -46,48 +46,6 @@ struct Kernel {
   Storage& shared;
   int rank = ClusterRank(), size = ClusterSize();
   int first_block = 0, end_block = 0;  // of the inputs, this CTA's
-
-  // Lists the groups' rows and tiles of rows, in shared memory. One warp.
-  __device__ void ListGroups() {
-    int lane = threadIdx.x % kWarp, rows = 0, tiles = 0;
-    for (int begin = 0; begin < args.groups; begin += kWarp) {
-      int group = begin + lane, count = group < args.groups ? args.group_sizes[group] : 0;
-      int row_sum = count, tile_sum = (count + C::kMaxRows - 1) / C::kMaxRows;
-      for (int i = 1; i < kWarp; i *= 2) {
-        int other_rows = __shfl_up_sync(~0u, row_sum, i), other_tiles = __shfl_up_sync(~0u, tile_sum, i);
-        if (lane >= i) {
-          row_sum += other_rows;
-          tile_sum += other_tiles;
-        }
-      }
-      if (group < args.groups) {
-        shared.row_begin[group] = rows + row_sum - count;
-        shared.tile_end[group] = tiles + tile_sum;
-      }
-      rows += __shfl_sync(~0u, row_sum, kWarp - 1);
-      tiles += __shfl_sync(~0u, tile_sum, kWarp - 1);
-    }
-    if (lane == 0) {
-      shared.row_begin[args.groups] = rows;
-      shared.first_matrix = *args.first_matrix;
-    }
-  }
-
-  __device__ Tile TileAt(int index, int output_tiles) const {
-    int row_tile = index / output_tiles, low = 0, high = args.groups - 1;
-    while (low < high) {  // the first group that ends after row_tile
-      int middle = (low + high) / 2;
-      if (shared.tile_end[middle] > row_tile) {
-        high = middle;
-      } else {
-        low = middle + 1;
-      }
-    }
-    int before = low == 0 ? 0 : shared.tile_end[low - 1];
-    int row = shared.row_begin[low] + (row_tile - before) * C::kMaxRows;
-    return {shared.first_matrix + low, row, min(C::kMaxRows, shared.row_begin[low + 1] - row),
-            index % output_tiles * C::kOutputs};
-  }
 
   // The rows of the wgmma instruction that a tile takes.
   __device__ static int Instruction(int rows) {
@@ -100,8 +58,10 @@ struct Kernel {
   template <typename Then>
   __device__ void ForTiles(Then then) {
     int output_tiles = (args.outputs + C::kOutputs - 1) / C::kOutputs;
-    int tiles = shared.tile_end[args.groups - 1] * output_tiles;
-    for (int i = blockIdx.x / size; i < tiles; i += gridDim.x / size) then(TileAt(i, output_tiles));
+    int tiles = shared.groups.row_tiles * output_tiles;
+    for (int i = blockIdx.x / size; i < tiles; i += gridDim.x / size) {
+      then(shared.groups.TileAt(i / output_tiles, C::kMaxRows, i % output_tiles * C::kOutputs));
+    }
   }
 
   __device__ void Load(const Maps<C>& maps) {
@@ -121,7 +81,7 @@ struct Kernel {
                                      block * C::kInputs, tile.output, tile.matrix);
         cute::SM90_TMA_LOAD_3D::copy(&maps.rows[map], full, kOften, stage + C::kWeightBytes, 0, tile.row,
                                      block * (C::kInputs / 64));
-        ring.Advance(1);
+        ring.Next();
       }
     });
   }
@@ -323,7 +283,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     Init(&shared.sum_empty, kConsumers / kWarp * kernel.size);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
-  if (threadIdx.x / kWarp == 1) kernel.ListGroups();
+  if (threadIdx.x / kWarp == 1) shared.groups.List(args.group_sizes, args.groups, C::kMaxRows, args.first_matrix);
   __syncthreads();
   if (kernel.size > 1) ClusterSync();
   if (threadIdx.x >= kConsumers) {

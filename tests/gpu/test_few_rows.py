@@ -108,6 +108,13 @@ def test_clusters_of_eight(rows: int, n: int, k: int) -> None:
     check("fp8", [rows], n, k, rows)
 
 
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+@pytest.mark.parametrize("expected_rows", [3, 60, 1000])
+def test_several_tiles_of_a_multiprocessor(kind: Kind, expected_rows: int) -> None:
+    """Its ring of stages goes on between tiles, of more stages than the ring has: they once wrote behind it."""
+    check(kind, [200, 5, 100], 8192, 2048, expected_rows)
+
+
 def test_many_groups() -> None:
     """Kimi K2's 384 experts, most of them empty."""
     sizes = np.bincount(np.random.default_rng(3).integers(0, 384, 200), minlength=384).tolist()
