@@ -16,6 +16,9 @@ XLA_FFI_DECLARE_HANDLER_SYMBOL(MlaPrefillAbsorbedCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(MlaDecodeCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(FewRowsCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(FewRowsScaledCuda);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(W8A8Cuda);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(QuantizeRowsCuda);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(QuantizeGatedCuda);
 #endif
 
 namespace nb = nanobind;
@@ -37,6 +40,9 @@ nb::dict Registrations() {
   nb::dict cuda = Targets(MlaPrefillExpandedCuda, MlaPrefillAbsorbedCuda, MlaDecodeCuda);
   cuda["few_rows"] = nb::capsule(reinterpret_cast<void*>(FewRowsCuda));
   cuda["few_rows_scaled"] = nb::capsule(reinterpret_cast<void*>(FewRowsScaledCuda));
+  cuda["w8a8"] = nb::capsule(reinterpret_cast<void*>(W8A8Cuda));
+  cuda["quantize_rows"] = nb::capsule(reinterpret_cast<void*>(QuantizeRowsCuda));
+  cuda["quantize_gated"] = nb::capsule(reinterpret_cast<void*>(QuantizeGatedCuda));
   platforms["CUDA"] = cuda;
 #endif
   return platforms;
@@ -62,7 +68,7 @@ int DriverCuda() {
 }  // namespace
 
 NB_MODULE(_ffi, m) {
-  m.doc() = "FlashAttention-3 for MLA and products of few rows as XLA FFI handlers. Loaded by jax_mla_cp.extension.";
+  m.doc() = "FlashAttention-3 for MLA and grouped products as XLA FFI handlers. Loaded by jax_mla_cp.extension.";
   m.def("registrations", &Registrations, "Platform -> target name -> handler capsule.");
   m.def("built_for_cuda", &BuiltForCuda, "CUDA's version, as 1000 major + 10 minor; 0: only CPU handlers.");
   m.def("driver_cuda", &DriverCuda, "The newest CUDA version that this machine's driver runs; 0: no driver.");

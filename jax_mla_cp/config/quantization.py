@@ -19,6 +19,9 @@ from jax_mla_cp.config.other_formats import refused_format, refused_method
 Weights = Literal["auto", "bf16", "fp8"]
 """Storage of a quantized checkpoint's matrices in device memory."""
 
+Fp8Compute = Literal["w8a16", "w8a8"]
+"""What matrices in FP8 are multiplied by: activations as they are, or, of many tokens, in FP8 too."""
+
 Tensors = dict[str, tuple[tuple[int, ...], tuple[np.dtype[Any], ...]]]
 """By name: a tensor's shape, and the dtypes that it may have."""
 
@@ -36,6 +39,14 @@ class Quantization:
     @property
     def experts_only(self) -> bool:
         return self.kind == "int4"
+
+    @property
+    def multiplies_in_fp8(self) -> bool:
+        """True if the checkpoint's own recipe is activations in FP8 too, in blocks that `w8a8` takes.
+
+        That of every FP8 checkpoint that is read: its `activation_scheme` is `dynamic`.
+        """
+        return self.kind == "fp8" and self.block == (128, 128)
 
     @property
     def packed(self) -> int:

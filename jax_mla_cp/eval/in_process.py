@@ -88,6 +88,7 @@ class InProcessBackend:
             "mesh": str(self._options.mesh),
             "dtype": str(build.dtype),
             "weights": "fp8" if build.fp8 else str(build.dtype),
+            "fp8_compute": build.fp8_compute if build.fp8 else "off",
             "ep_axes": ",".join(build.ep_axes),
             "attention": build.attention,
             "form": self._options.form,

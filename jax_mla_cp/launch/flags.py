@@ -8,7 +8,7 @@ from typing import get_args
 from jax_mla_cp.attention import Implementation
 from jax_mla_cp.batch.form import Form
 from jax_mla_cp.cli import choice, mesh, path, platform, real_number, whole_number
-from jax_mla_cp.config.quantization import Weights
+from jax_mla_cp.config.quantization import Fp8Compute, Weights
 from jax_mla_cp.distributed.handshake import KEY_VARIABLE
 from jax_mla_cp.launch.options import Dtype, EpAxes, Speculative
 from jax_mla_cp.platform import Platform, default_compile_cache
@@ -50,6 +50,14 @@ def add_model_flags(p: argparse.ArgumentParser) -> None:
         help="storage of a quantized checkpoint's weights; bf16: dequantize to --dtype while loading; fp8: "
         "keep FP8 in device memory, half the size and half of what decoding reads; auto: fp8 on GPUs, "
         "otherwise bf16 (default: auto)",
+    )
+    model.add_argument(
+        "--fp8-compute",
+        metavar="{auto,w8a16,w8a8}",
+        type=choice("auto", *get_args(Fp8Compute)),
+        help="what weights in FP8 are multiplied by; w8a16: activations in --dtype; w8a8: in prefill, activations quantized to FP8 "
+        "too, about twice as fast and less exact; auto: w8a8 where the checkpoint was made for it, as DeepSeek-V3 was, and "
+        "the GPU has the kernel, otherwise w8a16 (default: auto)",
     )
     devices = p.add_argument_group("devices")
     devices.add_argument(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from jax_mla_cp.checkpoint import (
 )
 from jax_mla_cp.config.errors import ConfigError, check_choice
 from jax_mla_cp.config.model import ModelConfig
-from jax_mla_cp.config.quantization import Weights
+from jax_mla_cp.config.quantization import Fp8Compute, Weights
 from jax_mla_cp.default_model import DIRECTORY
 from jax_mla_cp.launch.devices import Devices
 from jax_mla_cp.launch.options import Dtype, EpAxes, LaunchOptions
@@ -47,6 +47,7 @@ def load(
     mesh: Mesh | None = None,
     dtype: Dtype = "auto",
     weights: Weights = "auto",
+    fp8_compute: Literal["auto"] | Fp8Compute = "auto",
     ep_axes: EpAxes = "auto",
     attention: Implementation = "auto",
     mtp: bool = False,
@@ -60,6 +61,9 @@ def load(
       dtype: of weights, activations and cache; "auto" is float32 on CPU and bfloat16 on GPUs.
       weights: of a quantized checkpoint. "bf16": dequantized while loading, to `dtype`; "fp8": kept in FP8 in device memory,
         except for the few that can't be (docs/checkpoints.md); "auto": "fp8" on GPUs, else "bf16".
+      fp8_compute: what matrices in FP8 are multiplied by. "w8a16": activations in `dtype`; "w8a8": of many tokens, activations
+        quantized to FP8 too, which changes results as the checkpoint's own recipe does (docs/checkpoints.md); "auto": "w8a8" where
+        that is the recipe (`activation_scheme: dynamic`) and the kernel for it runs, else "w8a16".
       ep_axes: the mesh axes that divide the experts; "auto" takes the fewest whose weights fit the memory.
       attention: "auto" is the fastest that runs here.
       mtp: with the checkpoint's layer for multi-token prediction, for `Planner.create(.., draft_tokens=..)`.
@@ -74,7 +78,16 @@ def load(
     converted, config, tokenizer = _open(directory)
     if converted:
         weights = converted.resolve_weights(weights)
-    build = plan_build(config, mesh, dtype=dtype, weights=weights, ep_axes=ep_axes, attention=attention, mtp=mtp)
+    build = plan_build(
+        config,
+        mesh,
+        dtype=dtype,
+        weights=weights,
+        fp8_compute=fp8_compute,
+        ep_axes=ep_axes,
+        attention=attention,
+        mtp=mtp,
+    )
     declared = nnx.state(Decoder(build))
     for reason, names in dequantized_matrices(declared).items():
         _log.info("these can't stay in FP8 and are dequantized, because %s: %s", reason, ", ".join(names))
@@ -117,6 +130,7 @@ def plan_build(
     *,
     dtype: Dtype,
     weights: Weights = "auto",
+    fp8_compute: Literal["auto"] | Fp8Compute = "auto",
     ep_axes: EpAxes,
     attention: Implementation,
     mtp: bool = False,
@@ -128,10 +142,15 @@ def plan_build(
     """
     check_choice("dtype", dtype, get_args(Dtype))
     check_choice("weights", weights, get_args(Weights))
+    check_choice("fp8_compute", fp8_compute, ("auto", *get_args(Fp8Compute)))
     check_choice("ep_axes", ep_axes, get_args(EpAxes))
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     fp8 = weights == "fp8" or (weights == "auto" and config.quantization is not None and jax.default_backend() == "gpu")
+    kernels = resolve_grouped_matmul()
+    if fp8_compute == "auto":
+        recipe = config.quantization is not None and config.quantization.multiplies_in_fp8
+        fp8_compute = "w8a8" if fp8 and recipe and kernels == "hopper" else "w8a16"
     shape = None if mesh is None else mesh_shape(mesh)
     implementation = resolve_implementation(attention, config, dtype)
     builds = [
@@ -141,8 +160,9 @@ def plan_build(
             EP_CHOICES[name],
             jnp.dtype(dtype),
             attention=implementation,
-            grouped_matmul=resolve_grouped_matmul(),
+            grouped_matmul=kernels,
             fp8=fp8,
+            fp8_compute=fp8_compute,
             mtp=mtp,
         )
         for name in ([ep_axes] if ep_axes != "auto" else EP_CHOICES)
@@ -174,6 +194,7 @@ def load_model(options: LaunchOptions, devices: Devices) -> tuple[Model, Tokeniz
             mesh=devices.mesh,
             dtype=options.dtype,
             weights=options.weights,
+            fp8_compute=options.fp8_compute,
             ep_axes=options.ep_axes,
             attention=options.attention,
             mtp=options.speculative == "mtp",

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from jax_mla_cp.attention import Implementation
 from jax_mla_cp.batch.form import Form
 from jax_mla_cp.config.errors import ConfigError, check_choice, check_whole
-from jax_mla_cp.config.quantization import Weights
+from jax_mla_cp.config.quantization import Fp8Compute, Weights
 from jax_mla_cp.distributed.cluster_options import ClusterOptions
 from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.platform import Platform
@@ -39,6 +39,7 @@ class LaunchOptions(ClusterOptions):
     platform: Platform = "auto"
     dtype: Dtype = "auto"
     weights: Weights = "auto"
+    fp8_compute: Literal["auto"] | Fp8Compute = "auto"
     ep_axes: EpAxes = "auto"
     attention: Implementation = "auto"
     form: Form = "auto"

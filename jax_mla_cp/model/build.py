@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax_mla_cp.attention import Resolved, page_multiple
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.config.model import ModelConfig
+from jax_mla_cp.config.quantization import Fp8Compute
 from jax_mla_cp.mesh import CP, DP, TP, Axes, MeshShape
 from jax_mla_cp.model.grouped_matmul import GroupedMatmul
 
@@ -34,6 +35,7 @@ class Build:
     grouped_matmul: GroupedMatmul = "blocks"
     fp8: bool = False
     """Matrices that the checkpoint has quantized stay in FP8, where their blocks stay whole (model/fp8_blocks.py)."""
+    fp8_compute: Fp8Compute = "w8a16"
     mtp: bool = False
     """With the checkpoint's first layer for multi-token prediction, which proposes drafts."""
 
@@ -44,6 +46,8 @@ class Build:
                 "'fp8' needs a quantized checkpoint; this one is not (its config.json has no quantization_config). "
                 "Use weights='auto'.",
             )
+        if self.fp8_compute == "w8a8":
+            _check_w8a8(self)
         if self.mtp and not self.config.num_mtp_layers:
             raise ConfigError(
                 "mtp",
@@ -75,6 +79,25 @@ class Build:
     def padded_experts(self) -> int:
         """Experts in memory: rounded up to a multiple of the devices that divide them. The router never chooses padding."""
         return _round_up(self.config.n_routed_experts, self.axes.size(self.ep_axes))
+
+
+def _check_w8a8(build: Build) -> None:
+    quantization = build.config.quantization
+    if quantization is None or not quantization.multiplies_in_fp8:
+        raise ConfigError(
+            "fp8_compute",
+            "'w8a8' needs a checkpoint in FP8 with blocks of 128 x 128, as DeepSeek-V3's; this one "
+            + (
+                "is not quantized"
+                if quantization is None
+                else f"is in {quantization.kind}, blocks {quantization.block}"
+            )
+            + ". Use fp8_compute='auto'.",
+        )
+    if not build.fp8:
+        raise ConfigError(
+            "fp8_compute", "'w8a8' needs weights that stay in FP8, and they are dequantized. Add weights='fp8'."
+        )
 
 
 def _round_up(n: int, multiple: int) -> int:

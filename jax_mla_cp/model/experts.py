@@ -15,19 +15,21 @@ from jax import lax
 from jaxtyping import Array, Float, Int32, Shaped
 
 from jax_mla_cp.mesh import vary_like
-from jax_mla_cp.model.fp8 import ScaledMatrices
+from jax_mla_cp.model.fp8 import Matrices
+from jax_mla_cp.model.fp8_rows import Rows, ScaledRows
 from jax_mla_cp.model.grouped_matmul import GroupedMatmul, group_alignment, grouped_matmul
+from jax_mla_cp.model.quantize import quantize_gated
 
 _MIN_WINDOW_ROWS = 4096  # a smaller window is not worth dividing
 _ROUND_TO = 128
 
 
 def apply_experts(
-    x: Float[Array, "T D"],
+    x: Rows,
     expert: Int32[Array, "T k"],
     weight: Float[Array, "T k"],
-    gate_up: Float[Array, "G 2F D"] | ScaledMatrices,
-    down: Float[Array, "G D F"] | ScaledMatrices,
+    gate_up: Matrices,
+    down: Matrices,
     *,
     num_experts: int,
     first: Int32[Array, ""] | int,
@@ -40,14 +42,16 @@ def apply_experts(
     of the batch nor on the windows, as far as each row's products don't.
 
     Args:
+      x: the tokens [T, D]. If they are in FP8, so are the rows that `down` multiplies.
       expert: a pair with an `expert` outside [0, num_experts) is another device's.
-      gate_up, down: as `grouped_matmul` takes them; the weights of this device's experts begin at group `first`.
+      gate_up, down: [G, 2F, D] and [G, D, F], as `grouped_matmul` takes them; the weights of this device's experts begin at group `first`.
       ep_size: the number of devices that the experts are divided over; it sizes the windows.
       implementation: as in `grouped_matmul`.
     """
     k = expert.shape[1]
     share = -(-expert.size // ep_size)
-    align = max(group_alignment(weights, share, num_experts, implementation) for weights in (gate_up, down))
+    w8a8 = isinstance(x, ScaledRows)
+    align = 1 if w8a8 else max(group_alignment(w, share, num_experts, implementation) for w in (gate_up, down))
     max_rows = _round_down(expert.size + num_experts * (align - 1), align)
     size = min(window_rows(share, num_experts, align), max_rows)
     windows = -(-max_rows // size)
@@ -67,31 +71,39 @@ def apply_experts(
     def window(start: jax.Array | int, out: Float[Array, "T D"]) -> Float[Array, "T D"]:
         """`out` plus the sum of the rows from `start` on."""
         with jax.named_scope("dispatch"):
-            rows = x.at[lax.dynamic_slice_in_dim(token, start, size)].get(mode="promise_in_bounds")
+            taken = lax.dynamic_slice_in_dim(token, start, size)
+            rows = jax.tree.map(lambda part: part.at[taken].get(mode="promise_in_bounds"), x)
             sizes = jnp.diff(jnp.clip(end - start, 0, size), prepend=0)
         with jax.named_scope("experts"):
-            gate, up = jnp.split(product(rows, gate_up, sizes, first).astype(jnp.float32), 2, axis=-1)
+            both = product(rows, gate_up, sizes, first)
             # Weighted here, so that only sums are left below: the compiler may fuse a product and a sum into an instruction
             # with one rounding, in some windows and not in others.
-            weighted = jax.nn.silu(gate) * up * lax.dynamic_slice_in_dim(weight, start, size)[:, None]
-            rows = product(weighted.astype(x.dtype), down, sizes, first)
+            row_weight = lax.dynamic_slice_in_dim(weight, start, size)
+            hidden: Rows
+            if w8a8:
+                hidden = quantize_gated(both, row_weight, implementation)
+            else:
+                gate, up = jnp.split(both.astype(jnp.float32), 2, axis=-1)
+                hidden = (jax.nn.silu(gate) * up * row_weight[:, None]).astype(dtype)
+            out_rows = product(hidden, down, sizes, first)
         with jax.named_scope("combine"):
             for j in range(k):
                 index = row[:, j] - start
                 in_window = (index >= 0) & (index < size)
-                part = rows.at[jnp.clip(index, 0, size - 1)].get(mode="promise_in_bounds").astype(jnp.float32)
+                part = out_rows.at[jnp.clip(index, 0, size - 1)].get(mode="promise_in_bounds").astype(jnp.float32)
                 # Selected, not multiplied by 0: a row without a pair may hold anything, NaN included.
                 out = out + jnp.where(in_window[:, None], part, 0)
         return out
 
+    dtype = down.dtype
     zeros = vary_like(jnp.zeros(x.shape, jnp.float32), x, expert, weight, gate_up, down)
 
     def one_window() -> Float[Array, "T D"]:
-        return window(0, zeros).astype(x.dtype)
+        return window(0, zeros).astype(dtype)
 
     def all_windows() -> Float[Array, "T D"]:
         used = -(-end[-1] // size)
-        return lax.fori_loop(0, used, lambda i, out: window(i * size, out), zeros).astype(x.dtype)
+        return lax.fori_loop(0, used, lambda i, out: window(i * size, out), zeros).astype(dtype)
 
     return one_window() if windows == 1 else lax.cond(end[-1] <= size, one_window, all_windows)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import ModuleType
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
@@ -14,6 +16,8 @@ from jax_mla_cp import extension
 from jax_mla_cp.mesh import vary_like
 from jax_mla_cp.model.few_rows import few_rows_matmul, is_fastest
 from jax_mla_cp.model.fp8 import Matrices, ScaledMatrices, take_matrices, take_matrix
+from jax_mla_cp.model.fp8_rows import Rows, ScaledRows, dequantize_rows
+from jax_mla_cp.model.w8a8 import w8a8_matmul
 
 GroupedMatmul = Literal["hopper", "pallas", "blocks", "ragged"]
 """Implementations of `grouped_matmul`."""
@@ -32,8 +36,8 @@ def resolve_grouped_matmul() -> GroupedMatmul:
 
 
 def grouped_matmul(
-    rows: Float[Array, "M K"],
-    weights: Float[Array, "G N K"] | ScaledMatrices,
+    rows: Rows,
+    weights: Matrices,
     group_sizes: Int32[Array, " E"] | None,
     first: Int32[Array, ""] | int = 0,
     *,
@@ -46,6 +50,8 @@ def grouped_matmul(
     exist, don't multiply the others by 0.
 
     Args:
+      rows: those in FP8 are multiplied by matrices in FP8 that `w8a8.fits`, with the result in the matrices' `dtype`: "hopper" by a
+        kernel of their own (`w8a8.py`), the others in float32.
       group_sizes: None: all rows are of one group.
       implementation: "hopper": for few rows a kernel that reads each matrix once, in FP8 as it is (`few_rows.py`); for more rows
         a Pallas kernel (`many_rows.py`). Both are for bfloat16 and for sizes that their tiles divide; other operands run as in
@@ -55,11 +61,13 @@ def grouped_matmul(
         first, unless `multiplies_fp8`.
       expected_rows: about as many rows as all groups have; None: all of `rows`. "hopper" chooses by it.
     """
+    if isinstance(rows, ScaledRows):
+        assert isinstance(weights, ScaledMatrices), "rows in FP8 are multiplied by matrices in FP8"
+        return _w8a8(rows, weights, group_sizes, first, implementation)
     groups = 1 if group_sizes is None else len(group_sizes)
     expected_rows = rows.shape[0] if expected_rows is None else expected_rows
     if rows.dtype == weights.dtype and _are_few(weights, expected_rows, groups, implementation):
-        sizes = jnp.full(1, rows.shape[0], jnp.int32) if group_sizes is None else group_sizes
-        return few_rows_matmul(rows, weights, sizes, first, expected_rows)
+        return few_rows_matmul(rows, weights, _sizes(rows, group_sizes), first, expected_rows)
     if group_sizes is None:
         return _multiply(rows, take_matrix(weights, first))
     if implementation == "blocks":
@@ -95,6 +103,24 @@ def group_alignment(weights: Matrices, rows: int, groups: int, implementation: G
 def _are_few(weights: Matrices, expected_rows: int, groups: int, implementation: GroupedMatmul) -> bool:
     """True if the kernel for few rows multiplies them."""
     return implementation == "hopper" and is_fastest(weights, expected_rows, groups)
+
+
+def _w8a8(
+    rows: ScaledRows,
+    weights: ScaledMatrices,
+    group_sizes: jax.Array | None,
+    first: jax.Array | int,
+    implementation: GroupedMatmul,
+) -> Float[Array, "M N"]:
+    if implementation == "hopper" and weights.dtype == jnp.bfloat16:
+        return w8a8_matmul(rows, weights, _sizes(rows, group_sizes), first)
+    wide = dataclasses.replace(weights, dtype=np.dtype(np.float32))
+    out = grouped_matmul(dequantize_rows(rows), wide, group_sizes, first, implementation=implementation)
+    return out.astype(weights.dtype)
+
+
+def _sizes(rows: Rows, group_sizes: jax.Array | None) -> Int32[Array, " E"]:
+    return jnp.full(1, rows.shape[0], jnp.int32) if group_sizes is None else group_sizes
 
 
 def _many_rows() -> ModuleType:

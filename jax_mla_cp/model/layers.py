@@ -72,6 +72,5 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "T D"], layer: Int32[Array, ""] | int = 0) -> Float[Array, "T D"]:
         """`layer`: the layer's index in its stack (see `linear`)."""
-        implementation = self.build.grouped_matmul
-        gate, up = jnp.split(linear(x, self.gate_up, layer, implementation), 2, axis=-1)
-        return linear(jax.nn.silu(gate) * up, self.down, layer, implementation)
+        gate, up = jnp.split(linear(x, self.gate_up, layer, self.build), 2, axis=-1)
+        return linear(jax.nn.silu(gate) * up, self.down, layer, self.build)

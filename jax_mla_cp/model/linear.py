@@ -8,23 +8,30 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
+from jax_mla_cp.model.build import Build
 from jax_mla_cp.model.fp8 import Fp8
-from jax_mla_cp.model.grouped_matmul import GroupedMatmul, grouped_matmul
+from jax_mla_cp.model.fp8_rows import Rows
+from jax_mla_cp.model.grouped_matmul import grouped_matmul
+from jax_mla_cp.model.quantize import quantize
+from jax_mla_cp.model.w8a8 import quantizes_rows
 
 
 def linear(
     x: Float[Array, "T K"],
     weight: nnx.Param[Any] | Fp8,
     layer: Int32[Array, ""] | int,
-    implementation: GroupedMatmul,
+    build: Build,
 ) -> Float[Array, "T N"]:
     """`x @ W.T`, of a layer's matrix [N, K], or [2, F, K] of `2 F` outputs.
 
     Args:
       weight: the layer's own, or in FP8 those of the whole stack (see `ParamFactory`).
       layer: the layer's index in the stack.
-      implementation: as in `grouped_matmul`, of a product with FP8.
     """
     if isinstance(weight, Fp8):
-        return grouped_matmul(x, weight.matrices(), None, layer, implementation=implementation)
+        matrices = weight.matrices()
+        rows: Rows = x
+        if quantizes_rows(matrices, len(x), 1, build.fp8_compute):
+            rows = quantize(x, build.grouped_matmul)
+        return grouped_matmul(rows, matrices, None, layer, implementation=build.grouped_matmul)
     return jnp.einsum("tk,nk->tn", x, weight[...].reshape(-1, x.shape[1]))

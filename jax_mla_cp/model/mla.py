@@ -97,7 +97,7 @@ class Mla(nnx.Module):
             return self._linear(out.reshape(len(out), -1), self.o, index), pages
 
     def _linear(self, x: jax.Array, weight: nnx.Param[Any] | Fp8, index: jax.Array) -> Float[Array, "T N"]:
-        return linear(x, weight, index, self.build.grouped_matmul)
+        return linear(x, weight, index, self.build)
 
     def _latents(self, x: jax.Array, index: jax.Array, inputs: LayerInputs) -> Float[Array, "T C"]:
         rank = self.build.config.kv_lora_rank

@@ -19,9 +19,12 @@ from jax_mla_cp.mesh import TP
 from jax_mla_cp.model.build import Build
 from jax_mla_cp.model.experts import apply_experts
 from jax_mla_cp.model.fp8 import Fp8, Matrices, ScaledMatrices, stack_matrices, take_matrices
+from jax_mla_cp.model.fp8_rows import Rows
 from jax_mla_cp.model.grouped_matmul import multiplies_fp8
 from jax_mla_cp.model.layers import Mlp
 from jax_mla_cp.model.params import ParamFactory
+from jax_mla_cp.model.quantize import quantize
+from jax_mla_cp.model.w8a8 import quantizes_rows
 
 # Gathered tokens in a slice: with the windows of `apply_experts` it bounds the buffers. 32K and a bucket's excess over it.
 _MAX_TOKENS = 36 << 10
@@ -65,42 +68,49 @@ class Moe(nnx.Module):
         tokens = len(x)
         slices = -(-tokens * axes.size(gather_over) // _MAX_TOKENS)
         size = -(-tokens // slices)
-        experts = self._weights(layer, -(-size * expert.shape[1] // axes.size(TP)))
+        stacks = self._stacks()
+        share = -(-size * expert.shape[1] // axes.size(TP))  # this device's even part of the pairs in a slice
+        # Quantized once for all of a token's experts, and before it travels.
+        w8a8 = all(quantizes_rows(stack, share, self._local, self.build.fp8_compute) for stack in stacks)
+        rows = quantize(x, self.build.grouped_matmul) if w8a8 else x
+        experts = self._matrices(stacks, layer, share, w8a8)
 
-        def apply(part: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        def apply(part: tuple[Rows, jax.Array, jax.Array]) -> jax.Array:
             if not gather_over:
                 return self._experts(*part, *experts)
-            x, expert, weight = (axes.all_gather(p, gather_over) for p in part)
-            return axes.psum_scatter(self._experts(x, expert, weight, *experts), gather_over)
+            rows, expert, weight = jax.tree.map(lambda array: axes.all_gather(array, gather_over), part)
+            return axes.psum_scatter(self._experts(rows, expert, weight, *experts), gather_over)
 
         if slices == 1:
-            return apply((x, expert, weight))
+            return apply((rows, expert, weight))
         pad = slices * size - tokens
         no_expert = self.build.padded_experts
 
         def split(a: jax.Array, fill: int) -> jax.Array:
             return jnp.pad(a, ((0, pad), (0, 0)), constant_values=fill).reshape(slices, size, a.shape[1])
 
-        out = lax.map(apply, (split(x, 0), split(expert, no_expert), split(weight, 0)))
+        split_rows = jax.tree.map(lambda array: split(array, 0), rows)
+        out = lax.map(apply, (split_rows, split(expert, no_expert), split(weight, 0)))
         return out.reshape(slices * size, -1)[:tokens]
 
-    def _weights(self, layer: jax.Array | int, rows: int) -> tuple[Matrices, Matrices, jax.Array | int]:
-        """This device's experts' `gate_up` and `down`, and the number of the layer's first expert in them.
-
-        They are the whole stack's, because XLA would copy a slice for the kernel. FP8 that is not multiplied as it is gets
-        dequantized here, before the loops over slices and windows, this layer's only: 2.8 GB for DeepSeek-V3 at tp=8, in a
-        buffer that the next layer uses again.
-
-        Args:
-          rows: this device's even share of the (token, expert) pairs in a slice.
-        """
-        first, count = layer * self._local, self._local
-        stacks = [
+    def _stacks(self) -> list[Matrices]:
+        """`gate_up` and `down` of this device's experts of all layers: XLA would copy a slice for the kernel."""
+        return [
             weight.matrices() if isinstance(weight, Fp8) else stack_matrices(weight[...], dims)
             for weight, dims in ((self.gate_up, 3), (self.down, 2))
         ]
-        if any(
-            isinstance(stack, ScaledMatrices) and not multiplies_fp8(stack, rows, count, self.build.grouped_matmul)
+
+    def _matrices(
+        self, stacks: list[Matrices], layer: jax.Array | int, share: int, w8a8: bool
+    ) -> tuple[Matrices, Matrices, jax.Array | int]:
+        """What `grouped_matmul` is given: `gate_up`, `down`, and the number of the layer's first expert in them.
+
+        FP8 that is not multiplied as it is gets dequantized here, before the loops over slices and windows, this layer's only:
+        2.8 GB for DeepSeek-V3 at tp=8, in a buffer that the next layer uses again.
+        """
+        first, count = layer * self._local, self._local
+        if not w8a8 and any(
+            isinstance(stack, ScaledMatrices) and not multiplies_fp8(stack, share, count, self.build.grouped_matmul)
             for stack in stacks
         ):
             with jax.named_scope("dequantize"):
@@ -115,7 +125,7 @@ class Moe(nnx.Module):
 
     def _experts(
         self,
-        x: Float[Array, "M D"],
+        x: Rows,
         expert: Int32[Array, "M k"],
         weight: Float[Array, "M k"],
         gate_up: Matrices,

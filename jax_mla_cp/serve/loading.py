@@ -44,7 +44,7 @@ def load(config: ServerOptions, devices: Devices) -> Loaded:
         "loaded %s: %s%s, experts sharded over %s, attention kernel %s (%.1f s)",
         config.model or "the built-in model (a small demo: it finds pass keys and continues technical English)",
         model.build.dtype,
-        ", weights in FP8" if model.build.fp8 else "",
+        f", weights in FP8 ({model.build.fp8_compute})" if model.build.fp8 else "",
         ",".join(model.build.ep_axes),
         _ATTENTION[model.build.attention],
         time.perf_counter() - began,

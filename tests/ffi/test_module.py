@@ -18,13 +18,17 @@ from jax_mla_cp import extension
 from jax_mla_cp.attention import fa3
 from jax_mla_cp.batch.rows import Rows
 from jax_mla_cp.config.errors import ConfigError
+from jax_mla_cp.model.experts import apply_experts
 from jax_mla_cp.model.few_rows import few_rows_matmul
 from jax_mla_cp.model.fp8 import ScaledMatrices
+from jax_mla_cp.model.quantize import quantize
 from tests.helpers.attention_cases import LATENT, QUERY, ROPE, TARGETS, VALUE
 from tests.helpers.synthetic import CONFIG
 
 _ffi = pytest.importorskip("jax_mla_cp._ffi", reason="the extension is not built")
 
+OURS = {"few_rows", "few_rows_scaled", "w8a8", "quantize_rows", "quantize_gated"}
+"""Targets that are for CUDA alone: XLA code of the same meaning runs elsewhere."""
 FITS = dataclasses.replace(CONFIG, kv_lora_rank=LATENT, qk_rope_head_dim=ROPE, qk_nope_head_dim=128, v_head_dim=VALUE)
 
 
@@ -32,7 +36,7 @@ def test_registrations() -> None:
     registrations = _ffi.registrations()
     assert set(registrations) == ({"cpu", "CUDA"} if _ffi.built_for_cuda() else {"cpu"})
     for platform, targets in registrations.items():
-        assert set(targets) == set(TARGETS) | ({"few_rows", "few_rows_scaled"} if platform == "CUDA" else set())
+        assert set(targets) == set(TARGETS) | (OURS if platform == "CUDA" else set())
         assert {type(handler).__name__ for handler in targets.values()} == {"PyCapsule"}
 
 
@@ -164,3 +168,33 @@ def test_few_rows_lower_for_cuda_without_a_gpu(scaled: bool) -> None:
     text = call.trace(rows, weights, sizes, 32, 128).lower(lowering_platforms=("cuda",)).as_text()
     assert f"stablehlo.custom_call @{'few_rows_scaled' if scaled else 'few_rows'}(" in text
     assert "tensor<1024x4096xbf16>" in text and "max_rows = 32 : i64" in text
+
+
+@pytest.mark.skipif(not _ffi.built_for_cuda(), reason="the extension was built without CUDA")
+def test_experts_in_fp8_lower_for_cuda_without_a_gpu() -> None:
+    """DeepSeek-V3's sizes, of a rank at tp=8 and two layers. No matrix becomes bfloat16; without w8a8 all of a layer's do."""
+    scaled = [
+        ScaledMatrices(
+            jax.ShapeDtypeStruct((64, n, k), jnp.uint8),
+            jax.ShapeDtypeStruct((64, n // 128, k // 128), jnp.float32),
+            (128, 128),
+            np.dtype(jnp.bfloat16),
+        )
+        for n, k in ((4096, 7168), (7168, 2048))
+    ]
+    chosen = [jax.ShapeDtypeStruct((32768, 8), dtype) for dtype in (jnp.int32, jnp.float32)]
+    texts = {}
+    for compute in ("w8a8", "w8a16"):
+
+        def run(x: jax.Array, *operands: Any, compute: str = compute) -> jax.Array:
+            rows = quantize(x, "hopper") if compute == "w8a8" else x
+            how: dict[str, Any] = {"num_experts": 32, "first": 32, "ep_size": 8, "implementation": "hopper"}
+            return apply_experts(rows, *operands, **how)
+
+        x = jax.ShapeDtypeStruct((32768, 7168), jnp.bfloat16)
+        texts[compute] = jax.jit(run).trace(x, *chosen, *scaled).lower(lowering_platforms=("cuda",)).as_text()
+    for target in ("w8a8", "quantize_rows", "quantize_gated"):
+        assert f"stablehlo.custom_call @{target}(" in texts["w8a8"] and f"@{target}(" not in texts["w8a16"]
+    dequantized = ("tensor<32x4096x7168xbf16>", "tensor<32x7168x2048xbf16>")
+    assert not any(tensor in texts["w8a8"] for tensor in dequantized)
+    assert all(tensor in texts["w8a16"] for tensor in dequantized)

@@ -40,6 +40,7 @@ def server_info(model_name: str, runner: Runner, tokenizer: Tokenizer | None) ->
             "device": jax.devices()[0].device_kind,
             "dtype": str(build.dtype),
             "weights": "fp8" if build.fp8 else str(build.dtype),
+            "fp8_compute": build.fp8_compute if build.fp8 else "off",
             "attention": build.attention,
             "experts_over": ",".join(build.ep_axes),
             "page_size": str(runner.page_size),
