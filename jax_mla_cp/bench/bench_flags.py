@@ -95,7 +95,7 @@ across cp, per GPU and direction.
   python -m jax_mla_cp.bench decode --platform cpu --shapes 4x128 --heads 2  # try it without a GPU
 
 A program calls the kernel on different regions of the cache in turn, as layers do, so that the L2 cache holds none of them.
---mesh, --ep-axes, --layers and --weights are for --full.
+--mesh, --ep-axes, --layers, --weights and --fp8-compute are for --full.
 
 {_METHOD}""",
     "scaling": f"""examples:
@@ -151,15 +151,15 @@ _COMMANDS: dict[Command, tuple[str, str]] = {
     ),
     "layer": (
         "One rank's MLA and MoE layers of a full-size model, whole and in parts.",
-        "--attention --model --dtype --seq --mesh --ep-axes --forms --weights --layers --profile",
+        "--attention --model --dtype --seq --mesh --ep-axes --forms --weights --fp8-compute --layers --profile",
     ),
     "model": (
         "One rank of the whole model: time to first token, memory, communication.",
-        "--attention --model --dtype --seq --long --chunk --mesh --ep-axes --forms --weights --layers",
+        "--attention --model --dtype --seq --long --chunk --mesh --ep-axes --forms --weights --fp8-compute --layers",
     ),
     "decode": (
         "Decode attention, and with --full the whole decode step.",
-        "--attention --model --dtype --shapes --heads --tokens --full --layers --mesh --ep-axes --weights",
+        "--attention --model --dtype --shapes --heads --tokens --full --layers --mesh --ep-axes --weights --fp8-compute",
     ),
     "load": (
         "Loading a checkpoint from safetensors and from Orbax: time and host memory.",
@@ -167,11 +167,11 @@ _COMMANDS: dict[Command, tuple[str, str]] = {
     ),
     "scaling": (
         "Prefill of a whole model on several meshes of this host's GPUs, or of several hosts', with real collectives.",
-        "--attention --model --dtype --meshes --seq --ep-axes --forms --weights --layers",
+        "--attention --model --dtype --meshes --seq --ep-axes --forms --weights --fp8-compute --layers",
     ),
     "engine": (
         "Decode steps of the whole engine, in process: a step dispatched before the one before is read, or not.",
-        "--attention --model --dtype --meshes --shapes --chunk --ep-axes --weights",
+        "--attention --model --dtype --meshes --shapes --chunk --ep-axes --weights --fp8-compute",
     ),
     "host": (
         "The host's part of a decode step: scheduling, making arrays, transferring them, reading results.",
@@ -273,6 +273,11 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "metavar": "NAME,NAME",
         "type": _list(str),
         "help": "weights of whole layers and models: bf16 (in --dtype), fp8 (kept in FP8)",
+    },
+    "--fp8-compute": {
+        "metavar": "NAME,NAME",
+        "type": _list(str),
+        "help": "what weights in FP8 are multiplied by: w8a16 (activations in --dtype), w8a8 (of many tokens, in FP8 too)",
     },
     "--layers": {
         "metavar": "N",

@@ -10,6 +10,7 @@ from jax_mla_cp.attention import Implementation
 from jax_mla_cp.cli import check_output
 from jax_mla_cp.config import presets
 from jax_mla_cp.config.errors import ConfigError, check_choice
+from jax_mla_cp.config.quantization import Fp8Compute
 from jax_mla_cp.distributed.cluster_options import ClusterOptions
 from jax_mla_cp.mesh import MeshShape
 
@@ -18,8 +19,23 @@ FormName = Literal["expanded", "absorbed"]
 EpName = Literal["tp", "tp,cp", "tp,cp,dp"]
 WeightsName = Literal["bf16", "fp8"]
 
+
+@dataclasses.dataclass(frozen=True)
+class WeightsKind:
+    """How a row's weights are stored, and what those in FP8 are multiplied by."""
+
+    storage: WeightsName = "bf16"
+    compute: Fp8Compute = "w8a16"
+
+    def __str__(self) -> str:
+        return self.storage if self.storage == "bf16" else f"fp8, {self.compute}"
+
+
 _CPU_TOKENS = 8192
 """More than this in one row would take a CPU minutes."""
+
+
+PLAIN = WeightsKind()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +62,7 @@ class Options:
     meshes: tuple[MeshShape, ...] = ()
     ep_axes: tuple[EpName, ...] = ("tp", "tp,cp")
     weights: tuple[WeightsName, ...] = ("bf16",)
+    fp8_compute: tuple[Fp8Compute, ...] = ("w8a8",)
     layers: int | None = None
     long: tuple[int, ...] = ()
     chunk: int = 65536
@@ -71,6 +88,8 @@ class Options:
             check_choice("ep_axes", ep, get_args(EpName))
         for weights in self.weights:
             check_choice("weights", weights, get_args(WeightsName))
+        for compute in self.fp8_compute:
+            check_choice("fp8_compute", compute, get_args(Fp8Compute))
         for field, values, low, high in (
             ("samples", (self.samples,), 1, 1000),
             ("seq", self.seq, 1, 1 << 24),
@@ -96,6 +115,12 @@ class Options:
             raise ConfigError("scratch", f"{self.scratch} is not a directory. Make it first.")
         if self.platform == "cpu":
             self._check_cpu()
+
+    @property
+    def weights_kinds(self) -> list[WeightsKind]:
+        """The kinds of weights to measure: those in FP8 with each `fp8_compute`."""
+        computes: dict[WeightsName, tuple[Fp8Compute, ...]] = {"bf16": ("w8a16",), "fp8": self.fp8_compute}
+        return [WeightsKind(storage, compute) for storage in self.weights for compute in computes[storage]]
 
     def _check_cpu(self) -> None:
         if self.command == "host":
@@ -159,7 +184,7 @@ _QUICK: dict[Command, dict[str, Any]] = {
 }
 
 _CLUSTER = frozenset(field.name for field in dataclasses.fields(ClusterOptions))
-_FULL_ONLY = ("mesh", "ep_axes", "layers", "weights")
+_FULL_ONLY = ("mesh", "ep_axes", "layers", "weights", "fp8_compute")
 """Settings of `decode` that only `--full` uses."""
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from jax_mla_cp.attention import Resolved, fa3
 from jax_mla_cp.batch.rows import Rows
 from jax_mla_cp.bench import kernels
-from jax_mla_cp.bench.bench_options import EpName, Options, WeightsName
+from jax_mla_cp.bench.bench_options import EpName, Options, WeightsKind
 from jax_mla_cp.bench.data import normal
 from jax_mla_cp.bench.mock import MockBuild
 from jax_mla_cp.bench.program import (
@@ -60,7 +60,7 @@ def run(options: Options, config: ModelConfig, report: Report) -> None:
             for requests, context in options.shapes:
                 _attention_row(options, config, report, implementation, requests, context, heads, tokens)
     if options.full:
-        for ep, weights in itertools.product(options.ep_axes, options.weights):
+        for ep, weights in itertools.product(options.ep_axes, options.weights_kinds):
             for requests, context in options.shapes:
                 _step_rows(options, config, report, requests, context, ep, weights)
 
@@ -151,7 +151,7 @@ def _step_rows(
     requests: int,
     context: int,
     ep: EpName,
-    weights: WeightsName,
+    weights: WeightsKind,
 ) -> None:
     """Adds rows of the model's decode step: dense layers and a few MoE layers run; the others are extrapolated."""
     moe = options.layers or 4
@@ -176,7 +176,7 @@ def _step_rows(
 
     table = "decode step, whole model: inter-token latency (compute)"
     facts = {"requests": requests, "context": context, "mesh": str(options.mesh), "ep_axes": ep}
-    facts |= {"dtype": options.dtype, "weights": weights}
+    facts |= {"dtype": options.dtype, "weights": str(weights)}
     if report.row(table, "random routing", functools.partial(row, skewed=False), **facts):
         report.row(table, "all tokens to this rank's experts", functools.partial(row, skewed=True), **facts)
     clean_up()

@@ -49,7 +49,7 @@ def run(options: Options, config: ModelConfig, report: Report) -> None:
     ep = options.ep_axes[0]
     builds = [
         (make_mesh(mesh), weights, make_build(config, mesh, ep, options.dtype, options.attention, weights))
-        for mesh, weights in itertools.product(options.meshes, options.weights)
+        for mesh, weights in itertools.product(options.meshes, options.weights_kinds)
     ]
     for mesh, weights, build in builds:
         # In the first row, so that a failure is a row.
@@ -64,7 +64,7 @@ def run(options: Options, config: ModelConfig, report: Report) -> None:
                 mesh=str(build.shape),
                 ep_axes=ep,
                 dtype=options.dtype,
-                weights=weights,
+                weights=str(weights),
             )
         make.cache_clear()
         clean_up()

@@ -88,7 +88,7 @@ def both_products(
 
 def _program(options: Options, config: ModelConfig, counts: np.ndarray, layers: int, weights: WeightsName) -> Any:
     c, local = config, len(counts)
-    matrices = functools.partial(_matrices, options, layers * local, weights)
+    matrices = functools.partial(random_matrices, options, layers * local, weights)
     gate_up = matrices(1, 2 * c.moe_intermediate_size, c.hidden_size)
     down = matrices(2, c.hidden_size, c.moe_intermediate_size)
 
@@ -105,7 +105,7 @@ def _program(options: Options, config: ModelConfig, counts: np.ndarray, layers: 
     return lambda: program(*operands)
 
 
-def _matrices(options: Options, count: int, weights: WeightsName, seed: int, n: int, k: int) -> Matrices:
+def random_matrices(options: Options, count: int, weights: WeightsName, seed: int, n: int, k: int) -> Matrices:
     """Random matrices of N(0, 1 / k)."""
     if weights == "bf16":
         return normal(seed, (count, n, k), options.dtype, k**-0.5)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jax_mla_cp.bench.bench_options import EpName, FormName, Options, WeightsName
+from jax_mla_cp.bench.bench_options import EpName, FormName, Options, WeightsKind
 from jax_mla_cp.bench.mla_parts import mla_parts, time_part
 from jax_mla_cp.bench.moe_parts import expert_parts
 from jax_mla_cp.bench.profile import time_by_scope
@@ -61,7 +61,7 @@ def run(options: Options, config: ModelConfig, report: Report) -> None:
             expert_parts(options, config, report, seq, held=held)
             clean_up()
             for ep in options.ep_axes:
-                for weights in options.weights:
+                for weights in options.weights_kinds:
                     _moe(options, config, report, seq, ep, weights, layers)
                     clean_up()
 
@@ -107,7 +107,7 @@ def _program(
     seq: int,
     ep: EpName,
     form: FormName,
-    weights: WeightsName,
+    weights: WeightsKind,
     stack: str,
     layers: int,
 ) -> Program:
@@ -136,7 +136,7 @@ def _mla(
             roofs.append(row["ms"] if part.use_measured_time else row["roof_ms"])
             alone.append(row["ms"])
 
-    def whole(weights: WeightsName) -> dict[str, Any]:
+    def whole(weights: WeightsKind) -> dict[str, Any]:
         program = _program(options, config, seq, "tp", form, weights, "dense", layers)
         timing = program.time(options.samples)
         ms = timing.seconds * 1e3 / layers
@@ -151,10 +151,10 @@ def _mla(
             }
         return row
 
-    for weights in options.weights:
-        row = report.row(table, "the whole layer", functools.partial(whole, weights), **facts, weights=weights)
+    for weights in options.weights_kinds:
+        row = report.row(table, "the whole layer", functools.partial(whole, weights), **facts, weights=str(weights))
         clean_up()
-        if held and weights == "bf16":
+        if held and weights.storage == "bf16":
             seen = row.get("to_sum") if row else None
             report.hold(
                 f"MLA layer, {form}, {seq} tokens, {mesh}: time / sum of its rooflines", seen, at_most=_HOLD_MLA
@@ -167,13 +167,13 @@ def _moe(
     report: Report,
     seq: int,
     ep: EpName,
-    weights: WeightsName,
+    weights: WeightsKind,
     layers: int,
 ) -> None:
     """Adds rows of the whole MoE layer, with random routing and with this rank's worst case."""
     c, tp = config, options.mesh.tp
     tokens = seq // options.mesh.cp
-    facts = {"seq": seq, "mesh": str(options.mesh), "ep_axes": ep, "dtype": options.dtype, "weights": weights}
+    facts = {"seq": seq, "mesh": str(options.mesh), "ep_axes": ep, "dtype": options.dtype, "weights": str(weights)}
     table = f"MoE layer, {seq} tokens"
     built: list[Program] = []
 

@@ -63,6 +63,9 @@ def query_seconds(config: ModelConfig, mesh: MeshShape, tokens: int, rate: float
     return c.num_layers * 2 * tokens / mesh.cp * width / rate
 
 
+_MATMUL = re.compile(r'dot_general|gemm|custom_call_target="(w8a8|few_rows\w*)"')
+
+
 def work_beside_gather(text: str, rows: int, width: int) -> bool | None:
     """Reads from a compiled program's schedule whether all its all-gathers of `[rows, width]` overlap with matmuls.
 
@@ -80,5 +83,5 @@ def work_beside_gather(text: str, rows: int, width: int) -> bool | None:
             if end.search(other) or other.startswith("}"):
                 break
             beside.append(other)
-        found.append(any("dot_general" in other or "gemm" in other for other in beside))
+        found.append(any(_MATMUL.search(other) for other in beside))
     return all(found) if found else None

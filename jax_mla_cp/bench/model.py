@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_mla_cp.bench.bench_options import EpName, FormName, Options, WeightsName
+from jax_mla_cp.bench.bench_options import EpName, FormName, Options, WeightsKind
 from jax_mla_cp.bench.links import STATED, communication, query_seconds, work_beside_gather
 from jax_mla_cp.bench.mock import MockBuild
 from jax_mla_cp.bench.program import (
@@ -47,7 +47,7 @@ def run(options: Options, config: ModelConfig, report: Report) -> None:
         "(at the matmul peak) if the compiled schedule overlaps them (`gather beside`)."
     )
     top = max(options.seq, default=0)
-    for weights in options.weights:
+    for weights in options.weights_kinds:
         bench = _Bench(options, config, report, weights)
         if top:
             bench.whole(top, options.forms[0], options.ep_axes[0])
@@ -59,14 +59,14 @@ def run(options: Options, config: ModelConfig, report: Report) -> None:
 
 
 class _Bench:
-    def __init__(self, options: Options, config: ModelConfig, report: Report, weights: WeightsName):
+    def __init__(self, options: Options, config: ModelConfig, report: Report, weights: WeightsKind):
         self.options, self.config, self.report, self.weights = options, config, report, weights
 
     def facts(self, seq: int, form: FormName, ep: EpName) -> dict[str, Any]:
         """Columns that every row has."""
         o = self.options
         mesh = str(o.mesh)
-        return {"seq": seq, "form": form, "mesh": mesh, "ep_axes": ep, "dtype": o.dtype, "weights": self.weights}
+        return {"seq": seq, "form": form, "mesh": mesh, "ep_axes": ep, "dtype": o.dtype, "weights": str(self.weights)}
 
     def build(self, dense: int, moe: int, positions: int, ep: EpName) -> MockBuild:
         o, part = self.options, with_layers(self.config, dense, moe, positions)

@@ -13,6 +13,7 @@ import numpy as np
 from jax_mla_cp.bench.bench_options import Options
 from jax_mla_cp.bench.data import normal
 from jax_mla_cp.bench.expert_products import FEW_TOKENS, both_products, choices, product_row
+from jax_mla_cp.bench.fp8_products import fp8_rows
 from jax_mla_cp.bench.mla_parts import Part, product, time_part
 from jax_mla_cp.bench.program import clean_up
 from jax_mla_cp.bench.roofline import Cost
@@ -47,16 +48,19 @@ def expert_parts(options: Options, config: ModelConfig, report: Report, seq: int
     ):
         cost = Cost(flops=2.0 * rows * k * n, moved=2.0 * (rows * (k + n) + few * k * n))
         dense = timed(f"dense product, {what}: {rows} x {k} x {n}", cost, product(options, "", rows, k, n).make)
-        even = np.full(few, rows // few, np.int32)
-        grouped = timed(f"grouped, {few} experts, even", cost, functools.partial(_grouped, options, rows, k, n, even))
-        uneven = _uneven(rows, local)
-        all_local = Cost(flops=2.0 * rows * k * n, moved=2.0 * (rows * (k + n) + local * k * n))
-        timed(
-            f"grouped, {local} experts, randomly routed",
-            all_local,
-            functools.partial(_grouped, options, rows, k, n, uneven),
-        )
+        sizes = {
+            f"{few} experts, even": np.full(few, rows // few, np.int32),
+            f"{local} experts, randomly routed": _uneven(rows, local),
+        }
+        grouped_ms = {}
+        for name, counts in sizes.items():
+            cost = Cost(flops=2.0 * rows * k * n, moved=2.0 * (rows * (k + n) + len(counts) * k * n))
+            make = functools.partial(_grouped, options, rows, k, n, counts)
+            grouped_ms[name] = timed(f"grouped, {name}", cost, make)
+        if any(kind.storage == "fp8" and kind.compute == "w8a8" for kind in options.weights_kinds):
+            fp8_rows(options, report, table, facts, what, k, n, sizes, grouped_ms, held=held)
         if held:
+            grouped = grouped_ms[f"{few} experts, even"]
             seen = dense / grouped if dense and grouped else None
             report.hold(
                 f"grouped product, {what}, {rows} rows, {few} experts: of a dense one", seen, at_least=_HOLD_GROUPED

@@ -17,7 +17,7 @@ from jax_mla_cp.attention import Implementation, resolve_implementation
 from jax_mla_cp.batch.form import Form
 from jax_mla_cp.batch.packing import DeviceBatch
 from jax_mla_cp.batch.step_request import StepRequest
-from jax_mla_cp.bench.bench_options import WeightsName
+from jax_mla_cp.bench.bench_options import PLAIN, WeightsKind
 from jax_mla_cp.bench.data import normal
 from jax_mla_cp.bench.mock import MockBuild, is_mocked, mock_build
 from jax_mla_cp.bench.random_weights import random_params, replicated
@@ -44,15 +44,15 @@ def make_build(
     ep_axes: str,
     dtype: str,
     attention: Implementation,
-    weights: WeightsName = "bf16",
+    weights: WeightsKind = PLAIN,
 ) -> MockBuild:
-    """Makes the build of a model, as `launch.plan_build` does; with "fp8", of an FP8 checkpoint as DeepSeek publishes them.
+    """Makes the build of a model, as `launch.plan_build` does; with weights in FP8, of a checkpoint as DeepSeek publishes them.
 
     Raises:
       ConfigError: the attention asked for can't run here.
     """
     resolved = resolve_implementation(attention, config, dtype)
-    fp8 = weights == "fp8"
+    fp8 = weights.storage == "fp8"
     if fp8:
         config = dataclasses.replace(config, quantization=FP8_FORMAT)
     return mock_build(
@@ -64,6 +64,7 @@ def make_build(
         attention=resolved,
         grouped_matmul=resolve_grouped_matmul(),
         fp8=fp8,
+        fp8_compute=weights.compute,
     )
 
 

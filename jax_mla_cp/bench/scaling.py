@@ -56,7 +56,7 @@ def run(
         meshes = {shape: processes.make_mesh(shape) for shape in options.meshes}
         builds = [
             (mesh, ep, weights, make_build(config, mesh, ep, options.dtype, options.attention, weights))
-            for weights, mesh, ep in itertools.product(options.weights, options.meshes, options.ep_axes)
+            for weights, mesh, ep in itertools.product(options.weights_kinds, options.meshes, options.ep_axes)
         ]
     begin()
     gpu_seconds: _GpuSeconds = {}
@@ -73,7 +73,7 @@ def run(
                 seq=seq,
                 form=form,
                 dtype=options.dtype,
-                weights=weights,
+                weights=str(weights),
             )
             if row is None and not processes.alone:
                 raise ProcessFailed(f"{mesh}, {seq} tokens: {report.rows[-1]['error']}")
@@ -81,7 +81,7 @@ def run(
         make.cache_clear()
         clean_up()
     report.notes.append(
-        f"efficiency: GPU-seconds of {options.meshes[0]}, experts over {options.ep_axes[0]}, {options.weights[0]} weights, divided by the row's; empty if that row "
+        f"efficiency: GPU-seconds of {options.meshes[0]}, experts over {options.ep_axes[0]}, {options.weights_kinds[0]} weights, divided by the row's; empty if that row "
         "failed. Times are from tokens to the last token's logits, with random weights and even routing."
     )
 

@@ -100,9 +100,10 @@ def test_the_whole_decode_step(small_blocks: None) -> None:
         mesh=MeshShape(tp=2),
         ep_axes=("tp",),
         weights=("bf16", "fp8"),
+        fp8_compute=("w8a16",),
     )
     rows = report.rows[-4:]
-    assert [row["weights"] for row in rows] == ["bf16", "bf16", "fp8", "fp8"]
+    assert [row["weights"] for row in rows] == ["bf16", "bf16", "fp8, w8a16", "fp8, w8a16"]
     assert [row["what"] for row in rows] == ["random routing", "all tokens to this rank's experts"] * 2
     assert {(row["mesh"], row["ep_axes"]) for row in rows} == {("tp=2,cp=1", "tp")}
     assert all(row["roof_ms"] > 0 and row["ms"] > 0 for row in rows)
@@ -122,6 +123,26 @@ def test_the_engine() -> None:
         assert row["run_ahead"] == (1 if row["what"] == "ahead" else 0)
 
 
+def test_layer_in_fp8() -> None:
+    report = run(
+        layer,
+        command="layer",
+        model="tiny",
+        seq=(600,),
+        mesh=MeshShape(cp=2),
+        forms=("absorbed",),
+        ep_axes=("tp",),
+        layers=1,
+        weights=("fp8",),
+    )
+    whole = [row["weights"] for row in report.rows if row["what"] == "the whole layer, random routing"]
+    assert whole == ["fp8, w8a8"]
+    products = [row for row in report.rows if row["what"].startswith("grouped in FP8")]
+    assert len(products) == 4 and all(row["tflops"] > 0 and row["weights"] == "fp8, w8a8" for row in products)
+    names = {row["what"] for row in report.rows}
+    assert {"quantizing the rows, gate and up", "quantizing the rows, down"} <= names
+
+
 @pytest.mark.parametrize("mocked", [False, True])
 def test_layer(mocked: bool, monkeypatch: pytest.MonkeyPatch, small_blocks: None, tmp_path: Path) -> None:
     monkeypatch.setattr(program, "is_mocked", lambda: mocked)
@@ -136,6 +157,7 @@ def test_layer(mocked: bool, monkeypatch: pytest.MonkeyPatch, small_blocks: None
         layers=2,
         profile=None if mocked else tmp_path,
         weights=("bf16", "fp8") if mocked else ("bf16",),
+        fp8_compute=("w8a16",),
     )
     whole = next(row for row in report.rows if row["what"] == "the whole layer")
     assert whole["to_sum"] == pytest.approx(whole["ms"] / whole["roof_ms"])
@@ -145,7 +167,8 @@ def test_layer(mocked: bool, monkeypatch: pytest.MonkeyPatch, small_blocks: None
     assert "the whole layer, all tokens to this rank's experts" in names
     if mocked:
         layers = [row for row in report.rows if row["what"].startswith("the whole layer")]
-        assert [row["weights"] for row in layers] == ["bf16", "fp8", "bf16", "bf16", "fp8", "fp8"]
+        kinds = ["bf16", "fp8, w8a16"]
+        assert [row["weights"] for row in layers] == [*kinds, *(kind for kind in kinds for _ in range(2))]
         assert layers[4]["args_gb"] < 0.7 * layers[2]["args_gb"], "the experts take half the memory"
     if not mocked:
         scopes = {row["what"] for row in report.rows if "time by scope" in row["table"]}

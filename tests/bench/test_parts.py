@@ -86,6 +86,11 @@ SCHEDULE = """
 def test_overlap_is_read_from_the_schedule() -> None:
     assert work_beside_gather(SCHEDULE, 8, 4) is True
     assert work_beside_gather(SCHEDULE.replace("dot_general", "add").replace("%cublas", "%add"), 8, 4) is False
+    fp8 = SCHEDULE.replace("dot_general", "ffi_call").replace(
+        "custom-call(%x, %w)", 'custom-call(%x), custom_call_target="w8a8"'
+    )
+    assert work_beside_gather(fp8, 8, 4) is True
+    assert work_beside_gather(fp8.replace("w8a8", "quantize_rows"), 8, 4) is False
     assert work_beside_gather(SCHEDULE, 16, 4) is None
     assert work_beside_gather("%all-gather.1 = bf16[8,4] all-gather(%x)", 8, 4) is None
 
