@@ -147,8 +147,8 @@ class Axes:
         return size
 
     def index(self, axes: str | tuple[str, ...]) -> jax.Array | int:
-        """This device's number along `axes`, the last of them fastest."""
-        return lax.axis_index(axes) if self.shape else 0
+        """This device's number along `axes`, the last of them fastest; 0 along none."""
+        return lax.axis_index(axes) if self.shape and axes else 0
 
     def psum(self, x: jax.Array, axes: str | tuple[str, ...]) -> jax.Array:
         """Sum over `axes`; the result is the same on all of them."""

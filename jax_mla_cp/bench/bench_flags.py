@@ -267,7 +267,7 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "metavar": "AXES",
         "nargs": "+",
         "type": str,
-        "help": 'mesh axes that divide the experts, one or more choices: tp "tp,cp"',
+        "help": 'mesh axes that divide the experts, one or more choices: none (tp divides their width) tp "tp,cp"',
     },
     "--weights": {
         "metavar": "NAME,NAME",

@@ -16,7 +16,7 @@ from jax_mla_cp.mesh import MeshShape
 
 Command = Literal["attention", "layer", "model", "decode", "load", "host", "scaling", "engine"]
 FormName = Literal["expanded", "absorbed"]
-EpName = Literal["tp", "tp,cp", "tp,cp,dp"]
+EpName = Literal["none", "tp", "tp,cp", "tp,cp,dp"]
 WeightsName = Literal["bf16", "fp8"]
 
 

@@ -134,9 +134,9 @@ def make_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--mesh", metavar="AXES", type=mesh, help="also what each device would hold, e.g. tp=8,cp=4")
     inspect.add_argument(
         "--ep-axes",
-        metavar='{tp,"tp,cp","tp,cp,dp"}',
+        metavar='{none,tp,"tp,cp","tp,cp,dp"}',
         default="tp",
-        help="what divides the experts on it (default: tp)",
+        help="what divides the experts on it; none: tp divides their width (default: tp)",
     )
     inspect.add_argument(
         "--tensors", action="store_true", help="a table of the tensors, those of all layers in one row"

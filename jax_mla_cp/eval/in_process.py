@@ -89,7 +89,7 @@ class InProcessBackend:
             "dtype": str(build.dtype),
             "weights": "fp8" if build.fp8 else str(build.dtype),
             "fp8_compute": build.fp8_compute if build.fp8 else "off",
-            "ep_axes": ",".join(build.ep_axes),
+            "ep_axes": build.ep_name,
             "attention": build.attention,
             "form": self._options.form,
             "prefill_chunk": self._options.prefill_chunk,

@@ -76,9 +76,10 @@ def add_model_flags(p: argparse.ArgumentParser) -> None:
     )
     devices.add_argument(
         "--ep-axes",
-        metavar='{auto,tp,"tp,cp","tp,cp,dp"}',
+        metavar='{auto,none,tp,"tp,cp","tp,cp,dp"}',
         type=choice(*get_args(EpAxes)),
-        help="mesh axes that shard the experts; auto: the fewest axes whose shards fit into memory (default: auto)",
+        help="mesh axes that shard the experts; none: each device has all of them, and tp shards their width; auto: the fewest axes "
+        "whose shards fit into memory (default: auto)",
     )
     devices.add_argument(
         "--attention",

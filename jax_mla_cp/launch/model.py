@@ -165,7 +165,7 @@ def plan_build(
             fp8_compute=fp8_compute,
             mtp=mtp,
         )
-        for name in ([ep_axes] if ep_axes != "auto" else EP_CHOICES)
+        for name in ([ep_axes] if ep_axes != "auto" else [name for name in EP_CHOICES if name != "none"])
     ]
     available = platform.device_memory() * _WEIGHTS_FRACTION
     fitting = [build for build in builds if weight_bytes(build) <= available]

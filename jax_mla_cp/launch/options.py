@@ -16,7 +16,7 @@ from jax_mla_cp.mesh import MeshShape
 from jax_mla_cp.platform import Platform
 from jax_mla_cp.step.planner import MAX_DRAFT_TOKENS
 
-EpAxes = Literal["auto", "tp", "tp,cp", "tp,cp,dp"]
+EpAxes = Literal["auto", "none", "tp", "tp,cp", "tp,cp,dp"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 Speculative = Literal["off", "mtp"]
 

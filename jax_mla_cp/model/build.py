@@ -13,8 +13,11 @@ from jax_mla_cp.config.quantization import Fp8Compute
 from jax_mla_cp.mesh import CP, DP, TP, Axes, MeshShape
 from jax_mla_cp.model.grouped_matmul import GroupedMatmul
 
-EP_CHOICES: dict[str, tuple[str, ...]] = {"tp": (TP,), "tp,cp": (CP, TP), "tp,cp,dp": (DP, CP, TP)}
-"""The choices of `ep_axes`, each with the mesh axes that divide the experts, slowest first."""
+EP_CHOICES: dict[str, tuple[str, ...]] = {"none": (), "tp": (TP,), "tp,cp": (CP, TP), "tp,cp,dp": (DP, CP, TP)}
+"""The choices of `ep_axes`, each with the mesh axes that divide the experts, slowest first.
+
+With none each device has all experts, and tp divides their width, as it does that of other MLPs.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +56,17 @@ class Build:
                 "mtp",
                 "the model has no layer for multi-token prediction (config.json's num_nextn_predict_layers). Leave it off.",
             )
-        _check_divides(self.config, self.shape or MeshShape())
+        _check_divides(self)
 
     @property
     def axes(self) -> Axes:
         """The mesh axes' collectives, for code that runs per device."""
         return Axes(self.shape)
+
+    @property
+    def ep_name(self) -> str:
+        """The choice of `ep_axes`."""
+        return next(name for name, axes in EP_CHOICES.items() if axes == self.ep_axes)
 
     @property
     def cache_layers(self) -> int:
@@ -104,15 +112,18 @@ def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def _check_divides(config: ModelConfig, shape: MeshShape) -> None:
+def _check_divides(build: Build) -> None:
     """Checks that tp divides the heads and the widths of the MLPs.
 
     Raises:
       ConfigError: it does not.
     """
+    config, shape = build.config, build.shape or MeshShape()
     rules = {"num_attention_heads": config.num_heads}
     if config.num_dense_layers:
         rules["intermediate_size"] = config.intermediate_size
+    if config.num_moe_layers and not build.ep_axes:
+        rules["moe_intermediate_size"] = config.moe_intermediate_size
     if config.num_moe_layers and config.n_shared_experts:
         rules["n_shared_experts * moe_intermediate_size"] = config.n_shared_experts * config.moe_intermediate_size
     for name, size in rules.items():

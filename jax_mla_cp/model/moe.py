@@ -1,7 +1,8 @@
 """Mixture of experts: the routers of DeepSeek-V2 and V3, and experts divided over the mesh.
 
 No token is ever dropped, and the cost follows the rows that exist. Tokens are replicated over tp already, so experts over
-tp alone exchange nothing: every rank computes its own experts' part of each token and the layer's psum adds them up.
+tp alone exchange nothing: every rank computes its own experts' part of each token and the layer's psum adds them up. So it is where tp
+divides each expert's width: every rank computes a part of each of a token's experts, and none has more to do than another.
 Where cp or dp divide the experts too, tokens are gathered over those axes and the results scattered back.
 """
 
@@ -41,9 +42,10 @@ class Moe(nnx.Module):
         if c.routing_bias:
             self.bias = param(c.n_routed_experts, dtype=float32)
         experts = build.padded_experts
-        width, spec = c.moe_intermediate_size, (build.ep_axes, None, None)
-        self.gate_up = param.matrix(experts, 2, width, c.hidden_size, spec=(*spec, None), experts=True)
-        self.down = param.matrix(experts, c.hidden_size, width, spec=spec, experts=True)
+        width, divided = c.moe_intermediate_size, build.ep_axes or None
+        tp = None if build.ep_axes else TP  # of the width
+        self.gate_up = param.matrix(experts, 2, width, c.hidden_size, spec=(divided, None, tp, None), experts=True)
+        self.down = param.matrix(experts, c.hidden_size, width, spec=(divided, None, tp), experts=True)
         if c.n_shared_experts:
             self.shared = Mlp(param, c.hidden_size, c.n_shared_experts * c.moe_intermediate_size)
 
@@ -69,7 +71,8 @@ class Moe(nnx.Module):
         slices = -(-tokens * axes.size(gather_over) // _MAX_TOKENS)
         size = -(-tokens // slices)
         stacks = self._stacks()
-        share = -(-size * expert.shape[1] // axes.size(TP))  # this device's even part of the pairs in a slice
+        # This device's even part of the pairs in a slice.
+        share = -(-size * expert.shape[1] * axes.size(gather_over) // axes.size(self.build.ep_axes))
         # Quantized once for all of a token's experts, and before it travels.
         w8a8 = all(quantizes_rows(stack, share, self._local, self.build.fp8_compute) for stack in stacks)
         rows = quantize(x, self.build.grouped_matmul) if w8a8 else x

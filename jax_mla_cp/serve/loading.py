@@ -45,7 +45,7 @@ def load(config: ServerOptions, devices: Devices) -> Loaded:
         config.model or "the built-in model (a small demo: it finds pass keys and continues technical English)",
         model.build.dtype,
         f", weights in FP8 ({model.build.fp8_compute})" if model.build.fp8 else "",
-        ",".join(model.build.ep_axes),
+        model.build.ep_name,
         _ATTENTION[model.build.attention],
         time.perf_counter() - began,
     )

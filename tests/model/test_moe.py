@@ -186,7 +186,15 @@ def test_one_window_is_one_straight_pass(small_windows: Callable[[int], None]) -
 
 @pytest.mark.parametrize(
     ("mesh", "ep"),
-    [(None, "tp"), ("tp=2,cp=2", "tp"), ("tp=2,cp=2", "tp,cp"), ("tp=2,cp=2", "tp,cp,dp"), ("dp=2,tp=2", "tp,cp,dp")],
+    [
+        (None, "tp"),
+        (None, "none"),
+        ("tp=2,cp=2", "none"),
+        ("tp=2,cp=2", "tp"),
+        ("tp=2,cp=2", "tp,cp"),
+        ("tp=2,cp=2", "tp,cp,dp"),
+        ("dp=2,tp=2", "tp,cp,dp"),
+    ],
 )
 def test_windows_on_meshes(mesh: str | None, ep: str, replace: Callable[[str, object], None]) -> None:
     """A window that holds some devices' pairs and not others': each device chooses for itself."""

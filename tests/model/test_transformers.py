@@ -29,7 +29,7 @@ CASES = [
     ("v3", "tp=8,cp=4", "tp", "absorbed"),
     ("no_q_lora", "tp=2,cp=3", "tp,cp", "expanded"),
     ("one_group", "tp=4,cp=2", "tp,cp", "absorbed"),
-    ("two_groups", "cp=8", "tp", "auto"),
+    ("two_groups", "tp=2,cp=4", "none", "auto"),
     ("odd_vocab", "dp=2,tp=4,cp=2", "tp", "expanded"),
     ("tied", "tp=8", "tp", "auto"),
     ("old_config", "dp=2,tp=2,cp=2", "tp,cp,dp", "absorbed"),
@@ -40,6 +40,7 @@ CASES = [
     ("sharded", "tp=4,cp=8", "auto", "auto"),
     ("v2", "tp=2,cp=3", "tp,cp", "expanded"),
     ("v2_lite", "dp=2,tp=2,cp=2", "tp,cp,dp", "absorbed"),
+    ("v2_lite", "tp=4", "none", "auto"),
     ("k25", "tp=4,cp=2", "tp,cp", "auto"),
 ]
 

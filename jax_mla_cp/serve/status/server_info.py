@@ -42,7 +42,7 @@ def server_info(model_name: str, runner: Runner, tokenizer: Tokenizer | None) ->
             "weights": "fp8" if build.fp8 else str(build.dtype),
             "fp8_compute": build.fp8_compute if build.fp8 else "off",
             "attention": build.attention,
-            "experts_over": ",".join(build.ep_axes),
+            "experts_over": build.ep_name,
             "page_size": str(runner.page_size),
             "prefill_chunk": str(runner.prefill_chunk),
         },
