@@ -69,18 +69,16 @@ def fp8_rows(
         moved = m * (k + 2 * n) + len(counts) * k * n
         make = functools.partial(_grouped, options, m, k, n, counts)
         ms = timed(f"grouped in FP8, {what}, {name}", make, Cost(flops, moved=float(moved)), peak)
-        if held and ms:
-            report.hold(f"grouped in FP8, {what}, {name}: TFLOP/s", flops / ms * 1e-9, at_least=_HOLD_TFLOPS)
-            plain = bf16_ms.get(name)
-            report.hold(
-                f"grouped in FP8, {what}, {name}: times bfloat16's speed",
-                plain / ms if plain else None,
-                at_least=_HOLD_SPEEDUP,
-            )
+        if held:
+            reached, plain = flops / ms * 1e-9 if ms else None, bf16_ms.get(name)
+            report.hold(f"grouped in FP8, {what}, {name}: TFLOP/s", reached, at_least=_HOLD_TFLOPS)
+            times = plain / ms if plain and ms else None
+            report.hold(f"grouped in FP8, {what}, {name}: times bfloat16's speed", times, at_least=_HOLD_SPEEDUP)
     x = functools.partial(normal, 0, (m, k), options.dtype)
     ms = timed(f"quantizing the rows, {what}", lambda: _quantize(x()), Cost(moved=float(3 * m * k)), None)
-    if held and ms and dense:
-        report.hold(f"quantizing the rows, {what}: of a dense product in FP8", ms / dense, at_most=_HOLD_QUANTIZATION)
+    if held:
+        share = ms / dense if ms and dense else None
+        report.hold(f"quantizing the rows, {what}: of a dense product in FP8", share, at_most=_HOLD_QUANTIZATION)
 
 
 def _dense(m: int, k: int, n: int) -> Callable[[], Any]:
