@@ -68,7 +68,9 @@ class Moe(nnx.Module):
         gather_over = tuple(axis for axis in self.build.ep_axes if axis != TP)
         axes = self.build.axes
         tokens = len(x)
-        slices = -(-tokens * axes.size(gather_over) // _MAX_TOKENS)
+        # Where tp divides the width, a device has rows for all of a token's experts, not for one tp'th of them.
+        copies = 1 if self.build.ep_axes else axes.size(TP)
+        slices = -(-tokens * axes.size(gather_over) * copies // _MAX_TOKENS)
         size = -(-tokens // slices)
         stacks = self._stacks()
         # This device's even part of the pairs in a slice.

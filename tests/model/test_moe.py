@@ -230,7 +230,7 @@ def test_the_router_masks_groups_with_minus_infinity() -> None:
         np.testing.assert_allclose(weight[t], 2.5 * chosen / chosen.sum(), rtol=1e-4)
 
 
-@pytest.mark.parametrize(("mesh", "ep"), [(None, "tp"), ("tp=2,cp=2", "tp,cp")])
+@pytest.mark.parametrize(("mesh", "ep"), [(None, "tp"), ("tp=2", "none"), ("tp=2,cp=2", "tp,cp")])
 def test_slices_of_tokens_change_nothing(mesh: str | None, ep: str, replace: Callable[[str, object], None]) -> None:
     """The buffers' bound cuts long inputs into slices; uneven ones are padded with tokens that go to no expert."""
     tokens = np.random.default_rng(2).integers(0, CONFIG.vocab_size, 101).tolist()
