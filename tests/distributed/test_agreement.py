@@ -131,6 +131,7 @@ CHANGED: dict[str, Any] = {
     "platform": "cpu",
     "dtype": "bfloat16",
     "weights": "bf16",
+    "fp8_compute": "w8a16",
     "ep_axes": "tp",
     "attention": "xla",
     "form": "absorbed",
