@@ -14,6 +14,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from jax_mla_cp.bench import program
+from jax_mla_cp.bench.bench_options import WeightsKind
 from jax_mla_cp.bench.mock import MockAxes, mock_build, noise
 from jax_mla_cp.bench.program import make_build, make_model
 from jax_mla_cp.bench.random_weights import favor_first_rank
@@ -72,7 +73,7 @@ def test_with_real_collectives_the_program_is_the_true_one(mesh: str, ep: str) -
 def test_weights_in_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same spread, in the range of e4m3, and no NaN."""
     monkeypatch.setattr(program, "FP8_FORMAT", Quantization("fp8", (16, 16)))  # blocks of which the model has several
-    params = make_model(make_build(model_config("tiny"), MESH, "tp", "bfloat16", "xla", "fp8")).params
+    params = make_model(make_build(model_config("tiny"), MESH, "tp", "bfloat16", "xla", WeightsKind("fp8"))).params
     for path, fan_in in ((("mlp", "gate_up"), 128), (("mla", "q_b"), model_config("tiny").q_lora_rank)):
         kept = params["moe"][path[0]][path[1]]
         stored = np.asarray(kept["q"].get_value()).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
