@@ -16,7 +16,24 @@ namespace mla::few_rows {
 namespace {
 
 constexpr int kMaxCluster = 8;
-constexpr int kMinBlocks = 7;  // stages of a CTA of a cluster: with 6 the cluster cost what it gained (V3's q_b)
+
+// The CTAs over whose cluster the inputs of a tile are divided: those of the least time by this model of it, in
+// hundredths of a microsecond on an H100. A CTA streams its stages; a cluster costs more the more CTAs are in clusters.
+// All clusters must run at once, or the last ones take as long again: a cluster lies within a GPC, and of the GPCs'
+// multiprocessors some are disabled. An H100 runs 30 clusters of four, not 33.
+template <typename C>
+int ChooseCluster(int64_t tiles, int64_t blocks) {
+  constexpr int64_t kStage = C::kFp8 ? 20 : 14, kCluster = 50, kCta = 3;
+  int64_t best_time = blocks * kStage;
+  int best = 1;
+  for (int cluster = 2; cluster <= kMaxCluster; cluster *= 2) {
+    int64_t time = (blocks + cluster - 1) / cluster * kStage + kCluster + tiles * cluster * kCta;
+    if (time >= best_time || tiles > ActiveClusters(FewRowsKernel<C>, cluster, kThreads, C::kBytes)) continue;
+    best_time = time;
+    best = cluster;
+  }
+  return best;
+}
 
 template <typename C>
 cudaError_t Launch(const FewRows& call, int num_sm, cudaStream_t stream) {
@@ -41,12 +58,8 @@ cudaError_t Launch(const FewRows& call, int num_sm, cudaStream_t stream) {
   // An upper bound: which groups have rows is known on the device only.
   int64_t used_groups = std::min(call.rows, call.groups);
   int64_t row_tiles = used_groups + (call.rows - used_groups) / C::kMaxRows;
-  // Only where one group's tiles can't fill the GPU. Several groups' can, mostly, and were slower when divided.
-  int cluster = 1;
-  while (call.groups == 1 && cluster < kMaxCluster && row_tiles * output_tiles * cluster * 2 <= num_sm &&
-         blocks >= 2 * kMinBlocks * cluster) {
-    cluster *= 2;
-  }
+  // Several groups' tiles fill the GPU, mostly, and were slower when divided.
+  int cluster = call.groups == 1 ? ChooseCluster<C>(row_tiles * output_tiles, blocks) : 1;
   int64_t clusters = std::min<int64_t>(num_sm / cluster, row_tiles * output_tiles);
   Arguments args{call.scales,
                  call.group_sizes,
