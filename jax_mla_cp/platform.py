@@ -19,7 +19,11 @@ _FLAGS: dict[str, dict[str, str]] = {
     # XLA:CPU kills the process when a device waits this long in a collective: 40 s by default, less than a long step takes.
     "cpu": {"--xla_cpu_collective_call_terminate_timeout_seconds": "3600"},
     # Starts the gather of the latents first and waits for it where it is needed, behind the query projections.
-    "cuda": {"--xla_gpu_enable_latency_hiding_scheduler": "true"},
+    # Kernels of a CUDA graph that don't need each other run beside each other: a decode step's are small (docs/benchmarks.md).
+    "cuda": {
+        "--xla_gpu_enable_latency_hiding_scheduler": "true",
+        "--xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
+    },
 }
 """Flags added to XLA_FLAGS, unless the user's value names them."""
 

@@ -12,6 +12,7 @@ from jax_mla_cp import platform
 from jax_mla_cp.config.errors import ConfigError
 
 HIDING = "--xla_gpu_enable_latency_hiding_scheduler"
+GRAPHS = "--xla_gpu_command_buffer_scheduling_mode=CONCURRENT"
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
 
 def test_gpu(fresh: dict[str, object]) -> None:
     assert platform.setup("cuda", 8) == "cuda"
-    assert os.environ["XLA_FLAGS"] == f"{HIDING}=true"
+    assert os.environ["XLA_FLAGS"] == f"{HIDING}=true {GRAPHS}"
     assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.92"
     assert fresh == {"jax_platforms": "cuda,cpu"}
 
@@ -38,7 +39,7 @@ def test_what_the_user_sets_stays(fresh: dict[str, object], monkeypatch: pytest.
     monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to=x {HIDING}=false")
     monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.5")  # jaxlib refuses both names together
     platform.setup("cuda", 8)
-    assert os.environ["XLA_FLAGS"] == f"--xla_dump_to=x {HIDING}=false"
+    assert os.environ["XLA_FLAGS"] == f"--xla_dump_to=x {HIDING}=false {GRAPHS}"
     assert "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ
 
 
