@@ -17,7 +17,7 @@ CUDA = $(if $(filter 0 off no false n f,$(JAX_MLA_CP_CUDA)),,$(JAX_MLA_CP_CUDA)$
 # Elsewhere the install is pure Python and needs no compiler: attention runs in XLA.
 INSTALLED := $(VENV)/$(if $(or $(CUDA),$(wildcard $(VENV)/.extension),$(filter test soak,$(MAKECMDGOALS))),.extension,.pure)
 
-FFI := $(filter-out %.md,$(wildcard ffi/*.* ffi/kernels/* ffi/few_rows/* ffi/grouped/* ffi/w8a8/* ffi/cmake/*))
+FFI := $(filter-out %.md,$(wildcard ffi/*.* ffi/*/*))
 CPP := $(filter %.h %.cc %.cu,$(FFI))
 # An editable install knows its modules by their files: one that was moved or removed since needs a new one.
 MOVED := $(shell [ ! -f $(VENV)/.modules ] || xargs ls -d <$(VENV)/.modules >/dev/null 2>&1 || echo moved)

@@ -147,6 +147,30 @@ struct Partials {
   }
 };
 
+// A division of the rows' keys into splits, made once for all calls with the same rows.
+struct Splits {
+  // [SplitsSize(B)]; null: the call makes its own.
+  const int32_t* schedule;
+
+  static Splits Check(Checker& check, int64_t rows, const ffi::AnyBuffer& splits) {
+    check.Rank("splits", splits, 1);
+    if (!check.ok() || splits.dimensions()[0] == 0) return {nullptr};
+    check.Buffer("splits", splits, ffi::S32, {SplitsSize(rows)});
+    return {static_cast<const int32_t*>(splits.untyped_data())};
+  }
+};
+
+// Binds the target that makes them.
+template <typename Binding>
+auto BindScheduleSplits(Binding&& binding) {
+  return std::forward<Binding>(binding)
+      .template Arg<ffi::AnyBuffer>()  // cu_q
+      .template Arg<ffi::AnyBuffer>()  // kv_len
+      .template Ret<ffi::AnyBuffer>()  // splits
+      .template Attr<int64_t>("heads")
+      .template Attr<int64_t>("max_splits");
+}
+
 // The handlers' arguments in order, bound after those that the platform adds.
 template <typename Binding>
 auto BindExpanded(Binding&& binding) {
@@ -170,7 +194,12 @@ auto BindAbsorbedOperands(Binding&& binding) {
       .template Arg<ffi::AnyBuffer>()   // pages
       .template Arg<ffi::AnyBuffer>()   // page_table
       .template Arg<ffi::AnyBuffer>()   // cu_q
-      .template Arg<ffi::AnyBuffer>()   // kv_len
+      .template Arg<ffi::AnyBuffer>();  // kv_len
+}
+
+template <typename Binding>
+auto BindAbsorbedResults(Binding&& binding) {
+  return std::forward<Binding>(binding)
       .template Ret<ffi::AnyBuffer>()   // out
       .template Ret<ffi::AnyBuffer>()   // lse
       .template Ret<ffi::AnyBuffer>();  // scheduler
@@ -178,14 +207,15 @@ auto BindAbsorbedOperands(Binding&& binding) {
 
 template <typename Binding>
 auto BindAbsorbed(Binding&& binding) {
-  return BindAbsorbedOperands(std::forward<Binding>(binding)).template Attr<float>("scale");
+  return BindAbsorbedResults(BindAbsorbedOperands(std::forward<Binding>(binding))).template Attr<float>("scale");
 }
 
 template <typename Binding>
 auto BindDecode(Binding&& binding) {
-  return BindAbsorbedOperands(std::forward<Binding>(binding))
-      .template Ret<ffi::AnyBuffer>()  // out_partial
-      .template Ret<ffi::AnyBuffer>()  // lse_partial
+  return BindAbsorbedResults(
+             BindAbsorbedOperands(std::forward<Binding>(binding)).template Arg<ffi::AnyBuffer>())  // splits
+      .template Ret<ffi::AnyBuffer>()                                                              // out_partial
+      .template Ret<ffi::AnyBuffer>()                                                              // lse_partial
       .template Attr<float>("scale");
 }
 

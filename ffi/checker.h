@@ -33,7 +33,7 @@ class Checker {
     }
     if (!fits) {
       Fail(name, "expected " + Shape(dtype, dims) + ", got " + Shape(buffer.element_type(), buffer.dimensions()));
-    } else if (reinterpret_cast<uintptr_t>(buffer.untyped_data()) % kAlignment != 0) {
+    } else if (buffer.size_bytes() >= kAlignment && reinterpret_cast<uintptr_t>(buffer.untyped_data()) % kAlignment) {
       Fail(name, "expected a " + std::to_string(kAlignment) + "-byte aligned address, got one that is not");
     }
   }
@@ -55,11 +55,12 @@ class Checker {
   void Fail(const char* name, const std::string& problem) { message_ = std::string(name) + ": " + problem; }
   template <typename Dims>
   static std::string Shape(ffi::DataType dtype, const Dims& dims) {
-    std::string text = dtype == ffi::BF16  ? "bfloat16["
-                       : dtype == ffi::F32 ? "float32["
-                       : dtype == ffi::S32 ? "int32["
-                       : dtype == ffi::U8  ? "uint8["
-                                           : "dtype " + std::to_string(static_cast<int>(dtype)) + " [";
+    std::string text = dtype == ffi::BF16   ? "bfloat16["
+                       : dtype == ffi::F32  ? "float32["
+                       : dtype == ffi::S32  ? "int32["
+                       : dtype == ffi::U8   ? "uint8["
+                       : dtype == ffi::PRED ? "bool["
+                                            : "dtype " + std::to_string(static_cast<int>(dtype)) + " [";
     const char* comma = "";
     for (int64_t dim : dims) {
       text += comma + (dim == kAny ? std::string("any") : std::to_string(dim));

@@ -158,13 +158,24 @@ ffi::Error PrefillAbsorbed(ffi::AnyBuffer q_latent, ffi::AnyBuffer q_rope, ffi::
 }
 
 ffi::Error Decode(ffi::AnyBuffer q_latent, ffi::AnyBuffer q_rope, ffi::AnyBuffer pages, ffi::AnyBuffer page_table,
-                  ffi::AnyBuffer cu_q, ffi::AnyBuffer kv_len, Result out, Result lse, Result scheduler,
-                  Result out_partial, Result lse_partial, float scale) {
+                  ffi::AnyBuffer cu_q, ffi::AnyBuffer kv_len, ffi::AnyBuffer splits, Result out, Result lse,
+                  Result scheduler, Result out_partial, Result lse_partial, float scale) {
   constexpr const char* target = "mla_decode";
   Checker check(target);
   Absorbed call = Absorbed::Check(check, q_latent, q_rope, pages, page_table, cu_q, kv_len, out, lse, scheduler, scale);
   Partials::Check(check, call.common, out_partial, lse_partial);
+  Splits::Check(check, call.rows.count, splits);
   return check.ok() ? RunAbsorbed(target, call) : check.error();
+}
+
+// This platform's mla_decode splits nothing.
+ffi::Error Schedule(ffi::AnyBuffer cu_q, ffi::AnyBuffer kv_len, Result splits, int64_t, int64_t) {
+  Checker check("schedule_splits");
+  Rows rows = Rows::Check(check, cu_q, kv_len);
+  check.Buffer("splits", *splits, ffi::S32, {SplitsSize(rows.count)});
+  if (!check.ok()) return check.error();
+  std::fill_n(static_cast<int32_t*>(splits->untyped_data()), SplitsSize(rows.count), 0);
+  return ffi::Error::Success();
 }
 
 }  // namespace
@@ -173,3 +184,4 @@ ffi::Error Decode(ffi::AnyBuffer q_latent, ffi::AnyBuffer q_rope, ffi::AnyBuffer
 XLA_FFI_DEFINE_HANDLER_SYMBOL(MlaPrefillExpandedCpu, mla::PrefillExpanded, mla::BindExpanded(xla::ffi::Ffi::Bind()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(MlaPrefillAbsorbedCpu, mla::PrefillAbsorbed, mla::BindAbsorbed(xla::ffi::Ffi::Bind()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(MlaDecodeCpu, mla::Decode, mla::BindDecode(xla::ffi::Ffi::Bind()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ScheduleSplitsCpu, mla::Schedule, mla::BindScheduleSplits(xla::ffi::Ffi::Bind()));

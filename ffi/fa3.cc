@@ -20,10 +20,17 @@ namespace {
 // Rows that FA3's scheduler sorts in one block, which may overlap with the launch of the attention kernel.
 constexpr int64_t kMaxPdlRows = 992;
 
+void SetMetadata(Flash_fwd_params& params, const SchedulerMetadata& metadata) {
+  params.num_splits_dynamic_ptr = metadata.num_splits_dynamic;
+  params.num_m_blocks_ptr = metadata.num_m_blocks;
+  params.varlen_batch_idx_ptr = metadata.varlen_batch_idx;
+  params.num_nheads_in_l2_ptr = metadata.num_nheads_in_l2;
+}
+
 // Sets the parameters that all kernels share. `params` is zero: fields that are not set are off.
 ffi::Error SetParams(const char* target, const Common& call, const Rows& rows, float scale, Flash_fwd_params& params) {
   if (ffi::Error error = CheckHopper(target, params.num_sm); error.failure()) return error;
-  int b = static_cast<int>(rows.count), padded = static_cast<int>(RoundUp4(rows.count));
+  int b = static_cast<int>(rows.count);
   params.arch = 90;
   params.is_bf16 = true;
   params.is_causal = true;
@@ -43,12 +50,9 @@ ffi::Error SetParams(const char* target, const Common& call, const Rows& rows, f
   params.prepare_varlen_pdl = rows.count <= kMaxPdlRows;
   params.varlen_sort_batches = true;
   params.head_swizzle = true;
-  params.num_splits_dynamic_ptr = call.scheduler;
-  params.num_m_blocks_ptr = call.scheduler + padded;
-  params.varlen_batch_idx_ptr = call.scheduler + 2 * padded;
-  params.num_nheads_in_l2_ptr = call.scheduler + 3 * padded;
-  params.tile_count_semaphore = call.scheduler + 4 * padded;
-  params.tile_count_semaphore_offset = 4 * padded;
+  SetMetadata(params, SchedulerMetadata::At(call.scheduler, rows.count));
+  params.tile_count_semaphore = call.scheduler + SplitsSize(rows.count);
+  params.tile_count_semaphore_offset = static_cast<int>(SplitsSize(rows.count));
   return ffi::Error::Success();
 }
 
@@ -153,13 +157,33 @@ ffi::Error PrefillAbsorbed(cudaStream_t stream, ffi::AnyBuffer q_latent, ffi::An
   });
 }
 
+ffi::Error Schedule(cudaStream_t stream, ffi::AnyBuffer cu_q, ffi::AnyBuffer kv_len, Result splits, int64_t heads,
+                    int64_t max_splits) {
+  constexpr const char* target = "schedule_splits";
+  Checker check(target);
+  Rows rows = Rows::Check(check, cu_q, kv_len);
+  check.Expect(rows.count <= kMaxScheduledRows, "kv_len",
+               "expected at most " + std::to_string(kMaxScheduledRows) + " rows, got " + std::to_string(rows.count));
+  check.Expect(max_splits >= 1 && max_splits <= kMaxSplits, "max_splits",
+               "expected 1 to " + std::to_string(kMaxSplits) + ", got " + std::to_string(max_splits));
+  check.Buffer("splits", *splits, ffi::S32, {SplitsSize(rows.count)});
+  if (!check.ok()) return check.error();
+  int num_sm = 0;
+  if (ffi::Error error = CheckHopper(target, num_sm); error.failure()) return error;
+  auto metadata = SchedulerMetadata::At(static_cast<int32_t*>(splits->untyped_data()), rows.count);
+  return TryLaunch(target, [&] {
+    return ScheduleSplits(rows.cu_q, rows.kv_len, rows.count, heads, max_splits, num_sm, metadata, stream);
+  });
+}
+
 ffi::Error Decode(cudaStream_t stream, ffi::AnyBuffer q_latent, ffi::AnyBuffer q_rope, ffi::AnyBuffer pages,
-                  ffi::AnyBuffer page_table, ffi::AnyBuffer cu_q, ffi::AnyBuffer kv_len, Result out, Result lse,
-                  Result scheduler, Result out_partial, Result lse_partial, float scale) {
+                  ffi::AnyBuffer page_table, ffi::AnyBuffer cu_q, ffi::AnyBuffer kv_len, ffi::AnyBuffer splits,
+                  Result out, Result lse, Result scheduler, Result out_partial, Result lse_partial, float scale) {
   constexpr const char* target = "mla_decode";
   Checker check(target);
   Absorbed call = Absorbed::Check(check, q_latent, q_rope, pages, page_table, cu_q, kv_len, out, lse, scheduler, scale);
   Partials partials = Partials::Check(check, call.common, out_partial, lse_partial);
+  Splits scheduled = Splits::Check(check, call.rows.count, splits);
   if (!check.ok()) return check.error();
   const Common& c = call.common;
   Flash_fwd_params params{};
@@ -172,14 +196,19 @@ ffi::Error Decode(cudaStream_t stream, ffi::AnyBuffer q_latent, ffi::AnyBuffer q
   params.softmax_lseaccum_ptr = partials.lse;
   params.lseaccum_head_stride = c.tokens;
   params.lseaccum_split_stride = c.heads * c.tokens;
+  // More rows are scheduled by FA3 itself, within the launch.
   params.skip_scheduler_metadata_computation = call.rows.count <= kMaxScheduledRows;
   return TryLaunch(target, [&] {
     if (params.skip_scheduler_metadata_computation) {
-      SchedulerMetadata metadata{params.num_splits_dynamic_ptr, params.num_m_blocks_ptr, params.varlen_batch_idx_ptr,
-                                 params.num_nheads_in_l2_ptr, params.tile_count_semaphore};
-      cudaError_t status = ScheduleSplits(call.rows.cu_q, call.rows.kv_len, call.rows.count, c.heads,
-                                          partials.num_splits, params.num_sm, metadata, stream);
+      auto metadata = SchedulerMetadata::At(scheduled.schedule ? const_cast<int32_t*>(scheduled.schedule) : c.scheduler,
+                                            call.rows.count);
+      cudaError_t status = ClearCounter(params.tile_count_semaphore, stream);
+      if (status == cudaSuccess && !scheduled.schedule) {
+        status = ScheduleSplits(call.rows.cu_q, call.rows.kv_len, call.rows.count, c.heads, partials.num_splits,
+                                params.num_sm, metadata, stream);
+      }
       if (status != cudaSuccess) return status;
+      SetMetadata(params, metadata);  // which FA3 only reads
     }
     Launch<DecodeKernel>(params, stream);
     return CombineSplits(call.rows.cu_q, params.num_splits_dynamic_ptr, params.varlen_batch_idx_ptr, call.rows.count,
@@ -195,4 +224,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(MlaPrefillExpandedCuda, mla::PrefillExpanded, mla:
 XLA_FFI_DEFINE_HANDLER_SYMBOL(MlaPrefillAbsorbedCuda, mla::PrefillAbsorbed, mla::BindAbsorbed(mla::OnStream()),
                               {xla::ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER_SYMBOL(MlaDecodeCuda, mla::Decode, mla::BindDecode(mla::OnStream()),
+                              {xla::ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ScheduleSplitsCuda, mla::Schedule, mla::BindScheduleSplits(mla::OnStream()),
                               {xla::ffi::Traits::kCmdBufferCompatible});

@@ -21,6 +21,8 @@ constexpr int64_t ScaleBlocks(int64_t size) { return (size + kScaleBlock - 1) / 
 
 // FA3's scheduler keeps four int32 vectors of the rows, each padded to 16 bytes, and one counter.
 constexpr int64_t RoundUp4(int64_t n) { return (n + 3) / 4 * 4; }
-constexpr int64_t SchedulerSize(int64_t rows) { return 4 * RoundUp4(rows) + 1; }
+constexpr int64_t SplitsSize(int64_t rows) { return 4 * RoundUp4(rows); }
+constexpr int64_t SchedulerSize(int64_t rows) { return SplitsSize(rows) + 1; }
+constexpr int64_t kMaxScheduledRows = 1024;  // rows whose splits are scheduled: more keep the GPU busy without splits
 
 }  // namespace mla

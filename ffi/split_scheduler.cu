@@ -67,8 +67,9 @@ __global__ void ScheduleSplitsKernel(const int32_t* cu_q, const int32_t* kv_len,
   metadata.num_m_blocks[place] = m;
   metadata.varlen_batch_idx[place] = row;
   metadata.num_nheads_in_l2[place] = 1;
-  if (row == 0) *metadata.tile_count_semaphore = 0;
 }
+
+__global__ void ClearCounterKernel(int32_t* counter) { *counter = 0; }
 
 }  // namespace
 
@@ -76,6 +77,11 @@ cudaError_t ScheduleSplits(const int32_t* cu_q, const int32_t* kv_len, int64_t r
                            int num_sm, const SchedulerMetadata& metadata, cudaStream_t stream) {
   ScheduleSplitsKernel<<<1, kThreads, 0, stream>>>(cu_q, kv_len, static_cast<int>(rows), static_cast<int>(heads),
                                                    static_cast<int>(max_splits), num_sm, metadata);
+  return cudaGetLastError();
+}
+
+cudaError_t ClearCounter(int32_t* counter, cudaStream_t stream) {
+  ClearCounterKernel<<<1, 1, 0, stream>>>(counter);
   return cudaGetLastError();
 }
 

@@ -5,10 +5,9 @@
 
 #include <cstdint>
 
-namespace mla {
+#include "shapes.h"
 
-// Rows that one thread block can schedule. More rows than this keep the GPU busy without splits.
-constexpr int64_t kMaxScheduledRows = 1024;
+namespace mla {
 
 // FA3's scheduler metadata, under its names in flash.h. The vectors have an entry per row, longest splits first.
 struct SchedulerMetadata {
@@ -16,7 +15,12 @@ struct SchedulerMetadata {
   int32_t* num_m_blocks;      // query tiles
   int32_t* varlen_batch_idx;  // the row of this entry
   int32_t* num_nheads_in_l2;
-  int32_t* tile_count_semaphore;
+
+  // As they lie in [SplitsSize(rows)].
+  static SchedulerMetadata At(int32_t* splits, int64_t rows) {
+    int64_t padded = RoundUp4(rows);
+    return {splits, splits + padded, splits + 2 * padded, splits + 3 * padded};
+  }
 };
 
 // Chooses splits such that all multiprocessors finish at about the same time. Replaces FA3's prepare_varlen_num_blocks,
@@ -24,5 +28,8 @@ struct SchedulerMetadata {
 // idle. Here the rows get 16 each.
 cudaError_t ScheduleSplits(const int32_t* cu_q, const int32_t* kv_len, int64_t rows, int64_t heads, int64_t max_splits,
                            int num_sm, const SchedulerMetadata& metadata, cudaStream_t stream);
+
+// Clears FA3's counter of tiles, as each call needs it. Between kernels of a CUDA graph a memset costs 7 us.
+cudaError_t ClearCounter(int32_t* counter, cudaStream_t stream);
 
 }  // namespace mla

@@ -20,6 +20,7 @@ __all__ = [
     "attend_expanded",
     "page_multiple",
     "resolve_implementation",
+    "schedule",
 ]
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,15 @@ def resolve_implementation(
 def page_multiple(implementation: Resolved) -> int:
     """Divides every page size that the implementation can read."""
     return fa3.PAGE_MULTIPLE if implementation == "fa3" else 1
+
+
+def schedule(rows: Rows, tokens: int, heads: int, implementation: Resolved) -> Rows:
+    """The rows with what `attend_absorbed` needs to know of them, whatever the layer: made once a step.
+
+    Args:
+      tokens, heads: of the calls.
+    """
+    return fa3.schedule(rows, tokens, heads) if implementation == "fa3" else rows
 
 
 def attend_expanded(

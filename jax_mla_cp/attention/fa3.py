@@ -1,11 +1,12 @@
 """FlashAttention-3 (arXiv:2407.08608) through XLA FFI; the handlers are in ffi/.
 
-Three targets, each with a CUDA handler (Hopper, bfloat16) and a CPU handler of the same name and checks, in plain loops,
+Targets, each with a CUDA handler (Hopper, bfloat16) and a CPU handler of the same name and checks, in plain loops,
 so that everything around a kernel is tested without a GPU:
 
 - `mla_prefill_expanded`: per-head keys (192) and values (128), packed, rows may share keys;
 - `mla_prefill_absorbed`: queries 512 + 64 over the paged latents, which all heads share;
-- `mla_decode`: the same for few queries: the keys of a row are split over the GPU and the parts combined.
+- `mla_decode`: the same for few queries: the keys of a row are split over the GPU and the parts combined. `schedule_splits` chooses
+  the splits, once for all layers.
 
 A call reads its operands where they are: the value of a head beside its key, the roped key beside its latent in a page.
 Row lengths, page tables and starts stay on the device; the launch is the same whatever they hold, so that XLA may record
@@ -14,6 +15,7 @@ it into a command buffer. No derivative, no `vmap`: calls are always inside `sha
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -33,7 +35,7 @@ DECODE_TOKENS = 256
 """The largest call of the absorbed form, in tokens, whose keys are split over the GPU. More tokens fill it without."""
 
 _DIMS = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
-_MAX_SPLITS = 128  # ffi/shapes.h
+_MAX_SPLITS, _MAX_SCHEDULED_ROWS = 128, 1024  # ffi/shapes.h
 _PARTIAL_BYTES = 256 << 20  # of the splits' float32 outputs, which bounds their number when there are many tokens
 
 
@@ -108,13 +110,28 @@ def mla_decode(
     """As `mla_prefill_absorbed`, for rows of few queries (a decoded token, drafts to verify) and many keys.
 
     The number of splits of a row follows the work of all rows, so that the sum's rounding depends on the batch.
+
+    Args:
+      rows: as there; with `splits`, those of `schedule` for as many tokens and heads. Without them the call makes its own.
     """
     heads, tokens, latent = q_latent.shape
-    splits = max(1, min(_MAX_SPLITS, _PARTIAL_BYTES // (4 * heads * tokens * latent)))
-    operands = (q_latent, q_rope, pages, page_table, rows.cu_q, rows.kv_len)
-    partial = ((splits, heads, tokens, latent), (splits, heads, tokens))
+    splits = jnp.zeros(0, jnp.int32) if rows.splits is None else rows.splits
+    operands = (q_latent, q_rope, pages, page_table, rows.cu_q, rows.kv_len, splits)
+    parts = _max_splits(heads, tokens)
+    partial = ((parts, heads, tokens, latent), (parts, heads, tokens))
     out, lse, *_ = _call("mla_decode", operands, (heads, tokens, latent), rows, q_rope, scale, partial)
     return out, lse
+
+
+def schedule(rows: Rows, tokens: int, heads: int) -> Rows:
+    """See `jax_mla_cp.attention.schedule`."""
+    count = rows.kv_len.shape[0]
+    if tokens > DECODE_TOKENS or count > _MAX_SCHEDULED_ROWS:
+        return rows
+    extension.load()
+    call = jax.ffi.ffi_call("schedule_splits", jax.ShapeDtypeStruct((_splits_size(count),), jnp.int32))
+    splits = call(rows.cu_q, rows.kv_len, heads=np.int64(heads), max_splits=np.int64(_max_splits(heads, tokens)))
+    return dataclasses.replace(rows, splits=vary_like(splits, rows))
 
 
 def attend_expanded(
@@ -138,6 +155,14 @@ def attend_absorbed(
     return target(q_latent, q_rope, pages, page_table, rows, scale=scale)[0]
 
 
+def _max_splits(heads: int, tokens: int) -> int:
+    return max(1, min(_MAX_SPLITS, _PARTIAL_BYTES // (4 * heads * tokens * _DIMS["kv_lora_rank"])))
+
+
+def _splits_size(rows: int) -> int:
+    return 4 * (-(-rows // 4) * 4)  # SplitsSize in ffi/shapes.h
+
+
 def _call(
     target: str,
     operands: tuple[Any, ...],
@@ -154,7 +179,7 @@ def _call(
     """
     extension.load()
     tokens, heads, _ = q.shape
-    scheduler = 4 * (-(-rows.kv_len.shape[0] // 4) * 4) + 1  # SchedulerSize in ffi/shapes.h
+    scheduler = _splits_size(rows.kv_len.shape[0]) + 1  # SchedulerSize in ffi/shapes.h
     results = [
         jax.ShapeDtypeStruct(shape, dtype)
         for shape, dtype in (

@@ -23,3 +23,5 @@ class Rows:
     """Expanded form: where the request's keys begin in the packed ones. Rows of one request share their keys."""
     request: Int32[Array | np.ndarray, " B"]
     """The request's row in the page table."""
+    splits: Int32[Array, " S"] | None = None
+    """How an attention call divides the rows' keys over the GPU, made once for all layers (`attention.schedule`)."""

@@ -35,7 +35,7 @@ from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.layer_inputs import LayerInputs
 from jax_mla_cp.model.mla import Mla
 from jax_mla_cp.model.params import ParamFactory
-from jax_mla_cp.model.stack import Layer, LayerStack, scan_layers
+from jax_mla_cp.model.stack import Layer, LayerStack, Residual, scan_layers
 
 _LAYERS = 4
 _HOLD_MLA = 1.15
@@ -74,13 +74,14 @@ class MlaStack(nnx.Module):
         self.count = stack.count
         self.mla = stack.mla
 
-    def __call__(self, x: jax.Array, pages: jax.Array, inputs: LayerInputs) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, residual: Residual, pages: jax.Array, inputs: LayerInputs) -> tuple[Residual, jax.Array]:
         def run(mla: Mla, x: jax.Array, pages: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
             with jax.named_scope("mla"):
                 part, pages = mla(x, pages, index, index, inputs)
                 return self.build.axes.psum(part, TP), pages
 
-        return scan_layers(run, Mla(ParamFactory(self.build), self.build), self.mla, x, pages, self.count)
+        x, pages = scan_layers(run, Mla(ParamFactory(self.build), self.build), self.mla, residual.x, pages, self.count)
+        return Residual.begin(x), pages
 
 
 class MoeStack(nnx.Module):
@@ -92,13 +93,13 @@ class MoeStack(nnx.Module):
         self.mlp_norm = stack.mlp_norm
         self.mlp = stack.mlp
 
-    def __call__(self, x: jax.Array, pages: jax.Array, inputs: LayerInputs) -> tuple[jax.Array, jax.Array]:
-        def run(layer: Layer, x: jax.Array, pages: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return layer.add_mlp(x, index, inputs.valid), pages
+    def __call__(self, residual: Residual, pages: jax.Array, inputs: LayerInputs) -> tuple[Residual, jax.Array]:
+        def run(layer: Layer, residual: Residual, pages: jax.Array, index: jax.Array) -> tuple[Residual, jax.Array]:
+            return layer.feed_forward(residual, index, inputs.valid), pages
 
         layer = Layer(ParamFactory(self.build), self.build, experts=True)
         del layer.attn_norm, layer.mla
-        return scan_layers(run, layer, self, x, pages, self.count)
+        return scan_layers(run, layer, self, residual, pages, self.count)
 
 
 def _program(

@@ -41,7 +41,7 @@ class ModelConfig:
     max_position: int
     rope: RopeConfig
     topk_method: TopkMethod = "noaux_tc"
-    """The router's scores and choice of experts: `route` in model/moe.py."""
+    """The router's scores and choice of experts: `route` in model/router.py."""
     tie_word_embeddings: bool = False
     num_mtp_layers: int = 0  # multi-token prediction; the first one is used, and only for speculation
     bos_token_id: int | None = None

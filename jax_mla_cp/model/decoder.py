@@ -7,15 +7,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
+from jax_mla_cp.attention import schedule
 from jax_mla_cp.attention.numerics import einsum_float32
 from jax_mla_cp.batch.arrays import Batch
 from jax_mla_cp.mesh import TP, vary_like
 from jax_mla_cp.model.build import Build
 from jax_mla_cp.model.layer_inputs import LayerInputs
-from jax_mla_cp.model.layers import rms_norm, rope_angles
+from jax_mla_cp.model.layers import rope_angles
 from jax_mla_cp.model.mtp import Mtp
+from jax_mla_cp.model.norm import rms_norm
 from jax_mla_cp.model.params import ParamFactory
-from jax_mla_cp.model.stack import LayerStack
+from jax_mla_cp.model.stack import LayerStack, Residual
 
 
 class Decoder(nnx.Module):
@@ -47,16 +49,17 @@ class Decoder(nnx.Module):
         with jax.named_scope("embed"):
             x = self.embed_tokens(batch.tokens) if batch.embeds is None else batch.embeds.astype(self.build.dtype)
         inputs = self.inputs(batch)
-        x = vary_like(x, batch.tokens)
+        residual = Residual.begin(vary_like(x, batch.tokens))
         if c.num_dense_layers:
-            x, pages = self.dense(x, pages, inputs)
+            residual, pages = self.dense(residual, pages, inputs)
         if c.num_moe_layers:
-            x, pages = self.moe(x, pages, inputs)
-        return rms_norm(x, self.final_norm[...], c.rms_norm_eps), pages
+            residual, pages = self.moe(residual, pages, inputs)
+        return rms_norm(residual.x + residual.part, self.final_norm[...], c.rms_norm_eps), pages
 
     def inputs(self, batch: Batch) -> LayerInputs:
         """The inputs that all layers share."""
         cos, sin = rope_angles(batch.positions, self.build.config.qk_rope_head_dim, self.build.config.rope)
+        heads = self.build.config.num_heads // self.build.axes.size(TP)
         return LayerInputs(
             valid=jnp.arange(batch.tokens.shape[0]) < batch.num_tokens[0],
             cos=cos,
@@ -66,7 +69,7 @@ class Decoder(nnx.Module):
             key_pages=batch.key_pages,
             num_keys=batch.num_keys,
             expanded=batch.expanded,
-            absorbed=batch.absorbed,
+            absorbed=schedule(batch.absorbed, batch.absorbed_tokens, heads, self.build.attention),
             row_page_table=batch.page_table[batch.absorbed.request],
             absorbed_tokens=batch.absorbed_tokens,
         )

@@ -20,6 +20,7 @@ _MAX_GROUPS = 512  # ffi/few_rows.h
 # Rows up to which the kernel is the fastest way, of one group and of the mean of several: measured on an H100 (docs/benchmarks.md).
 _MAX_ROWS_FP8_ALONE = 256
 _MAX_ROWS_FP8 = 512
+_MAX_ROWS_ALONE = 64
 _MAX_ROWS = 32
 
 
@@ -38,7 +39,7 @@ def fits(weights: Matrices, groups: int) -> bool:
 
 def is_fastest(weights: Matrices, expected_rows: int, groups: int) -> bool:
     """True if no other way is as fast for about `expected_rows` rows in all groups."""
-    most = _MAX_ROWS
+    most = _MAX_ROWS_ALONE if groups == 1 else _MAX_ROWS
     if isinstance(weights, ScaledMatrices):
         most = _MAX_ROWS_FP8_ALONE if groups == 1 else _MAX_ROWS_FP8
     return fits(weights, groups) and expected_rows <= most * groups

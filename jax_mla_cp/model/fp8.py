@@ -81,6 +81,11 @@ class Fp8(nnx.Module):
         return ScaledMatrices(q, scale, self.block, self.dtype)
 
 
+def matrices_of(weight: nnx.Param[Any] | Fp8) -> Matrices:
+    """All matrices of a parameter of `ParamFactory.matrix`, of every layer and expert: a view."""
+    return weight.matrices() if isinstance(weight, Fp8) else stack_matrices(weight[...], weight.get_metadata("dims"))
+
+
 def stack_matrices(x: jax.Array, dims: int) -> Float[Array, "G N K"]:
     """A view of [.., N, K] with `dims` 2, or of [.., 2, F, K] with 3: the leading dimensions are one, and the outputs are one."""
     return x.reshape(-1, math.prod(x.shape[-dims:-1]), x.shape[-1])

@@ -1,4 +1,4 @@
-"""RMS norm, rotary embedding and the dense MLP."""
+"""Rotary embedding and the dense MLP."""
 
 from __future__ import annotations
 
@@ -15,13 +15,6 @@ from jax_mla_cp.config.rope import RopeConfig
 from jax_mla_cp.mesh import TP
 from jax_mla_cp.model.linear import linear
 from jax_mla_cp.model.params import ParamFactory
-
-
-def rms_norm(x: Float[Array, "*T D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "*T D"]:
-    """RMS norm (arXiv:1910.07467), computed in float32, returned in x's dtype."""
-    wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return wide.astype(x.dtype) * weight
 
 
 def rope_frequencies(dim: int, rope: RopeConfig) -> NDArray[np.float32]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from jax_mla_cp.model.build import Build
-from jax_mla_cp.model.fp8 import Fp8
+from jax_mla_cp.model.fp8 import Fp8, matrices_of
 from jax_mla_cp.model.fp8_rows import Rows
 from jax_mla_cp.model.grouped_matmul import grouped_matmul
 from jax_mla_cp.model.quantize import quantize
@@ -25,13 +24,11 @@ def linear(
     """`x @ W.T`, of a layer's matrix [N, K], or [2, F, K] of `2 F` outputs.
 
     Args:
-      weight: the layer's own, or in FP8 those of the whole stack (see `ParamFactory`).
+      weight: of the whole stack (see `ParamFactory`).
       layer: the layer's index in the stack.
     """
-    if isinstance(weight, Fp8):
-        matrices = weight.matrices()
-        rows: Rows = x
-        if quantizes_rows(matrices, len(x), 1, build.fp8_compute):
-            rows = quantize(x, build.grouped_matmul)
-        return grouped_matmul(rows, matrices, None, layer, implementation=build.grouped_matmul)
-    return jnp.einsum("tk,nk->tn", x, weight[...].reshape(-1, x.shape[1]))
+    matrices = matrices_of(weight)
+    rows: Rows = x
+    if quantizes_rows(matrices, len(x), 1, build.fp8_compute):
+        rows = quantize(x, build.grouped_matmul)
+    return grouped_matmul(rows, matrices, None, layer, implementation=build.grouped_matmul)

@@ -24,8 +24,9 @@ from jax_mla_cp.model.build import Build
 from jax_mla_cp.model.fp8 import Fp8
 from jax_mla_cp.model.grouped_matmul import GroupedMatmul, grouped_matmul
 from jax_mla_cp.model.layer_inputs import LayerInputs
-from jax_mla_cp.model.layers import rms_norm, rotate
+from jax_mla_cp.model.layers import rotate
 from jax_mla_cp.model.linear import linear
+from jax_mla_cp.model.norm import rms_norm
 from jax_mla_cp.model.params import ParamFactory
 
 # Independent of rms_norm_eps: transformers' DeepseekV3Attention builds these norms with the default.

@@ -1,4 +1,4 @@
-"""Mixture of experts: the routers of DeepSeek-V2 and V3, and experts divided over the mesh.
+"""Mixture of experts: a router, and experts divided over the mesh.
 
 No token is ever dropped, and the cost follows the rows that exist. Tokens are replicated over tp already, so experts over
 tp alone exchange nothing: every rank computes its own experts' part of each token and the layer's psum adds them up. So it is where tp
@@ -14,17 +14,16 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
-from jax_mla_cp.attention.numerics import einsum_float32
-from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.mesh import TP
 from jax_mla_cp.model.build import Build
 from jax_mla_cp.model.experts import apply_experts
-from jax_mla_cp.model.fp8 import Fp8, Matrices, ScaledMatrices, stack_matrices, take_matrices
+from jax_mla_cp.model.fp8 import Matrices, ScaledMatrices, matrices_of, take_matrices
 from jax_mla_cp.model.fp8_rows import Rows
 from jax_mla_cp.model.grouped_matmul import multiplies_fp8
 from jax_mla_cp.model.layers import Mlp
 from jax_mla_cp.model.params import ParamFactory
 from jax_mla_cp.model.quantize import quantize
+from jax_mla_cp.model.router import route
 from jax_mla_cp.model.w8a8 import quantizes_rows
 
 # Gathered tokens in a slice: with the windows of `apply_experts` it bounds the buffers. 32K and a bucket's excess over it.
@@ -40,7 +39,7 @@ class Moe(nnx.Module):
         float32 = jnp.dtype(jnp.float32)
         self.router = param(c.hidden_size, c.n_routed_experts, dtype=float32)
         if c.routing_bias:
-            self.bias = param(c.n_routed_experts, dtype=float32)
+            self.bias = param(c.n_routed_experts, dtype=float32, whole=True)
         experts = build.padded_experts
         width, divided = c.moe_intermediate_size, build.ep_axes or None
         tp = None if build.ep_axes else TP  # of the width
@@ -54,9 +53,16 @@ class Moe(nnx.Module):
     ) -> Float[Array, "T D"]:
         """`layer`: the layer's index in its stack, all of whose experts' weights this layer has (see `LayerStack`)."""
         with jax.named_scope("router"):
-            bias = self.bias[...] if self.build.config.routing_bias else None
-            expert, weight = route(x, self.router[...], bias, self.build.config)
-            expert = jnp.where(valid[:, None], expert, self.build.padded_experts)  # padding goes to no expert
+            expert, weight = route(
+                x,
+                self.router[...],
+                self.bias[...] if self.build.config.routing_bias else None,
+                self.build.config,
+                layer=layer,
+                valid=valid,
+                no_expert=self.build.padded_experts,  # padding goes to no expert
+                implementation=self.build.grouped_matmul,
+            )
         out = self._routed(x, expert, weight, layer)
         if self.build.config.n_shared_experts:
             with jax.named_scope("shared"):
@@ -100,10 +106,7 @@ class Moe(nnx.Module):
 
     def _stacks(self) -> list[Matrices]:
         """`gate_up` and `down` of this device's experts of all layers: XLA would copy a slice for the kernel."""
-        return [
-            weight.matrices() if isinstance(weight, Fp8) else stack_matrices(weight[...], dims)
-            for weight, dims in ((self.gate_up, 3), (self.down, 2))
-        ]
+        return [matrices_of(self.gate_up), matrices_of(self.down)]
 
     def _matrices(
         self, stacks: list[Matrices], layer: jax.Array | int, share: int, w8a8: bool
@@ -150,65 +153,3 @@ class Moe(nnx.Module):
             ep_size=self.build.axes.size(ep),
             implementation=self.build.grouped_matmul,
         )
-
-
-def route(
-    x: Float[Array, "T D"], router: Float[Array, "D E"], bias: Float[Array, " E"] | None, config: ModelConfig
-) -> tuple[Int32[Array, "T k"], Float[Array, "T k"]]:
-    """Each token's experts and their weights, in float32 at full precision: rounding could change which expert is selected.
-
-    - `noaux_tc` (MoEGate of DeepSeek-V3's modeling_deepseek.py; arXiv:2412.19437, section 2.1.2): scores are sigmoids.
-      The bias takes part in the choice only: the `topk_group` groups whose two largest biased scores have the largest
-      sum, and among their experts the top k. Weights are the unbiased scores.
-    - `group_limited_greedy` (MoEGate of DeepSeek-V2's; arXiv:2405.04434, section 2.2.2): scores are a softmax over all
-      experts, there is no bias, and a group's score is its largest.
-    - `greedy` (DeepSeek-V2-Lite): the same without groups.
-
-    Experts of other groups are masked with -inf. DeepSeek-V2's code has 0 there, which is the same: its scores are
-    positive, and one that rounds to 0 weighs nothing, whichever expert it is of.
-    """
-    c = config
-    logits = _logits(x, router)
-    scores = jax.nn.softmax(logits, axis=-1) if bias is None else jax.nn.sigmoid(logits)
-    choice = scores if bias is None else scores + bias
-    if c.n_group > 1:
-        grouped = choice.reshape(*choice.shape[:-1], c.n_group, -1)
-        top = _top_k(grouped, 1 if bias is None else 2)
-        group_score = jnp.take_along_axis(grouped, top, axis=-1).sum(-1)
-        kept = jax.nn.one_hot(_top_k(group_score, c.topk_group), c.n_group, dtype=jnp.bool_).any(-2)
-        choice = jnp.where(kept[..., None], grouped, -jnp.inf).reshape(choice.shape)
-    expert = _top_k(choice, c.experts_per_token)
-    weight = jnp.take_along_axis(scores, expert, axis=-1)
-    if c.norm_topk_prob:
-        weight = weight / (weight.sum(-1, keepdims=True) + 1e-20)
-    return expert, weight * c.routed_scaling_factor
-
-
-def _logits(x: Float[Array, "T D"], router: Float[Array, "D E"]) -> Float[Array, "T E"]:
-    """`x @ router`, as exact as in float32.
-
-    For a bfloat16 x each of the router's numbers is the sum of three bfloat16 ones: their products with x are exact in
-    float32, and three products on the tensor cores take a fraction of the time of one in float32.
-    """
-    if x.dtype != jnp.bfloat16:
-        return jnp.dot(x.astype(jnp.float32), router, precision=lax.Precision.HIGHEST)
-    parts, rest = [], router
-    for _ in range(3):
-        # Not astype there and back, which XLA may leave out.
-        part = lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7)
-        parts.append(part.astype(jnp.bfloat16))
-        rest = rest - part
-    return einsum_float32("td,dpe->tpe", x, jnp.stack(parts, axis=1)).sum(1)
-
-
-def _top_k(values: Float[Array, "*T n"], k: int) -> Int32[Array, "*T k"]:
-    """The indices of the k largest values, as `lax.top_k` gives them, which on GPUs sorts all values; the first of equal ones.
-
-    At least k values must be above -inf (`ModelConfig` checks that the chosen groups have k experts).
-    """
-    index = lax.broadcasted_iota(jnp.int32, values.shape, values.ndim - 1)
-    top = []
-    for _ in range(k):
-        top.append(jnp.argmax(values, axis=-1).astype(jnp.int32))
-        values = jnp.where(index == top[-1][..., None], -jnp.inf, values)
-    return jnp.stack(top, axis=-1)

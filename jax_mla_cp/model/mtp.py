@@ -13,9 +13,9 @@ from jaxtyping import Array, Float
 
 from jax_mla_cp.model.build import Build
 from jax_mla_cp.model.layer_inputs import LayerInputs
-from jax_mla_cp.model.layers import rms_norm
+from jax_mla_cp.model.norm import rms_norm
 from jax_mla_cp.model.params import ParamFactory
-from jax_mla_cp.model.stack import LayerStack
+from jax_mla_cp.model.stack import LayerStack, Residual
 
 
 class Mtp(nnx.Module):
@@ -51,5 +51,5 @@ class Mtp(nnx.Module):
             rms_norm(hidden, self.hidden_norm[...], c.rms_norm_eps),
         ]
         x = jnp.concatenate(both, axis=-1) @ self.project[...]
-        x, pages = self.layer(x, pages, inputs)
-        return rms_norm(x, self.final_norm[...], c.rms_norm_eps), pages
+        (x, part), pages = self.layer(Residual.begin(x), pages, inputs)
+        return rms_norm(x + part, self.final_norm[...], c.rms_norm_eps), pages

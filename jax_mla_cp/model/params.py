@@ -21,21 +21,24 @@ class ParamFactory:
     """Makes `nnx.Param`s whose values are `jax.ShapeDtypeStruct`s: a checkpoint's loader fills them.
 
     A parameter's metadata: `spec`, its PartitionSpec; `quantized`, whether a checkpoint may have it quantized; `dequantized`, the
-    reason if it can't stay in FP8 though the build says so; `whole`, as below.
+    reason if it can't stay in FP8 though the build says so; `whole`, as below; `dims`, of a matrix: the others are of layers and
+    experts.
 
     Args:
       layers: gives every parameter a leading dimension [layers], for a `LayerStack`. Under its `lax.scan` each layer gets
-        its slice of a parameter, but of experts and of what is in FP8 all layers' weights (`whole`): XLA copies the slice that
-        a kernel of ours is given, which for experts would be gigabytes a layer.
+        its slice of a parameter, but of what a kernel of ours may be given all layers' (`whole`): XLA copies the slice that such a
+        kernel is given, which for experts would be gigabytes a layer.
     """
 
     def __init__(self, build: Build, layers: int | None = None):
         self.build = build
         self.layers = layers
 
-    def __call__(self, *shape: int, spec: Spec = (), dtype: jnp.dtype | None = None) -> nnx.Param[Any]:
+    def __call__(
+        self, *shape: int, spec: Spec = (), dtype: jnp.dtype | None = None, whole: bool = False
+    ) -> nnx.Param[Any]:
         """A parameter in `dtype`, by default the model's, divided over the mesh as `spec` says."""
-        return self._param(shape, spec, dtype or self.build.dtype)
+        return self._param(shape, spec, dtype or self.build.dtype, whole=whole)
 
     def matrix(
         self, *shape: int, spec: Spec = (), experts: bool = False, reordered: Iterable[range] = ()
@@ -48,14 +51,16 @@ class ParamFactory:
           reordered: ranges of outputs within which the loader changes the order.
         """
         quantization = self.build.config.quantization
-        if quantization is None or (quantization.experts_only and not experts):
-            return self._param(shape, spec, self.build.dtype, whole=experts)
-        if not self.build.fp8:
-            return self._param(shape, spec, self.build.dtype, whole=experts, quantized=True)
         inner = shape[1:] if experts else shape
+        if quantization is None or (quantization.experts_only and not experts):
+            return self._param(shape, spec, self.build.dtype, whole=True, dims=len(inner))
+        if not self.build.fp8:
+            return self._param(shape, spec, self.build.dtype, whole=True, dims=len(inner), quantized=True)
         ways = tuple(self.build.axes.size(axes or ()) for axes in spec) or (1,) * len(shape)
         if reason := why_dequantized(inner, ways, quantization.block, reordered):
-            return self._param(shape, spec, self.build.dtype, whole=experts, quantized=True, dequantized=reason)
+            return self._param(
+                shape, spec, self.build.dtype, whole=True, dims=len(inner), quantized=True, dequantized=reason
+            )
         scales = (*shape[:-2], *quantization.scales(shape[-2:]))
         return Fp8(
             self._param(shape, spec, jnp.dtype(jnp.uint8), whole=True, quantized=True),
@@ -78,6 +83,7 @@ class ParamFactory:
         dtype: jnp.dtype,
         *,
         whole: bool = False,
+        dims: int | None = None,
         quantized: bool = False,
         dequantized: str = "",
     ) -> nnx.Param[Any]:
@@ -87,6 +93,7 @@ class ParamFactory:
             jax.ShapeDtypeStruct(shape, dtype),
             spec=PartitionSpec(*spec),
             whole=whole,
+            dims=dims,
             quantized=quantized,
             dequantized=dequantized,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +14,30 @@ from jaxtyping import Array, Bool, Float, Int32
 from jax_mla_cp.mesh import TP
 from jax_mla_cp.model.build import Build
 from jax_mla_cp.model.layer_inputs import LayerInputs
-from jax_mla_cp.model.layers import Mlp, rms_norm
+from jax_mla_cp.model.layers import Mlp
 from jax_mla_cp.model.mla import Mla
 from jax_mla_cp.model.moe import Moe
+from jax_mla_cp.model.norm import add_norm
 from jax_mla_cp.model.params import ParamFactory
 
 M = TypeVar("M", bound=nnx.Module)
+S = TypeVar("S")
+
+
+class Residual(NamedTuple):
+    """The residual stream between two halves of layers: `x`, and the last half's output, which the next one adds as it begins,
+    in one kernel with its norm."""
+
+    x: Float[Array, "T D"]
+    part: Float[Array, "T D"]
+
+    @classmethod
+    def begin(cls, x: Float[Array, "T D"]) -> Residual:
+        return cls(x, jnp.zeros_like(x))
 
 
 class Layer(nnx.Module):
-    """A decoder layer: attention, then an MLP or experts, each after a norm and added to the residual stream.
+    """A decoder layer: attention, then an MLP or experts, each of the residual stream's norm and added to it.
 
     The modules return this rank's part of their sums over tp; the layer sums them.
     """
@@ -31,53 +45,62 @@ class Layer(nnx.Module):
     def __init__(self, param: ParamFactory, build: Build, *, experts: bool):
         c = build.config
         self.build = build
-        self.attn_norm = param(c.hidden_size)
+        self.attn_norm = param(c.hidden_size, whole=True)
         self.mla = Mla(param, build)
-        self.mlp_norm = param(c.hidden_size)
+        self.mlp_norm = param(c.hidden_size, whole=True)
         self.mlp = Moe(param, build) if experts else Mlp(param, c.hidden_size, c.intermediate_size)
 
     def __call__(
         self,
-        x: Float[Array, "T D"],
+        residual: Residual,
         pages: Float[Array, "pages page_size C"],
         number: Int32[Array, ""],
         index: Int32[Array, ""],
         inputs: LayerInputs,
-    ) -> tuple[Float[Array, "T D"], Float[Array, "pages page_size C"]]:
-        """Returns the hidden states, and the cache with the layer's latents written.
+    ) -> tuple[Residual, Float[Array, "pages page_size C"]]:
+        """Returns the residual stream, and the cache with the layer's latents written.
 
         Args:
           number: the layer's number in the cache.
-          index: the layer's place in its stack, where its weights in FP8 and its experts' are.
+          index: the layer's place in its stack, whose norms and matrices it is given whole.
         """
-        x, pages = self.add_attention(x, pages, number, index, inputs)
-        return self.add_mlp(x, index, inputs.valid), pages
+        residual, pages = self.attention(residual, pages, number, index, inputs)
+        return self.feed_forward(residual, index, inputs.valid), pages
 
-    def add_attention(
-        self, x: jax.Array, pages: jax.Array, number: jax.Array, index: jax.Array, inputs: LayerInputs
-    ) -> tuple[Float[Array, "T D"], Float[Array, "pages page_size C"]]:
-        """The first half of the layer: x plus the attention of its norm, and the cache."""
+    def attention(
+        self,
+        residual: Residual,
+        pages: Float[Array, "pages page_size C"],
+        number: Int32[Array, ""],
+        index: Int32[Array, ""],
+        inputs: LayerInputs,
+    ) -> tuple[Residual, Float[Array, "pages page_size C"]]:
+        """The first half of the layer."""
         with jax.named_scope("mla"):
-            part, pages = self.mla(self._norm(x, self.attn_norm), pages, number, index, inputs)
-            return x + self.build.axes.psum(part, TP), pages
+            x, normed = self._add_norm(residual, self.attn_norm, index)
+            part, pages = self.mla(normed, pages, number, index, inputs)
+            return Residual(x, self.build.axes.psum(part, TP)), pages
 
-    def add_mlp(self, x: jax.Array, index: jax.Array, valid: Bool[Array, " T"]) -> Float[Array, "T D"]:
-        """The second half of the layer: x plus the MLP, or the experts, of its norm."""
+    def feed_forward(self, residual: Residual, index: Int32[Array, ""], valid: Bool[Array, " T"]) -> Residual:
+        """The second half of the layer: the MLP, or the experts."""
         with jax.named_scope("mlp"):
-            normed = self._norm(x, self.mlp_norm)
+            x, normed = self._add_norm(residual, self.mlp_norm, index)
             part = self.mlp(normed, valid, index) if isinstance(self.mlp, Moe) else self.mlp(normed, index)
-            return x + self.build.axes.psum(part, TP)
+            return Residual(x, self.build.axes.psum(part, TP))
 
-    def _norm(self, x: jax.Array, weight: nnx.Param[Any]) -> jax.Array:
-        return rms_norm(x, weight[...], self.build.config.rms_norm_eps)
+    def _add_norm(
+        self, residual: Residual, weight: nnx.Param[Any], index: Int32[Array, ""]
+    ) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
+        config = self.build.config
+        return add_norm(*residual, weight[...], index, config.rms_norm_eps, self.build.grouped_matmul)
 
 
 class LayerStack(nnx.Module):
     """Equal layers, run under `lax.scan` with the cache carried along.
 
     The stack's parameters have the names of a `Layer`'s and a leading dimension [count]: the tree has no level for the stack,
-    `moe.mla.kv_a` is [count, R + r, D]. Each iteration of the scan makes a `Layer` of its slice of them. Only the experts'
-    weights, and those in FP8, are not sliced: each layer gets those of the whole stack, and its index in them (see
+    `moe.mla.kv_a` is [count, R + r, D]. Each iteration of the scan makes a `Layer` of its slice of them. What kernels read where
+    it is, experts' weights for one, is not sliced: each layer gets that of the whole stack, and its index in it (see
     `ParamFactory`).
 
     Args:
@@ -98,26 +121,26 @@ class LayerStack(nnx.Module):
         self.mlp = stacked.mlp
 
     def __call__(
-        self, x: Float[Array, "T D"], pages: Float[Array, "pages page_size C"], inputs: LayerInputs
-    ) -> tuple[Float[Array, "T D"], Float[Array, "pages page_size C"]]:
-        """Runs all layers. Returns the hidden states, and the cache with the layers' latents written."""
+        self, residual: Residual, pages: Float[Array, "pages page_size C"], inputs: LayerInputs
+    ) -> tuple[Residual, Float[Array, "pages page_size C"]]:
+        """Runs all layers. Returns the residual stream, and the cache with the layers' latents written."""
 
-        def run(layer: Layer, x: jax.Array, pages: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return layer(x, pages, self.first + index, index, inputs)
+        def run(layer: Layer, residual: Residual, pages: jax.Array, index: jax.Array) -> tuple[Residual, jax.Array]:
+            return layer(residual, pages, self.first + index, index, inputs)
 
         layer = Layer(ParamFactory(self.build), self.build, experts=self.experts)
-        return scan_layers(run, layer, self, x, pages, self.count)
+        return scan_layers(run, layer, self, residual, pages, self.count)
 
 
 def scan_layers(
-    run: Callable[[M, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
+    run: Callable[[M, S, jax.Array, jax.Array], tuple[S, jax.Array]],
     layer: M,
     stack: nnx.Module,
-    x: Float[Array, "T D"],
+    state: S,
     pages: Float[Array, "pages page_size C"],
     count: int,
-) -> tuple[Float[Array, "T D"], Float[Array, "pages page_size C"]]:
-    """Calls `run(layer, x, pages, index)` for each layer of a stack, and hands its result to the next.
+) -> tuple[S, Float[Array, "pages page_size C"]]:
+    """Calls `run(layer, state, pages, index)` for each layer of a stack, and hands its result to the next.
 
     Args:
       layer: a layer whose parameters are only declared: `run` gets it with its slice of the stack's parameters.
@@ -127,9 +150,9 @@ def scan_layers(
     _, *states = nnx.split(stack, lambda path, param: param.get_metadata("whole"), ...)
     whole, sliced = states
 
-    def step(carry: tuple[jax.Array, jax.Array], xs: tuple[Any, jax.Array]) -> tuple[tuple[jax.Array, jax.Array], None]:
-        (x, pages), (params, index) = carry, xs
-        return run(nnx.merge(graphdef, whole, params), x, pages, index), None
+    def step(carry: tuple[S, jax.Array], xs: tuple[Any, jax.Array]) -> tuple[tuple[S, jax.Array], None]:
+        (state, pages), (params, index) = carry, xs
+        return run(nnx.merge(graphdef, whole, params), state, pages, index), None
 
-    (x, pages), _ = lax.scan(step, (x, pages), (sliced, jnp.arange(count)))
-    return x, pages
+    (state, pages), _ = lax.scan(step, (state, pages), (sliced, jnp.arange(count)))
+    return state, pages

@@ -22,7 +22,7 @@ from jax_mla_cp.config.presets import model_config
 from jax_mla_cp.config.quantization import Quantization
 from jax_mla_cp.mesh import CP, TP, Axes, MeshShape, make_mesh
 from jax_mla_cp.model.loaded_model import Model
-from jax_mla_cp.model.moe import route
+from jax_mla_cp.model.router import route
 from tests.helpers.synthetic import Driver, random_model
 
 MESH = MeshShape(cp=2, tp=4)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import re
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -17,17 +19,20 @@ import jax_mla_cp
 from jax_mla_cp import extension
 from jax_mla_cp.attention import fa3
 from jax_mla_cp.batch.rows import Rows
+from jax_mla_cp.batch.step_request import StepRequest
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.model.experts import apply_experts
 from jax_mla_cp.model.few_rows import few_rows_matmul
 from jax_mla_cp.model.fp8 import ScaledMatrices
+from jax_mla_cp.model.grouped_matmul import GroupedMatmul
 from jax_mla_cp.model.quantize import quantize
+from jax_mla_cp.step.forward import forward
 from tests.helpers.attention_cases import LATENT, QUERY, ROPE, TARGETS, VALUE
-from tests.helpers.synthetic import CONFIG
+from tests.helpers.synthetic import CONFIG, REAL_DIMS_CONFIG, Driver, random_model
 
 _ffi = pytest.importorskip("jax_mla_cp._ffi", reason="the extension is not built")
 
-OURS = {"few_rows", "few_rows_scaled", "w8a8", "quantize_rows", "quantize_gated"}
+OURS = {"few_rows", "few_rows_scaled", "w8a8", "quantize_rows", "quantize_gated", "route", "sort_pairs", "add_norm"}
 """Targets that are for CUDA alone: XLA code of the same meaning runs elsewhere."""
 FITS = dataclasses.replace(CONFIG, kv_lora_rank=LATENT, qk_rope_head_dim=ROPE, qk_nope_head_dim=128, v_head_dim=VALUE)
 
@@ -36,7 +41,7 @@ def test_registrations() -> None:
     registrations = _ffi.registrations()
     assert set(registrations) == ({"cpu", "CUDA"} if _ffi.built_for_cuda() else {"cpu"})
     for platform, targets in registrations.items():
-        assert set(targets) == set(TARGETS) | (OURS if platform == "CUDA" else set())
+        assert set(targets) == {*TARGETS, "schedule_splits"} | (OURS if platform == "CUDA" else set())
         assert {type(handler).__name__ for handler in targets.values()} == {"PyCapsule"}
 
 
@@ -198,3 +203,33 @@ def test_experts_in_fp8_lower_for_cuda_without_a_gpu() -> None:
     dequantized = ("tensor<32x4096x7168xbf16>", "tensor<32x7168x2048xbf16>")
     assert not any(tensor in texts["w8a8"] for tensor in dequantized)
     assert all(tensor in texts["w8a16"] for tensor in dequantized)
+
+
+@pytest.mark.skipif(not _ffi.built_for_cuda(), reason="the extension was built without CUDA")
+def test_a_decode_step_lowers_to_few_kernels_for_cuda() -> None:
+    """Each stack's layer has one call for each of its parts, splits are scheduled once for all, and nothing is sorted. The same step
+    without the kernels sorts."""
+
+    def lowered(grouped_matmul: GroupedMatmul) -> str:
+        model = random_model(
+            config=REAL_DIMS_CONFIG, dtype=jnp.dtype(jnp.bfloat16), attention="fa3", grouped_matmul=grouped_matmul
+        )
+        driver = Driver(model, page_size=64, max_model_len=512)
+        batch = driver.planner.batch([StepRequest([1], 100, [0, 1])])
+        return jax.jit(forward).trace(model, driver.pages, batch).lower(lowering_platforms=("cuda",)).as_text()
+
+    def calls(text: str) -> dict[str, int]:
+        return dict(collections.Counter(re.findall(r"stablehlo\.custom_call @(\w+)\(", text)))
+
+    hopper, ragged = lowered("hopper"), lowered("ragged")
+    dense, experts = 6, 8  # q_a, q_b, kv_a, o, and the two of an MLP, or of the shared and of the routed experts
+    assert calls(hopper) == {
+        "schedule_splits": 1,
+        "mla_decode": 2,
+        "add_norm": 4,
+        "few_rows": dense + experts,
+        "route": 1,
+        "sort_pairs": 1,
+    }
+    assert "stablehlo.sort" not in hopper and "stablehlo.sort" in ragged
+    assert calls(ragged) == {"schedule_splits": 1, "mla_decode": 2}

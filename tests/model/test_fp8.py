@@ -57,9 +57,9 @@ def routes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[np.ndarray]]:
     seen: list[np.ndarray] = []
     real = moe.route
 
-    def route(*args: Any) -> Any:
-        chosen = real(*args)
-        jax.debug.callback(lambda expert: seen.append(np.sort(expert, axis=-1)), chosen[0], ordered=True)
+    def route(*args: Any, **how: Any) -> Any:
+        chosen = real(*args, **how)
+        jax.debug.callback(lambda expert: seen.append(np.asarray(expert)), chosen[0], ordered=True)
         return chosen
 
     monkeypatch.setattr(moe, "route", route)

@@ -15,7 +15,7 @@ from transformers import DeepseekV2Config
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 
 import jax_mla_cp as mla
-from jax_mla_cp.model.moe import route
+from jax_mla_cp.model.router import route
 from tests.helpers.checkpoints import hf_cache, hf_generate, hf_logits, read_weights
 from tests.helpers.reference import forward as reference
 from tests.helpers.synthetic import CONFIG, Driver, Request
