@@ -43,9 +43,8 @@ def add_norm(
         extension.load()
         call = jax.ffi.ffi_call("add_norm", (jax.ShapeDtypeStruct(x.shape, x.dtype),) * 2)
         operands = (x, part, weight, lax.convert_element_type(layer, jnp.int32).reshape(1))
-        total, normed = vary_like(
-            call(*operands, eps=np.float32(eps)), operands
-        )  # its own type says "equal on all devices"
+        out = call(*operands, eps=np.float32(eps))
+        total, normed = vary_like(out, operands)  # a custom call's own type says "equal on all devices"
         return total, normed
     x = x + part
     return x, rms_norm(x, weight[layer], eps)
