@@ -26,6 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from jax_mla_cp.bench.serve.main import main as serve
 
         return serve(argv[1:])
+    if argv[:1] == ["peer"]:  # has a server, or a model of its own
+        from jax_mla_cp.bench.peer.main import main as peer
+
+        return peer(argv[1:])
     options = parse(argv)
     if options.cluster.is_cluster:
         from jax_mla_cp.bench.together import run_together

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from jax_mla_cp.bench.bench_options import Command, Options, make
+from jax_mla_cp.bench.quantities import as_flag, listed, number, shape
 from jax_mla_cp.cli import Parser, fail, mesh, path, platform
 from jax_mla_cp.config import presets
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.launch.flags import add_cluster_flags
-from jax_mla_cp.mesh import MeshShape
-
-_K = 1024
 
 
 def parse(argv: Sequence[str] | None = None) -> Options:
@@ -25,35 +23,6 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         return make(**given)
     except ConfigError as error:
         fail(error, parser, values["command"])
-
-
-def _number(text: str) -> int:
-    """Parses a whole number; the suffixes K and M stand for 1024 and 1024^2."""
-    factor = {"k": _K, "m": _K * _K}.get(text[-1:].lower(), 1)
-    digits = text if factor == 1 else text[:-1]
-    if not (digits.isascii() and digits.isdigit()):
-        raise argparse.ArgumentTypeError(f"must be whole numbers (K and M may follow), got {text!r}.")
-    return int(digits) * factor
-
-
-def _list(of: Callable[[str], Any], *, none: bool = False) -> Callable[[str], tuple[Any, ...]]:
-    """A parser of comma-separated lists.
-
-    Args:
-      none: accept the word "none" for an empty list.
-    """
-
-    def parse(text: str) -> tuple[Any, ...]:
-        return () if none and text == "none" else tuple(of(part) for part in text.split(","))
-
-    return parse
-
-
-def _shape(text: str) -> tuple[int, int]:
-    requests, times, context = text.partition("x")
-    if not times:
-        raise argparse.ArgumentTypeError(f"must be REQUESTSxCONTEXT, e.g. 64x8K, got {text!r}.")
-    return _number(requests), _number(context)
 
 
 _METHOD = """method: a sample enqueues a program back to back for at least 20 ms, waits once, and divides by the number of calls. The
@@ -206,38 +175,24 @@ def make_parser() -> argparse.ArgumentParser:
         )
         defaults = make(name)
         for flag in f"{_ALL} {flags}".split():
-            default = _as_flag(getattr(defaults, flag.removeprefix("--").replace("-", "_")))
+            default = as_flag(getattr(defaults, flag.removeprefix("--").replace("-", "_")))
             known = _FLAGS[flag]
             sub.add_argument(flag, **known | {"help": known["help"] + (f" (default: {default})" if default else "")})
         if name == "scaling":
             add_cluster_flags(sub)
-    # Listed here, run by bench/serve: __main__ hands it over before this parser sees it.
-    commands.add_parser(
-        "serve", help="Load test of a running OpenAI server: latencies, throughput, goodput.", add_help=False
-    )
+    # Listed here, run by bench/serve and bench/peer: __main__ hands them over before this parser sees them.
+    for elsewhere, what in (
+        ("serve", "Load test of a running OpenAI server: latencies, throughput, goodput."),
+        ("peer", "The same requests to this project's engine and to any OpenAI server: TTFT and decode steps."),
+    ):
+        commands.add_parser(elsewhere, help=what, add_help=False)
     return p
-
-
-def _as_flag(value: Any) -> str:
-    """A default value as the user would type it; "" for flags and unset values."""
-    if isinstance(value, bool) or value is None:
-        return ""
-    if isinstance(value, int):
-        return next(
-            (f"{value // size}{unit}" for size, unit in ((_K * _K, "M"), (_K, "K")) if value % size == 0), str(value)
-        )
-    if isinstance(value, tuple):
-        if value and isinstance(value[0], tuple):
-            return ",".join("x".join(map(_as_flag, shape)) for shape in value)
-        spaced = any(isinstance(part, MeshShape) or "," in str(part) for part in value)
-        return (" " if spaced else ",").join(map(_as_flag, value))
-    return str(value)
 
 
 _FLAGS: dict[str, dict[str, Any]] = {
     "--json": {"metavar": "FILE", "type": path, "help": "write the rows as JSON"},
     "--quick": {"action": "store_true", "help": "fewer rows and samples"},
-    "--samples": {"metavar": "N", "type": _number, "help": "samples per row"},
+    "--samples": {"metavar": "N", "type": number, "help": "samples per row"},
     "--platform": {
         "metavar": "{cuda,gpu,cpu}",
         "type": platform("cuda", "cpu"),
@@ -246,16 +201,16 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "--attention": {"metavar": "{auto,fa3,xla}", "help": "attention kernel; auto: the fastest that runs here"},
     "--model": {"metavar": "NAME", "help": f"model whose sizes are used: {', '.join(presets.names())}"},
     "--dtype": {"metavar": "{bfloat16,float32}", "help": "dtype of weights, activations and cache"},
-    "--seq": {"metavar": "N,N,...", "type": _list(_number), "help": "prompt lengths in tokens, e.g. 8K,128K"},
+    "--seq": {"metavar": "N,N,...", "type": listed(number), "help": "prompt lengths in tokens, e.g. 8K,128K"},
     "--long": {
         "metavar": "N,N,...",
-        "type": _list(_number, none=True),
+        "type": listed(number, none=True),
         "help": "lengths of prompts prefilled in chunks, on 2 layers; or none",
     },
-    "--chunk": {"metavar": "N", "type": _number, "help": "tokens per chunk of prompts (model: of --long ones)"},
-    "--heads": {"metavar": "N,N,...", "type": _list(_number), "help": "heads per rank; DeepSeek-V3 at tp=8 has 16"},
-    "--cp": {"metavar": "N,N,...", "type": _list(_number), "help": "cp group sizes"},
-    "--forms": {"metavar": "FORM,FORM", "type": _list(str), "help": "forms of attention: expanded,absorbed"},
+    "--chunk": {"metavar": "N", "type": number, "help": "tokens per chunk of prompts (model: of --long ones)"},
+    "--heads": {"metavar": "N,N,...", "type": listed(number), "help": "heads per rank; DeepSeek-V3 at tp=8 has 16"},
+    "--cp": {"metavar": "N,N,...", "type": listed(number), "help": "cp group sizes"},
+    "--forms": {"metavar": "FORM,FORM", "type": listed(str), "help": "forms of attention: expanded,absorbed"},
     "--mesh": {"metavar": "AXES", "type": mesh, "help": "mesh of GPUs, mocked on one, e.g. tp=8,cp=4"},
     "--meshes": {
         "metavar": "AXES",
@@ -271,17 +226,17 @@ _FLAGS: dict[str, dict[str, Any]] = {
     },
     "--weights": {
         "metavar": "NAME,NAME",
-        "type": _list(str),
+        "type": listed(str),
         "help": "weights of whole layers and models: bf16 (in --dtype), fp8 (kept in FP8)",
     },
     "--fp8-compute": {
         "metavar": "NAME,NAME",
-        "type": _list(str),
+        "type": listed(str),
         "help": "what weights in FP8 are multiplied by: w8a16 (activations in --dtype), w8a8 (of many tokens, in FP8 too)",
     },
     "--layers": {
         "metavar": "N",
-        "type": _number,
+        "type": number,
         "help": "layers that are run (default: layer and decode 4, model as many as fit, scaling all)",
     },
     "--profile": {
@@ -289,13 +244,13 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "type": path,
         "help": "record a trace in DIR, and add a table of its time by named scope",
     },
-    "--shapes": {"metavar": "NxN,...", "type": _list(_shape), "help": "requests x context length, e.g. 64x8K,8x128K"},
+    "--shapes": {"metavar": "NxN,...", "type": listed(shape), "help": "requests x context length, e.g. 64x8K,8x128K"},
     "--tokens": {
         "metavar": "N,N,...",
-        "type": _list(_number),
+        "type": listed(number),
         "help": "query tokens per request: 1 decodes, 4 verifies three drafts",
     },
-    "--gb": {"metavar": "N", "type": _number, "help": "checkpoint size in GB"},
+    "--gb": {"metavar": "N", "type": number, "help": "checkpoint size in GB"},
     "--scratch": {
         "metavar": "DIR",
         "type": path,
@@ -303,7 +258,7 @@ _FLAGS: dict[str, dict[str, Any]] = {
     },
     "--processes": {
         "metavar": "N",
-        "type": _number,
+        "type": number,
         "help": "processes that share the mesh, all on this host; those but the first only receive and echo the steps",
     },
     "--full": {"action": "store_true", "help": "also run the model's whole decode step, as one GPU of --mesh"},
