@@ -115,6 +115,21 @@ def test_what_an_earlier_request_left_in_a_slot_is_not_seen(mesh: str | None, dr
     np.testing.assert_array_equal(got.sampled[0].logprob, want.sampled[0].logprob)
 
 
+@pytest.mark.parametrize("mesh", [None, "cp=3", "dp=2,cp=2"])
+def test_recycled_drafts_are_the_same_in_any_slot(mesh: str | None) -> None:
+    """Their passes read the table by themselves: the drafts are those of a batch that brings its own, and so is the MTP layer's cache."""
+    steps = runner(mesh, 3)
+    pages = [range(4), range(8, 12)]
+    requests = [StepRequest(PROMPT[: 9 - 4 * i], 0, pages[i], GREEDY, slot=4 - 3 * i) for i in range(2)]
+    steps.reset()
+    want = steps.propose(steps.planner.host_batch([requests] * steps.dp))[:, :2].tolist()
+    latents = steps.pages()
+    steps.reset()
+    got = steps.step([requests] * steps.dp)
+    assert [[result.drafts for result in group] for group in got.results] == want
+    np.testing.assert_array_equal(steps.pages(), latents)
+
+
 @pytest.mark.parametrize("form", ["absorbed", "expanded"])
 @pytest.mark.parametrize("draft_tokens", [0, 2])
 def test_the_compiled_step_copies_no_table(draft_tokens: int, form: Form) -> None:
