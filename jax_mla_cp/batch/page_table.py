@@ -64,22 +64,22 @@ class TableMirror:
         entries = [_differences(*each) for each in zip(self._tables, rows, groups, strict=True)]
         places = self._shape.table_changes(step)
         changes = _no_changes(self._shape, places)
-        checksum = self._checksum + self._difference(entries)
+        after = self._checksum + self._change(entries)
         if max(len(index) for index, _ in entries) > places:
             tables = self._tables.copy()
             _write(tables, entries)
-            return TableUpdate(rows, entries, changes, tables.reshape(-1, self._shape.max_pages), checksum)
+            return TableUpdate(rows, entries, changes, tables.reshape(-1, self._shape.max_pages), after)
         for g, (index, page) in enumerate(entries):
             mine = slice(g * places, g * places + len(index))
             changes.index[mine], changes.page[mine] = index, page
-        return TableUpdate(rows, entries, changes, None, checksum)
+        return TableUpdate(rows, entries, changes, None, after)
 
     def apply(self, update: TableUpdate) -> None:
         """Follows a step that the devices will run next."""
         _write(self._tables, update.entries)
         self._checksum = update.checksum
 
-    def _difference(self, entries: Sequence[tuple[Ints, Ints]]) -> UInt32[np.ndarray, " dp"]:
+    def _change(self, entries: Sequence[tuple[Ints, Ints]]) -> UInt32[np.ndarray, " dp"]:
         """What entries add to the checksums."""
         added = np.zeros(len(entries), np.uint32)
         for g, (index, page) in enumerate(entries):
@@ -124,15 +124,9 @@ def _rows(slot: Ints, max_requests: int) -> Ints:
 
 def _differences(table: NDArray[np.int32], rows: Ints, c: RequestColumns) -> tuple[Ints, Ints]:
     """The entries in which requests differ from a table, and their pages."""
-    index, page = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    start = c.page_start.tolist()
-    for row, first, end in zip(rows.tolist(), start, start[1:], strict=False):
-        pages = c.pages[first:end]
-        column = np.flatnonzero(table[row, : end - first] != pages)
-        if len(column):
-            index.append(row * table.shape[1] + column)
-            page.append(pages[column])
-    return np.concatenate(index), np.concatenate(page)
+    index = rows[c.page_request] * table.shape[1] + c.page_column
+    differs = np.flatnonzero(table.reshape(-1)[index] != c.pages)
+    return index[differs], c.pages[differs]
 
 
 def _no_changes(shape: BatchShape, places: int) -> TableChanges:
