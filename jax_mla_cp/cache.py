@@ -19,6 +19,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int32
 
+from jax_mla_cp.batch.rows import Rows
 from jax_mla_cp.batch.shapes import CacheShape
 from jax_mla_cp.mesh import DP, mesh_shape
 
@@ -69,16 +70,28 @@ def write(
 def slots_at(
     pages: Float[Array, "pages page_size C"],
     page_table: Int32[Array, "I W"],
+    row: Int32[Array, " I"],
     position: Int32[Array, " I"],
     valid: Bool[Array, " I"],
     *,
     layers: int,
 ) -> Int32[Array, " I"]:
-    """The slot of one position of each request; where not `valid`, a slot out of range."""
+    """The slot of one position of each request, whose pages are in `page_table[row]`; where not `valid`, a slot out of range."""
     shape = shape_of(pages, layers)
-    column = jnp.where(valid, position // shape.page_size, 0)
-    page = jnp.take_along_axis(page_table, column[:, None], axis=1)[:, 0]
+    page = page_table[row, jnp.where(valid, position // shape.page_size, 0)]
     return jnp.where(valid, shape.slot_of(page, position % shape.page_size), shape.unused_slots(len(position)))
+
+
+def row_pages(
+    pages: Float[Array, "pages page_size C"], page_table: Int32[Array, "I W"], rows: Rows
+) -> Int32[Array, "B W"]:
+    """Each row's pages, in order; past its last key ids out of range, whatever the table holds there.
+
+    A table that stays on the devices still holds pages of requests that have ended. Attention uses nothing past a row's last key;
+    this keeps another request's latents out of its reach, as a table of the step's own does.
+    """
+    used = -(-rows.kv_len // pages.shape[1])
+    return jnp.where(jnp.arange(page_table.shape[1]) < used[:, None], page_table[rows.request], pages.shape[0])
 
 
 def layer_pages(

@@ -42,9 +42,10 @@ def test_out_of_range_reads_are_zeros_in_every_layer() -> None:
 def test_slots_at_positions() -> None:
     """The slot of a position in its page, as `write` takes it; where not valid, different slots of no layer."""
     pages = jnp.zeros((15, 4, 2))
-    table = jnp.array([[3, 1, 99], [0, 2, 99], [4, 99, 99], [1, 99, 99]], jnp.int32)
+    table = jnp.array([[0, 2, 99], [99, 99, 99], [3, 1, 99], [4, 99, 99], [1, 99, 99]], jnp.int32)
+    row = jnp.array([2, 0, 3, 4], jnp.int32)
     position, valid = jnp.array([5, 3, 2, 7], jnp.int32), jnp.array([True, True, False, False])
-    slots = np.asarray(cache.slots_at(pages, table, position, valid, layers=3))
+    slots = np.asarray(cache.slots_at(pages, table, row, position, valid, layers=3))
     assert slots.dtype == np.int32
     assert slots[:2].tolist() == [1 * 4 + 1, 0 * 4 + 3]
     assert slots[2] != slots[3] and (slots[2:] >= 15 * 4).all()

@@ -53,6 +53,18 @@ class SpeculationArrays:
     """Position of the first token that is sampled after."""
     writable_end: Int32[Array, " I"]
     """Positions below it have a slot; 0 for places without a request."""
+    table_row: Int32[Array, " I"]
+    """The request's row in the page table; 0 for places without a request."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TableChanges:
+    """Entries of a dp group's resident page table that a step changes, in `E` places (`BatchShape.table_changes`)."""
+
+    index: Int32[Array, " E"]
+    """`row * W + column`; beyond the table, and each another, in places without a change."""
+    page: Int32[Array, " E"]
 
 
 @jax.tree_util.register_dataclass
@@ -76,7 +88,10 @@ class Batch:
     """The cache slot of each token's latent, rank after rank."""
     pages_to_zero: Int32[Array, " Z"] = field(metadata=_PER_GROUP)
     """Pages that the step begins and does not fill (`BatchShape.max_pages_to_zero` of each request)."""
-    page_table: Int32[Array, "I W"] = field(metadata=_PER_GROUP)
+    page_table: Int32[Array, "I W"] | None = field(metadata=_PER_GROUP)
+    """The requests' pages; `Rows.request` names a row. None in a batch for devices that have the table (`table_changes`)."""
+    table_changes: TableChanges | None = field(metadata=_PER_GROUP)
+    """Of the table that the devices have. None in a batch that brings a `page_table`."""
     key_pages: Int32[Array, " K/page_size"] = field(metadata=_PER_GROUP)
     """Pages of the packed keys; none in a step without expanded rows."""
     num_keys: Int32[Array, " 1"] = field(metadata=_PER_GROUP)

@@ -48,11 +48,17 @@ class RequestColumns:
     """For each page its request."""
     page_column: Ints
     """For each page its index among its request's."""
+    page_start: Ints
+    """[I + 1]: the pages of request i are `page_start[i]` to `page_start[i + 1]`."""
 
     @property
     def end(self) -> Ints:
         """[I]: the position behind the last token."""
         return self.num_computed_tokens + self.num_new_tokens
+
+    def page(self, request: Ints, column: Ints) -> Ints:
+        """The pages of requests at columns below their number of pages."""
+        return self.pages[self.page_start[request] + column]
 
     @property
     def next_tokens(self) -> Ints:
@@ -110,6 +116,7 @@ class RequestColumns:
             ),
             page_request=np.repeat(np.arange(len(requests)), used),
             page_column=ragged_arange(used),
+            page_start=np.concatenate([[0], np.cumsum(used)]),
         )
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from jax_mla_cp.batch.arrays import Batch, SamplingArrays, SpeculationArrays
 from jax_mla_cp.batch.columns import Ints, RequestColumns, ragged_arange
 from jax_mla_cp.batch.form import use_expanded
+from jax_mla_cp.batch.page_table import TableUpdate
 from jax_mla_cp.batch.rows import Rows
 from jax_mla_cp.batch.shapes import BatchShape, StepShape
 from jax_mla_cp.batch.zigzag import Plan, plan
@@ -82,6 +83,11 @@ class StepLayout:
     rank_pairs: Ints
     """[cp]: query-key pairs of each cp rank, the cost of its attention, summed over the dp groups."""
 
+    @property
+    def columns(self) -> list[RequestColumns]:
+        """The requests of each dp group."""
+        return [group.columns for group in self.groups]
+
 
 def lay_out(c: RequestColumns, shape: BatchShape, config: ModelConfig, *, expand: bool = True) -> GroupLayout:
     """Chooses each request's form and plans the zigzag, for a dp group's requests that `check_requests` has passed.
@@ -102,8 +108,11 @@ def lay_out(c: RequestColumns, shape: BatchShape, config: ModelConfig, *, expand
     return GroupLayout(c, order, len(order) - int(expanded.sum()), zigzag)
 
 
-def build_batch(layout: StepLayout, shape: BatchShape) -> Batch:
+def build_batch(layout: StepLayout, shape: BatchShape, update: TableUpdate | None = None) -> Batch:
     """The arrays of a step, all devices' one after the other.
+
+    Args:
+      update: the step's part in a page table that the devices have. None: the batch brings a table of its own.
 
     Raises:
       ValueError: a layout doesn't fit the step's shape, or only some requests have `embeds`.
@@ -116,9 +125,13 @@ def build_batch(layout: StepLayout, shape: BatchShape) -> Batch:
     ):
         if needed > capacity:
             raise ValueError(f"a rank has {needed} {name}, the step has room for {capacity}. Use a larger step.")
-    batches = [_group_batch(group, shape, step) for group in groups]
+    rows = [np.arange(len(group.columns.requests)) for group in groups] if update is None else update.rows
+    batches = [_group_batch(group, shape, step, each) for group, each in zip(groups, rows, strict=True)]
     batch = batches[0] if len(batches) == 1 else jax.tree.map(lambda *arrays: np.concatenate(arrays), *batches)
-    return dataclasses.replace(batch, embeds=_embeds(groups, step))
+    batch = dataclasses.replace(batch, embeds=_embeds(groups, step))
+    if update is None:
+        return dataclasses.replace(batch, page_table=np.concatenate([_page_table(g.columns, shape) for g in groups]))
+    return dataclasses.replace(batch, table_changes=update.changes)
 
 
 def packed_keys(keys: _T, page_size: int) -> _T:
@@ -132,12 +145,21 @@ def _expanded_keys(layout: GroupLayout, shape: BatchShape) -> int:
     return int(packed_keys(layout.columns.end[layout.order[layout.num_absorbed :]], shape.cache.page_size).sum())
 
 
-def _group_batch(layout: GroupLayout, shape: BatchShape, step: StepShape) -> Batch:
-    """One dp group's arrays, rank after rank. Requests have the places of `columns`, whatever the plan's order."""
-    p, c, cp, page_size, tokens = layout.plan, layout.columns, shape.cp, shape.cache.page_size, step.tokens
+def _page_table(c: RequestColumns, shape: BatchShape) -> NDArray[np.int32]:
+    """A dp group's page table, in which each request's row is its place."""
     page_table = shape.cache.unused_pages(shape.max_requests * shape.max_pages).reshape(shape.max_requests, -1)
     page_table[c.page_request, c.page_column] = c.pages
+    return page_table
 
+
+def _group_batch(layout: GroupLayout, shape: BatchShape, step: StepShape, table_rows: Ints) -> Batch:
+    """One dp group's arrays but those of the page table, rank after rank. Requests have the places of `columns`, whatever the plan's
+    order.
+
+    Args:
+      table_rows: [I]: each request's row in the page table.
+    """
+    p, c, cp, page_size, tokens = layout.plan, layout.columns, shape.cp, shape.cache.page_size, step.tokens
     index, token = layout.buffer_index(tokens)
     request = layout.order[p.request]
     position = c.num_computed_tokens[request] + p.offset
@@ -146,7 +168,7 @@ def _group_batch(layout: GroupLayout, shape: BatchShape, step: StepShape) -> Bat
         padding[index] = values
         return padding
 
-    key_pages, key_start, num_keys = _pack_keys(layout, page_table, shape, step.expanded_keys)
+    key_pages, key_start, num_keys = _pack_keys(layout, shape, step.expanded_keys)
     sample = (
         p.offset - (c.num_new_tokens - 1 - c.num_drafts)[request]
     )  # which of the request's samples follows the token
@@ -161,19 +183,20 @@ def _group_batch(layout: GroupLayout, shape: BatchShape, step: StepShape) -> Bat
         positions=in_buffers(position, np.zeros(cp * tokens, np.int32)),
         num_tokens=p.rank_tokens.astype(np.int32),
         slot_mapping=in_buffers(
-            shape.cache.slot_of(page_table[request, position // page_size], position % page_size),
+            shape.cache.slot_of(c.page(request, position // page_size), position % page_size),
             shape.cache.unused_slots(cp * tokens),
         ),
-        pages_to_zero=_pages_to_zero(c, page_table, shape),
-        page_table=page_table,
+        pages_to_zero=_pages_to_zero(c, shape),
+        page_table=None,
+        table_changes=None,
         key_pages=key_pages,
         num_keys=num_keys,
-        expanded=_rows(layout, shape, key_start, expanded=True),
-        absorbed=_rows(layout, shape, key_start, expanded=False),
+        expanded=_rows(layout, shape, key_start, table_rows, expanded=True),
+        absorbed=_rows(layout, shape, key_start, table_rows, expanded=False),
         last_index=last_index.reshape(-1),
         sampling=_sampling(c, shape),
         slots=None if shape.draft_tokens else _slots(c, shape),
-        speculation=_speculation(c, shape) if shape.draft_tokens else None,
+        speculation=_speculation(c, shape, table_rows) if shape.draft_tokens else None,
         absorbed_tokens=step.absorbed_tokens,
     )
 
@@ -194,7 +217,7 @@ def _embeds(groups: Sequence[GroupLayout], step: StepShape) -> NDArray[Any] | No
     return out.reshape(-1, first.shape[1])
 
 
-def _pages_to_zero(c: RequestColumns, page_table: NDArray[np.int32], shape: BatchShape) -> NDArray[np.int32]:
+def _pages_to_zero(c: RequestColumns, shape: BatchShape) -> NDArray[np.int32]:
     """Pages that the step begins and does not fill."""
     page_size, count = shape.cache.page_size, shape.max_pages_to_zero
     # At least two: with a single index, XLA's scatter may copy the cache.
@@ -202,12 +225,12 @@ def _pages_to_zero(c: RequestColumns, page_table: NDArray[np.int32], shape: Batc
     first = np.maximum(c.end // page_size, -(-c.num_computed_tokens // page_size))
     for j in range(count):
         begun = np.flatnonzero(first + j < -(-c.writable_end // page_size))
-        pages[begun * count + j] = page_table[begun, first[begun] + j]
+        pages[begun * count + j] = c.page(begun, first[begun] + j)
     return pages
 
 
 def _pack_keys(
-    layout: GroupLayout, page_table: NDArray[np.int32], shape: BatchShape, capacity: int
+    layout: GroupLayout, shape: BatchShape, capacity: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
     """(pages of the packed keys, where each request's keys begin, number of packed keys). Gaps read as zeros."""
     page_size = shape.cache.page_size
@@ -218,11 +241,13 @@ def _pack_keys(
     packed, num_pages = packed_keys(keys, page_size), -(-keys // page_size)
     start[expanded] = np.cumsum(packed) - packed
     request, column = np.repeat(expanded, num_pages), ragged_arange(num_pages)
-    key_pages[start[request] // page_size + column] = page_table[request, column]
+    key_pages[start[request] // page_size + column] = layout.columns.page(request, column)
     return key_pages, start, np.array([packed.sum()], np.int32)
 
 
-def _rows(layout: GroupLayout, shape: BatchShape, key_start: NDArray[np.int32], *, expanded: bool) -> Rows:
+def _rows(
+    layout: GroupLayout, shape: BatchShape, key_start: NDArray[np.int32], table_rows: Ints, *, expanded: bool
+) -> Rows:
     """The plan's rows of one form, rank after rank, each rank's filled up with empty ones."""
     p, max_rows = layout.plan, 2 * shape.max_requests
     selected = np.flatnonzero((p.row_request >= layout.num_absorbed) == expanded)
@@ -234,7 +259,7 @@ def _rows(layout: GroupLayout, shape: BatchShape, key_start: NDArray[np.int32], 
         cu_q[:, 0] = layout.rank_absorbed
     others = np.zeros((3, shape.cp, max_rows), np.int32)
     request = layout.order[p.row_request[selected]]
-    others[:, rank, row] = p.row_kv_len[selected], key_start[request], request
+    others[:, rank, row] = p.row_kv_len[selected], key_start[request], table_rows[request]
     kv_len, kv_start, request = others.reshape(3, -1)
     return Rows(
         cu_q=np.cumsum(cu_q, axis=1, dtype=np.int32).reshape(-1), kv_len=kv_len, kv_start=kv_start, request=request
@@ -278,12 +303,13 @@ def _slots(c: RequestColumns, shape: BatchShape) -> NDArray[np.int32]:
     return slots
 
 
-def _speculation(c: RequestColumns, shape: BatchShape) -> SpeculationArrays:
+def _speculation(c: RequestColumns, shape: BatchShape, table_rows: Ints) -> SpeculationArrays:
     count = len(c.num_new_tokens)
     drafts = np.full((shape.max_requests, shape.draft_tokens), -1, np.int32)
     request, column = np.repeat(np.arange(count), c.num_drafts), ragged_arange(c.num_drafts)
     drafts[request, column] = c.tokens[(c.start[1:] - c.num_drafts)[request] + column]
-    first_position, writable_end = np.zeros((2, shape.max_requests), np.int32)
+    first_position, writable_end, table_row = np.zeros((3, shape.max_requests), np.int32)
     first_position[:count] = c.end - c.num_drafts - 1
     writable_end[:count] = c.writable_end
-    return SpeculationArrays(drafts, first_position, writable_end)
+    table_row[:count] = table_rows
+    return SpeculationArrays(drafts, first_position, writable_end, table_row)

@@ -88,6 +88,12 @@ class BatchShape:
         """Pages of a request that a step may begin without filling them: its last, and those of recycled drafts."""
         return 1 + -(-max(self.draft_tokens - 1, 0) // self.cache.page_size)
 
+    def table_changes(self, step: StepShape) -> int:
+        """Places for entries of the page table that a step changes: all that follow from its tokens. A request with n new tokens
+        begins at most 1 + (n - 1) / page_size pages, and those that `max_pages_to_zero` counts for recycled drafts."""
+        # At least two: with a single index, XLA's scatter may copy the table.
+        return max(2, self.max_requests * self.max_pages_to_zero + -(-self.cp * step.tokens // self.cache.page_size))
+
     def __post_init__(self) -> None:
         if self.max_requests < 1 or self.max_requests % self.cp:
             raise ValueError(f"max_requests must be a positive multiple of cp={self.cp}, got {self.max_requests}.")

@@ -54,5 +54,6 @@ class StepRequest:
     prompt_logprobs: bool = False
     """Return the log-probability of the token after each of these (`jax_mla_cp.step.results.TokenLogprobs`)."""
     slot: int | None = None
-    """Request slot, 0 to `max_requests - 1`, in which the devices keep the token that is sampled after these. Unused with
-    speculation, whose tokens the host has to read before the next step."""
+    """Request slot, 0 to `max_requests - 1`, in which the devices keep the request's pages and the token that is sampled after these
+    (not with speculation, whose tokens the host has to read before the next step). A request that keeps its slot from step to step
+    brings only pages that are new; without one, its pages may be sent again."""

@@ -14,8 +14,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from jax_mla_cp.batch.arrays import Batch
 from jax_mla_cp.batch.layout import build_batch
 from jax_mla_cp.batch.packing import DeviceBatch, pack
+from jax_mla_cp.batch.page_table import TableMirror
 from jax_mla_cp.bench.bench_options import Options
 from jax_mla_cp.bench.engine_host import NullRunner, host_seconds
 from jax_mla_cp.bench.followers import leading
@@ -39,6 +41,7 @@ _HOLD_MS = {64: 2.0}
 _HOLD_MORE_MS = {64: 0.3}
 """Several processes, more than one."""
 _HOLD_HEADER_BYTES = 4096
+_HOLD_BYTES = {(64, 128 * 1024): 64 * 1024}
 _ENGINE_STEPS = 300
 
 
@@ -67,6 +70,12 @@ def run(options: Options, config: ModelConfig, report: Report) -> None:
                     row["ms"] if row else None,
                     at_most=_HOLD_MS[requests],
                 )
+            if (requests, context) in _HOLD_BYTES:
+                report.hold(
+                    f"{requests} requests of {context} tokens: bytes to the devices per step",
+                    row["bytes"] if row else None,
+                    at_most=_HOLD_BYTES[requests, context],
+                )
             if requests in _HOLD_MORE_MS and leader is not None:
                 report.hold(
                     f"{requests} requests: host ms that other processes add, send + echo",
@@ -77,7 +86,8 @@ def run(options: Options, config: ModelConfig, report: Report) -> None:
                 headers.append(row["message_bytes"] - row["arrays_bytes"])
     report.notes.append(
         "ms: engine + arrays + pack + outcomes. engine: scheduling, detokenizing, events, metrics. arrays: checking the requests, laying "
-        "them out over the ranks, making arrays. outcomes: reading the results. put: transferring two arrays to every device."
+        "them out over the ranks, making arrays. outcomes: reading the results. put: transferring two arrays to every device, of so many bytes before they are replicated; the page "
+        "table is on the devices already."
     )
     if leader is not None:
         report.hold("bytes of a message beside its arrays", max(headers, default=None), at_most=_HOLD_HEADER_BYTES)
@@ -90,14 +100,22 @@ def run(options: Options, config: ModelConfig, report: Report) -> None:
 def _row(planner: Planner, requests: int, context: int, options: Options, leader: Leader | None) -> dict[str, Any]:
     shape, model = planner.shape, planner.model
     groups = decoding(planner, requests, context)
+    mirror = TableMirror(shape)
+
+    def build() -> Batch:
+        layout = planner.lay_out(groups)
+        return build_batch(layout, shape, mirror.update(layout.columns, layout.step))
+
     layout = planner.lay_out(groups)
-    batch = build_batch(layout, shape)
+    mirror.apply(mirror.update(layout.columns, layout.step))  # as the steps before would have
+    batch, update = build(), mirror.update(layout.columns, layout.step)
     packed = pack(batch, options.mesh)
+    inputs = StepInputs(layout.step, packed, None, update.whole, update.checksum)
     places = shape.max_requests * shape.samples_per_request
     tops = np.zeros((places, TOP_LOGPROBS), np.int32), np.zeros((places, TOP_LOGPROBS), np.float32)
     sampled = SamplerOutput(np.zeros(places, np.int32), np.zeros(places, np.float32), *tops)
     parts: dict[str, Callable[[], Any]] = {
-        "arrays_ms": lambda: planner.host_batch(groups),
+        "arrays_ms": build,
         "pack_ms": lambda: pack(batch, options.mesh),
         "outcomes_ms": lambda: read_results(sampled, layout, shape),
         "put_ms": lambda: jax.block_until_ready(on_devices(packed, declared_specs(packed), model.mesh)),
@@ -108,9 +126,9 @@ def _row(planner: Planner, requests: int, context: int, options: Options, leader
     tokenizer = Tokenizer.from_dir(DIRECTORY, ModelConfig.from_dir(DIRECTORY).vocab_size)
     steps = host_seconds(idle, requests=requests, steps=_ENGINE_STEPS, tokenizer=tokenizer)
     ms["engine_ms"] = float(np.median(steps)) * 1e3
-    sent = {} if leader is None else _sent(leader, StepInputs(layout.step, packed, None), planner, requests)
+    sent = {} if leader is None else _sent(leader, inputs, planner, requests)
     whole = sum((ms | sent).get(name, 0.0) for name in ("engine_ms", "arrays_ms", "pack_ms", "outcomes_ms", "send_ms"))
-    return taken["arrays_ms"].row() | ms | sent | {"ms": whole}
+    return taken["arrays_ms"].row() | ms | sent | {"bytes": _bytes(packed), "ms": whole}
 
 
 def _sent(leader: Leader, inputs: StepInputs, planner: Planner, requests: int) -> dict[str, float]:
@@ -125,7 +143,7 @@ def _sent(leader: Leader, inputs: StepInputs, planner: Planner, requests: int) -
         "echo_ms": time.echo * 1e3,
         "send_masks_ms": masked_time.send * 1e3,
         "message_bytes": message_bytes(inputs),
-        "arrays_bytes": _bytes(inputs.batch),
+        "arrays_bytes": _bytes(inputs.batch) + inputs.table_checksum.nbytes,
     }
 
 

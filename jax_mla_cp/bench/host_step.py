@@ -39,7 +39,7 @@ def decoding(planner: Planner, requests: int, context: int) -> list[list[StepReq
     pages = np.random.default_rng(0).permutation(planner.shape.cache.pages_per_layer)[: requests * each]
     return [
         [
-            StepRequest([1], context - 1, row.tolist(), SamplingParams(seed=i))
+            StepRequest([1], context - 1, row.tolist(), SamplingParams(seed=i), slot=i)
             for i, row in enumerate(pages.reshape(requests, each))
         ]
     ]

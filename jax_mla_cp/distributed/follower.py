@@ -16,10 +16,11 @@ from jax_mla_cp.distributed.cluster import Cluster
 from jax_mla_cp.distributed.exit import FAILED, INVALID, Unreachable, exit_now
 from jax_mla_cp.distributed.link import Link
 from jax_mla_cp.distributed.member import OWN_REASON_SECONDS, Member
-from jax_mla_cp.distributed.step_message import ECHO, StepDecoder
+from jax_mla_cp.distributed.step_message import ECHO, StepDecoder, crc_of
 from jax_mla_cp.distributed.wire import CorruptMessage, Kind, Wire
 from jax_mla_cp.step.inputs import StepInputs
 from jax_mla_cp.step.planner import Planner
+from jax_mla_cp.step.sampling import SamplerOutput
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class Executor(Protocol):
 
     def fingerprint(self, shape: StepShape, /) -> str: ...
 
-    def execute(self, inputs: StepInputs, /) -> object: ...
+    def execute(self, inputs: StepInputs, /) -> SamplerOutput: ...
 
 
 class Follower(Member):
@@ -75,7 +76,7 @@ class Follower(Member):
                     raise CorruptMessage(f"step {number} after step {self._last_step}.")
                 if (mine := runner.fingerprint(message.inputs.shape)) != message.program:
                     raise CorruptMessage(f"step {number} needs the program {message.program}, this process has {mine}.")
-                runner.execute(message.inputs)
+                table = crc_of(runner.execute(message.inputs).table_checksum)
             except Exception as error:
                 log.exception("step %d failed", self._last_step + 1)
                 # A collective fails when a process is gone; the connection to process 0, or process 0, tells which.
@@ -83,7 +84,7 @@ class Follower(Member):
                     threading.Event().wait()  # until another thread has ended this process
                 self.fail_here(f"step {self._last_step + 1} failed: {error}")
             self._last_step = number
-            self._link.send(Kind.ECHO, ECHO.pack(number, crc, time.monotonic() - began))
+            self._link.send(Kind.ECHO, ECHO.pack(number, crc, table, time.monotonic() - began))
 
     def fail_here(self, reason: str, code: int = FAILED) -> NoReturn:
         self._closing.set()

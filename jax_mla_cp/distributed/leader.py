@@ -17,7 +17,7 @@ from jax_mla_cp.distributed.cluster import Cluster
 from jax_mla_cp.distributed.exit import FAILED, INVALID, exit_now
 from jax_mla_cp.distributed.link import Link
 from jax_mla_cp.distributed.member import OWN_REASON_SECONDS, Member
-from jax_mla_cp.distributed.step_message import ECHO, StepMessage, encode, encode_shape
+from jax_mla_cp.distributed.step_message import ECHO, StepMessage, crc_of, encode, encode_shape
 from jax_mla_cp.distributed.wire import CorruptMessage, Kind, Wire
 from jax_mla_cp.step.errors import RunnerFailed
 
@@ -65,6 +65,8 @@ class _SentStep:
 
     crc: int | None
     """CRC-32 of its message; None: the message is being made."""
+    table: int | None
+    """`crc_of` its page table's checksums; None: as `crc`."""
     began: float
     first_run: bool
     """Its program is compiled in it, which may take minutes."""
@@ -127,14 +129,15 @@ class Leader(Member):
         """
         self._check()
         number = self._progress[0].step + 1
-        step = _SentStep(None, time.monotonic(), first_run)
+        step = _SentStep(None, None, time.monotonic(), first_run)
         with self._lock:
             self._sent[number] = step
         try:
-            payload = encode(make(number))
+            message = make(number)
+            payload, table = encode(message), crc_of(message.inputs.table_checksum)
             crc = zlib.crc32(payload)
             with self._lock:
-                self._sent[number] = dataclasses.replace(step, crc=crc)
+                self._sent[number] = dataclasses.replace(step, crc=crc, table=table)
             for link in self._links.values():
                 link.send(Kind.STEP, payload, crc)
             yield
@@ -215,11 +218,13 @@ class Leader(Member):
         elif kind in (Kind.FAILED, Kind.REFUSED):
             self.fail(f"{name}: {bytes(payload).decode(errors='replace')}", INVALID if kind is Kind.REFUSED else FAILED)
         elif kind is Kind.ECHO and len(payload) == ECHO.size:
-            number, crc, seconds = ECHO.unpack(payload)
+            number, crc, table, seconds = ECHO.unpack(payload)
             # An echo may come late: the next step is sent when this one has ended here.
             sent = self._sent.get(number)
             if sent is None or number != self._progress[process].step + 1 or crc != sent.crc:
                 self.fail(f"{name} has executed another step than it was sent: it echoes step {number}, CRC {crc:08x}.")
+            elif table != sent.table:
+                self.fail(f"{name} has run step {number} with another page table than the host's.")
             else:
                 self._finished(process, _Progress(number, seconds))
         else:

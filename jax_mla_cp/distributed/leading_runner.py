@@ -10,7 +10,7 @@ from jax_mla_cp.distributed.leader import ClusterFailed, Leader
 from jax_mla_cp.distributed.step_message import StepMessage
 from jax_mla_cp.step.compile_progress import CompileProgress
 from jax_mla_cp.step.results import RunnerOutput, read_results
-from jax_mla_cp.step.runner import Runner
+from jax_mla_cp.step.runner import Runner, check_table
 from jax_mla_cp.step.synchronous_runner import SynchronousRunner
 
 
@@ -62,7 +62,9 @@ class LeadingRunner(SynchronousRunner):
 
         # Also without a compilation: NCCL connects at the first run.
         with self._leader.step(message, first_run=inputs.shape not in self._ran):
-            output = read_results(runner.execute(inputs), layout, runner.planner.shape)
+            arrays = runner.execute(inputs)
+            check_table(arrays, inputs.table_checksum)
+            output = read_results(arrays, layout, runner.planner.shape)
         self._ran.add(inputs.shape)
         return output
 

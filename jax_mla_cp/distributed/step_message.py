@@ -7,10 +7,12 @@ import dataclasses
 import functools
 import json
 import struct
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt32
 
 from jax_mla_cp.batch.packing import DeviceBatch, pack
 from jax_mla_cp.batch.shapes import StepShape
@@ -20,12 +22,12 @@ from jax_mla_cp.step.inputs import StepInputs
 from jax_mla_cp.step.logit_bias import HostBias
 from jax_mla_cp.step.planner import Planner
 
-ECHO = struct.Struct("<QId")
-"""A follower's answer to a step: its number, the CRC of the received payload, seconds that it took."""
+ECHO = struct.Struct("<QIId")
+"""A follower's answer to a step: its number, the CRC of the received payload, `crc_of` its page table's checksums, seconds that it took."""
 _LENGTH = struct.Struct("<I")
 _ALIGNMENT = 64
 _DTYPES = ("int32", "uint32", "bool")
-_BATCH, _BIAS = ("rank_words", "group_words"), ("biased", "mask", "entries")
+_BATCH, _BIAS, _TABLE = ("rank_words", "group_words"), ("biased", "mask", "entries"), ("page_table", "table_checksum")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +50,9 @@ def encode(message: StepMessage) -> bytes:
     inputs = message.inputs
     if inputs.batch.embeds is not None:
         raise ValueError("embeds: input embeddings are not sent to other processes.")
-    arrays = {name: getattr(inputs.batch, name) for name in _BATCH}
-    if inputs.bias is not None:
-        arrays |= {name: getattr(inputs.bias, name) for name in _BIAS if getattr(inputs.bias, name) is not None}
+    given = [(inputs.batch, _BATCH), (inputs, _TABLE), *([] if inputs.bias is None else [(inputs.bias, _BIAS)])]
+    named = {name: getattr(owner, name) for owner, names in given for name in names}
+    arrays = {name: array for name, array in named.items() if array is not None}
     fixed = _fixed_header(inputs.shape, tuple((name, array.dtype, array.shape) for name, array in arrays.items()))
     text = f'{{"step": {message.number}, "program": {json.dumps(message.program)}, {fixed}}}'.encode()
     parts: list[Any] = [_LENGTH.pack(len(text)), text]
@@ -67,6 +69,11 @@ def _fixed_header(shape: StepShape, arrays: tuple[tuple[str, np.dtype[Any], tupl
     """The part of the header that most steps share, without its braces: writing it would take half of a message's time."""
     fields = {"shape": dataclasses.asdict(shape), "arrays": {name: [dtype.name, dims] for name, dtype, dims in arrays}}
     return json.dumps(fields)[1:-1]
+
+
+def crc_of(table_checksum: UInt32[np.ndarray, " dp"]) -> int:
+    """One number for the checksums of all dp groups' page tables."""
+    return zlib.crc32(np.ascontiguousarray(table_checksum, np.uint32))
 
 
 def encode_shape(shape: StepShape) -> bytes:
@@ -115,13 +122,18 @@ class StepDecoder:
             at += size
         if at != len(payload):
             raise ValueError(f"{len(payload)} bytes, expected {at}")
-        template = self._template(shape)
-        for name in _BATCH:
-            if arrays[name].shape != getattr(template, name).shape:
+        template, batch_shape = self._template(shape), self._planner.shape
+        expected = {name: getattr(template, name).shape for name in _BATCH}
+        expected["table_checksum"] = (batch_shape.dp,)
+        if "page_table" in arrays:
+            expected["page_table"] = (batch_shape.dp * batch_shape.max_requests, batch_shape.max_pages)
+        for name, dims in expected.items():
+            if arrays[name].shape != dims:
                 raise ValueError(f"{name} has the shape {arrays[name].shape}")
         batch = dataclasses.replace(template, rank_words=arrays["rank_words"], group_words=arrays["group_words"])
         bias = HostBias(arrays["biased"], arrays.get("mask"), arrays.get("entries")) if "biased" in arrays else None
-        return StepMessage(header["step"], header["program"], StepInputs(shape, batch, bias))
+        inputs = StepInputs(shape, batch, bias, arrays.get("page_table"), arrays["table_checksum"])
+        return StepMessage(header["step"], header["program"], inputs)
 
     def _shape(self, fields: dict[str, Any]) -> StepShape:
         shape = StepShape(**fields)
@@ -133,7 +145,7 @@ class StepDecoder:
         """A batch of the shape: its fields are not sent."""
         if shape not in self._templates:
             mesh = mesh_shape(self._planner.model.mesh)
-            self._templates[shape] = pack(self._planner.dummy_batch(shape), mesh)
+            self._templates[shape] = pack(self._planner.dummy_batch(shape, keeps_table=True), mesh)
         return self._templates[shape]
 
 

@@ -36,7 +36,12 @@ class ScheduledRequest:
         if not self.needs_sampling:
             following = r.tokens[end] if end < len(r.tokens) else None
             return StepRequest(
-                tokens, r.num_computed_tokens, r.pages, next_token=following, prompt_logprobs=r.needs_prompt_logprobs
+                tokens,
+                r.num_computed_tokens,
+                r.pages,
+                next_token=following,
+                prompt_logprobs=r.needs_prompt_logprobs,
+                slot=r.slot,
             )
         return StepRequest(
             tokens + r.drafts,

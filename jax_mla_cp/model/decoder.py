@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
+from jax_mla_cp import cache
 from jax_mla_cp.attention import schedule
 from jax_mla_cp.attention.numerics import einsum_float32
 from jax_mla_cp.batch.arrays import Batch
@@ -48,7 +49,7 @@ class Decoder(nnx.Module):
         c = self.build.config
         with jax.named_scope("embed"):
             x = self.embed_tokens(batch.tokens) if batch.embeds is None else batch.embeds.astype(self.build.dtype)
-        inputs = self.inputs(batch)
+        inputs = self.inputs(pages, batch)
         residual = Residual.begin(vary_like(x, batch.tokens))
         if c.num_dense_layers:
             residual, pages = self.dense(residual, pages, inputs)
@@ -56,8 +57,9 @@ class Decoder(nnx.Module):
             residual, pages = self.moe(residual, pages, inputs)
         return rms_norm(residual.x + residual.part, self.final_norm[...], c.rms_norm_eps), pages
 
-    def inputs(self, batch: Batch) -> LayerInputs:
+    def inputs(self, pages: Float[Array, "pages page_size C"], batch: Batch) -> LayerInputs:
         """The inputs that all layers share."""
+        assert batch.page_table is not None, "a step that keeps the table fills it in"
         cos, sin = rope_angles(batch.positions, self.build.config.qk_rope_head_dim, self.build.config.rope)
         heads = self.build.config.num_heads // self.build.axes.size(TP)
         return LayerInputs(
@@ -70,7 +72,7 @@ class Decoder(nnx.Module):
             num_keys=batch.num_keys,
             expanded=batch.expanded,
             absorbed=schedule(batch.absorbed, batch.absorbed_tokens, heads, self.build.attention),
-            row_page_table=batch.page_table[batch.absorbed.request],
+            row_page_table=cache.row_pages(pages, batch.page_table, batch.absorbed),
             absorbed_tokens=batch.absorbed_tokens,
         )
 

@@ -26,6 +26,6 @@ class LayerInputs:
     expanded: Rows
     absorbed: Rows
     row_page_table: Int32[Array, "B W"]
-    """The page table of each row of `absorbed`."""
+    """The pages of each row of `absorbed` (`cache.row_pages`)."""
     absorbed_tokens: int = dataclasses.field(metadata={"static": True})
     """Tokens of absorbed rows are among the first `absorbed_tokens` of the buffer."""

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int32
 
 from jax_mla_cp.batch.arrays import Batch
 from jax_mla_cp.batch.packing import DeviceBatch, pack
+from jax_mla_cp.batch.page_table import apply_changes, device_checksum
 from jax_mla_cp.cache import PAGES_SPEC
 from jax_mla_cp.mesh import CP, DP, TOKENS, declared_specs, mesh_shape, on_devices
 from jax_mla_cp.model.decoder import Decoder
@@ -26,7 +27,7 @@ from jax_mla_cp.step.sampling import SamplerOutput, TokenLogprobsArrays, gather_
 from jax_mla_cp.step.speculation import propose
 
 SLOTS_SPEC = PartitionSpec(DP)
-"""The sharding of `last_tokens` in `forward_from_slots`."""
+"""The sharding of what `forward_from_slots` keeps for each request slot: `last_tokens` and `page_table`."""
 _LOGPROBS_BLOCK = 256
 """Tokens whose logits `_prompt_logprobs` holds in memory at a time: with a vocabulary of 129K, 132 MB."""
 
@@ -93,34 +94,50 @@ def forward_from_slots(
     batch: DeviceBatch,
     bias: LogitBiasArrays,
     last_tokens: Int32[Array, " dp*I"],
+    page_table: Int32[Array, "dp*I W"],
     *,
     prompt_logprobs: bool = False,
-) -> tuple[SamplerOutput, jax.Array, jax.Array]:
-    """`forward_and_sample` for steps that are dispatched before the one before has been read: tokens may be named by their
-    request slots, and sampled ones are kept there. With speculation, slots are not used.
+) -> tuple[SamplerOutput, jax.Array, jax.Array, jax.Array]:
+    """`forward_and_sample` for steps whose state stays on the devices, in request slots.
+
+    They may be dispatched before the one before has been read: tokens may be named by their slots, and sampled ones are kept
+    there. With speculation, tokens are not. The batch brings changes of the page table in place of a table.
 
     Args:
       last_tokens: the token that was sampled last for each of a dp group's request slots, sharded P("dp").
+      page_table: the pages of each of a dp group's request slots, sharded P("dp"). Donate it.
 
     Returns:
-      As `forward_and_sample`, and the new `last_tokens`, equal on all cp ranks: a request's next row may be on another one.
+      As `forward_and_sample`, and the new `last_tokens` and `page_table`, equal on all cp ranks: a request's next row may be on
+      another one. The output has the checksum of the new `page_table`.
     """
 
     def run(
-        decoder: Decoder, pages: jax.Array, batch: Batch, bias: LogitBiasArrays, last_tokens: jax.Array
-    ) -> tuple[SamplerOutput, jax.Array, jax.Array]:
+        decoder: Decoder,
+        pages: jax.Array,
+        batch: Batch,
+        bias: LogitBiasArrays,
+        last_tokens: jax.Array,
+        page_table: jax.Array,
+    ) -> tuple[SamplerOutput, jax.Array, jax.Array, jax.Array, jax.Array]:
+        assert batch.table_changes is not None, "the batch brings a page table of its own"
+        with jax.named_scope("page_table"):
+            page_table = apply_changes(page_table, batch.table_changes)
+            checksum = device_checksum(page_table)
+        batch = dataclasses.replace(batch, page_table=page_table)
         if batch.slots is None:
-            return *_sample(decoder, pages, batch, bias, prompt_logprobs=prompt_logprobs), last_tokens
+            sampled, pages = _sample(decoder, pages, batch, bias, prompt_logprobs=prompt_logprobs)
+            return sampled, checksum, pages, last_tokens, page_table
         sampled, pages = _sample(
             decoder, pages, _with_last_tokens(batch, last_tokens), bias, prompt_logprobs=prompt_logprobs
         )
         drawn = decoder.build.axes.all_gather(sampled.token, CP)
-        return sampled, pages, last_tokens.at[batch.slots].set(drawn, mode="drop")
+        return sampled, checksum, pages, last_tokens.at[batch.slots].set(drawn, mode="drop"), page_table
 
-    specs = (PartitionSpec(TOKENS), PAGES_SPEC, SLOTS_SPEC)
-    per_device = ((bias, PartitionSpec(TOKENS)), (last_tokens, SLOTS_SPEC))
-    output, pages, last_tokens = _run(run, specs, model, pages, batch, per_device)
-    return _readable(model, output), pages, last_tokens
+    specs = (PartitionSpec(TOKENS), SLOTS_SPEC, PAGES_SPEC, SLOTS_SPEC, SLOTS_SPEC)
+    per_device = ((bias, PartitionSpec(TOKENS)), (last_tokens, SLOTS_SPEC), (page_table, SLOTS_SPEC))
+    output, checksum, *kept = _run(run, specs, model, pages, batch, per_device)
+    return _readable(model, dataclasses.replace(output, table_checksum=checksum)), *kept
 
 
 def to_devices(model: Model, batch: Batch) -> DeviceBatch:

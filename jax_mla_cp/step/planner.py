@@ -17,6 +17,7 @@ from jax_mla_cp.batch.columns import RequestColumns
 from jax_mla_cp.batch.form import Form
 from jax_mla_cp.batch.layout import KEY_ALIGN, StepLayout, build_batch, lay_out, packed_keys
 from jax_mla_cp.batch.packing import DeviceBatch
+from jax_mla_cp.batch.page_table import TableMirror
 from jax_mla_cp.batch.shapes import BatchShape, CacheShape, StepShape
 from jax_mla_cp.batch.step_request import StepRequest
 from jax_mla_cp.config.errors import ConfigError, check_choice
@@ -210,11 +211,17 @@ class Planner:
         """The shapes of the programs that return prompt log-probabilities, one for each bucket: they are rare."""
         return tuple(self._prompt_logprobs_step(bucket) for bucket in self.buckets)
 
-    def dummy_batch(self, step: StepShape) -> Batch:
-        """A batch of the shape without a request, on the host: to compile for."""
+    def dummy_batch(self, step: StepShape, *, keeps_table: bool = False) -> Batch:
+        """A batch of the shape without a request, on the host: to compile for.
+
+        Args:
+          keeps_table: for devices that keep the page table (`forward_from_slots`).
+        """
         empty = lay_out(RequestColumns.of([], self.shape), self.shape, self.model.config)
         idle = np.zeros(self.shape.cp, np.int64)
-        return build_batch(StepLayout([empty] * self.shape.dp, step, idle, idle), self.shape)
+        layout = StepLayout([empty] * self.shape.dp, step, idle, idle)
+        update = TableMirror(self.shape).update(layout.columns, step) if keeps_table else None
+        return build_batch(layout, self.shape, update)
 
     def _may_expand(self, bucket: int) -> bool:
         return self.shape.expanded_keys > 0 and (self.shape.form == "expanded" or bucket > _ABSORBED_ONLY)

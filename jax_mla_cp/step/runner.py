@@ -14,10 +14,12 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
+from jaxtyping import UInt32
 from numpy.typing import NDArray
 
 from jax_mla_cp.batch.layout import StepLayout, build_batch
 from jax_mla_cp.batch.packing import pack
+from jax_mla_cp.batch.page_table import TableMirror
 from jax_mla_cp.batch.shapes import BatchShape, StepShape
 from jax_mla_cp.batch.step_request import StepRequest
 from jax_mla_cp.cache import PAGES_SPEC
@@ -25,6 +27,7 @@ from jax_mla_cp.mesh import declared_specs, mesh_shape, on_devices
 from jax_mla_cp.model.loaded_model import Model
 from jax_mla_cp.step import logit_bias
 from jax_mla_cp.step.compile_progress import CompileProgress, CompileTracker
+from jax_mla_cp.step.errors import PageTableLost
 from jax_mla_cp.step.forward import SLOTS_SPEC, forward_from_slots, place
 from jax_mla_cp.step.inputs import StepInputs
 from jax_mla_cp.step.planner import Planner
@@ -81,9 +84,13 @@ class Runner:
         return self.planner.shape.cache.pages_per_layer
 
     def reset(self) -> None:
-        """A new, empty cache: after a step failed, the donated one may be gone, and so may what the step gave."""
+        """A new, empty cache: after a step failed, the donated one may be gone, and so may what the step gave. The whole page table
+        is sent anew."""
+        shape, mesh = self.planner.shape, self.planner.model.mesh
         self._pages = self.planner.new_cache()
-        self._last_tokens = on_devices(_no_tokens(self.planner.shape), SLOTS_SPEC, self.planner.model.mesh)
+        self._last_tokens = on_devices(_no_tokens(shape), SLOTS_SPEC, mesh)
+        self._mirror = TableMirror(shape)
+        self._page_table = on_devices(self._mirror.whole, SLOTS_SPEC, mesh)
 
     def check(self, request: StepRequest) -> None:
         """Checks one request alone.
@@ -108,17 +115,21 @@ class Runner:
           ValueError: a request that doesn't fit; nothing runs then.
         """
         layout, inputs = self.prepare(groups)
-        return DispatchedStep(self.launch(inputs), layout, self.planner.shape)
+        return DispatchedStep(self.launch(inputs), layout, inputs.table_checksum, self.planner.shape)
 
     def prepare(self, groups: Sequence[Sequence[StepRequest]]) -> tuple[StepLayout, StepInputs]:
-        """Lays out a step on the host.
+        """Lays out a step on the host. Launch it before another one is prepared: that one's changes of the page table are to what this
+        one leaves.
 
         Raises:
           ValueError: as `step`.
         """
-        layout = self.planner.lay_out(groups)
-        packed = pack(build_batch(layout, self.planner.shape), mesh_shape(self.planner.model.mesh))
-        return layout, StepInputs(layout.step, packed, self._bias_builder.collect(groups))
+        layout, shape = self.planner.lay_out(groups), self.planner.shape
+        update = self._mirror.update(layout.columns, layout.step)
+        packed = pack(build_batch(layout, shape, update), mesh_shape(self.planner.model.mesh))
+        bias = self._bias_builder.collect(groups)
+        self._mirror.apply(update)  # last: a step that is refused changes nothing
+        return layout, StepInputs(layout.step, packed, bias, update.whole, update.checksum)
 
     def execute(self, inputs: StepInputs) -> SamplerOutput:
         """`launch`, and waits for the output, as NumPy arrays."""
@@ -131,7 +142,11 @@ class Runner:
         model = self.planner.model
         program = self._program(inputs.shape)
         batch, bias = place(model, inputs.batch), self._bias_builder.place(inputs.bias)
-        output, self._pages, self._last_tokens = program(model, self._pages, batch, bias, self._last_tokens)
+        if inputs.page_table is not None:
+            self._page_table = on_devices(inputs.page_table, SLOTS_SPEC, model.mesh)
+        output, self._pages, self._last_tokens, self._page_table = program(
+            model, self._pages, batch, bias, self._last_tokens, self._page_table
+        )
         return output
 
     def is_compiled(self, shape: StepShape) -> bool:
@@ -190,27 +205,49 @@ class DispatchedStep:
     output: SamplerOutput
     """On the devices."""
     layout: StepLayout
+    table_checksum: UInt32[np.ndarray, " dp"]
+    """`StepInputs.table_checksum`."""
     shape: BatchShape
 
     def result(self) -> RunnerOutput:
-        """Waits for the step and returns its results. Raises what it failed with."""
-        return read_results(jax.device_get(self.output), self.layout, self.shape)
+        """Waits for the step and returns its results. Raises what it failed with, also if it ran with another page table."""
+        output: SamplerOutput = jax.device_get(self.output)
+        check_table(output, self.table_checksum)
+        return read_results(output, self.layout, self.shape)
+
+
+def check_table(output: SamplerOutput, expected: UInt32[np.ndarray, " dp"]) -> None:
+    """Checks that a step has used the page table that it was meant to.
+
+    Raises:
+      PageTableLost: it has used another one.
+    """
+    wrong = np.flatnonzero(output.table_checksum != expected)
+    if len(wrong):
+        g = wrong[0]
+        raise PageTableLost(
+            f"the page table of dp group {g} is not the host's: its checksum is {output.table_checksum[g]:08x}, expected "
+            f"{expected[g]:08x}."
+        )
 
 
 def compile_step(planner: Planner, shape: StepShape) -> jax.stages.Compiled:
-    """Compiles the step of one shape, its cache donated: called with (model, pages, batch, bias, last_tokens)."""
+    """Compiles the step of one shape, its cache and page table donated: called with (model, pages, batch, bias, last_tokens, page_table)."""
     return lower_step(planner, shape).compile()
 
 
 def lower_step(planner: Planner, shape: StepShape) -> jax.stages.Lowered:
     """`compile_step` before XLA compiles."""
     model = planner.model
-    packed = pack(planner.dummy_batch(shape), mesh_shape(model.mesh))
+    packed = pack(planner.dummy_batch(shape, keeps_table=True), mesh_shape(model.mesh))
     batch = jax.tree.map(lambda x, spec: _struct(model, x, spec), packed, declared_specs(packed))
     pages = _struct(model, jax.eval_shape(planner.new_cache), PAGES_SPEC)
-    last_tokens = _struct(model, _no_tokens(planner.shape), SLOTS_SPEC)
-    program = jax.jit(functools.partial(forward_from_slots, prompt_logprobs=shape.prompt_logprobs), donate_argnums=1)
-    return program.lower(model, pages, batch, logit_bias.shapes(model, planner.shape), last_tokens)
+    last_tokens, page_table = (
+        _struct(model, x, SLOTS_SPEC) for x in (_no_tokens(planner.shape), TableMirror(planner.shape).whole)
+    )
+    run = functools.partial(forward_from_slots, prompt_logprobs=shape.prompt_logprobs)
+    program = jax.jit(run, donate_argnums=(1, 5))
+    return program.lower(model, pages, batch, logit_bias.shapes(model, planner.shape), last_tokens, page_table)
 
 
 def _no_tokens(shape: BatchShape) -> NDArray[np.int32]:

@@ -39,6 +39,7 @@ class SamplerOutput:
     top_logprobs: Any  # float32 [J, min(20, V)]
     drafts: Any = None  # int32 [I, d]: each request's next drafts; None without speculation
     prompt_logprobs: TokenLogprobsArrays | None = None  # of steps with StepShape.prompt_logprobs
+    table_checksum: Any = None  # uint32 [dp]: of the page table that the step used, if the devices keep it
 
 
 @jax.tree_util.register_dataclass

@@ -28,7 +28,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from jax_mla_cp import cache
-from jax_mla_cp.batch.arrays import Batch
+from jax_mla_cp.batch.arrays import Batch, SpeculationArrays
 from jax_mla_cp.batch.rows import Rows
 from jax_mla_cp.mesh import CP
 from jax_mla_cp.model.decoder import Decoder
@@ -54,7 +54,9 @@ def propose(
     num_drafts = spec.drafts.shape[1]
     drawn = axes.all_gather(sampled.reshape(-1, 1 + num_drafts), CP)
     num_accepted = count_accepted(drawn, spec.drafts)
-    state, pages = decoder.mtp(decoder.embed_tokens(_next_tokens(batch, drawn)), hidden, pages, decoder.inputs(batch))
+    state, pages = decoder.mtp(
+        decoder.embed_tokens(_next_tokens(batch, drawn)), hidden, pages, decoder.inputs(pages, batch)
+    )
     last = jnp.take_along_axis(batch.last_index.reshape(-1, 1 + num_drafts), num_accepted[:, None], axis=1)[:, 0]
     state = axes.psum_scatter(state.at[last].get(mode="fill", fill_value=0), CP)
     draft = _greedy(decoder, state)
@@ -65,7 +67,7 @@ def propose(
         carry: tuple[jax.Array, jax.Array, jax.Array], ahead: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array]:
         state, draft, pages = carry
-        inputs = _inputs(decoder, batch, spec.first_position + num_accepted + ahead, spec.writable_end, pages)
+        inputs = _inputs(decoder, batch, spec, spec.first_position + num_accepted + ahead, pages)
         state, pages = decoder.mtp(decoder.embed_tokens(draft), state, pages, inputs)
         draft = _greedy(decoder, state)
         return (state, draft, pages), draft
@@ -93,36 +95,36 @@ def _greedy(decoder: Decoder, state: Float[Array, "I/cp D"]) -> Int32[Array, " I
 def _inputs(
     decoder: Decoder,
     batch: Batch,
+    spec: SpeculationArrays,
     position: Int32[Array, " I"],
-    writable_end: Int32[Array, " I"],
     pages: Float[Array, "pages page_size C"],
 ) -> LayerInputs:
     """One token of each request, at `position`: each rank computes its share, all write all latents.
 
-    Latents at or past `writable_end` are dropped; the request has no use for drafts from there. Pages that begin
+    Latents at or past `spec.writable_end` are dropped; the request has no use for drafts from there. Pages that begin
     before it have been zeroed by the pass over the step's tokens (here, XLA could do so before that pass's attention has read
     the cache, and would copy it).
     """
     c, axes = decoder.build.config, decoder.build.axes
-    share = len(position) // axes.size(CP)
+    share, writable_end = len(position) // axes.size(CP), spec.writable_end
+    assert batch.page_table is not None, "a step that keeps the table fills it in"
 
     def share_of(values: jax.Array) -> jax.Array:
         return lax.dynamic_slice_in_dim(values, axes.index(CP) * share, share)
 
     slots = cache.slots_at(
-        pages, batch.page_table, position, position < writable_end, layers=decoder.build.cache_layers
+        pages, batch.page_table, spec.table_row, position, position < writable_end, layers=decoder.build.cache_layers
     )
     exists = share_of(writable_end) > 0  # requests stand before places without one
     cos, sin = rope_angles(share_of(position), c.qk_rope_head_dim, c.rope)
-    number = jnp.arange(share)
     rows = Rows(
         cu_q=jnp.minimum(jnp.arange(share + 1), exists.sum()),
         kv_len=jnp.where(exists, share_of(jnp.minimum(position + 1, writable_end)), 0),
-        kv_start=jnp.zeros_like(number),
-        request=number,
+        kv_start=jnp.zeros(share, jnp.int32),
+        request=share_of(spec.table_row),
     )
     return dataclasses.replace(
-        decoder.inputs(batch),
+        decoder.inputs(pages, batch),
         valid=exists,
         cos=cos,
         sin=sin,
@@ -130,6 +132,6 @@ def _inputs(
         pages_to_zero=batch.pages_to_zero[:0],
         key_pages=batch.key_pages[:0],
         absorbed=rows,
-        row_page_table=share_of(batch.page_table),
+        row_page_table=cache.row_pages(pages, batch.page_table, rows),
         absorbed_tokens=share,
     )

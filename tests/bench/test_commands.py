@@ -276,6 +276,15 @@ def test_host() -> None:
         parts = [row[name] for name in ("engine_ms", "arrays_ms", "pack_ms", "outcomes_ms")]
         assert row["ms"] == pytest.approx(sum(parts))
         assert min(*parts, row["put_ms"]) > 0
+    few, many = (row["bytes"] for row in report.rows)
+    assert few == many, "places for all requests that may run, whoever does"
+    assert not report.holds
+
+
+def test_host_holds_the_bytes_of_long_requests() -> None:
+    report = run(host, command="host", shapes=((64, 128 * 1024),), mesh=MESH)
+    (size,) = (hold for hold in report.holds if "bytes to the devices" in hold.what)
+    assert size.seen == report.rows[0]["bytes"] and size.ok and size.bound == 65536
 
 
 def bench(*flags: str) -> subprocess.CompletedProcess[str]:

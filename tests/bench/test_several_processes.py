@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh
 
 from jax_mla_cp.batch.layout import build_batch
 from jax_mla_cp.batch.packing import pack
+from jax_mla_cp.batch.page_table import TableMirror
 from jax_mla_cp.bench import followers, host, timing
 from jax_mla_cp.bench.bench_options import make
 from jax_mla_cp.bench.echo_process import NullRunner
@@ -91,12 +92,15 @@ def test_a_planner_without_devices_reads_the_messages() -> None:
     planner = make_planner(options, config, make_mesh(options.mesh))
     abstract = make_planner(options, config, AbstractMesh((1, 2, 2), AXES))
     layout = planner.lay_out(decoding(planner, 6, 300))
-    inputs = StepInputs(layout.step, pack(build_batch(layout, planner.shape), options.mesh), None)
+    update = TableMirror(planner.shape).update(layout.columns, layout.step)
+    packed = pack(build_batch(layout, planner.shape, update), options.mesh)
+    inputs = StepInputs(layout.step, packed, None, update.whole, update.checksum)
     message = StepDecoder(NullRunner(abstract).planner).decode(memoryview(encode(StepMessage(3, "p", inputs))))
     assert (message.number, message.program, message.inputs.shape) == (3, "p", layout.step)
     assert (message.inputs.batch.rank_words == inputs.batch.rank_words).all()
     assert (message.inputs.batch.group_words == inputs.batch.group_words).all()
     assert message.inputs.batch.fields == inputs.batch.fields
+    assert message.inputs.page_table is not None and (message.inputs.page_table == inputs.page_table).all()
 
 
 @pytest.mark.parametrize("mine", [1e-4, 1e-2, 3.0])

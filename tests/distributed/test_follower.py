@@ -11,6 +11,7 @@ import time
 import zlib
 from typing import Any
 
+import numpy as np
 import pytest
 
 from jax_mla_cp.batch.shapes import StepShape
@@ -19,11 +20,12 @@ from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.distributed import follower as follower_module
 from jax_mla_cp.distributed import handshake
 from jax_mla_cp.distributed.follower import Follower
-from jax_mla_cp.distributed.step_message import ECHO, StepMessage, encode, encode_shape
+from jax_mla_cp.distributed.step_message import ECHO, StepMessage, crc_of, encode, encode_shape
 from jax_mla_cp.distributed.wire import Kind
 from jax_mla_cp.step.inputs import StepInputs
 from jax_mla_cp.step.planner import Planner
 from jax_mla_cp.step.runner import Runner
+from jax_mla_cp.step.sampling import SamplerOutput
 from tests.helpers.fake_cluster import KEY, Coordination, Peer, cluster, following
 from tests.helpers.synthetic import random_model
 from tests.helpers.waiting import until
@@ -58,10 +60,11 @@ class FakeRunner:
         self.compiled.append(shape)
         return PROGRAM
 
-    def execute(self, inputs: StepInputs) -> None:
+    def execute(self, inputs: StepInputs) -> SamplerOutput:
         if self.error:
             raise self.error
         self.executed.append(inputs)
+        return SamplerOutput(None, None, None, None, table_checksum=np.array([len(self.executed)], np.uint32))
 
 
 def run(follower: Follower, planned: Runner) -> tuple[FakeRunner, threading.Thread]:
@@ -80,8 +83,9 @@ def test_steps_are_executed_and_echoed(planned: Runner, inputs: StepInputs, monk
         for number in (1, 2):
             payload = encode(StepMessage(number, PROGRAM, inputs))
             leader.wire.send(Kind.STEP, payload)
-            got, crc, seconds = ECHO.unpack(leader.next(Kind.ECHO)[1])
+            got, crc, table, seconds = ECHO.unpack(leader.next(Kind.ECHO)[1])
             assert (got, crc) == (number, zlib.crc32(payload)) and 0 <= seconds < 30
+            assert table == crc_of(np.array([number], np.uint32)), "what its devices returned, not what it was sent"
         assert runner.compiled == [shape, inputs.shape, inputs.shape]
         assert [each.batch.rank_words.tolist() for each in runner.executed] == [inputs.batch.rank_words.tolist()] * 2
         assert codes.empty()

@@ -18,7 +18,7 @@ from jax_mla_cp.distributed import leader as leader_module
 from jax_mla_cp.distributed import leading_runner as leading_runner_module
 from jax_mla_cp.distributed.leader import ClusterFailed, Leader
 from jax_mla_cp.distributed.leading_runner import LeadingRunner
-from jax_mla_cp.distributed.step_message import ECHO, StepMessage
+from jax_mla_cp.distributed.step_message import ECHO, StepMessage, crc_of
 from jax_mla_cp.distributed.wire import Kind
 from jax_mla_cp.step.inputs import StepInputs
 from tests.helpers.fake_cluster import Peer, leading
@@ -30,11 +30,18 @@ SHAPE = StepShape(16, 16, 0)
 def message(number: int) -> StepMessage:
     words = np.arange(number, number + 64, dtype=np.int32)
     batch: Any = SimpleNamespace(rank_words=words, group_words=words[:32], embeds=None)
-    return StepMessage(number, "0123456789abcdef", StepInputs(SHAPE, batch, None))
+    return StepMessage(number, "0123456789abcdef", StepInputs(SHAPE, batch, None, None, checksum_of(number)))
 
 
-def echo(peer: Peer, number: int, crc: int, seconds: float = 0.25) -> None:
-    peer.wire.send(Kind.ECHO, ECHO.pack(number, crc, seconds))
+def checksum_of(number: int) -> np.ndarray:
+    """Of the page tables of two dp groups in a step."""
+    return np.array([number, 7 * number], np.uint32)
+
+
+def echo(peer: Peer, number: int, crc: int, seconds: float = 0.25, table: int | None = None) -> None:
+    """`table`: the step whose page table was used, if it is another."""
+    used = crc_of(checksum_of(number if table is None else table))
+    peer.wire.send(Kind.ECHO, ECHO.pack(number, crc, used, seconds))
 
 
 def run_step(leader: Leader, peers: list[Peer], *, first_run: bool = False) -> list[tuple[bytes, int]]:
@@ -76,6 +83,18 @@ def test_a_wrong_echo_ends_the_cluster(number: int, change: int, monkeypatch: py
             assert peer.next(Kind.FAILED)[1].decode() == reason, "all are told"
         with pytest.raises(ClusterFailed, match="process 1"), leader.step(message, first_run=False):
             raise AssertionError("no step begins any more")
+
+
+def test_another_page_table_ends_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its number and CRC are right: the process has received what it was sent, and its devices had something else."""
+    with leading(monkeypatch, followers=2) as (leader, peers, failures):
+        for number in (1, 2):
+            sent = run_step(leader, peers)
+            echo(peers[1], number, sent[1][1])
+            echo(peers[0], number, sent[0][1], table=1)
+        reason = failures.get(timeout=30)
+        assert reason == "process 1 (host-1) has run step 2 with another page table than the host's."
+        assert peers[1].next(Kind.FAILED)[1].decode() == reason
 
 
 def test_an_echo_of_no_step_ends_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,6 +325,8 @@ class FakeRunner:
         self.planner = SimpleNamespace(shape=None)
         self.compiled: list[StepShape] = []
         self.executed: list[StepInputs] = []
+        self.used: list[int] | None = None
+        """Checksums of the page tables that the steps use, if they are others."""
 
     def prepare(self, groups: Any) -> tuple[Any, StepInputs]:
         if groups == [["too long"]]:
@@ -319,9 +340,9 @@ class FakeRunner:
         self.compiled.append(shape)
         return "0123456789abcdef"
 
-    def execute(self, inputs: StepInputs) -> str:
+    def execute(self, inputs: StepInputs) -> Any:
         self.executed.append(inputs)
-        return "output"
+        return SimpleNamespace(table_checksum=self.used or inputs.table_checksum)
 
 
 def test_the_engines_steps_go_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,8 +353,8 @@ def test_the_engines_steps_go_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (runner.dp, runner.page_size, runner.pages_per_group, runner.max_running) == (1, 16, 8, 4)
         with pytest.raises(ValueError, match="doesn't fit"):
             runner.step([["too long"]])
-        assert runner.step([[]]) == ("output", "layout", None)
-        assert runner.step([[]]) == ("output", "layout", None)
+        for _ in range(2):
+            assert runner.step([[]])[1:] == ("layout", None)
         for peer in peers:
             kinds = [peer.received.get(timeout=30)[0] for _ in range(3)]
             assert kinds == [Kind.COMPILE, Kind.STEP, Kind.STEP], (
@@ -342,3 +363,16 @@ def test_the_engines_steps_go_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(fake.executed) == 2 and failures.empty()
         with pytest.raises(ClusterFailed):
             runner.reset()
+
+
+def test_a_step_with_another_page_table_here_ends_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeRunner()
+    fake.used = [1, 8]
+    with leading(monkeypatch) as (leader, _, failures):
+        runner: Any = LeadingRunner(fake, leader)  # type: ignore[arg-type]
+        with pytest.raises(ClusterFailed):
+            runner.step([[]])
+        assert (
+            "step 1 failed on process 0 (host-0): PageTableLost: the page table of dp group 1 is not"
+            in failures.get(timeout=30)
+        )

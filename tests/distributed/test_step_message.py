@@ -44,6 +44,7 @@ STEPS: dict[str, list[StepRequest]] = {
     "a mask": [dataclasses.replace(GROUP[0], logit_bias=bias([], mask=True)), GROUP[1]],
     "both": [dataclasses.replace(r, logit_bias=bias([1], mask=True)) for r in GROUP],
     "prompt logprobs": [dataclasses.replace(GROUP[0], prompt_logprobs=True), GROUP[1]],
+    "a new page table": [StepRequest([7], 100, range(7), GREEDY)],
 }
 
 
@@ -56,11 +57,17 @@ def runner() -> Runner:
 
 
 def inputs_of(runner: Runner, step: str) -> StepInputs:
+    """The first step after a reset."""
+    runner.reset()
     return runner.prepare([STEPS[step], GROUP])[1]
+
+
+ALWAYS = {"rank_words", "group_words", "table_checksum"}
 
 
 def arrays_of(inputs: StepInputs) -> dict[str, np.ndarray]:
     found: dict[str, Any] = {"rank_words": inputs.batch.rank_words, "group_words": inputs.batch.group_words}
+    found |= {"page_table": inputs.page_table, "table_checksum": inputs.table_checksum}
     if inputs.bias is not None:
         found |= {field.name: getattr(inputs.bias, field.name) for field in dataclasses.fields(inputs.bias)}
     return {name: array for name, array in found.items() if array is not None}
@@ -88,7 +95,8 @@ def test_the_steps_are_of_every_kind(runner: Runner) -> None:
     assert made["prompt logprobs"].shape.prompt_logprobs and not made["plain"].shape.prompt_logprobs
     assert made["long"].shape.tokens > made["plain"].shape.tokens
     assert made["plain"].bias is None
-    kinds = {step: arrays_of(each).keys() - {"rank_words", "group_words"} for step, each in made.items()}
+    kinds = {step: arrays_of(each).keys() - ALWAYS for step, each in made.items()}
+    assert kinds["plain"] == set() and kinds["a new page table"] == {"page_table"}
     assert kinds["listed tokens"] == {"biased", "entries"} and kinds["a mask"] == {"biased", "mask"}
     assert kinds["both"] == {"biased", "entries", "mask"}
     entries = [made[step].bias.entries for step in ("listed tokens", "many listed tokens")]  # type: ignore[union-attr]
@@ -134,6 +142,14 @@ def test_arrays_of_another_program_are_refused(runner: Runner) -> None:
         StepDecoder(runner.planner).decode(memoryview(encode(StepMessage(1, "", inputs))))
 
 
+@pytest.mark.parametrize("name", ["page_table", "table_checksum"])
+def test_a_page_table_of_another_planner_is_refused(runner: Runner, name: str) -> None:
+    inputs = inputs_of(runner, "a new page table")
+    inputs = dataclasses.replace(inputs, **{name: getattr(inputs, name)[:1]})
+    with pytest.raises(CorruptMessage, match=f"{name} has the shape"):
+        StepDecoder(runner.planner).decode(memoryview(encode(StepMessage(1, "", inputs))))
+
+
 @pytest.mark.parametrize("payload", [b"", b"[]", b"{}", b"7", b"null", b'{"tokens": [1]}', b"\xff\xfe", b'{"x":'])
 def test_what_is_no_shape_is_refused(runner: Runner, payload: bytes) -> None:
     with pytest.raises(CorruptMessage):
@@ -163,6 +179,7 @@ def test_a_changed_header_is_refused(runner: Runner) -> None:
         {"arrays": arrays | {"rank_words": [dtype, [1, words]]}},
         {"arrays": arrays | {"rank_words": [dtype, [-1]]}},
         {"arrays": arrays | {"rank_words": [dtype, ["1"]]}},
+        {"arrays": {name: array for name, array in arrays.items() if name != "table_checksum"}},
     )
     for change in changes:
         with pytest.raises(CorruptMessage):

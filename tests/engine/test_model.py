@@ -119,6 +119,32 @@ def test_a_work_that_is_refused_concerns_its_request_alone() -> None:
     assert is_idle(engine)
 
 
+class Damaged(Few):
+    """A runner whose devices' page table changes by itself before a step."""
+
+    def __init__(self, steps: OneBucket, *, at: int):
+        super().__init__(steps, running=4)
+        self._dispatched, self._at = 0, at
+
+    def dispatch(self, groups: Sequence[Sequence[StepRequest]]) -> PendingStep:
+        self._dispatched += 1
+        if self._dispatched == self._at:
+            self._steps._page_table = self._steps._page_table.at[0, 0].add(1)
+        return super().dispatch(groups)
+
+
+def test_another_page_table_on_the_devices_is_a_failed_step(caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody gets a token that came of it; the table is sent whole, and the others are computed again."""
+    asked, engine = ask(Damaged(runner(0), at=5), PROMPTS)
+    assert "PageTableLost: the page table of dp group 0 is not the host's" in caplog.text
+    failed = [isinstance(a.all[-1], Failed) for a in asked]
+    assert True in failed and False in failed
+    for a, lost, want in zip(asked, failed, alone(0), strict=True):
+        got = tokens([a])[0]
+        assert got == (want[: len(got)] if lost else want)
+    assert is_idle(engine) and engine.unhealthy_reason == "the engine is not running."
+
+
 class Reported(Observer):
     def __init__(self) -> None:
         self.steps: list[StepReport] = []

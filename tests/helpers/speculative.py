@@ -20,12 +20,12 @@ from jax_mla_cp.checkpoint import load_params
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.engine import Engine, Event, Finished, Request, SpeculationStats, Token
 from jax_mla_cp.engine.text import TextStream
-from jax_mla_cp.mesh import make_mesh, mesh_shape
+from jax_mla_cp.mesh import make_mesh, mesh_shape, on_devices
 from jax_mla_cp.model.build import EP_CHOICES, Build
 from jax_mla_cp.model.decoder import Decoder
 from jax_mla_cp.model.grouped_matmul import resolve_grouped_matmul
 from jax_mla_cp.model.loaded_model import Model
-from jax_mla_cp.step.forward import to_devices
+from jax_mla_cp.step.forward import SLOTS_SPEC, to_devices
 from jax_mla_cp.step.planner import Planner
 from jax_mla_cp.step.results import RunnerOutput, StepResult
 from jax_mla_cp.step.runner import Runner
@@ -118,11 +118,14 @@ class OneBucket(Runner):
         return self._program(self.planner.step_shapes[-1])
 
     def propose(self, batch: Batch) -> np.ndarray:
-        """Runs a batch as it is: drafts [dp, I, d]."""
+        """Runs a batch as it is, with its page table: drafts [dp, I, d]."""
         model = self.planner.model
-        program = self._program(step_of(self.planner, batch))
-        sampled, self._pages, _ = program(
-            model, self._pages, to_devices(model, batch), self._bias_builder.neutral, self._last_tokens
+        step = step_of(self.planner, batch)
+        page_table = on_devices(batch.page_table, SLOTS_SPEC, model.mesh)
+        changes = self.planner.dummy_batch(step, keeps_table=True).table_changes
+        batch = dataclasses.replace(batch, page_table=None, table_changes=changes)
+        sampled, self._pages, *_ = self._program(step)(
+            model, self._pages, to_devices(model, batch), self._bias_builder.neutral, self._last_tokens, page_table
         )
         return np.asarray(sampled.drafts).reshape(self.dp, -1, self.draft_tokens)
 
