@@ -172,7 +172,7 @@ ffi::Error Schedule(cudaStream_t stream, ffi::AnyBuffer cu_q, ffi::AnyBuffer kv_
   if (ffi::Error error = CheckHopper(target, num_sm); error.failure()) return error;
   auto metadata = SchedulerMetadata::At(static_cast<int32_t*>(splits->untyped_data()), rows.count);
   return TryLaunch(target, [&] {
-    return ScheduleSplits(rows.cu_q, rows.kv_len, rows.count, heads, max_splits, num_sm, metadata, stream);
+    return ScheduleSplits(rows.cu_q, rows.kv_len, rows.count, heads, max_splits, num_sm, metadata, nullptr, stream);
   });
 }
 
@@ -200,15 +200,14 @@ ffi::Error Decode(cudaStream_t stream, ffi::AnyBuffer q_latent, ffi::AnyBuffer q
   params.skip_scheduler_metadata_computation = call.rows.count <= kMaxScheduledRows;
   return TryLaunch(target, [&] {
     if (params.skip_scheduler_metadata_computation) {
-      auto metadata = SchedulerMetadata::At(scheduled.schedule ? const_cast<int32_t*>(scheduled.schedule) : c.scheduler,
-                                            call.rows.count);
-      cudaError_t status = ClearCounter(params.tile_count_semaphore, stream);
-      if (status == cudaSuccess && !scheduled.schedule) {
-        status = ScheduleSplits(call.rows.cu_q, call.rows.kv_len, call.rows.count, c.heads, partials.num_splits,
-                                params.num_sm, metadata, stream);
-      }
+      int32_t* made = scheduled.schedule ? const_cast<int32_t*>(scheduled.schedule) : c.scheduler;  // FA3 only reads it
+      auto metadata = SchedulerMetadata::At(made, call.rows.count);
+      cudaError_t status = scheduled.schedule ? ClearCounter(params.tile_count_semaphore, stream)
+                                              : ScheduleSplits(call.rows.cu_q, call.rows.kv_len, call.rows.count,
+                                                               c.heads, partials.num_splits, params.num_sm, metadata,
+                                                               params.tile_count_semaphore, stream);
       if (status != cudaSuccess) return status;
-      SetMetadata(params, metadata);  // which FA3 only reads
+      SetMetadata(params, metadata);
     }
     Launch<DecodeKernel>(params, stream);
     return CombineSplits(call.rows.cu_q, params.num_splits_dynamic_ptr, params.varlen_batch_idx_ptr, call.rows.count,

@@ -15,22 +15,25 @@
 namespace mla::few_rows {
 namespace {
 
-constexpr int kMaxCluster = 8;
-
 // The CTAs over whose cluster the inputs of a tile are divided: those of the least time by this model of it, in
 // hundredths of a microsecond on an H100. A CTA streams its stages; a cluster costs more the more CTAs are in clusters.
 // All clusters must run at once, or the last ones take as long again: a cluster lies within a GPC, and of the GPCs'
-// multiprocessors some are disabled. An H100 runs 30 clusters of four, not 33.
+// multiprocessors some are disabled. An H100 was seen to run 30 clusters of four, not 33. The limits here are
+// constants, not the driver's, and below it: sums must not be in another order on the next GPU, whose other
+// multiprocessors are disabled.
 template <typename C>
 int ChooseCluster(int64_t tiles, int64_t blocks) {
+  constexpr struct {
+    int size, active;
+  } kClusters[] = {{2, 64}, {4, 28}, {8, 12}};
   constexpr int64_t kStage = C::kFp8 ? 20 : 14, kCluster = 50, kCta = 3;
   int64_t best_time = blocks * kStage;
   int best = 1;
-  for (int cluster = 2; cluster <= kMaxCluster; cluster *= 2) {
-    int64_t time = (blocks + cluster - 1) / cluster * kStage + kCluster + tiles * cluster * kCta;
-    if (time >= best_time || tiles > ActiveClusters(FewRowsKernel<C>, cluster, kThreads, C::kBytes)) continue;
+  for (auto [size, active] : kClusters) {
+    int64_t time = (blocks + size - 1) / size * kStage + kCluster + tiles * size * kCta;
+    if (time >= best_time || tiles > active) continue;
     best_time = time;
-    best = cluster;
+    best = size;
   }
   return best;
 }

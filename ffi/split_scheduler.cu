@@ -24,7 +24,7 @@ __device__ int NumSplits(int key_tiles, int max_tiles, int max_splits) {
 }
 
 __global__ void ScheduleSplitsKernel(const int32_t* cu_q, const int32_t* kv_len, int rows, int heads, int max_splits,
-                                     int num_sm, SchedulerMetadata metadata) {
+                                     int num_sm, SchedulerMetadata metadata, int32_t* counter) {
   __shared__ int query_tiles[kThreads], key_tiles[kThreads], split_tiles[kThreads];
   __shared__ unsigned long long total, best;
   int row = threadIdx.x, warp = row / 32, lane = row % 32;
@@ -67,6 +67,7 @@ __global__ void ScheduleSplitsKernel(const int32_t* cu_q, const int32_t* kv_len,
   metadata.num_m_blocks[place] = m;
   metadata.varlen_batch_idx[place] = row;
   metadata.num_nheads_in_l2[place] = 1;
+  if (row == 0 && counter) *counter = 0;
 }
 
 __global__ void ClearCounterKernel(int32_t* counter) { *counter = 0; }
@@ -74,9 +75,9 @@ __global__ void ClearCounterKernel(int32_t* counter) { *counter = 0; }
 }  // namespace
 
 cudaError_t ScheduleSplits(const int32_t* cu_q, const int32_t* kv_len, int64_t rows, int64_t heads, int64_t max_splits,
-                           int num_sm, const SchedulerMetadata& metadata, cudaStream_t stream) {
+                           int num_sm, const SchedulerMetadata& metadata, int32_t* counter, cudaStream_t stream) {
   ScheduleSplitsKernel<<<1, kThreads, 0, stream>>>(cu_q, kv_len, static_cast<int>(rows), static_cast<int>(heads),
-                                                   static_cast<int>(max_splits), num_sm, metadata);
+                                                   static_cast<int>(max_splits), num_sm, metadata, counter);
   return cudaGetLastError();
 }
 

@@ -26,10 +26,12 @@ struct SchedulerMetadata {
 // Chooses splits such that all multiprocessors finish at about the same time. Replaces FA3's prepare_varlen_num_blocks,
 // which aims at one wave with a margin of 10 %: it gives eight long rows 15 splits each, and 12 of 132 multiprocessors
 // idle. Here the rows get 16 each.
+//
+// `counter`: FA3's of tiles, which is cleared; null: none.
 cudaError_t ScheduleSplits(const int32_t* cu_q, const int32_t* kv_len, int64_t rows, int64_t heads, int64_t max_splits,
-                           int num_sm, const SchedulerMetadata& metadata, cudaStream_t stream);
+                           int num_sm, const SchedulerMetadata& metadata, int32_t* counter, cudaStream_t stream);
 
-// Clears FA3's counter of tiles, as each call needs it. Between kernels of a CUDA graph a memset costs 7 us.
+// Clears the counter alone, for a call whose splits are made. Between kernels of a CUDA graph a memset costs 7 us.
 cudaError_t ClearCounter(int32_t* counter, cudaStream_t stream);
 
 }  // namespace mla

@@ -38,28 +38,6 @@ inline CUresult MakeMap(Encode encode, CUtensorMap* map, CUtensorMapDataType typ
                 CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
 }
 
-inline void SetCluster(cudaLaunchAttribute& attribute, int cluster) {
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-}
-
-// The clusters of this size that run at once; 0 if the driver does not say.
-template <typename... Parameters>
-int ActiveClusters(void (*kernel)(Parameters...), int cluster, int threads, int bytes) {
-  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess) return 0;
-  cudaLaunchAttribute attribute{};
-  SetCluster(attribute, cluster);
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(cluster));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<size_t>(bytes);
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  int count = 0;
-  return cudaOccupancyMaxActiveClusters(&count, kernel, &config) == cudaSuccess ? count : 0;
-}
-
 template <typename... Parameters, typename... Arguments>
 cudaError_t LaunchClusters(void (*kernel)(Parameters...), int64_t clusters, int cluster, int threads, int bytes,
                            cudaStream_t stream, const Arguments&... arguments) {
@@ -71,7 +49,9 @@ cudaError_t LaunchClusters(void (*kernel)(Parameters...), int64_t clusters, int 
   config.dynamicSmemBytes = static_cast<size_t>(bytes);
   config.stream = stream;
   cudaLaunchAttribute attribute{};
-  SetCluster(attribute, cluster);
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   config.attrs = &attribute;
   config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, kernel, arguments...);

@@ -7,18 +7,13 @@
 
 #include <algorithm>
 
+#include "../warp.h"
+
 namespace mla {
 namespace {
 
-constexpr int kLanes = 32;
 constexpr int kPerVector = 8;
 constexpr int kMaxThreads = 1024;
-constexpr uint32_t kAll = ~0u;
-
-__device__ float Sum(float x) {
-  for (int i = kLanes / 2; i > 0; i /= 2) x += __shfl_xor_sync(kAll, x, i);
-  return x;
-}
 
 // kVectors: of 8 columns, that a thread has at most.
 template <int kVectors>
@@ -47,10 +42,10 @@ __global__ void __launch_bounds__(kMaxThreads) AddNormKernel(const AddNorm args)
     }
     (static_cast<uint4*>(args.sum) + row)[at] = sums[i];
   }
-  squares = Sum(squares);
+  squares = WarpSum(squares);
   if (lane == 0) warp_sum[threadIdx.x / kLanes] = squares;
   __syncthreads();
-  squares = Sum(lane < blockDim.x / kLanes ? warp_sum[lane] : 0);
+  squares = WarpSum(lane < blockDim.x / kLanes ? warp_sum[lane] : 0);
   float scale = rsqrtf(squares / static_cast<float>(args.columns) + args.eps);
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {

@@ -16,7 +16,7 @@ struct AddNorm {
   const void* part;      // bfloat16 [T, D]
   const void* weight;    // bfloat16 [L, D]
   const int32_t* layer;  // [1]
-  void* sum;             // bfloat16 [T, D]: x + part
+  void* sum;             // bfloat16 [T, D]: x + part; may be x
   void* normed;          // bfloat16 [T, D]
 };
 

@@ -3,6 +3,7 @@
 
 #include "route.h"
 
+#include <algorithm>
 #include <string>
 
 #include "../checker.h"

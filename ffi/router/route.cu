@@ -5,27 +5,22 @@
 #include <algorithm>
 #include <cmath>
 
+#include "../warp.h"
+
 namespace mla {
 namespace {
 
-constexpr int kLanes = 32;
 constexpr int kWarps = 4;
-constexpr uint32_t kAll = ~0u;
 
 // Orders as the float does; NaN is the largest, as for jnp.argmax. 0 is below all of them.
 __device__ uint32_t Order(float x) {
-  if (isnan(x)) return kAll;
+  if (isnan(x)) return kAllLanes;
   auto bits = __float_as_uint(x);
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-__device__ float Sum(float x) {
-  for (int i = kLanes / 2; i > 0; i /= 2) x += __shfl_xor_sync(kAll, x, i);
-  return x;
-}
-
 __device__ float Max(float x) {
-  for (int i = kLanes / 2; i > 0; i /= 2) x = fmaxf(x, __shfl_xor_sync(kAll, x, i));
+  for (int i = kLanes / 2; i > 0; i /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, i));
   return x;
 }
 
@@ -69,7 +64,7 @@ struct Token {
     largest = Max(largest);
 #pragma unroll
     for (float& x : score) sum += x = expf(x - largest);
-    sum = Sum(sum);
+    sum = WarpSum(sum);
 #pragma unroll
     for (float& x : score) x /= sum;
   }
@@ -86,20 +81,20 @@ struct Token {
         second = max(second, min(first, order[i]));
         first = max(first, order[i]);
       }
-      uint32_t best = __reduce_max_sync(kAll, first);
+      uint32_t best = __reduce_max_sync(kAllLanes, first);
       float sum = Value(best);
       if (args.sigmoid) {  // the second: that of the one lane which has the first, or another lane's first
-        int owner = __ffs(static_cast<int>(__ballot_sync(kAll, first == best))) - 1;
-        sum += Value(__reduce_max_sync(kAll, lane == owner ? second : first));
+        int owner = __ffs(static_cast<int>(__ballot_sync(kAllLanes, first == best))) - 1;
+        sum += Value(__reduce_max_sync(kAllLanes, lane == owner ? second : first));
       }
       if (lane == g) mine = sum;
     }
     uint32_t rank = 0, own = Order(mine);
     for (int g = 0; g < groups; ++g) {
-      uint32_t other = __shfl_sync(kAll, own, g);
+      uint32_t other = __shfl_sync(kAllLanes, own, g);
       rank += other > own || (other == own && g < lane);
     }
-    uint32_t kept = __ballot_sync(kAll, lane < groups && rank < args.kept_groups);
+    uint32_t kept = __ballot_sync(kAllLanes, lane < groups && rank < args.kept_groups);
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       if (Exists(i) && !(kept >> Expert(i) / size & 1)) order[i] = 0;
@@ -107,26 +102,26 @@ struct Token {
   }
 
   __device__ static float Value(uint32_t order) {
-    if (order == kAll) return NAN;
+    if (order == kAllLanes) return NAN;
     return __uint_as_float(order & 0x80000000u ? order & 0x7fffffffu : ~order);
   }
 
   // Lane j gets the j-th largest; of equal ones the first.
   __device__ void Choose(int& expert, float& weight) {
     for (int j = 0; j < args.top; ++j) {
-      uint32_t best = 0, index = kAll;
+      uint32_t best = 0, index = kAllLanes;
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
         if (order[i] > best) best = order[i], index = Expert(i);
       }
-      uint32_t largest = __reduce_max_sync(kAll, best);
-      index = __reduce_min_sync(kAll, best == largest ? index : kAll);
+      uint32_t largest = __reduce_max_sync(kAllLanes, best);
+      index = __reduce_min_sync(kAllLanes, best == largest ? index : kAllLanes);
       float found = 0;
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
         if (Expert(i) == index) found = score[i], order[i] = 0;
       }
-      found = __shfl_sync(kAll, found, index % kLanes);
+      found = __shfl_sync(kAllLanes, found, index % kLanes);
       if (lane == j) expert = static_cast<int>(index), weight = found;
     }
   }
@@ -143,12 +138,12 @@ __global__ void __launch_bounds__(kWarps* kLanes) RouteKernel(const Route args) 
   float weight = 0;
   token.Choose(expert, weight);
   int lane = token.lane, top = static_cast<int>(args.top);
-  if (args.normalize) weight /= Sum(lane < top ? weight : 0) + 1e-20f;
+  if (args.normalize) weight /= WarpSum(lane < top ? weight : 0) + 1e-20f;
   weight *= args.scale;
   if (!args.valid[at]) expert = args.no_expert;
   int place = 0;  // in ascending order
   for (int j = 0; j < top; ++j) {
-    int other = __shfl_sync(kAll, expert, j);
+    int other = __shfl_sync(kAllLanes, expert, j);
     place += other < expert || (other == expert && j < lane);
   }
   if (lane >= top) return;

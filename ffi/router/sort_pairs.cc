@@ -35,7 +35,6 @@ ffi::Error RunSortPairs(cudaStream_t stream, ffi::AnyBuffer expert, ffi::AnyBuff
   SortPairs call{t * k,
                  k,
                  e,
-                 t * k,
                  static_cast<const int32_t*>(expert.untyped_data()),
                  static_cast<const float*>(weight.untyped_data()),
                  static_cast<int32_t*>(row->untyped_data()),

@@ -3,19 +3,19 @@
 
 #include "sort_pairs.h"
 
+#include "../warp.h"
+
 namespace mla {
 namespace {
 
-constexpr int kLanes = 32;
 constexpr int kWarps = 32;
 constexpr int kThreads = kWarps * kLanes;
 constexpr int kMaxRounds = kMaxPairs / kThreads;
-constexpr uint32_t kAll = ~0u;
 static_assert(kMaxGroups <= kThreads, "a thread has an expert");
 
 __device__ int InclusiveSum(int x, int lane) {
   for (int i = 1; i < kLanes; i *= 2) {
-    int other = __shfl_up_sync(kAll, x, i);
+    int other = __shfl_up_sync(kAllLanes, x, i);
     if (lane >= i) x += other;
   }
   return x;
@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kThreads) SortPairsKernel(const SortPairs args
   int pairs = static_cast<int>(args.pairs), experts = static_cast<int>(args.experts);
   int rounds = (pairs + kThreads - 1) / kThreads, first = warp * rounds * kLanes + lane;
   for (int e = lane; e < experts; e += kLanes) before[warp][e] = 0;
-  for (int r = thread; r < args.rows; r += kThreads) {
+  for (int r = thread; r < pairs; r += kThreads) {
     args.token[r] = 0;
     args.row_weight[r] = 0;
   }
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kThreads) SortPairsKernel(const SortPairs args
     if (i >= rounds) break;
     int pair = first + i * kLanes, e = pair < pairs ? args.expert[pair] : -1;
     if (e >= experts) e = -1;
-    uint32_t same = __match_any_sync(kAll, e);
+    uint32_t same = __match_any_sync(kAllLanes, e);
     int count = e < 0 ? 0 : before[warp][e], earlier = __popc(same & ((1u << lane) - 1));
     __syncwarp();
     if (e >= 0 && earlier == 0) before[warp][e] = static_cast<uint16_t>(count + __popc(same));
@@ -61,14 +61,14 @@ __global__ void __launch_bounds__(kThreads) SortPairsKernel(const SortPairs args
   if (lane == kLanes - 1) warp_total[warp] = end;
   __syncthreads();
   int total = InclusiveSum(warp_total[lane], lane);
-  int warps_before = __shfl_sync(kAll, total, max(warp - 1, 0));
+  int warps_before = __shfl_sync(kAllLanes, total, max(warp - 1, 0));
   if (thread < experts) begin[thread] = end - size + (warp > 0 ? warps_before : 0);
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < kMaxRounds; ++i) {
     int pair = first + i * kLanes;
     if (i >= rounds || pair >= pairs) break;
-    int row = static_cast<int>(args.rows);
+    int row = pairs;
     if (int e = expert[i]; e >= 0) {
       row = begin[e] + before[warp][e] + rank[i];
       args.token[row] = pair / static_cast<int>(args.top);

@@ -12,13 +12,13 @@ namespace mla {
 constexpr int64_t kMaxPairs = 4096;
 
 struct SortPairs {
-  int64_t pairs, top, experts, rows;  // T k, k, E, R
-  const int32_t* expert;              // [T, k]; outside [0, E): another device's
-  const float* weight;                // [T, k]
-  int32_t* row;                       // [T, k]: each pair's; R for another device's
-  int32_t* sizes;                     // [E]: each expert's rows
-  int32_t* token;                     // [R]: each row's; 0 where there is none
-  float* row_weight;                  // [R]: the pair's weight; 0 where there is none
+  int64_t pairs, top, experts;  // R = T k, k, E
+  const int32_t* expert;        // [T, k]; outside [0, E): another device's
+  const float* weight;          // [T, k]
+  int32_t* row;                 // [T, k]: each pair's; R for another device's
+  int32_t* sizes;               // [E]: each expert's rows
+  int32_t* token;               // [R]: each row's; 0 where there is none
+  float* row_weight;            // [R]: the pair's weight; 0 where there is none
 };
 
 cudaError_t SortFewPairs(const SortPairs& call, cudaStream_t stream);

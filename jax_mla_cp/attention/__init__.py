@@ -56,10 +56,10 @@ def page_multiple(implementation: Resolved) -> int:
 
 
 def schedule(rows: Rows, tokens: int, heads: int, implementation: Resolved) -> Rows:
-    """The rows with what `attend_absorbed` needs to know of them, whatever the layer: made once a step.
+    """Adds to the rows the splits of their keys, which are the same in all layers. Call it once a step.
 
     Args:
-      tokens, heads: of the calls.
+      tokens, heads: those of each `attend_absorbed` call on this rank.
     """
     return fa3.schedule(rows, tokens, heads) if implementation == "fa3" else rows
 

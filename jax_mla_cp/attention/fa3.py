@@ -113,11 +113,19 @@ def mla_decode(
 
     Args:
       rows: as there; with `splits`, those of `schedule` for as many tokens and heads. Without them the call makes its own.
+
+    Raises:
+      ValueError: the splits are for another call.
     """
     heads, tokens, latent = q_latent.shape
     splits = jnp.zeros(0, jnp.int32) if rows.splits is None else rows.splits
     operands = (q_latent, q_rope, pages, page_table, rows.cu_q, rows.kv_len, splits)
     parts = _max_splits(heads, tokens)
+    if rows.splits is not None and rows.max_splits != parts:
+        raise ValueError(
+            f"rows.splits: made for at most {rows.max_splits} splits, this call of {tokens} tokens and {heads} heads has room for "
+            f"{parts}. Make them with attention.schedule(rows, {tokens}, {heads}, 'fa3')."
+        )
     partial = ((parts, heads, tokens, latent), (parts, heads, tokens))
     out, lse, *_ = _call("mla_decode", operands, (heads, tokens, latent), rows, q_rope, scale, partial)
     return out, lse
@@ -126,12 +134,13 @@ def mla_decode(
 def schedule(rows: Rows, tokens: int, heads: int) -> Rows:
     """See `jax_mla_cp.attention.schedule`."""
     count = rows.kv_len.shape[0]
-    if tokens > DECODE_TOKENS or count > _MAX_SCHEDULED_ROWS:
+    if not 0 < tokens <= DECODE_TOKENS or count > _MAX_SCHEDULED_ROWS:
         return rows
     extension.load()
     call = jax.ffi.ffi_call("schedule_splits", jax.ShapeDtypeStruct((_splits_size(count),), jnp.int32))
-    splits = call(rows.cu_q, rows.kv_len, heads=np.int64(heads), max_splits=np.int64(_max_splits(heads, tokens)))
-    return dataclasses.replace(rows, splits=vary_like(splits, rows))
+    most = _max_splits(heads, tokens)
+    splits = call(rows.cu_q, rows.kv_len, heads=np.int64(heads), max_splits=np.int64(most))
+    return dataclasses.replace(rows, splits=vary_like(splits, rows), max_splits=most)
 
 
 def attend_expanded(

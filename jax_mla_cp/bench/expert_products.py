@@ -66,7 +66,7 @@ def product_row(options: Options, config: ModelConfig, report: Report, seq: int,
 
 
 def choices(config: ModelConfig, tokens: int) -> np.ndarray:
-    """Chooses different experts for each token, uniformly: int32 [T, k]."""
+    """Chooses different experts for each token, uniformly: int32 [T, k], in ascending order."""
     rng = np.random.default_rng(0)
     out = np.empty((tokens, config.experts_per_token), np.int32)
     for first in range(0, tokens, 8192):
@@ -74,7 +74,7 @@ def choices(config: ModelConfig, tokens: int) -> np.ndarray:
         out[first : first + 8192] = np.argpartition(scores, config.experts_per_token - 1, axis=1)[
             :, : config.experts_per_token
         ]
-    return out
+    return np.sort(out, -1)
 
 
 def both_products(

@@ -106,6 +106,12 @@ def _check_w8a8(build: Build) -> None:
         raise ConfigError(
             "fp8_compute", "'w8a8' needs weights that stay in FP8, and they are dequantized. Add weights='fp8'."
         )
+    if build.grouped_matmul in ("pallas", "ragged"):
+        raise ConfigError(
+            "fp8_compute",
+            "'w8a8' needs a Hopper GPU and this package's CUDA kernels (README.md, On GPUs), which can't run here. Use "
+            "fp8_compute='auto'.",
+        )
 
 
 def _round_up(n: int, multiple: int) -> int:

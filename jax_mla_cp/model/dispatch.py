@@ -15,7 +15,8 @@ from jax_mla_cp import extension
 from jax_mla_cp.mesh import vary_like
 from jax_mla_cp.model.grouped_matmul import GroupedMatmul
 
-_FEW_PAIRS, _MAX_EXPERTS = 4096, 512  # ffi/router/sort_pairs.h
+_FEW_PAIRS = 4096  # ffi/router/sort_pairs.h
+_MAX_EXPERTS = 512  # ffi/shapes.h
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,7 @@ class RowLayout:
     sizes: Int32[Array, " E"]
     """Each expert's rows, a multiple of `align`."""
     token: Int32[Array, " R"]
-    """Each row's token. A row without a pair reads token 0, as all such rows do: one row, which stays in the GPU's cache."""
+    """Each row's token. All rows without a pair read token 0, which stays in the GPU's cache."""
     weight: Float[Array, " R"]
     """Each row's weight; 0 without a pair."""
 

@@ -21,7 +21,7 @@ def linear(
     layer: Int32[Array, ""] | int,
     build: Build,
 ) -> Float[Array, "T N"]:
-    """`x @ W.T`, of a layer's matrix [N, K], or [2, F, K] of `2 F` outputs.
+    """`x @ W.T`, of a layer's matrix [N, K], or [2, F, K] of `2 F` outputs. Float32 is multiplied in full: no TF32.
 
     Args:
       weight: of the whole stack (see `ParamFactory`).

@@ -41,7 +41,8 @@ def add_norm(
     columns = x.shape[1]
     if implementation == "hopper" and x.dtype == jnp.bfloat16 and columns % 8 == 0 and columns <= _MAX_COLUMNS:
         extension.load()
-        call = jax.ffi.ffi_call("add_norm", (jax.ShapeDtypeStruct(x.shape, x.dtype),) * 2)
+        results = (jax.ShapeDtypeStruct(x.shape, x.dtype),) * 2
+        call = jax.ffi.ffi_call("add_norm", results, input_output_aliases={0: 0})
         operands = (x, part, weight, lax.convert_element_type(layer, jnp.int32).reshape(1))
         out = call(*operands, eps=np.float32(eps))
         total, normed = vary_like(out, operands)  # a custom call's own type says "equal on all devices"

@@ -26,8 +26,8 @@ class ParamFactory:
 
     Args:
       layers: gives every parameter a leading dimension [layers], for a `LayerStack`. Under its `lax.scan` each layer gets
-        its slice of a parameter, but of what a kernel of ours may be given all layers' (`whole`): XLA copies the slice that such a
-        kernel is given, which for experts would be gigabytes a layer.
+        its slice of a parameter, except of those that a kernel of ours may read from the whole stack (`whole`): XLA copies the slice
+        that such a kernel is given, which for experts would be gigabytes a layer.
     """
 
     def __init__(self, build: Build, layers: int | None = None):

@@ -25,8 +25,8 @@ S = TypeVar("S")
 
 
 class Residual(NamedTuple):
-    """The residual stream between two halves of layers: `x`, and the last half's output, which the next one adds as it begins,
-    in one kernel with its norm."""
+    """The residual stream between two halves of layers: `x`, and the output of the last half. The next half adds it in the kernel of
+    its norm."""
 
     x: Float[Array, "T D"]
     part: Float[Array, "T D"]
@@ -37,7 +37,7 @@ class Residual(NamedTuple):
 
 
 class Layer(nnx.Module):
-    """A decoder layer: attention, then an MLP or experts, each of the residual stream's norm and added to it.
+    """A decoder layer: attention, then an MLP or experts. Each reads the normalized residual stream and is added to it.
 
     The modules return this rank's part of their sums over tp; the layer sums them.
     """

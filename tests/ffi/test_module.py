@@ -26,7 +26,7 @@ from jax_mla_cp.model.few_rows import few_rows_matmul
 from jax_mla_cp.model.fp8 import ScaledMatrices
 from jax_mla_cp.model.grouped_matmul import GroupedMatmul
 from jax_mla_cp.model.quantize import quantize
-from jax_mla_cp.step.forward import forward
+from jax_mla_cp.step.forward import forward, to_devices
 from tests.helpers.attention_cases import LATENT, QUERY, ROPE, TARGETS, VALUE
 from tests.helpers.synthetic import CONFIG, REAL_DIMS_CONFIG, Driver, random_model
 
@@ -206,28 +206,31 @@ def test_experts_in_fp8_lower_for_cuda_without_a_gpu() -> None:
 
 
 @pytest.mark.skipif(not _ffi.built_for_cuda(), reason="the extension was built without CUDA")
-def test_a_decode_step_lowers_to_few_kernels_for_cuda() -> None:
+@pytest.mark.parametrize(("mesh", "products"), [(None, 6 + 8), ("tp=2,cp=2,dp=2", 6 + 7)])
+def test_a_decode_step_lowers_to_few_kernels_for_cuda(mesh: str | None, products: int) -> None:
     """Each stack's layer has one call for each of its parts, splits are scheduled once for all, and nothing is sorted. The same step
     without the kernels sorts."""
 
     def lowered(grouped_matmul: GroupedMatmul) -> str:
         model = random_model(
-            config=REAL_DIMS_CONFIG, dtype=jnp.dtype(jnp.bfloat16), attention="fa3", grouped_matmul=grouped_matmul
+            mesh, config=REAL_DIMS_CONFIG, dtype=jnp.dtype(jnp.bfloat16), attention="fa3", grouped_matmul=grouped_matmul
         )
         driver = Driver(model, page_size=64, max_model_len=512)
-        batch = driver.planner.batch([StepRequest([1], 100, [0, 1])])
+        requests: list[StepRequest] = [StepRequest([1], 100, [0, 1])]
+        batch = to_devices(model, driver.planner.host_batch([requests, *[[]] * (driver.planner.shape.dp - 1)]))
         return jax.jit(forward).trace(model, driver.pages, batch).lower(lowering_platforms=("cuda",)).as_text()
 
     def calls(text: str) -> dict[str, int]:
         return dict(collections.Counter(re.findall(r"stablehlo\.custom_call @(\w+)\(", text)))
 
     hopper, ragged = lowered("hopper"), lowered("ragged")
-    dense, experts = 6, 8  # q_a, q_b, kv_a, o, and the two of an MLP, or of the shared and of the routed experts
+    # q_a, q_b, kv_a, o, and the two of an MLP, or of the shared and of the routed experts. tp=2 leaves the shared ones' down 32 inputs:
+    # too few for the kernel.
     assert calls(hopper) == {
         "schedule_splits": 1,
         "mla_decode": 2,
         "add_norm": 4,
-        "few_rows": dense + experts,
+        "few_rows": products,
         "route": 1,
         "sort_pairs": 1,
     }

@@ -55,6 +55,26 @@ def test_no_rows_at_all() -> None:
         make(target, (Row(0, 3, 0), Row(0, 0, 0))).check(target)
 
 
+def test_splits_are_made_once_for_calls_of_one_size() -> None:
+    """They change nothing here, where keys are not split; another call's are refused, and tokens that decode does not take get none."""
+    case = make("mla_decode")
+    tokens, heads = case.operands[1].shape[:2]
+    scheduled = fa3.schedule(case.rows, tokens, heads)
+    assert scheduled.splits is not None and scheduled.splits.shape == (16,)
+    dataclasses.replace(case, rows=scheduled).check("mla_decode")
+    long = np.zeros((64, 256, LATENT), BF16), np.zeros((256, 64, ROPE), BF16), *case.operands[2:]
+    with pytest.raises(
+        ValueError, match=r"rows\.splits: made for at most 128 splits, this call of 256 tokens and 64 heads"
+    ):
+        TARGETS["mla_decode"](*long, scheduled, scale=case.scale)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"splits: expected int32\[16\], got int32\[15\]"):
+        TARGETS["mla_decode"](
+            *case.operands, dataclasses.replace(scheduled, splits=scheduled.splits[1:]), scale=case.scale
+        )
+    for other in (0, fa3.DECODE_TOKENS + 1):
+        assert fa3.schedule(case.rows, other, heads).splits is None
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_one_key_less_fails_the_check(target: str) -> None:
     case = make(target)

@@ -7,6 +7,11 @@ from pathlib import Path
 import jax
 import pytest
 
+from jax_mla_cp import platform
+
+if platform._has_gpu():
+    platform.add_xla_flags(platform._FLAGS["cuda"])  # programs are compiled as the server's
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent

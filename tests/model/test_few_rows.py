@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_mla_cp.model.few_rows import fits, interleave
+from jax_mla_cp.model.few_rows import fits, interleave, is_fastest
 from jax_mla_cp.model.fp8 import Matrices, ScaledMatrices
 from jax_mla_cp.model.grouped_matmul import group_alignment, grouped_matmul, multiplies_fp8
 
@@ -65,6 +65,15 @@ def weights(
 def test_fits(matrices: Matrices, groups: int, fit: bool) -> None:
     assert fits(matrices, groups) == fit
     assert not fits(jnp.zeros(matrices.shape, jnp.float32), groups)
+
+
+@pytest.mark.parametrize(
+    ("block", "groups", "most"), [(None, 1, 64), (None, 2, 64), ((128, 128), 1, 256), ((128, 128), 2, 1024)]
+)
+def test_up_to_how_many_rows(block: tuple[int, int] | None, groups: int, most: int) -> None:
+    """In all groups, for one and for several: 32 a group in bfloat16, 512 in FP8."""
+    matrices = weights(256, 256, block)
+    assert is_fastest(matrices, most, groups) and not is_fastest(matrices, most + 1, groups)
 
 
 @pytest.mark.parametrize(

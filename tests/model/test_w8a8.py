@@ -110,7 +110,7 @@ def test_experts(windows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     down, exact_down = random_matrices(experts, 160, 128)
     rng = np.random.default_rng(9)
     x = rng.normal(size=(tokens, 160)).astype(np.float32)
-    expert = np.stack([rng.permutation(6)[:k] for _ in range(tokens)]).astype(np.int32) - 1  # -1, 4: other devices'
+    expert = np.sort([rng.permutation(6)[:k] for _ in range(tokens)], -1).astype(np.int32) - 1  # -1, 4: other devices'
     weight = rng.uniform(0.1, 1, (tokens, k)).astype(np.float32)
     if windows:
         monkeypatch.setattr("jax_mla_cp.model.experts.window_rows", lambda *_: 48)
