@@ -168,10 +168,8 @@ ffi::Error Schedule(cudaStream_t stream, ffi::AnyBuffer cu_q, ffi::AnyBuffer kv_
                "expected 1 to " + std::to_string(kMaxSplits) + ", got " + std::to_string(max_splits));
   check.Buffer("splits", *splits, ffi::S32, {SplitsSize(rows.count)});
   if (!check.ok()) return check.error();
-  int num_sm = 0;
-  if (ffi::Error error = CheckHopper(target, num_sm); error.failure()) return error;
   auto metadata = SchedulerMetadata::At(static_cast<int32_t*>(splits->untyped_data()), rows.count);
-  return TryLaunch(target, [&] {
+  return LaunchOnHopper(target, [&](int num_sm) {
     return ScheduleSplits(rows.cu_q, rows.kv_len, rows.count, heads, max_splits, num_sm, metadata, nullptr, stream);
   });
 }

@@ -47,10 +47,7 @@ FewRows CheckOperands(Checker& check, const ffi::AnyBuffer& rows, const ffi::Any
 }
 
 ffi::Error Run(const char* target, const FewRows& call, cudaStream_t stream) {
-  int num_sm = 0;
-  if (ffi::Error error = CheckHopper(target, num_sm); error.failure()) return error;
-  cudaError_t status = MultiplyFewRows(call, num_sm, stream);
-  return status == cudaSuccess ? ffi::Error::Success() : InternalError(target, cudaGetErrorString(status));
+  return LaunchOnHopper(target, [&](int num_sm) { return MultiplyFewRows(call, num_sm, stream); });
 }
 
 ffi::Error Plain(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer weights, ffi::AnyBuffer group_sizes,

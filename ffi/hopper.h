@@ -34,4 +34,13 @@ inline xla::ffi::Error CheckHopper(const char* target, int& num_sm) {
   return xla::ffi::Error::Success();
 }
 
+// Calls `launch(num_sm)`, which returns a cudaError_t.
+template <typename Launch>
+xla::ffi::Error LaunchOnHopper(const char* target, const Launch& launch) {
+  int num_sm = 0;
+  if (xla::ffi::Error error = CheckHopper(target, num_sm); error.failure()) return error;
+  cudaError_t status = launch(num_sm);
+  return status == cudaSuccess ? xla::ffi::Error::Success() : InternalError(target, cudaGetErrorString(status));
+}
+
 }  // namespace mla

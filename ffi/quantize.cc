@@ -27,11 +27,8 @@ ffi::Error Run(const char* target, Checker& check, cudaStream_t stream, const ff
   check.Buffer("q", *q, ffi::U8, {m, k});
   check.Buffer("scales", *scales, ffi::F32, {m, ScaleBlocks(k)});
   if (!check.ok()) return check.error();
-  int num_sm = 0;
-  if (ffi::Error error = CheckHopper(target, num_sm); error.failure()) return error;
   Quantize call{m, k, x.untyped_data(), row_weights, q->untyped_data(), static_cast<float*>(scales->untyped_data())};
-  cudaError_t status = QuantizeRows(call, num_sm, stream);
-  return status == cudaSuccess ? ffi::Error::Success() : InternalError(target, cudaGetErrorString(status));
+  return LaunchOnHopper(target, [&](int num_sm) { return QuantizeRows(call, num_sm, stream); });
 }
 
 ffi::Error Plain(cudaStream_t stream, ffi::AnyBuffer x, Result q, Result scales) {

@@ -52,10 +52,7 @@ ffi::Error Run(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer row_scal
   Checker check(target);
   W8A8 call = Check(check, rows, row_scales, weights, weight_scales, group_sizes, first, out);
   if (!check.ok()) return check.error();
-  int num_sm = 0;
-  if (ffi::Error error = CheckHopper(target, num_sm); error.failure()) return error;
-  cudaError_t status = MultiplyW8A8(call, num_sm, stream);
-  return status == cudaSuccess ? ffi::Error::Success() : InternalError(target, cudaGetErrorString(status));
+  return LaunchOnHopper(target, [&](int num_sm) { return MultiplyW8A8(call, num_sm, stream); });
 }
 
 auto Bind() {

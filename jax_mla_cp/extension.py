@@ -1,4 +1,4 @@
-"""The compiled extension `jax_mla_cp._ffi` (ffi/): loading it, and the reason why its CUDA kernels can't run."""
+"""The compiled extension `jax_mla_cp._ffi` (ffi/): loading it, calling its targets, and the reason why its CUDA kernels can't run."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int32
 
 from jax_mla_cp.config.errors import ConfigError
+from jax_mla_cp.mesh import vary_like
 
 
 @functools.cache
@@ -29,6 +33,32 @@ def load() -> Any:
         for name, handler in targets.items():
             jax.ffi.register_ffi_target(name, handler, platform=platform)
     return _ffi
+
+
+def call(target: str, results: Any, *operands: Any, aliases: dict[int, int] | None = None, **attributes: Any) -> Any:
+    """Calls a target. Its results vary over the mesh axes that any operand varies over.
+
+    JAX types a custom call's results as equal on all devices, whatever its operands. Left so, check_vma would accept a program that
+    takes one device's numbers for all devices'.
+
+    Args:
+      results: jax.ShapeDtypeStructs.
+      operands: arrays, or pytrees of them that JAX flattens.
+      aliases: operands whose memory a result takes, by their numbers.
+      attributes: NumPy scalars of the handler's types.
+
+    Raises:
+      ConfigError: the extension is not installed.
+      XlaRuntimeError: when it runs, if shapes, dtypes or sizes don't fit; names the argument, expected and got.
+    """
+    load()
+    run: Any = jax.ffi.ffi_call(target, results, input_output_aliases=aliases)
+    return vary_like(run(*operands, **attributes), operands)
+
+
+def index_operand(index: Int32[Array, ""] | int) -> Int32[Array, " 1"]:
+    """An index as the targets take it."""
+    return lax.convert_element_type(index, jnp.int32).reshape(1)
 
 
 def cuda_problem() -> str | None:

@@ -4,10 +4,10 @@
 #include <cstdint>
 
 #include "../shapes.h"
+#include "../warp.h"
 
 namespace mla {
 
-constexpr int kWarp = 32;
 constexpr int kWarpgroup = 128;
 constexpr int kSmemBytes = 227 << 10;  // that a CTA may have
 

@@ -28,8 +28,6 @@ ffi::Error RunAddNorm(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer part
   check.Buffer("sum", *sum, ffi::BF16, {t, d});
   check.Buffer("normed", *normed, ffi::BF16, {t, d});
   if (!check.ok()) return check.error();
-  int num_sm = 0;
-  if (ffi::Error error = CheckHopper(target, num_sm); error.failure()) return error;
   if (t == 0) return ffi::Error::Success();
   AddNorm call{t,
                d,
@@ -40,8 +38,7 @@ ffi::Error RunAddNorm(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer part
                static_cast<const int32_t*>(layer.untyped_data()),
                sum->untyped_data(),
                normed->untyped_data()};
-  cudaError_t status = AddAndNorm(call, stream);
-  return status == cudaSuccess ? ffi::Error::Success() : InternalError(target, cudaGetErrorString(status));
+  return LaunchOnHopper(target, [&](int) { return AddAndNorm(call, stream); });
 }
 
 auto BindAddNorm() {

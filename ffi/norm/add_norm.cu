@@ -18,8 +18,8 @@ constexpr int kMaxThreads = 1024;
 // kVectors: of 8 columns, that a thread has at most.
 template <int kVectors>
 __global__ void __launch_bounds__(kMaxThreads) AddNormKernel(const AddNorm args) {
-  __shared__ float warp_sum[kLanes];
-  int vectors = static_cast<int>(args.columns) / kPerVector, lane = threadIdx.x % kLanes;
+  __shared__ float warp_sum[kWarp];
+  int vectors = static_cast<int>(args.columns) / kPerVector, lane = threadIdx.x % kWarp;
   int64_t row = static_cast<int64_t>(blockIdx.x) * vectors;
   auto* x = static_cast<const uint4*>(args.x) + row;
   auto* part = static_cast<const uint4*>(args.part) + row;
@@ -43,9 +43,9 @@ __global__ void __launch_bounds__(kMaxThreads) AddNormKernel(const AddNorm args)
     (static_cast<uint4*>(args.sum) + row)[at] = sums[i];
   }
   squares = WarpSum(squares);
-  if (lane == 0) warp_sum[threadIdx.x / kLanes] = squares;
+  if (lane == 0) warp_sum[threadIdx.x / kWarp] = squares;
   __syncthreads();
-  squares = WarpSum(lane < blockDim.x / kLanes ? warp_sum[lane] : 0);
+  squares = WarpSum(lane < blockDim.x / kWarp ? warp_sum[lane] : 0);
   float scale = rsqrtf(squares / static_cast<float>(args.columns) + args.eps);
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kMaxThreads) AddNormKernel(const AddNorm args)
 
 cudaError_t AddAndNorm(const AddNorm& call, cudaStream_t stream) {
   auto vectors = call.columns / kPerVector;
-  auto threads = std::min<int64_t>((vectors + kLanes - 1) / kLanes * kLanes, kMaxThreads);
+  auto threads = std::min<int64_t>((vectors + kWarp - 1) / kWarp * kWarp, kMaxThreads);
   auto* kernel = vectors <= kMaxThreads ? AddNormKernel<1> : AddNormKernel<kMaxNormed / kPerVector / kMaxThreads>;
   kernel<<<static_cast<unsigned>(call.rows), static_cast<unsigned>(threads), 0, stream>>>(call);
   return cudaGetLastError();

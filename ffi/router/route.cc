@@ -42,8 +42,6 @@ ffi::Error RunRoute(cudaStream_t stream, ffi::AnyBuffer logits, ffi::AnyBuffer b
   check.Buffer("expert", *expert, ffi::S32, {t, k});
   check.Buffer("weight", *weight, ffi::F32, {t, k});
   if (!check.ok()) return check.error();
-  int num_sm = 0;
-  if (ffi::Error error = CheckHopper(target, num_sm); error.failure()) return error;
   if (t == 0) return ffi::Error::Success();
   Route call{t,
              p,
@@ -61,8 +59,7 @@ ffi::Error RunRoute(cudaStream_t stream, ffi::AnyBuffer logits, ffi::AnyBuffer b
              static_cast<const bool*>(valid.untyped_data()),
              static_cast<int32_t*>(expert->untyped_data()),
              static_cast<float*>(weight->untyped_data())};
-  cudaError_t status = RouteTokens(call, stream);
-  return status == cudaSuccess ? ffi::Error::Success() : InternalError(target, cudaGetErrorString(status));
+  return LaunchOnHopper(target, [&](int) { return RouteTokens(call, stream); });
 }
 
 auto BindRoute() {

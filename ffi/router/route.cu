@@ -20,18 +20,18 @@ __device__ uint32_t Order(float x) {
 }
 
 __device__ float Max(float x) {
-  for (int i = kLanes / 2; i > 0; i /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, i));
+  for (int i = kWarp / 2; i > 0; i /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, i));
   return x;
 }
 
 template <int kPerLane>
 struct Token {
   const Route& args;
-  int lane = threadIdx.x % kLanes;
+  int lane = threadIdx.x % kWarp;
   float score[kPerLane];
   uint32_t order[kPerLane];  // of the scores that the choice is made by; 0: not to be chosen
 
-  __device__ int Expert(int i) const { return i * kLanes + lane; }
+  __device__ int Expert(int i) const { return i * kWarp + lane; }
   __device__ bool Exists(int i) const { return Expert(i) < args.experts; }
 
   __device__ void Load(int64_t token) {
@@ -121,15 +121,15 @@ struct Token {
       for (int i = 0; i < kPerLane; ++i) {
         if (Expert(i) == index) found = score[i], order[i] = 0;
       }
-      found = __shfl_sync(kAllLanes, found, index % kLanes);
+      found = __shfl_sync(kAllLanes, found, index % kWarp);
       if (lane == j) expert = static_cast<int>(index), weight = found;
     }
   }
 };
 
 template <int kPerLane>
-__global__ void __launch_bounds__(kWarps* kLanes) RouteKernel(const Route args) {
-  int64_t at = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kLanes;
+__global__ void __launch_bounds__(kWarps* kWarp) RouteKernel(const Route args) {
+  int64_t at = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   if (at >= args.tokens) return;
   Token<kPerLane> token{args};
   token.Load(at);
@@ -160,7 +160,7 @@ cudaError_t RouteTokens(const Route& call, cudaStream_t stream) {
                  : call.experts <= 384 ? RouteKernel<12>
                                        : RouteKernel<16>;
   auto blocks = static_cast<unsigned>((call.tokens + kWarps - 1) / kWarps);
-  kernel<<<blocks, kWarps * kLanes, 0, stream>>>(call);
+  kernel<<<blocks, kWarps * kWarp, 0, stream>>>(call);
   return cudaGetLastError();
 }
 

@@ -30,8 +30,6 @@ ffi::Error RunSortPairs(cudaStream_t stream, ffi::AnyBuffer expert, ffi::AnyBuff
   check.Buffer("token", *token, ffi::S32, {t * k});
   check.Buffer("row_weight", *row_weight, ffi::F32, {t * k});
   if (!check.ok()) return check.error();
-  int num_sm = 0;
-  if (ffi::Error error = CheckHopper(target, num_sm); error.failure()) return error;
   SortPairs call{t * k,
                  k,
                  e,
@@ -41,8 +39,7 @@ ffi::Error RunSortPairs(cudaStream_t stream, ffi::AnyBuffer expert, ffi::AnyBuff
                  static_cast<int32_t*>(sizes->untyped_data()),
                  static_cast<int32_t*>(token->untyped_data()),
                  static_cast<float*>(row_weight->untyped_data())};
-  cudaError_t status = SortFewPairs(call, stream);
-  return status == cudaSuccess ? ffi::Error::Success() : InternalError(target, cudaGetErrorString(status));
+  return LaunchOnHopper(target, [&](int) { return SortFewPairs(call, stream); });
 }
 
 auto BindSortPairs() {

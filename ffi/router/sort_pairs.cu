@@ -9,12 +9,12 @@ namespace mla {
 namespace {
 
 constexpr int kWarps = 32;
-constexpr int kThreads = kWarps * kLanes;
+constexpr int kThreads = kWarps * kWarp;
 constexpr int kMaxRounds = kMaxPairs / kThreads;
 static_assert(kMaxGroups <= kThreads, "a thread has an expert");
 
 __device__ int InclusiveSum(int x, int lane) {
-  for (int i = 1; i < kLanes; i *= 2) {
+  for (int i = 1; i < kWarp; i *= 2) {
     int other = __shfl_up_sync(kAllLanes, x, i);
     if (lane >= i) x += other;
   }
@@ -24,10 +24,10 @@ __device__ int InclusiveSum(int x, int lane) {
 __global__ void __launch_bounds__(kThreads) SortPairsKernel(const SortPairs args) {
   __shared__ uint16_t before[kWarps][kMaxGroups];  // pairs of an expert in a warp's part; then in the parts before it
   __shared__ int begin[kMaxGroups], warp_total[kWarps];
-  int thread = threadIdx.x, warp = thread / kLanes, lane = thread % kLanes;
+  int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
   int pairs = static_cast<int>(args.pairs), experts = static_cast<int>(args.experts);
-  int rounds = (pairs + kThreads - 1) / kThreads, first = warp * rounds * kLanes + lane;
-  for (int e = lane; e < experts; e += kLanes) before[warp][e] = 0;
+  int rounds = (pairs + kThreads - 1) / kThreads, first = warp * rounds * kWarp + lane;
+  for (int e = lane; e < experts; e += kWarp) before[warp][e] = 0;
   for (int r = thread; r < pairs; r += kThreads) {
     args.token[r] = 0;
     args.row_weight[r] = 0;
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads) SortPairsKernel(const SortPairs args
 #pragma unroll
   for (int i = 0; i < kMaxRounds; ++i) {
     if (i >= rounds) break;
-    int pair = first + i * kLanes, e = pair < pairs ? args.expert[pair] : -1;
+    int pair = first + i * kWarp, e = pair < pairs ? args.expert[pair] : -1;
     if (e >= experts) e = -1;
     uint32_t same = __match_any_sync(kAllLanes, e);
     int count = e < 0 ? 0 : before[warp][e], earlier = __popc(same & ((1u << lane) - 1));
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads) SortPairsKernel(const SortPairs args
     args.sizes[thread] = size;
   }
   int end = InclusiveSum(size, lane);
-  if (lane == kLanes - 1) warp_total[warp] = end;
+  if (lane == kWarp - 1) warp_total[warp] = end;
   __syncthreads();
   int total = InclusiveSum(warp_total[lane], lane);
   int warps_before = __shfl_sync(kAllLanes, total, max(warp - 1, 0));
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads) SortPairsKernel(const SortPairs args
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < kMaxRounds; ++i) {
-    int pair = first + i * kLanes;
+    int pair = first + i * kWarp;
     if (i >= rounds || pair >= pairs) break;
     int row = pairs;
     if (int e = expert[i]; e >= 0) {

@@ -26,7 +26,6 @@ from jaxtyping import Array, Float, Int32
 from jax_mla_cp import extension
 from jax_mla_cp.batch.rows import Rows
 from jax_mla_cp.config.model import ModelConfig
-from jax_mla_cp.mesh import vary_like
 
 PAGE_MULTIPLE = 64
 """The page size is a multiple of this: the absorbed kernels load tiles of 64 keys, each from one page (ffi/shapes.h)."""
@@ -136,11 +135,11 @@ def schedule(rows: Rows, tokens: int, heads: int) -> Rows:
     count = rows.kv_len.shape[0]
     if not 0 < tokens <= DECODE_TOKENS or count > _MAX_SCHEDULED_ROWS:
         return rows
-    extension.load()
-    call = jax.ffi.ffi_call("schedule_splits", jax.ShapeDtypeStruct((_splits_size(count),), jnp.int32))
+    result = jax.ShapeDtypeStruct((_splits_size(count),), jnp.int32)
     most = _max_splits(heads, tokens)
-    splits = call(rows.cu_q, rows.kv_len, heads=np.int64(heads), max_splits=np.int64(most))
-    return dataclasses.replace(rows, splits=vary_like(splits, rows), max_splits=most)
+    sizes: dict[str, Any] = {"heads": np.int64(heads), "max_splits": np.int64(most)}
+    splits = extension.call("schedule_splits", result, rows.cu_q, rows.kv_len, **sizes)
+    return dataclasses.replace(rows, splits=splits, max_splits=most)
 
 
 def attend_expanded(
@@ -186,7 +185,6 @@ def _call(
     Args:
       q: queries [T, n, ..].
     """
-    extension.load()
     tokens, heads, _ = q.shape
     scheduler = _splits_size(rows.kv_len.shape[0]) + 1  # SchedulerSize in ffi/shapes.h
     results = [
@@ -198,6 +196,4 @@ def _call(
             *((shape, jnp.float32) for shape in partial),
         )
     ]
-    # JAX types a custom call's results as equal on all devices, whatever its operands. Left so, check_vma would accept a
-    # program that takes one device's numbers for all devices'.
-    return vary_like(jax.ffi.ffi_call(target, results)(*operands, scale=np.float32(scale)), operands)
+    return extension.call(target, results, *operands, scale=np.float32(scale))

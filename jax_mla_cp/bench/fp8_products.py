@@ -21,7 +21,7 @@ from jax_mla_cp.bench.table import Report
 from jax_mla_cp.bench.timing import measure
 from jax_mla_cp.model.fp8 import Matrices
 from jax_mla_cp.model.fp8_rows import quantize_rows
-from jax_mla_cp.model.grouped_matmul import grouped_matmul, resolve_grouped_matmul
+from jax_mla_cp.model.grouped_matmul import grouped_matmul, has_kernels, resolve_grouped_matmul
 from jax_mla_cp.model.quantize import quantize
 
 _HOLD_TFLOPS = 1000
@@ -104,5 +104,5 @@ def _grouped(options: Options, m: int, k: int, n: int, counts: np.ndarray) -> Ca
 
 
 def _quantize(x: jax.Array) -> Callable[[], Any]:
-    program = jax.jit(functools.partial(quantize, implementation=resolve_grouped_matmul()))
+    program = jax.jit(functools.partial(quantize, kernels=has_kernels(resolve_grouped_matmul())))
     return lambda: program(x)

@@ -20,7 +20,7 @@ from jax_mla_cp.bench.roofline import Cost
 from jax_mla_cp.bench.table import Report
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.model.experts import apply_experts
-from jax_mla_cp.model.grouped_matmul import group_alignment, grouped_matmul, resolve_grouped_matmul
+from jax_mla_cp.model.grouped_matmul import group_alignment, grouped_matmul, has_kernels, resolve_grouped_matmul
 from jax_mla_cp.model.router import route
 
 _HOLD_GROUPED = 0.9
@@ -144,5 +144,5 @@ def _route(options: Options, config: ModelConfig, tokens: int) -> Callable[[], A
     x = normal(0, (tokens, config.hidden_size), options.dtype)
     router = normal(1, (config.hidden_size, config.n_routed_experts), jnp.float32, config.hidden_size**-0.5)
     bias = normal(2, (config.n_routed_experts,), jnp.float32, 0.1)
-    program = jax.jit(functools.partial(route, config=config, implementation=resolve_grouped_matmul()))
+    program = jax.jit(functools.partial(route, config=config, kernels=has_kernels(resolve_grouped_matmul())))
     return lambda: program(x, router, bias)

@@ -11,7 +11,7 @@ from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.config.model import ModelConfig
 from jax_mla_cp.config.quantization import Fp8Compute
 from jax_mla_cp.mesh import CP, DP, TP, Axes, MeshShape
-from jax_mla_cp.model.grouped_matmul import GroupedMatmul
+from jax_mla_cp.model.grouped_matmul import GroupedMatmul, has_kernels
 
 EP_CHOICES: dict[str, tuple[str, ...]] = {"none": (), "tp": (TP,), "tp,cp": (CP, TP), "tp,cp,dp": (DP, CP, TP)}
 """The choices of `ep_axes`, each with the mesh axes that divide the experts, slowest first.
@@ -62,6 +62,11 @@ class Build:
     def axes(self) -> Axes:
         """The mesh axes' collectives, for code that runs per device."""
         return Axes(self.shape)
+
+    @property
+    def kernels(self) -> bool:
+        """True if the extension's CUDA kernels run on the devices; else XLA code of the same meaning does."""
+        return has_kernels(self.grouped_matmul)
 
     @property
     def ep_name(self) -> str:

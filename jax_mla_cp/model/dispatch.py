@@ -12,8 +12,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Shaped
 
 from jax_mla_cp import extension
-from jax_mla_cp.mesh import vary_like
-from jax_mla_cp.model.grouped_matmul import GroupedMatmul
 
 _FEW_PAIRS = 4096  # ffi/router/sort_pairs.h
 _MAX_EXPERTS = 512  # ffi/shapes.h
@@ -44,16 +42,17 @@ def lay_out(
     num_experts: int,
     align: int,
     rows: int,
-    implementation: GroupedMatmul,
+    *,
+    kernels: bool,
 ) -> RowLayout:
     """Gives each pair with an `expert` in [0, num_experts) a row.
 
     Args:
       align: an expert's rows begin and end at multiples of it.
       rows: as many as all pairs take, whatever the routing, or more.
-      implementation: that of the products: "hopper" takes the kernel for few pairs.
+      kernels: as `Build.kernels`; the kernel is for few pairs.
     """
-    if implementation == "hopper" and align == 1 and expert.size == rows <= _FEW_PAIRS and num_experts <= _MAX_EXPERTS:
+    if kernels and align == 1 and expert.size == rows <= _FEW_PAIRS and num_experts <= _MAX_EXPERTS:
         return _by_kernel(expert, weight, num_experts)
     expert = jnp.where((expert >= 0) & (expert < num_experts), expert, num_experts)  # other devices' pairs, at the end
     place, sizes = _sort(expert, num_experts, align, beyond=rows)
@@ -63,15 +62,13 @@ def lay_out(
 
 
 def _by_kernel(expert: Int32[Array, "T k"], weight: Float[Array, "T k"], num_experts: int) -> RowLayout:
-    extension.load()
     results = (
         jax.ShapeDtypeStruct(expert.shape, jnp.int32),
         jax.ShapeDtypeStruct((num_experts,), jnp.int32),
         jax.ShapeDtypeStruct((expert.size,), jnp.int32),
         jax.ShapeDtypeStruct((expert.size,), jnp.float32),
     )
-    out = jax.ffi.ffi_call("sort_pairs", results)(expert, weight)
-    return RowLayout(*vary_like(out, expert, weight))  # a custom call's own type says "equal on all devices"
+    return RowLayout(*extension.call("sort_pairs", results, expert, weight))
 
 
 def _scatter(values: Shaped[Array, " pairs"], row: Int32[Array, " pairs"], rows: int) -> Shaped[Array, " rows"]:

@@ -18,7 +18,7 @@ from jax_mla_cp.mesh import vary_like
 from jax_mla_cp.model.dispatch import lay_out
 from jax_mla_cp.model.fp8 import Matrices
 from jax_mla_cp.model.fp8_rows import Rows, ScaledRows
-from jax_mla_cp.model.grouped_matmul import GroupedMatmul, group_alignment, grouped_matmul
+from jax_mla_cp.model.grouped_matmul import GroupedMatmul, group_alignment, grouped_matmul, has_kernels
 from jax_mla_cp.model.quantize import quantize_gated
 
 _MIN_WINDOW_ROWS = 4096  # a smaller window is not worth dividing
@@ -51,14 +51,14 @@ def apply_experts(
     """
     k = expert.shape[1]
     share = -(-expert.size // ep_size)
-    w8a8 = isinstance(x, ScaledRows)
+    w8a8, kernels = isinstance(x, ScaledRows), has_kernels(implementation)
     align = 1 if w8a8 else max(group_alignment(w, share, num_experts, implementation) for w in (gate_up, down))
     max_rows = _round_down(expert.size + num_experts * (align - 1), align)
     size = min(window_rows(share, num_experts, align), max_rows)
     windows = -(-max_rows // size)
 
     with jax.named_scope("dispatch"):
-        rows = lay_out(expert, weight, num_experts, align, windows * size, implementation)
+        rows = lay_out(expert, weight, num_experts, align, windows * size, kernels=kernels)
 
     product = functools.partial(grouped_matmul, implementation=implementation, expected_rows=share)
 
@@ -75,7 +75,7 @@ def apply_experts(
             row_weight = lax.dynamic_slice_in_dim(rows.weight, start, size)
             hidden: Rows
             if w8a8:
-                hidden = quantize_gated(both, row_weight, implementation)
+                hidden = quantize_gated(both, row_weight, kernels=kernels)
             else:
                 gate, up = jnp.split(both.astype(jnp.float32), 2, axis=-1)
                 hidden = (jax.nn.silu(gate) * up * row_weight[:, None]).astype(dtype)

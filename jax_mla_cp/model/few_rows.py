@@ -6,14 +6,14 @@ operand of the tensor cores, so rows come with their columns in that order: see 
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from jax_mla_cp import extension
-from jax_mla_cp.mesh import vary_like
 from jax_mla_cp.model.fp8 import Matrices, ScaledMatrices
 
 _MAX_GROUPS = 512  # ffi/few_rows.h
@@ -64,17 +64,17 @@ def few_rows_matmul(
     Raises:
       XlaRuntimeError: when it runs, if shapes or dtypes don't fit; names the argument, expected and got.
     """
-    extension.load()
     operands = [weights] if not isinstance(weights, ScaledMatrices) else [weights.q, weights.scale]
-    sizes = {"max_rows": np.int64(_tile_rows(expected_rows, len(group_sizes)))}
+    sizes: dict[str, Any] = {"max_rows": np.int64(_tile_rows(expected_rows, len(group_sizes)))}
     target = "few_rows"
     if isinstance(weights, ScaledMatrices):
         target, rows = "few_rows_scaled", interleave(rows)
         sizes |= {"block_outputs": np.int64(weights.block[0]), "block_inputs": np.int64(weights.block[1])}
     result = jax.ShapeDtypeStruct((rows.shape[0], weights.shape[1]), jnp.bfloat16)
-    call = jax.ffi.ffi_call(target, result)
-    out = call(rows, *operands, group_sizes, lax.convert_element_type(first, jnp.int32).reshape(1), **sizes)
-    return vary_like(out, rows, operands, group_sizes)  # a custom call's own type says "equal on all devices"
+    out: jax.Array = extension.call(
+        target, result, rows, *operands, group_sizes, extension.index_operand(first), **sizes
+    )
+    return out
 
 
 def interleave(rows: Float[Array, "M K"]) -> Float[Array, "M K"]:

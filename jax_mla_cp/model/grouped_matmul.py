@@ -35,6 +35,11 @@ def resolve_grouped_matmul() -> GroupedMatmul:
     return "hopper" if extension.cuda_problem() is None else "pallas"
 
 
+def has_kernels(implementation: GroupedMatmul) -> bool:
+    """True if the extension's CUDA kernels run here, those for products and the others."""
+    return implementation == "hopper"
+
+
 def grouped_matmul(
     rows: Rows,
     weights: Matrices,

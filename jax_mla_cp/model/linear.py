@@ -30,5 +30,5 @@ def linear(
     matrices = matrices_of(weight)
     rows: Rows = x
     if quantizes_rows(matrices, len(x), 1, build.fp8_compute):
-        rows = quantize(x, build.grouped_matmul)
+        rows = quantize(x, kernels=build.kernels)
     return grouped_matmul(rows, matrices, None, layer, implementation=build.grouped_matmul)

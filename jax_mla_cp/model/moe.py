@@ -61,7 +61,7 @@ class Moe(nnx.Module):
                 layer=layer,
                 valid=valid,
                 no_expert=self.build.padded_experts,  # padding goes to no expert
-                implementation=self.build.grouped_matmul,
+                kernels=self.build.kernels,
             )
         out = self._routed(x, expert, weight, layer)
         if self.build.config.n_shared_experts:
@@ -83,7 +83,7 @@ class Moe(nnx.Module):
         share = -(-size * expert.shape[1] * axes.size(gather_over) // axes.size(self.build.ep_axes))
         # Quantized once for all of a token's experts, and before it travels.
         w8a8 = all(quantizes_rows(stack, share, self._local, self.build.fp8_compute) for stack in stacks)
-        rows = quantize(x, self.build.grouped_matmul) if w8a8 else x
+        rows = quantize(x, kernels=self.build.kernels) if w8a8 else x
         experts = self._matrices(stacks, layer, share, w8a8)
 
         def apply(part: tuple[Rows, jax.Array, jax.Array]) -> jax.Array:

@@ -5,12 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from jax_mla_cp import extension
-from jax_mla_cp.mesh import vary_like
-from jax_mla_cp.model.grouped_matmul import GroupedMatmul
 
 _MAX_COLUMNS = 32768  # ffi/norm/add_norm.h
 
@@ -28,7 +25,8 @@ def add_norm(
     weight: Float[Array, "L D"],
     layer: Int32[Array, ""] | int,
     eps: float,
-    implementation: GroupedMatmul,
+    *,
+    kernels: bool,
 ) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
     """`x + part`, and its RMS norm with the weights of a layer of a stack.
 
@@ -36,16 +34,13 @@ def add_norm(
     and makes two.
 
     Args:
-      implementation: that of the products: "hopper" takes the kernel, for bfloat16.
+      kernels: as `Build.kernels`; the kernel is for bfloat16.
     """
     columns = x.shape[1]
-    if implementation == "hopper" and x.dtype == jnp.bfloat16 and columns % 8 == 0 and columns <= _MAX_COLUMNS:
-        extension.load()
+    if kernels and x.dtype == jnp.bfloat16 and columns % 8 == 0 and columns <= _MAX_COLUMNS:
         results = (jax.ShapeDtypeStruct(x.shape, x.dtype),) * 2
-        call = jax.ffi.ffi_call("add_norm", results, input_output_aliases={0: 0})
-        operands = (x, part, weight, lax.convert_element_type(layer, jnp.int32).reshape(1))
-        out = call(*operands, eps=np.float32(eps))
-        total, normed = vary_like(out, operands)  # a custom call's own type says "equal on all devices"
+        operands = x, part, weight, extension.index_operand(layer)
+        total, normed = extension.call("add_norm", results, *operands, aliases={0: 0}, eps=np.float32(eps))
         return total, normed
     x = x + part
     return x, rms_norm(x, weight[layer], eps)

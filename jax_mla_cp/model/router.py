@@ -15,8 +15,6 @@ from jaxtyping import Array, Bool, Float, Int32
 from jax_mla_cp import extension
 from jax_mla_cp.attention.numerics import einsum_float32
 from jax_mla_cp.config.model import ModelConfig
-from jax_mla_cp.mesh import vary_like
-from jax_mla_cp.model.grouped_matmul import GroupedMatmul
 
 _MAX_EXPERTS, _MAX_TOP = 512, 32  # ffi/router/route.h
 
@@ -30,7 +28,7 @@ def route(
     layer: Int32[Array, ""] | int = 0,
     valid: Bool[Array, " T"] | None = None,
     no_expert: int = 0,
-    implementation: GroupedMatmul = "ragged",
+    kernels: bool = False,
 ) -> tuple[Int32[Array, "T k"], Float[Array, "T k"]]:
     """Each token's experts, in ascending order, and their weights, in float32 at full precision: rounding could change which
     expert is selected.
@@ -49,12 +47,12 @@ def route(
       bias: of this layer alone, or of a whole stack of layers.
       layer: the layer's index in it.
       valid: tokens that are not get `no_expert` k times.
-      implementation: that of the experts' products: "hopper" takes the kernel.
+      kernels: as `Build.kernels`.
     """
     if bias is not None:
         bias = bias.reshape(-1, bias.shape[-1])
     groups = max(config.n_group, config.experts_per_token)
-    if implementation == "hopper" and router.shape[1] <= _MAX_EXPERTS and groups <= _MAX_TOP:
+    if kernels and router.shape[1] <= _MAX_EXPERTS and groups <= _MAX_TOP:
         valid = jnp.ones(len(x), jnp.bool_) if valid is None else valid
         return _by_kernel(_logits(x, router), bias, config, layer, valid, no_expert)
     logits = _logits(x, router).sum(1)
@@ -73,19 +71,17 @@ def _by_kernel(
     valid: Bool[Array, " T"],
     no_expert: int,
 ) -> tuple[Int32[Array, "T k"], Float[Array, "T k"]]:
-    extension.load()
     c = config
     shape = (len(logits), c.experts_per_token)
     results = (jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32))
-    layer = jnp.int32(0) if bias is None else lax.convert_element_type(layer, jnp.int32)
-    operands = (
+    none = jnp.zeros((0, c.n_routed_experts), jnp.float32)
+    expert, weight = extension.call(
+        "route",
+        results,
         logits,
-        jnp.zeros((0, c.n_routed_experts), jnp.float32) if bias is None else bias,
-        layer.reshape(1),
+        none if bias is None else bias,
+        extension.index_operand(layer),
         valid,
-    )
-    out = jax.ffi.ffi_call("route", results)(
-        *operands,
         groups=np.int64(c.n_group),
         kept_groups=np.int64(c.topk_group if c.n_group > 1 else 1),
         sigmoid=bias is not None,
@@ -93,7 +89,6 @@ def _by_kernel(
         scale=np.float32(c.routed_scaling_factor),
         no_expert=np.int32(no_expert),
     )
-    expert, weight = vary_like(out, operands)  # a custom call's own type says "equal on all devices"
     return expert, weight
 
 

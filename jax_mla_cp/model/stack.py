@@ -92,7 +92,7 @@ class Layer(nnx.Module):
         self, residual: Residual, weight: nnx.Param[Any], index: Int32[Array, ""]
     ) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
         config = self.build.config
-        return add_norm(*residual, weight[...], index, config.rms_norm_eps, self.build.grouped_matmul)
+        return add_norm(*residual, weight[...], index, config.rms_norm_eps, kernels=self.build.kernels)
 
 
 class LayerStack(nnx.Module):

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from jax_mla_cp import extension
 from jax_mla_cp.config.quantization import Fp8Compute
-from jax_mla_cp.mesh import vary_like
 from jax_mla_cp.model.fp8 import Matrices, ScaledMatrices
 from jax_mla_cp.model.fp8_rows import COLUMNS, ScaledRows
 
@@ -48,8 +46,7 @@ def w8a8_matmul(
     Raises:
       XlaRuntimeError: when it runs, if shapes or dtypes don't fit; names the argument, expected and got.
     """
-    extension.load()
-    operands = rows.q, rows.scale.T, weights.q, weights.scale, group_sizes
-    call = jax.ffi.ffi_call("w8a8", jax.ShapeDtypeStruct((rows.shape[0], weights.shape[1]), jnp.bfloat16))
-    out = call(*operands, lax.convert_element_type(first, jnp.int32).reshape(1))
-    return vary_like(out, operands)  # a custom call's own type says "equal on all devices"
+    operands = rows.q, rows.scale.T, weights.q, weights.scale, group_sizes, extension.index_operand(first)
+    result = jax.ShapeDtypeStruct((rows.shape[0], weights.shape[1]), jnp.bfloat16)
+    out: jax.Array = extension.call("w8a8", result, *operands)
+    return out

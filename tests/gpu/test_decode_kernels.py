@@ -66,7 +66,7 @@ def test_route(name: str, tokens: int) -> None:
 
     @jax.jit
     def kernel(x: jax.Array, layer: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return route(x, router, biases, c, layer=layer, valid=valid, no_expert=999, implementation="hopper")
+        return route(x, router, biases, c, layer=layer, valid=valid, no_expert=999, kernels=True)
 
     valid = np.arange(tokens) != 5
     expert, weight = map(np.asarray, kernel(x, jnp.int32(2), valid))
@@ -92,7 +92,7 @@ def test_equal_and_nan_scores(name: str) -> None:
     bias = np.zeros((1, c.n_routed_experts), np.float32) if c.routing_bias else None
     x = jnp.zeros((2, 64), jnp.bfloat16).at[1].set(jnp.nan)
     router = jnp.ones((64, c.n_routed_experts), jnp.float32)
-    expert, weight = map(np.asarray, route(x, router, bias, c, implementation="hopper"))
+    expert, weight = map(np.asarray, route(x, router, bias, c, kernels=True))
     want, want_weight = map(np.asarray, route(x[:1], router, bias, c))
     np.testing.assert_array_equal(expert[:1], want)
     np.testing.assert_allclose(weight[:1], want_weight, rtol=1e-6)
@@ -110,8 +110,8 @@ def test_sort_pairs(tokens: int, experts: int, of: int, skewed: bool) -> None:
     if skewed:
         expert[:] = np.arange(k)
     weight = rng.uniform(0.1, 1, (tokens, k)).astype(np.float32)
-    got = lay_out(jnp.asarray(expert), jnp.asarray(weight), experts, 1, expert.size, "hopper")
-    want = lay_out(jnp.asarray(expert), jnp.asarray(weight), experts, 1, expert.size, "ragged")
+    got = lay_out(jnp.asarray(expert), jnp.asarray(weight), experts, 1, expert.size, kernels=True)
+    want = lay_out(jnp.asarray(expert), jnp.asarray(weight), experts, 1, expert.size, kernels=False)
     mine = (expert >= 0) & (expert < experts)
     np.testing.assert_array_equal(np.asarray(got.place)[mine], np.asarray(want.place)[mine])
     assert (np.asarray(got.place)[~mine] >= expert.size).all()
@@ -125,7 +125,7 @@ def test_add_norm(rows: int, columns: int) -> None:
     rng = np.random.default_rng(0)
     x, part = (jnp.asarray(rng.normal(size=(rows, columns)), jnp.bfloat16) for _ in range(2))
     weight = jnp.asarray(rng.normal(size=(3, columns)), jnp.bfloat16)
-    kernel = jax.jit(lambda x, part, layer: add_norm(x, part, weight, layer, 1e-6, "hopper"))
+    kernel = jax.jit(lambda x, part, layer: add_norm(x, part, weight, layer, 1e-6, kernels=True))
     total, normed = map(np.asarray, kernel(x, part, jnp.int32(1)))
     np.testing.assert_array_equal(total, np.asarray(x + part))
     wide = total.astype(np.float64)

@@ -13,7 +13,7 @@ import pytest
 
 from jax_mla_cp.model.fp8 import ScaledMatrices
 from jax_mla_cp.model.fp8_rows import ScaledRows, dequantize_rows, quantize_rows
-from jax_mla_cp.model.grouped_matmul import GroupedMatmul, grouped_matmul
+from jax_mla_cp.model.grouped_matmul import grouped_matmul
 from jax_mla_cp.model.quantize import quantize, quantize_gated
 from jax_mla_cp.model.w8a8 import fits, w8a8_matmul
 
@@ -136,27 +136,27 @@ def check_rows(rows: ScaledRows, want: np.ndarray, scale: np.ndarray) -> None:
     assert (got != want).mean() < 2e-3, "where a last bit turns a tie"
 
 
-@pytest.mark.parametrize("implementation", ["hopper", "ragged"])
-def test_quantization_is_that_of_numpy(implementation: GroupedMatmul) -> None:
+@pytest.mark.parametrize("kernels", [True, False])
+def test_quantization_is_that_of_numpy(kernels: bool) -> None:
     """Of tiny and of equal numbers, of zeros, of a rest of columns; by the kernel and by XLA."""
     rng = np.random.default_rng(5)
     x = (rng.normal(size=(301, 1000)) * 10.0 ** rng.integers(-12, 12, (301, 1))).astype(BF16)
     x[7], x[8, :500], x[9] = 0, 1e-20, 3.0
-    rows = jax.jit(functools.partial(quantize, implementation=implementation))(jnp.asarray(x))
+    rows = jax.jit(functools.partial(quantize, kernels=kernels))(jnp.asarray(x))
     want, scale = numpy_rows(x.astype(np.float32))
     check_rows(rows, want, scale)
     assert not np.asarray(rows.q)[7].any()
     x[3, 5] = np.nan
-    rows = jax.jit(functools.partial(quantize, implementation=implementation))(jnp.asarray(x))
+    rows = jax.jit(functools.partial(quantize, kernels=kernels))(jnp.asarray(x))
     assert np.isnan(np.asarray(dequantize_rows(rows))[3, 5]), "NaN stays"
 
 
-@pytest.mark.parametrize("implementation", ["hopper", "ragged"])
-def test_gated_quantization(implementation: GroupedMatmul) -> None:
+@pytest.mark.parametrize("kernels", [True, False])
+def test_gated_quantization(kernels: bool) -> None:
     rng = np.random.default_rng(6)
     gate_up = rng.normal(size=(77, 2 * 1408), scale=3).astype(BF16)
     weight = rng.uniform(0.01, 1, 77).astype(np.float32)
-    run = jax.jit(functools.partial(quantize_gated, implementation=implementation))
+    run = jax.jit(functools.partial(quantize_gated, kernels=kernels))
     rows = run(jnp.asarray(gate_up), jnp.asarray(weight))
     gate, up = np.split(gate_up.astype(np.float64), 2, axis=1)
     exact = gate / (1 + np.exp(-gate)) * up * weight[:, None]

@@ -24,7 +24,7 @@ def test_rows_by_expert_and_then_by_token(tokens: int, k: int, num_experts: int,
     expert = np.sort(rng.integers(-2, num_experts + 2, (tokens, k)), -1).astype(np.int32)
     weight = rng.uniform(0.1, 1, (tokens, k)).astype(np.float32)
     rows = (tokens * k + num_experts * (align - 1)) // align * align + align
-    layout = lay_out(jnp.asarray(expert), jnp.asarray(weight), num_experts, align, rows, "blocks")
+    layout = lay_out(jnp.asarray(expert), jnp.asarray(weight), num_experts, align, rows, kernels=False)
 
     place = np.full((tokens, k), -1)
     token, row_weight, end = np.zeros(rows, int), np.zeros(rows, np.float32), []

@@ -171,8 +171,8 @@ def test_kernels_are_taken_on_hopper() -> None:
 
     def device(x: jax.Array, weight: jax.Array, sizes: jax.Array, q: jax.Array, scale: jax.Array) -> jax.Array:
         weights = ScaledMatrices(q, scale, (128, 128), BF16)
-        out = grouped_matmul(quantize(x, "hopper"), weights, sizes, implementation="hopper")
-        out = grouped_matmul(quantize_gated(out, weight, "hopper"), weights, sizes, implementation="hopper")
+        out = grouped_matmul(quantize(x, kernels=True), weights, sizes, implementation="hopper")
+        out = grouped_matmul(quantize_gated(out, weight, kernels=True), weights, sizes, implementation="hopper")
         types.append(jax.typeof(out).manual_axis_type.varying)
         return out
 
@@ -191,8 +191,8 @@ def test_kernels_are_taken_on_hopper() -> None:
     assert found == ["quantize_rows", "w8a8", "quantize_gated", "w8a8"]
     assert "dot_general" not in jaxpr and "bf16[2,512,256]" not in jaxpr, "no matrix is dequantized"
     # Without the kernel, or in another dtype, XLA does the same.
-    for x, implementation in ((jnp.zeros((64, 256)), "hopper"), (jnp.zeros((64, 256), jnp.bfloat16), "ragged")):
-        assert "ffi_call" not in str(jax.make_jaxpr(lambda x, i=implementation: quantize(x, i))(x))
+    for x, kernels in ((jnp.zeros((64, 256)), True), (jnp.zeros((64, 256), jnp.bfloat16), False)):
+        assert "ffi_call" not in str(jax.make_jaxpr(lambda x, k=kernels: quantize(x, kernels=k))(x))
 
 
 @pytest.fixture(scope="module")
