@@ -157,6 +157,28 @@ def mesh(text: str) -> MeshShape:
         raise argparse.ArgumentTypeError(error.message) from None
 
 
+def write_output(field: str, file: Path, write: Callable[[Path], object]) -> None:
+    """Writes results that `check_output` has passed.
+
+    Raises:
+      ConfigError: the file can't be written any more.
+    """
+    try:
+        write(file)
+    except OSError as error:
+        raise ConfigError(field, f"{file} can't be written ({error.strerror}).") from error
+
+
+def check_url(field: str, url: str | None) -> None:
+    """Checks the address of a server. None: there is none.
+
+    Raises:
+      ConfigError: it does not begin with http:// or https://.
+    """
+    if url is not None and not url.startswith(("http://", "https://")):
+        raise ConfigError(field, f"must be an address like http://127.0.0.1:8000/v1, got {url!r}.")
+
+
 def check_output(field: str, file: Path | None) -> None:
     """Checks before the work, not after it, that its results can be written. None: they needn't be.
 

@@ -9,10 +9,10 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from jax_mla_cp.cli import Parser, check_output, fail, path
+from jax_mla_cp.cli import Parser, check_output, check_url, fail, path
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.launch import LaunchOptions
-from jax_mla_cp.launch.flags import add_cluster_flags, add_model_flags
+from jax_mla_cp.launch.flags import add_cluster_flags, add_model_flags, take_launch_options
 
 _K = 1024
 _PICTURES = (".png", ".pdf", ".svg")
@@ -59,8 +59,7 @@ class EvalOptions:
             raise ConfigError("lengths", "none and perplexity_tokens=0 leave nothing to run. Leave one of them out.")
         if not (math.isfinite(self.timeout) and self.timeout > 0):
             raise ConfigError("timeout", f"must be a number of seconds above 0, got {self.timeout}.")
-        if self.base_url is not None and not self.base_url.startswith(("http://", "https://")):
-            raise ConfigError("base_url", f"must be an address like http://127.0.0.1:8000/v1, got {self.base_url!r}.")
+        check_url("base_url", self.base_url)
         if self.tokenizer is not None and self.base_url is None:
             raise ConfigError(
                 "tokenizer", "is used with `base_url` only; a local model brings its own tokenizer. Leave it out."
@@ -87,15 +86,9 @@ def parse(argv: Sequence[str] | None = None) -> EvalOptions:
     """Reads a command line. Ends the process with code 2 and one line for flags that can't work."""
     parser = make_parser()
     values = vars(parser.parse_args(argv))
-    own = {field.name for field in dataclasses.fields(EvalOptions)}
-    launch = {name: values.pop(name) for name in list(values) if name not in own}
     try:
-        if "base_url" in values and (local := sorted(launch)):
-            raise ConfigError(
-                local[0],
-                "can't be combined with `base_url`: the server sets it. Leave one of them out.",
-            )
-        return EvalOptions(launch=LaunchOptions(**launch), **values)
+        launch = take_launch_options(values, EvalOptions)
+        return EvalOptions(launch=launch, **values)
     except ConfigError as error:
         fail(error, parser)
 

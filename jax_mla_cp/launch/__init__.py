@@ -8,7 +8,7 @@ from jax_mla_cp.launch.agreement import agree_on_programs, agree_on_settings
 from jax_mla_cp.launch.devices import Devices, set_up_devices
 from jax_mla_cp.launch.model import config_and_tokenizer, load, load_model, plan_build
 from jax_mla_cp.launch.options import Dtype, EpAxes, LaunchOptions, Speculative
-from jax_mla_cp.launch.runner import make_runner
+from jax_mla_cp.launch.runner import make_runner, warm_up
 from jax_mla_cp.step.runner import Runner
 
 __all__ = [
@@ -27,4 +27,5 @@ __all__ = [
     "make_runner",
     "plan_build",
     "set_up_devices",
+    "warm_up",
 ]

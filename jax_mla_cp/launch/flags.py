@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from typing import get_args
+import dataclasses
+from typing import TYPE_CHECKING, Any, get_args
 
 from jax_mla_cp.attention import Implementation
 from jax_mla_cp.batch.form import Form
 from jax_mla_cp.cli import choice, mesh, path, platform, real_number, whole_number
+from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.config.quantization import Fp8Compute, Weights
 from jax_mla_cp.distributed.handshake import KEY_VARIABLE
-from jax_mla_cp.launch.options import Dtype, EpAxes, Speculative
+from jax_mla_cp.launch.options import Dtype, EpAxes, LaunchOptions, Speculative
 from jax_mla_cp.platform import Platform, default_compile_cache
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 def _int_or_auto(text: str) -> int | None:
@@ -20,6 +25,19 @@ def _int_or_auto(text: str) -> int | None:
 
 def _devices(text: str) -> tuple[int, ...]:
     return tuple(whole_number(part) for part in text.split(","))
+
+
+def take_launch_options(values: dict[str, Any], program: type[DataclassInstance]) -> LaunchOptions:
+    """Takes out of a command line's values those that are no options of the program itself: they are of the model in process.
+
+    Raises:
+      ConfigError: there are such values beside a `base_url`; or as `LaunchOptions`.
+    """
+    own = {field.name for field in dataclasses.fields(program)}
+    given = {name: values.pop(name) for name in list(values) if name not in own}
+    if "base_url" in values and given:
+        raise ConfigError(min(given), "can't be combined with `base_url`: the server sets it. Leave one of them out.")
+    return LaunchOptions(**given)
 
 
 def add_model_flags(p: argparse.ArgumentParser) -> None:

@@ -1,6 +1,9 @@
-"""From loaded weights to a runner."""
+"""From loaded weights to a runner, and its programs compiled."""
 
 from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jax_mla_cp.launch.devices import Devices
 from jax_mla_cp.launch.options import LaunchOptions
@@ -27,3 +30,10 @@ def make_runner(model: Model, options: LaunchOptions, devices: Devices) -> Runne
         draft_tokens=options.draft_tokens or 0,
         smallest_budget=None if devices.member is None else devices.member.cluster.smallest_budget,
     )
+
+
+def warm_up(runner: Runner) -> None:
+    """Compiles all of a runner's programs, with a progress bar on stderr."""
+    columns = (TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        runner.warmup(progress.track)

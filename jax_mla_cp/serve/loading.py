@@ -7,12 +7,10 @@ import logging
 import time
 from pathlib import Path
 
-from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jax_mla_cp.default_model import DIRECTORY
-from jax_mla_cp.launch import Devices, Runner, agree_on_programs, agree_on_settings, load_model, make_runner
+from jax_mla_cp.launch import Devices, Runner, agree_on_programs, agree_on_settings, load_model, make_runner, warm_up
 from jax_mla_cp.serve.server_options import ServerOptions
 from jax_mla_cp.tokenizer import Tokenizer
 
@@ -63,18 +61,12 @@ def load(config: ServerOptions, devices: Devices) -> Loaded:
         log.info(
             "warmup: compiling all programs (8 to 16 s each on a GPU; the compile cache makes later starts faster)"
         )
-        _warm_up(runner)
+        warm_up(runner)
     else:
         log.info(
             "no warmup: each program is compiled at its first use, while requests wait (--warmup compiles all now)"
         )
     return Loaded(runner, tokenizer)
-
-
-def _warm_up(runner: Runner) -> None:
-    columns = (TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        runner.warmup(progress.track)
 
 
 def _bytes_on_disk(directory: Path) -> int:

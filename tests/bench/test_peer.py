@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 
 from jax_mla_cp.bench.__main__ import main
 from jax_mla_cp.bench.peer.peer_options import PeerOptions
 from jax_mla_cp.bench.peer.work import Work
 from jax_mla_cp.config.errors import ConfigError
+from tests.helpers.fake_server import FakeServer, running
 from tests.helpers.processes import environment
-
-web = pytest.importorskip("aiohttp.web")
 
 
 class Fixed:
@@ -84,46 +82,30 @@ def test_in_process(tmp_path: Path) -> None:
     assert report["rows"][0]["ms"] > 0 and report["engine"] == "jax_mla_cp, in process"
 
 
-@pytest.fixture
-def server() -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """An OpenAI server that answers with a token less than it is asked for, if that is 5; and the bodies that it got."""
-    bodies: list[dict[str, Any]] = []
+def short_of(asked: int) -> tuple[FakeServer, FastAPI]:
+    """A server that answers with as many tokens as it is asked for, or one less if that is `asked`."""
 
-    async def models(request: Any) -> Any:
-        return web.json_response({"data": [{"id": "m"}]})
+    def reply(path: str, body: Any, usual: dict[str, Any]) -> Any:
+        if path == "/completions":
+            usual["usage"]["completion_tokens"] = body["max_tokens"] - (body["max_tokens"] == asked)
+        return usual
 
-    async def completions(request: Any) -> Any:
-        body = await request.json()
-        bodies.append(body)
-        count = body["max_tokens"] - (body["max_tokens"] == 5)
-        return web.json_response({"usage": {"completion_tokens": count}})
-
-    loop = asyncio.new_event_loop()
-    application = web.Application()
-    application.add_routes([web.get("/v1/models", models), web.post("/v1/completions", completions)])
-    runner = web.AppRunner(application)
-    loop.run_until_complete(runner.setup())
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    loop.run_until_complete(site.start())
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{runner.addresses[0][1]}/v1", bodies
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
-    loop.run_until_complete(runner.cleanup())
-    loop.close()
+    fake = FakeServer(reply, answer=lambda prompt: "")
+    return fake, fake.app()
 
 
-def test_a_server(server: tuple[str, list[dict[str, Any]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A row whose answers are wrong fails; the others stay."""
-    url, bodies = server
     out = tmp_path / "out.json"
-    flags = f"peer --base-url {url} --ttft 20 --shapes 3x8 --generate 2,4 --samples 1 --json {out}"
-    assert main(flags.split()) == 0
+    fake, app = short_of(5)
+    with running(app) as url:
+        flags = f"peer --base-url {url} --ttft 20 --shapes 3x8 --generate 2,4 --samples 1 --json {out}"
+        assert main(flags.split()) == 0
+        bodies = fake.bodies.copy()
+        assert json.loads(out.read_text())["engine"] == url
+        assert main(flags.replace("2,4", "2,5").split()) == 1
     assert {(len(body["prompt"]), body["max_tokens"]) for body in bodies} == {(20, 1), (8, 2), (8, 4)}
-    assert all(body["ignore_eos"] and body["temperature"] == 0 and body["model"] == "m" for body in bodies)
-    assert json.loads(out.read_text())["engine"] == url
-    assert main(flags.replace("2,4", "2,5").split()) == 1
+    assert all(body["ignore_eos"] and body["temperature"] == 0 and body["model"] == "fake" for body in bodies)
     rows = json.loads(out.read_text())["rows"]
     assert "error" not in rows[0] and "5 tokens were asked for with ignore_eos, 4 came" in rows[1]["error"]
     assert "4 came" in capsys.readouterr().out

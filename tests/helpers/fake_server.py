@@ -23,10 +23,15 @@ def answer(prompt: str) -> str:
 
 
 class FakeServer:
-    """Answers passkey prompts. `change(path, body, reply)` may replace any reply, or wait."""
+    """Answers passkey prompts, or others with `answer(prompt)`. `change(path, body, reply)` may replace any reply, or wait."""
 
-    def __init__(self, change: Callable[[str, Any, dict[str, Any]], Any] = lambda path, body, reply: reply):
+    def __init__(
+        self,
+        change: Callable[[str, Any, dict[str, Any]], Any] = lambda path, body, reply: reply,
+        answer: Callable[[Any], str] = answer,
+    ):
         self.change = change
+        self.answer = answer
         self.bodies: list[dict[str, Any]] = []
         self.models = ["fake"]
 
@@ -40,10 +45,11 @@ class FakeServer:
         @app.post("/v1/completions")
         def completions(body: dict[str, Any], request: Request) -> Any:
             self.bodies.append(body)
-            tokens = len(body["prompt"].split())
+            prompt = body["prompt"]
+            tokens = len(prompt.split() if isinstance(prompt, str) else prompt)
             choice: dict[str, Any] = {
                 "index": 0,
-                "text": answer(body["prompt"]) if not body.get("echo") else body["prompt"],
+                "text": self.answer(prompt) if not body.get("echo") else prompt,
             }
             if body.get("echo"):
                 choice["logprobs"] = {"token_logprobs": [None, *[LOGPROB] * (tokens - 1), -50.0]}

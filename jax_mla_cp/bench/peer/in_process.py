@@ -12,7 +12,7 @@ import jax
 from jax_mla_cp.bench.engine_run import run_requests
 from jax_mla_cp.bench.peer.work import TargetFailed
 from jax_mla_cp.engine import Engine
-from jax_mla_cp.launch import LaunchOptions, load_model, make_runner, set_up_devices
+from jax_mla_cp.launch import LaunchOptions, load_model, make_runner, set_up_devices, warm_up
 from jax_mla_cp.platform import versions
 
 
@@ -30,7 +30,7 @@ class InProcess:
         self._model, _ = load_model(options, devices)
         sizes = dataclasses.replace(options, max_model_len=max_model_len, max_running=max_running)
         self._runner = make_runner(self._model, sizes, devices)
-        self._runner.warmup()
+        warm_up(self._runner)
 
     @property
     def vocabulary(self) -> int:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from jax_mla_cp.bench.peer.peer_options import PeerOptions, make_parser, parse
 from jax_mla_cp.bench.peer.work import Target, TargetFailed, Work
-from jax_mla_cp.cli import fail
+from jax_mla_cp.cli import fail, write_output
 from jax_mla_cp.config.errors import ConfigError
 
 _SERVER_VOCABULARY = 10_000
@@ -45,10 +45,8 @@ def _run(options: PeerOptions, argv: Sequence[str]) -> int:
     report = {"argv": list(argv), **target.metadata(), "generate": options.generate, "samples": options.samples}
     _show(rows, report["engine"], stopped)
     if options.json is not None:
-        try:
-            options.json.write_text(json.dumps(report | {"stopped": stopped, "rows": rows}, indent=1) + "\n")
-        except OSError as error:
-            raise ConfigError("json", f"{options.json} can't be written ({error.strerror}).") from error
+        text = json.dumps(report | {"stopped": stopped, "rows": rows}, indent=1) + "\n"
+        write_output("json", options.json, lambda file: file.write_text(text))
     return 130 if stopped else int(any("error" in row for row in rows))
 
 

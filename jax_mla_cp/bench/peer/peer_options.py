@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jax_mla_cp.bench.quantities import listed, number, shape
-from jax_mla_cp.cli import Parser, check_output, fail, path, real_number, whole_number
+from jax_mla_cp.cli import Parser, check_output, check_url, fail, path, real_number, whole_number
 from jax_mla_cp.config.errors import ConfigError, check_whole
 from jax_mla_cp.launch import LaunchOptions
-from jax_mla_cp.launch.flags import add_model_flags
+from jax_mla_cp.launch.flags import add_model_flags, take_launch_options
 
 _K = 1024
 
@@ -62,10 +62,7 @@ class PeerOptions:
         if not (math.isfinite(self.timeout) and self.timeout > 0):
             raise ConfigError("timeout", f"must be a number of seconds above 0, got {self.timeout}.")
         if self.base_url is not None:
-            if not self.base_url.startswith(("http://", "https://")):
-                raise ConfigError(
-                    "base_url", f"must be an address like http://127.0.0.1:8000/v1, got {self.base_url!r}."
-                )
+            check_url("base_url", self.base_url)
             if importlib.util.find_spec("aiohttp") is None:
                 raise ConfigError("base_url", "aiohttp is missing. Install it with pip install 'jax-mla-cp[bench]'.")
         check_output("json", self.json)
@@ -85,12 +82,9 @@ def parse(argv: Sequence[str] | None = None) -> PeerOptions:
     """Reads a command line. Ends the process with code 2 and one line for flags that can't work."""
     parser = make_parser()
     values = vars(parser.parse_args(argv))
-    own = {field.name for field in dataclasses.fields(PeerOptions)}
-    launch = {name: values.pop(name) for name in list(values) if name not in own}
     try:
-        if "base_url" in values and (local := sorted(launch)):
-            raise ConfigError(local[0], "can't be combined with `base_url`: the server sets it. Leave one of them out.")
-        return PeerOptions(launch=LaunchOptions(**launch), **values)
+        launch = take_launch_options(values, PeerOptions)
+        return PeerOptions(launch=launch, **values)
     except ConfigError as error:
         fail(error, parser)
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jax_mla_cp.bench.serve.workload import Lengths, SharedPrefix
-from jax_mla_cp.cli import Parser, check_output, fail, path, real_number, whole_number
+from jax_mla_cp.cli import Parser, check_output, check_url, fail, path, real_number, whole_number
 from jax_mla_cp.config.errors import ConfigError
 
 _PICTURES = (".png", ".pdf", ".svg")
@@ -48,8 +48,7 @@ class ClientOptions:
     api_key_env: str | None = None
 
     def __post_init__(self) -> None:
-        if not self.base_url.startswith(("http://", "https://")):
-            raise ConfigError("base_url", f"must be an address like http://127.0.0.1:8000/v1, got {self.base_url!r}.")
+        check_url("base_url", self.base_url)
         for field, number in (("rate", self.rate), ("burstiness", self.burstiness), ("timeout", self.timeout)):
             if not number > 0 or (math.isinf(number) and field != "rate"):
                 raise ConfigError(field, f"must be a number above 0, got {number:g}.")

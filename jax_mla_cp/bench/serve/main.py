@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import collections
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jax_mla_cp.bench.serve.client_options import ClientOptions, make_parser, parse
-from jax_mla_cp.cli import fail
+from jax_mla_cp.cli import fail, write_output
 from jax_mla_cp.config.errors import ConfigError
 from jax_mla_cp.default_model.heldout import heldout_text
 
@@ -77,16 +76,9 @@ def _run(options: ClientOptions, argv: Sequence[str]) -> int:
     report = LoadReport(results, options.goodput, metadata, stopped)
     report.show(Console(width=None if sys.stdout.isatty() else 160, highlight=False))
     if options.json is not None:
-        _write("json", options.json, report.save)
+        write_output("json", options.json, report.save)
     if options.picture is not None:
         from jax_mla_cp.bench.serve.load_plot import draw_load
 
-        _write("picture", options.picture, lambda path: draw_load(report, path))
+        write_output("picture", options.picture, lambda path: draw_load(report, path))
     return 130 if stopped else int(not report.succeeded)
-
-
-def _write(field: str, path: Path, write: Callable[[Path], None]) -> None:
-    try:
-        write(path)
-    except OSError as error:
-        raise ConfigError(field, f"{path} can't be written ({error.strerror}).") from error
