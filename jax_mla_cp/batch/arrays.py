@@ -91,7 +91,7 @@ class Batch:
     page_table: Int32[Array, "I W"] | None = field(metadata=_PER_GROUP)
     """The requests' pages; `Rows.request` names a row. None in a batch for devices that have the table (`table_changes`)."""
     table_changes: TableChanges | None = field(metadata=_PER_GROUP)
-    """Of the table that the devices have. None in a batch that brings a `page_table`."""
+    """Changes of the table that the devices have. None in a batch that brings a `page_table`."""
     key_pages: Int32[Array, " K/page_size"] = field(metadata=_PER_GROUP)
     """Pages of the packed keys; none in a step without expanded rows."""
     num_keys: Int32[Array, " 1"] = field(metadata=_PER_GROUP)

@@ -37,15 +37,15 @@ class TableUpdate:
     entries: Sequence[tuple[Ints, Ints]]
     """Per dp group: the entries that differ from the mirror (`row * W + column`), and what they become."""
     changes: TableChanges
-    """What the step itself brings, of all dp groups; no change if `whole` is sent before it."""
+    """The changes in the step's own arrays, of all dp groups; none if `whole` is sent before it."""
     whole: Int32[np.ndarray, "dp*I W"] | None
     """The tables with all changes, for a step that has too few places for them."""
     checksum: UInt32[np.ndarray, " dp"]
-    """Of each dp group's table, after the changes."""
+    """The checksum of each dp group's table, after the changes."""
 
 
 class TableMirror:
-    """What the devices' page tables hold, on the host."""
+    """The host's copy of the devices' page tables."""
 
     def __init__(self, shape: BatchShape):
         self._shape = shape
@@ -59,12 +59,12 @@ class TableMirror:
         return self._tables.reshape(-1, self._shape.max_pages).copy()
 
     def update(self, groups: Sequence[RequestColumns], step: StepShape) -> TableUpdate:
-        """What a step with these requests changes. The mirror stays as it is until `apply`."""
+        """Returns the changes of a step with these requests. The mirror stays as it is until `apply`."""
         rows = [_rows(c.slot, self._shape.max_requests) for c in groups]
         entries = [_differences(*each) for each in zip(self._tables, rows, groups, strict=True)]
         places = self._shape.table_changes(step)
         changes = _no_changes(self._shape, places)
-        after = self._checksum + self._change(entries)
+        after = self._checksum + self._addends(entries)
         if max(len(index) for index, _ in entries) > places:
             tables = self._tables.copy()
             _write(tables, entries)
@@ -79,8 +79,8 @@ class TableMirror:
         _write(self._tables, update.entries)
         self._checksum = update.checksum
 
-    def _change(self, entries: Sequence[tuple[Ints, Ints]]) -> UInt32[np.ndarray, " dp"]:
-        """What entries add to the checksums."""
+    def _addends(self, entries: Sequence[tuple[Ints, Ints]]) -> UInt32[np.ndarray, " dp"]:
+        """Returns the entries' addends to the checksums."""
         added = np.zeros(len(entries), np.uint32)
         for g, (index, page) in enumerate(entries):
             grown = page.astype(np.uint32) - self._tables[g].reshape(-1)[index].astype(np.uint32)

@@ -24,6 +24,6 @@ class Rows:
     request: Int32[Array | np.ndarray, " B"]
     """The request's row in the page table."""
     splits: Int32[Array, " S"] | None = None
-    """How an attention call divides the rows' keys over the GPU, made once for all layers (`attention.schedule`)."""
+    """The division of the rows' keys over the GPU, made once for all layers (`attention.schedule`)."""
     max_splits: int = dataclasses.field(default=0, metadata={"static": True})
     """The most splits of a row among them."""

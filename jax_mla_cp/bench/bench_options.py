@@ -22,7 +22,7 @@ WeightsName = Literal["bf16", "fp8"]
 
 @dataclasses.dataclass(frozen=True)
 class WeightsKind:
-    """How a row's weights are stored, and what those in FP8 are multiplied by."""
+    """The storage of a row's weights, and the activations that those in FP8 are multiplied by."""
 
     storage: WeightsName = "bf16"
     compute: Fp8Compute = "w8a16"

@@ -86,8 +86,8 @@ def run(options: Options, config: ModelConfig, report: Report) -> None:
                 headers.append(row["message_bytes"] - row["arrays_bytes"])
     report.notes.append(
         "ms: engine + arrays + pack + outcomes. engine: scheduling, detokenizing, events, metrics. arrays: checking the requests, laying "
-        "them out over the ranks, making arrays. outcomes: reading the results. put: transferring two arrays to every device, of so many bytes before they are replicated; the page "
-        "table is on the devices already."
+        "them out over the ranks, making arrays. outcomes: reading the results. put: transferring two arrays to every device. bytes: "
+        "their size, before they are replicated; the page table is on the devices already."
     )
     if leader is not None:
         report.hold("bytes of a message beside its arrays", max(headers, default=None), at_most=_HOLD_HEADER_BYTES)

@@ -20,7 +20,7 @@ Weights = Literal["auto", "bf16", "fp8"]
 """Storage of a quantized checkpoint's matrices in device memory."""
 
 Fp8Compute = Literal["w8a16", "w8a8"]
-"""What matrices in FP8 are multiplied by: activations as they are, or, of many tokens, in FP8 too."""
+"""The activations that matrices in FP8 are multiplied by: as they are, or, of many tokens, in FP8 too."""
 
 Tensors = dict[str, tuple[tuple[int, ...], tuple[np.dtype[Any], ...]]]
 """By name: a tensor's shape, and the dtypes that it may have."""

@@ -111,7 +111,7 @@ class Moe(nnx.Module):
     def _matrices(
         self, stacks: list[Matrices], layer: jax.Array | int, share: int, w8a8: bool
     ) -> tuple[Matrices, Matrices, jax.Array | int]:
-        """What `grouped_matmul` is given: `gate_up`, `down`, and the number of the layer's first expert in them.
+        """Returns the operands of `grouped_matmul`: `gate_up`, `down`, and the number of the layer's first expert in them.
 
         FP8 that is not multiplied as it is gets dequantized here, before the loops over slices and windows, this layer's only:
         2.8 GB for DeepSeek-V3 at tp=8, in a buffer that the next layer uses again.

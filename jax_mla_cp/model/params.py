@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -52,15 +53,14 @@ class ParamFactory:
         """
         quantization = self.build.config.quantization
         inner = shape[1:] if experts else shape
+        plain = functools.partial(self._param, shape, spec, self.build.dtype, whole=True, dims=len(inner))
         if quantization is None or (quantization.experts_only and not experts):
-            return self._param(shape, spec, self.build.dtype, whole=True, dims=len(inner))
+            return plain()
         if not self.build.fp8:
-            return self._param(shape, spec, self.build.dtype, whole=True, dims=len(inner), quantized=True)
+            return plain(quantized=True)
         ways = tuple(self.build.axes.size(axes or ()) for axes in spec) or (1,) * len(shape)
         if reason := why_dequantized(inner, ways, quantization.block, reordered):
-            return self._param(
-                shape, spec, self.build.dtype, whole=True, dims=len(inner), quantized=True, dequantized=reason
-            )
+            return plain(quantized=True, dequantized=reason)
         scales = (*shape[:-2], *quantization.scales(shape[-2:]))
         return Fp8(
             self._param(shape, spec, jnp.dtype(jnp.uint8), whole=True, quantized=True),

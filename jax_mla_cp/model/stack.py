@@ -33,6 +33,7 @@ class Residual(NamedTuple):
 
     @classmethod
     def begin(cls, x: Float[Array, "T D"]) -> Residual:
+        """The stream before the first layer."""
         return cls(x, jnp.zeros_like(x))
 
 
@@ -68,12 +69,7 @@ class Layer(nnx.Module):
         return self.feed_forward(residual, index, inputs.valid), pages
 
     def attention(
-        self,
-        residual: Residual,
-        pages: Float[Array, "pages page_size C"],
-        number: Int32[Array, ""],
-        index: Int32[Array, ""],
-        inputs: LayerInputs,
+        self, residual: Residual, pages: jax.Array, number: jax.Array, index: jax.Array, inputs: LayerInputs
     ) -> tuple[Residual, Float[Array, "pages page_size C"]]:
         """The first half of the layer."""
         with jax.named_scope("mla"):
@@ -99,9 +95,8 @@ class LayerStack(nnx.Module):
     """Equal layers, run under `lax.scan` with the cache carried along.
 
     The stack's parameters have the names of a `Layer`'s and a leading dimension [count]: the tree has no level for the stack,
-    `moe.mla.kv_a` is [count, R + r, D]. Each iteration of the scan makes a `Layer` of its slice of them. What kernels read where
-    it is, experts' weights for one, is not sliced: each layer gets that of the whole stack, and its index in it (see
-    `ParamFactory`).
+    `moe.mla.kv_a` is [count, R + r, D]. Each iteration of the scan makes a `Layer` of its slice of them. Parameters that
+    kernels read in place are not sliced: each layer gets the whole stack's, and its index (see `ParamFactory`).
 
     Args:
       first: the first layer's number in the cache.

@@ -24,4 +24,4 @@ class StepInputs:
     page_table: Int32[np.ndarray, "dp*I W"] | None
     """The whole page table, to be placed before the step. None: the changes in the batch are all."""
     table_checksum: UInt32[np.ndarray, " dp"]
-    """Of each dp group's page table after the step's changes: what the devices must return."""
+    """The checksum of each dp group's page table after the step's changes, which the devices must return."""

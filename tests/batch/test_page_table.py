@@ -35,7 +35,7 @@ def shape(dp: int = 1, cp: int = 2, drafts: int = 0) -> BatchShape:
 
 @jax.jit
 def on_device(table: jax.Array, changes: TableChanges) -> tuple[jax.Array, jax.Array]:
-    """What a device does with a step's changes."""
+    """A device's part: the changed table, and its checksum."""
     table = apply_changes(table, changes)
     return table, device_checksum(table)
 

@@ -34,7 +34,7 @@ def message(number: int) -> StepMessage:
 
 
 def checksum_of(number: int) -> np.ndarray:
-    """Of the page tables of two dp groups in a step."""
+    """The checksums of the page tables of two dp groups in a step."""
     return np.array([number, 7 * number], np.uint32)
 
 

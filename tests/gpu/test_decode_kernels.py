@@ -87,7 +87,7 @@ def test_route(name: str, tokens: int) -> None:
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_equal_and_nan_scores(name: str) -> None:
-    """Of equal scores the first experts, as in XLA; a token of NaN gets experts that exist, and weights of NaN."""
+    """The first of equal experts is chosen, as in XLA; a token of NaN gets experts that exist, and weights of NaN."""
     c = dataclasses.replace(ROUTERS[name], hidden_size=64)
     bias = np.zeros((1, c.n_routed_experts), np.float32) if c.routing_bias else None
     x = jnp.zeros((2, 64), jnp.bfloat16).at[1].set(jnp.nan)

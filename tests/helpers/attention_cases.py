@@ -254,3 +254,10 @@ def moves(text: str, *shapes: tuple[int, ...]) -> list[str]:
     sizes = {math.prod(shape) for shape in shapes}
     found = re.finditer(r"= \(?\w+\[([\d,]+)\][^=\n]*? (?:copy|copy-start|transpose)\(.*", text)
     return [match[0][:160] for match in found if math.prod(map(int, match[1].split(","))) in sizes]
+
+
+TWO = (Row(5, 70, 0), Row(3, 90, 1))
+
+
+def make(target: str, rows: tuple[Row, ...] = TWO, heads: int = 2, **options: Any) -> Case:
+    return absorbed(rows, heads, 64, **options) if target in ABSORBED else expanded(rows, heads, **options)

@@ -1,4 +1,4 @@
-"""What is measured, whatever runs it: the time to the first token, and the time of a decode step."""
+"""The measurements, of whatever engine: the time to the first token, and the time of a decode step."""
 
 from __future__ import annotations
 
