@@ -65,7 +65,7 @@ def test_speculation_changes_no_token() -> None:
     assert got.tokens == want.tokens
     assert got.speculation is not None and 0 < got.speculation.num_accepted < got.speculation.num_drafts
     calls = re.findall(r'custom_call_target="(mla_\w+|schedule_splits)"', steps.program.as_text())
-    assert sorted(calls) == ["mla_decode"] * 3 + ["schedule_splits"], "the MTP layer's pass over the step has the layers' splits"
+    assert sorted(calls) == ["mla_decode"] * 3 + ["schedule_splits"], "once, also for the MTP layer"
 
 
 def test_absorbed_rows_have_their_own_part_of_a_step() -> None:
