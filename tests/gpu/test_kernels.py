@@ -17,9 +17,8 @@ from jax_mla_cp import cache
 from jax_mla_cp.attention import fa3
 from jax_mla_cp.batch import zigzag
 from jax_mla_cp.batch.rows import Rows
+from tests.ffi.test_refusals import REFUSED, refuses
 from tests.ffi.test_targets import (  # noqa: F401  these run on the GPU too
-    REFUSED,
-    refuses,
     test_a_neighbor_with_nan_keys_changes_nothing,
     test_no_rows_at_all,
     test_one_key_less_fails_the_check,
