@@ -157,18 +157,6 @@ def mesh(text: str) -> MeshShape:
         raise argparse.ArgumentTypeError(error.message) from None
 
 
-def write_output(field: str, file: Path, write: Callable[[Path], object]) -> None:
-    """Writes results that `check_output` has passed.
-
-    Raises:
-      ConfigError: the file can't be written any more.
-    """
-    try:
-        write(file)
-    except OSError as error:
-        raise ConfigError(field, f"{file} can't be written ({error.strerror}).") from error
-
-
 def check_url(field: str, url: str | None) -> None:
     """Checks the address of a server. None: there is none.
 
@@ -195,3 +183,15 @@ def check_output(field: str, file: Path | None) -> None:
         raise ConfigError(field, f"{file} is not a file. Name one, or a new one.")
     if not os.access(directory, os.W_OK | os.X_OK):
         raise ConfigError(field, f"{file}: the directory {file.parent} can't be written. Name another one.")
+
+
+def write_output(field: str, file: Path, write: Callable[[Path], object]) -> None:
+    """Writes results that `check_output` has passed.
+
+    Raises:
+      ConfigError: the file can't be written any more.
+    """
+    try:
+        write(file)
+    except OSError as error:
+        raise ConfigError(field, f"{file} can't be written ({error.strerror}).") from error

@@ -35,7 +35,9 @@ def load() -> Any:
     return _ffi
 
 
-def call(target: str, results: Any, *operands: Any, aliases: dict[int, int] | None = None, **attributes: Any) -> Any:
+def call(
+    target: str, results: Any, *operands: jax.typing.ArrayLike, aliases: dict[int, int] | None = None, **attributes: Any
+) -> Any:
     """Calls a target. Its results vary over the mesh axes that any operand varies over.
 
     JAX types a custom call's results as equal on all devices, whatever its operands. Left so, check_vma would accept a program that
@@ -43,7 +45,7 @@ def call(target: str, results: Any, *operands: Any, aliases: dict[int, int] | No
 
     Args:
       results: jax.ShapeDtypeStructs.
-      operands: arrays, or pytrees of them that JAX flattens.
+      operands: arrays.
       aliases: operands whose memory a result takes, by their numbers.
       attributes: NumPy scalars of the handler's types.
 

@@ -257,7 +257,9 @@ def moves(text: str, *shapes: tuple[int, ...]) -> list[str]:
 
 
 TWO = (Row(5, 70, 0), Row(3, 90, 1))
+"""Rows of two requests, each with a prefix."""
 
 
 def make(target: str, rows: tuple[Row, ...] = TWO, heads: int = 2, **options: Any) -> Case:
+    """A case for a target, in the form that it takes."""
     return absorbed(rows, heads, 64, **options) if target in ABSORBED else expanded(rows, heads, **options)
